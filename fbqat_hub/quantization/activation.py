@@ -1,0 +1,67 @@
+"""Quantization of a layer's input to 8 or 16 bits: dynamic (per token, per tensor) or static."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fbqat_hub.quantization.scheme import ActivationScheme
+
+# A token of zeros would give a scale of 0 and codes of 0/0.
+_TINY = 1e-8
+
+
+def quantize_activation(
+    x: Tensor, scheme: ActivationScheme, input_scale: Tensor | None = None, input_zero_point: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero_point of a layer's input; real = scale * (code - zero_point).
+
+    Args:
+        x: [..., features], float; the last dimension is a token.
+        scheme: 8 or 16 bits.
+        input_scale: fp32 scalar, for range "static" only.
+        input_zero_point: int32 scalar, for range "static" only.
+
+    Returns:
+        codes: fp32 [..., features] of whole numbers: -127..127 when dynamic (8 bits), 0..255 when static.
+        scale: fp32, [..., 1] per token, else a scalar.
+        zero_point: fp32 scalar; 0 when dynamic.
+    """
+    x = x.float()
+    if scheme.range == "static":
+        if input_scale is None or input_zero_point is None:
+            raise ValueError("activation range is 'static', but the layer has no input_scale; calibrate it first.")
+        zero_point = input_zero_point.to(x.dtype)
+        codes = torch.round(x / input_scale).add_(zero_point).clamp_(0, 2**scheme.bits - 1)
+        return codes, input_scale, zero_point
+    largest = x.abs().amax(-1, keepdim=True) if scheme.range == "per_token" else x.abs().amax()
+    scale = largest.clamp_min(_TINY) / (2 ** (scheme.bits - 1) - 1)
+    return torch.round(x / scale), scale, x.new_zeros(())
+
+
+def fake_quantize_activation(
+    x: Tensor, scheme: ActivationScheme, input_scale: Tensor | None = None, input_zero_point: Tensor | None = None
+) -> Tensor:
+    """Quantize and dequantize ``x`` (arguments as ``quantize_activation``); the dtype and shape of ``x``.
+
+    The gradient is 1 (STE), and 0 where a static range clips. At 32 bits ``x`` is returned as it is.
+    """
+    if scheme.bits == 32:
+        return x
+    return _FakeQuantizeActivation.apply(x, scheme, input_scale, input_zero_point)
+
+
+class _FakeQuantizeActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scheme, input_scale, input_zero_point):  # type: ignore[override]
+        codes, scale, zero_point = quantize_activation(x, scheme, input_scale, input_zero_point)
+        if scheme.range == "static":
+            # clipped is what lies beyond the outermost codes before rounding, as for weights
+            position = x.float() / scale + zero_point
+            ctx.save_for_backward((position >= 0) & (position <= 2**scheme.bits - 1))
+        return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        inside = ctx.saved_tensors
+        return (grad * inside[0] if inside else grad), None, None, None

@@ -1,0 +1,76 @@
+"""Activation ranges from calibration: mean +- 3 sigma (the paper), min-max, percentile."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+RangeRule = Literal["mean_3sigma", "min_max", "percentile"]
+
+
+class RangeObserver:
+    """Collects the statistics of one layer's input over calibration batches.
+
+    Mean and variance are exact (pooled in float64). Percentiles come from a sample of at most 2^18 values, at
+    most 2^14 of each batch at a fixed stride, so that a result does not depend on a random state.
+    """
+
+    _SAMPLE, _PER_BATCH = 2**18, 2**14
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self._squares = 0.0  # sum of squared distances to the mean
+        self.low, self.high = math.inf, -math.inf
+        self._samples: list[Tensor] = []
+
+    def observe(self, values: Tensor) -> None:
+        """Add one batch (any float shape)."""
+        flat = values.detach().flatten()
+        if not bool(torch.isfinite(flat).all()):
+            raise ValueError("an activation is not finite during calibration; check the model and its inputs in float32.")
+        # Chan et al. 1979: pooling of means and squared distances.
+        count, mean = flat.numel(), flat.double().mean().item()
+        squares = (flat.double() - mean).square().sum().item()
+        total, distance = self.count + count, mean - self.mean
+        self._squares += squares + distance**2 * self.count * count / total
+        self.mean += distance * count / total
+        self.count = total
+        self.low, self.high = min(self.low, flat.min().item()), max(self.high, flat.max().item())
+        if sum(map(len, self._samples)) < self._SAMPLE:
+            self._samples.append(flat[:: max(1, count // self._PER_BATCH)].float().cpu())
+
+    def range(self, rule: RangeRule = "mean_3sigma", percentile: float = 99.9) -> tuple[float, float]:
+        """The range (low, high) of real values, always containing 0.
+
+        Args:
+            rule: "mean_3sigma" is mean +- 3 standard deviations, cut to what was seen; "min_max" is what was seen;
+                "percentile" leaves out (100 - percentile)/2 percent at each end.
+        """
+        if self.count == 0:
+            raise ValueError("no activation was observed; run calibration batches through the model first.")
+        if rule == "mean_3sigma":
+            sigma = math.sqrt(self._squares / self.count)
+            low, high = max(self.low, self.mean - 3 * sigma), min(self.high, self.mean + 3 * sigma)
+        elif rule == "min_max":
+            low, high = self.low, self.high
+        elif rule == "percentile":
+            tail = (1 - percentile / 100) / 2
+            low, high = torch.quantile(torch.cat(self._samples)[: self._SAMPLE], torch.tensor([tail, 1 - tail])).tolist()
+        else:
+            raise ValueError(f"range rule is {rule!r}; allowed: {', '.join(map(repr, get_args(RangeRule)))}.")
+        return min(low, 0.0), max(high, 0.0)
+
+
+def affine_parameters(low: float, high: float, bits: int) -> tuple[float, int]:
+    """Scale and zero_point of unsigned codes 0 .. 2^bits - 1 that cover [low, high]; real = scale * (q - zero_point).
+
+    >>> affine_parameters(-1.0, 1.0, 8)
+    (0.00784313725490196, 128)
+    """
+    levels = 2**bits - 1
+    scale = max(high - low, 1e-8) / levels
+    return scale, min(levels, max(0, round(-low / scale)))

@@ -1,0 +1,125 @@
+"""Bit schedules: training progress -> bit width and softness. Pure functions, serialisable.
+
+Progress f runs from 0 (first step) to 1. A schedule is data: ``BitSchedule.from_dict(s.to_dict()) == s``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fbqat_hub.quantization.fake_quantize import check_bit_width
+
+
+@dataclass(frozen=True)
+class BitSchedule:
+    """Bit width and softness as functions of progress.
+
+    Attributes:
+        stages: (bit width, share of training) in order; shares are relative. One stage is a constant width.
+        ramp: "steps" holds each stage's width; "linear" and "cosine" go from the first stage's width to the last
+            one's, continuously, over the share of all stages but the last.
+        softness: softness of the staircase at the start (0 is off); it falls linearly to 0 at ``soft_until``.
+        soft_until: the progress from which the grid is hard.
+
+    >>> BitSchedule.preset("paper").bit_width(0.25), BitSchedule.preset("paper").bit_width(0.44)
+    (4.75, 4.0)
+    >>> BitSchedule([(8, 1), (4, 1)], ramp="linear").bit_width(0.25)
+    6.0
+    """
+
+    stages: tuple[tuple[float, float], ...]
+    ramp: Literal["steps", "linear", "cosine"] = "steps"
+    softness: float = 0.0
+    soft_until: float = 0.0
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[float, float]],
+        ramp: Literal["steps", "linear", "cosine"] = "steps",
+        softness: float = 0.0,
+        soft_until: float = 0.0,
+    ) -> None:
+        pairs = tuple((check_bit_width(width), float(share)) for width, share in stages)
+        if not pairs or not all(math.isfinite(share) and share > 0 for _, share in pairs):
+            raise ValueError(f"stages are {list(stages)}; give at least one (bit width, share) with a share above 0.")
+        if ramp not in ("steps", "linear", "cosine"):
+            raise ValueError(f"ramp is {ramp!r}; allowed: 'steps', 'linear', 'cosine'.")
+        if not (0 <= softness <= 1 and 0 <= soft_until <= 1):
+            raise ValueError(f"softness is {softness} and soft_until {soft_until}; both must be within 0 and 1.")
+        if bool(softness) != bool(soft_until):
+            raise ValueError("softness and soft_until go together: give both above 0, or neither.")
+        if soft_until == 1:
+            raise ValueError("soft_until is 1; the grid must be hard before training ends, so give less.")
+        for name, value in (("stages", pairs), ("ramp", ramp), ("softness", softness), ("soft_until", soft_until)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def preset(cls, name: str, bits: float = 4.0) -> BitSchedule:
+        """A named schedule that ends at ``bits``.
+
+        Names: "constant"; "paper" (8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4 over 1, 1, 1, 1, 1, 2, 2, 2, 14 of 25
+        epochs, arXiv 2510.14823); "integer" (8, 7, 6, 5, 4) and "simple" (16, 8, 4), which give the last width the
+        same 14 of 25 epochs. For other final bits, the paper's widths are mapped linearly from 8..4 to 8..bits.
+        """
+        last = 14.0
+        to_bits = lambda width: bits + (width - 4) * (8 - bits) / 4  # noqa: E731
+        fractional = [(8, 1), (7, 1), (6, 1), (5.5, 1), (5, 1), (4.75, 2), (4.5, 2), (4.25, 2), (4, last)]
+        if name == "constant":
+            return cls([(bits, 1)])
+        if name == "paper":
+            return cls([(to_bits(width), share) for width, share in fractional])
+        if name == "integer":
+            above = [float(width) for width in range(8, math.ceil(bits), -1) if width > bits]
+            return cls([*((width, 11 / len(above)) for width in above), (bits, last)])
+        if name == "simple":
+            return cls([(16, 5.5), (8, 5.5), (bits, last)])
+        raise ValueError(f"bit schedule preset is {name!r}; allowed: 'constant', 'paper', 'integer', 'simple'.")
+
+    @property
+    def final_bits(self) -> float:
+        """The bit width at the end of training."""
+        return self.stages[-1][0]
+
+    def bit_width(self, progress: float) -> float:
+        """The bit width at ``progress`` in [0, 1]."""
+        position = _check_progress(progress) * sum(share for _, share in self.stages)
+        if self.ramp == "steps":
+            for width, share in self.stages:
+                position -= share
+                if position < -1e-12:
+                    return width
+            return self.final_bits
+        length = sum(share for _, share in self.stages[:-1])
+        done = min(1.0, position / length) if length else 1.0
+        if self.ramp == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        first = self.stages[0][0]
+        return first + (self.final_bits - first) * done
+
+    def softness_at(self, progress: float) -> float:
+        """The softness of the staircase at ``progress`` in [0, 1]; 0 is the hard grid."""
+        if not self.softness or _check_progress(progress) >= self.soft_until:
+            return 0.0
+        return self.softness * (1 - progress / self.soft_until)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a recipe or a checkpoint."""
+        return {**asdict(self), "stages": [list(stage) for stage in self.stages]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BitSchedule:
+        """The inverse of ``to_dict``; also takes ``{"preset": name, "bits": b, ...}``."""
+        rest = dict(data)
+        if "preset" in rest:
+            base = cls.preset(rest.pop("preset"), rest.pop("bits", 4.0))
+            rest = {**base.to_dict(), **rest}
+        return cls(**rest)
+
+
+def _check_progress(progress: float) -> float:
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress is {progress}; it must be within 0 and 1.")
+    return progress

@@ -1,0 +1,1 @@
+"""Training: data, recipes, distillation and the teachers that ship."""
