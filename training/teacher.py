@@ -17,7 +17,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -25,16 +24,12 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
 from fbqat_hub.training.openmoji import load_openmoji
+from fbqat_hub.training.pictures import pixels
 
 RECIPES = Path(__file__).parent / "recipes" / "teachers"
 # Words a user puts before a noun and the captions never have.
 _PREFIXES = ("a ", "an ", "the ", "emoji of ", "an emoji of a ")
 _SAVE_EVERY = 500
-
-
-def pixels(images: list[Any]) -> Tensor:
-    """PIL pictures as one uint8 tensor [N, 3, H, W]."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def train_teacher(recipe: dict[str, Any], output: Path) -> None:

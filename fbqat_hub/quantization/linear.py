@@ -7,6 +7,7 @@ feed-forward is made of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -265,6 +266,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Moves as any module does, but scales stay fp32: ``.half()`` must not change what was trained."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        self._prepared = None
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, W4, {self.activation_scheme}"

@@ -1,0 +1,128 @@
+"""FBQATConfig: the ``quantization_config`` of a component's config.json, format 1 (docs/format.md)."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from fbqat_hub.quantization.scheme import ActivationRange, ActivationScheme, Clip, Granularity, WeightScheme
+from fbqat_hub.version import __version__
+
+FORMAT_VERSION = 1
+
+
+class FBQATMethod(str, Enum):
+    """diffusers asks for an Enum member as ``quant_method``."""
+
+    FBQAT = "fbqat"
+
+
+def unknown_key_error(what: str, unknown: Iterable[str], allowed: Iterable[str]) -> ValueError:
+    """A ValueError that names each unknown key and its nearest allowed one."""
+    allowed = sorted(allowed)
+    lines = []
+    for key in sorted(unknown):
+        nearest = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+        lines.append(f"{key!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
+    return ValueError(f"unknown key in {what}: {', '.join(lines)}. Allowed: {', '.join(allowed)}.")
+
+
+class FBQATConfig(QuantizationConfigMixin):
+    """W4A8 for a diffusers model: written into config.json, or given to ``from_pretrained`` to quantize on load.
+
+    Args:
+        weight_bits: 4; the only stored width of format 1.
+        weight_granularity: "per_channel", "per_tensor" or "per_group".
+        group_size: inputs that share a scale, for "per_group".
+        weight_narrow: codes -7..7 instead of -8..7.
+        weight_clip: how quantize-on-load finds the scale, "max_abs" or "mse"; a trained checkpoint has its own.
+        activation_bits: 8 or 16, or 32 for float activations.
+        activation_range: "per_token", "per_tensor" (both dynamic) or "static" (needs a calibrated checkpoint).
+        modules_to_not_convert: names, or fnmatch patterns, of modules left in float. Written out as sorted names.
+        module_overrides: pattern -> {"bits": 16} and/or {"range": ...}, activation settings that differ there.
+        format_version: 1. A newer one is refused.
+        fbqat_version: the package that wrote the checkpoint.
+
+    Raises:
+        ValueError: an unknown key, a value out of range, or a newer format.
+
+    >>> FBQATConfig(weight_bitz=4)
+    Traceback (most recent call last):
+    ValueError: unknown key in FBQATConfig: 'weight_bitz' (did you mean 'weight_bits'?). ...
+    """
+
+    def __init__(
+        self,
+        weight_bits: int = 4,
+        weight_granularity: Granularity = "per_channel",
+        group_size: int | None = None,
+        weight_narrow: bool = False,
+        weight_clip: Clip = "mse",
+        activation_bits: int = 8,
+        activation_range: ActivationRange = "per_token",
+        modules_to_not_convert: list[str] | None = None,
+        module_overrides: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        fbqat_version: str = __version__,
+        quant_method: str = FBQATMethod.FBQAT,
+        **unknown: Any,
+    ) -> None:
+        if not isinstance(format_version, int) or format_version < 1:
+            raise ValueError(f"format_version is {format_version!r}; it must be a whole number from 1.")
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has format_version {format_version}, written by fbqat_hub {fbqat_version}; this is "
+                f"fbqat_hub {__version__}, which reads up to {FORMAT_VERSION}. Update with: pip install -U fbqat_hub"
+            )
+        if unknown:
+            raise unknown_key_error("FBQATConfig", unknown, set(inspect.signature(FBQATConfig).parameters) - {"unknown"})
+        if quant_method != FBQATMethod.FBQAT:
+            raise ValueError(f"quant_method is {quant_method!r}; FBQATConfig is for 'fbqat'.")
+        if weight_bits != 4:
+            raise ValueError(f"weight_bits is {weight_bits}; format 1 stores 4-bit weights only.")
+        self.quant_method = FBQATMethod.FBQAT
+        self.weight_bits = weight_bits
+        self.weight_granularity = weight_granularity
+        self.group_size = group_size
+        self.weight_narrow = weight_narrow
+        self.weight_clip = weight_clip
+        self.activation_bits = activation_bits
+        self.activation_range = activation_range
+        self.modules_to_not_convert = sorted(modules_to_not_convert or [])
+        self.module_overrides = dict(module_overrides or {})
+        self.format_version = format_version
+        self.fbqat_version = fbqat_version
+        # building the schemes checks every value
+        self.weight_scheme()
+        scheme = self.activation_scheme()
+        for pattern, changes in self.module_overrides.items():
+            if extra := set(changes) - {"bits", "range"}:
+                raise unknown_key_error(f"module_overrides[{pattern!r}]", extra, {"bits", "range"})
+            ActivationScheme(**{"bits": scheme.bits, "range": scheme.range, **changes})
+
+    def weight_scheme(self) -> WeightScheme:
+        """The weights' part, as the quantization package takes it."""
+        return WeightScheme(
+            bits=self.weight_bits,
+            granularity=self.weight_granularity,
+            group_size=self.group_size,
+            narrow=self.weight_narrow,
+            clip=self.weight_clip,
+        )
+
+    def activation_scheme(self) -> ActivationScheme:
+        """The activations' part, as the quantization package takes it."""
+        return ActivationScheme(bits=self.activation_bits, range=self.activation_range)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the same for the same config whatever the order it was given in."""
+        return {**self.__dict__, "quant_method": self.quant_method.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As ``to_dict``: every field is written, so that a reader needs no defaults."""
+        return self.to_dict()

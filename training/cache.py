@@ -1,0 +1,122 @@
+"""Latents and prompt embeddings of a data set, computed once and kept on disk.
+
+A split is a folder of safetensors files of up to ``SHARD`` samples. A file is written beside and renamed, so an
+interrupted run goes on with the first one missing. Reading maps the files; nothing is loaded until it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fbqat_hub.families import Family
+from fbqat_hub.training.openmoji import load_openmoji
+from fbqat_hub.training.pictures import pixels
+
+SHARD = 256
+SPLITS = ("train", "validation", "test")
+
+
+class CachedSplit:
+    """One split: latents [N, C, H, W] and conditioning tensors [N, ...], indexable by sample."""
+
+    def __init__(self, folder: Path) -> None:
+        self.captions: list[str] = json.loads((folder / "captions.json").read_text())
+        self._shards: list[dict[str, Tensor]] = []
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents and conditioning of the samples ``indices`` (int64 [B])."""
+        rows = [divmod(int(index), SHARD) for index in indices]
+        stacked = {name: torch.stack([self._shards[shard][name][row] for shard, row in rows]) for name in self._shards[0]}
+        return stacked.pop("latents"), stacked
+
+
+def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict:
+    """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``.
+
+    Args:
+        dataset: {"path": "openmoji"}, or arguments of ``datasets.load_dataset`` and the names of its columns,
+            ``image_column`` and ``caption_column``. Splits that it lacks are cut from train, 2.5% each, seed 1234.
+        size: side of the square pictures, in pixels.
+    """
+    options = dict(dataset)
+    if options.get("path") == "openmoji":
+        return load_openmoji(size)
+    image_column, caption_column = options.pop("image_column", "image"), options.pop("caption_column", "caption")
+    data = datasets.load_dataset(**options)
+    if isinstance(data, datasets.Dataset):
+        data = datasets.DatasetDict(train=data)
+    for column in (image_column, caption_column):
+        if column not in data["train"].column_names:
+            raise ValueError(
+                f"data set {options['path']!r} has no column {column!r}; it has {', '.join(data['train'].column_names)}. "
+                "Name them in the recipe: dataset.image_column, dataset.caption_column."
+            )
+    data = data.select_columns([image_column, caption_column])
+    data = data.rename_columns({image_column: "image", caption_column: "caption"})
+    for split in ("validation", "test"):
+        if split not in data:
+            parts = data["train"].train_test_split(test_size=0.025, seed=1234)
+            data["train"], data[split] = parts["train"], parts["test"]
+    return data
+
+
+def build_cache(
+    pipeline: Any, family: Family, data: datasets.DatasetDict, size: int, generation: Mapping[str, Any], root: Path
+) -> dict[str, CachedSplit]:
+    """Encode every split, or take it from ``root`` when the same pipeline and data were encoded before."""
+    return {split: _build_split(pipeline, family, data[split], size, generation, root / split) for split in SPLITS}
+
+
+def cache_key(teacher: str, dataset: Mapping[str, Any], size: int, generation: Mapping[str, Any]) -> str:
+    """A short name for what a cache depends on; a local teacher counts by the time and size of its weights."""
+    files = sorted(Path(teacher).rglob("*.safetensors")) if Path(teacher).is_dir() else []
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    text = json.dumps([teacher, weights, dict(dataset), size, dict(generation)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@torch.no_grad()
+def _build_split(
+    pipeline: Any, family: Family, data: datasets.Dataset, size: int, generation: Mapping[str, Any], folder: Path
+) -> CachedSplit:
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = folder / "captions.json"
+    starts = range(0, len(data), SHARD)
+    missing = [start for start in starts if not _shard_path(folder, start).exists()]
+    for start in tqdm(missing, desc=f"encode {folder.name}", unit="shard", disable=not missing):
+        rows = data[start : start + SHARD]
+        parts = []
+        for first in range(0, len(rows["caption"]), 32):
+            images = [image.convert("RGB").resize((size, size)) for image in rows["image"][first : first + 32]]
+            part = family.encode_prompts(pipeline, rows["caption"][first : first + 32], generation)
+            part["latents"] = family.encode_images(pipeline, pixels(images).float() / 127.5 - 1)
+            parts.append(part)
+        tensors = {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
+        partial = _shard_path(folder, start).with_suffix(f".partial-{os.getpid()}")
+        save_file(tensors, partial)
+        os.replace(partial, _shard_path(folder, start))
+    if not captions.exists():
+        captions.write_text(json.dumps(list(data["caption"])))
+    return CachedSplit(folder)
+
+
+def _shard_path(folder: Path, start: int) -> Path:
+    return folder / f"{start:09d}.safetensors"

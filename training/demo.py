@@ -1,0 +1,88 @@
+"""``fbqat demo``: the whole of the project on the tiny Sana that ships, in minutes, without a network."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from fbqat_hub.evaluation.results import METHODS, Record, read_records, write_records
+from fbqat_hub.export import HTPUnavailableError
+from fbqat_hub.hub.card import write_card
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.training.device import export_run
+from fbqat_hub.training.distill import cache_folder, cached_splits, train
+from fbqat_hub.training.evaluate import evaluate, evaluation_prompts, picture_sheet
+from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.teachers import resolve_teacher
+
+# Each at its own learning rate, the best of a grid on the validation split (benchmarks/method/learning_rates.py).
+BASELINES: dict[str, float] = {"ptq-maxabs": 0.0, "ptq-mse": 0.0, "vqat": 2e-4, "fbqat-paper": 6e-4}
+_SHEET = {"ptq-maxabs": "PTQ W4A8", "vqat": "vanilla QAT W4A8", "fbqat": "FB-QAT W4A8 (ours)"}
+
+
+def demo(output: Path, *, steps: int | None = None) -> Path:
+    """Quantize the tiny Sana by five methods, compare them with the teacher, compile ours, write its card.
+
+    A second call on the same folder goes on where the first one stopped.
+
+    Args:
+        output: folder to leave: the packed pipeline with ``README.md`` (the card), ``results.json``, ``images/`` and
+            ``htp/``; the baselines are in ``baselines/``.
+        steps: of each trained method; the recipe's if None.
+    """
+    began = time.monotonic()
+    changes = {} if steps is None else {"steps": steps}
+    recipe = load_recipe("sana-tiny", **changes)
+    runs = {
+        method: load_recipe("sana-tiny", **{**changes, "method": method, "learning_rate": rate})
+        for method, rate in BASELINES.items()
+    }
+    for method, baseline in runs.items():
+        _run(baseline, output.parent / f"{output.name}.baselines" / method)
+    _run(recipe, output)
+    _collect(recipe, output, {method: output.parent / f"{output.name}.baselines" / method for method in runs})
+    _compile(output)
+    print(f"card: {write_card(output)}")
+    print(f"done in {time.monotonic() - began:.0f} s. Look at {output}/README.md and {output}/images/comparison.png")
+    return output
+
+
+def _run(recipe: Recipe, folder: Path) -> None:
+    print(f"== {METHODS[recipe.method]}")
+    train(recipe, folder, resume=True)
+    measured = {record.metric: record.value for record in evaluate(folder)}
+    print(
+        f"   held-out distillation loss {measured['kd_loss']:.2e}, Fréchet distance {measured['fd_teacher']:.3f}, "
+        f"PSNR {measured['psnr']:.1f} dB"
+    )
+
+
+def _collect(recipe: Recipe, output: Path, baselines: dict[str, Path]) -> None:
+    """Put the baselines' records and pictures beside ours."""
+    records: list[Record] = []
+    for folder in baselines.values():
+        records += read_records(folder / "results.json")
+    write_records(output / "results.json", records + read_records(output / "results.json"))
+    splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher)))
+    prompts = evaluation_prompts(splits, recipe.evaluation_settings()["images"])
+    (teacher,) = cache_folder(recipe).glob("teacher-*.safetensors")
+    columns = {"teacher": load_file(teacher)["pictures"]}
+    for method, label in _SHEET.items():
+        samples = (output if method == recipe.method else baselines[method]) / "images" / "samples.safetensors"
+        columns[label] = load_file(samples)["pictures"]
+    picture_sheet(output, columns, prompts)
+    (output / "images" / "samples.safetensors").unlink()
+
+
+def _compile(output: Path) -> None:
+    print("== QNN HTP context binary for the Snapdragon 8 Elite")
+    if (output / "htp" / "certificate.json").exists():
+        return
+    shutil.rmtree(output / "htp", ignore_errors=True)
+    try:
+        export_run(output, output / "htp")
+    except HTPUnavailableError as error:
+        print(f"   left out: {error}")

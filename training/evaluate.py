@@ -1,0 +1,140 @@
+"""Evaluation of a run against its teacher: held-out distillation loss, and pictures from the same seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fbqat_hub.evaluation.features import EXTRACTOR, OpenMojiFeatures, extract
+from fbqat_hub.evaluation.metrics import frechet_distance, psnr, ssim
+from fbqat_hub.evaluation.pictures import comparison_sheet, training_curve
+from fbqat_hub.evaluation.results import Record, write_records
+from fbqat_hub.families import get_family
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.quantization import stored_bits_per_weight
+from fbqat_hub.training.cache import CachedSplit
+from fbqat_hub.training.distill import Draws, cache_folder, cached_splits, held_out_loss
+from fbqat_hub.training.pictures import pixels
+from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.teachers import resolve_teacher
+
+# Rows of the picture sheet.
+_SHOWN = 10
+
+
+def evaluate(run: Path, *, progress: bool = True) -> list[Record]:
+    """Measure a run and write ``results.json`` and ``images/`` into it.
+
+    The held-out loss is over the test split, every sample with ``draws`` noises and timesteps that are the same for
+    every method. Pictures are drawn from the same seeds by teacher and student, for prompts of the test split and,
+    up to ``evaluation.images``, of the training split. Fréchet distance is on the extractor that ships.
+
+    Args:
+        run: folder of a finished run, or of a converted pipeline.
+
+    Returns:
+        The records, as merged into ``results.json``.
+    """
+    recipe = load_recipe(run / "recipe.yaml")
+    settings = recipe.evaluation_settings()
+    student = load_pipeline(run)
+    teacher = load_pipeline(resolve_teacher(recipe.teacher))
+    splits = cached_splits(recipe, teacher)
+    draws = Draws(get_family(recipe.family), teacher.scheduler, recipe.seed)
+    losses = held_out_loss(
+        student.transformer,
+        teacher.transformer,
+        splits["test"],
+        draws,
+        repeats=settings["draws"],
+        batch_size=settings["batch_size"],
+    )
+    prompts = evaluation_prompts(splits, settings["images"])
+    original = _teacher_pictures(teacher, recipe, prompts, progress)
+    drawn = draw(student, prompts, recipe, progress=progress)
+    records = _records(recipe, losses, original, drawn, stored_bits_per_weight(student.transformer))
+    (run / "images").mkdir(exist_ok=True)
+    save_file({"pictures": drawn}, run / "images" / "samples.safetensors")
+    picture_sheet(run, {"teacher": original, "W4A8": drawn}, prompts)
+    log = run / "training_log.jsonl"
+    if log.exists() and log.stat().st_size:
+        training_curve([json.loads(line) for line in log.read_text().splitlines()], run / "images" / "curve.png")
+    write_records(run / "results.json", records)
+    return records
+
+
+def evaluation_prompts(splits: dict[str, CachedSplit], count: int) -> list[str]:
+    """A fixed mix: training captions at even distances (what the teacher draws best), a quarter from the test split."""
+    held_out = splits["test"].captions[: count // 4]
+    seen = splits["train"].captions
+    chosen = [seen[index * len(seen) // (count - len(held_out))] for index in range(count - len(held_out))]
+    return chosen + held_out
+
+
+@torch.no_grad()
+def draw(pipeline: Any, prompts: Sequence[str], recipe: Recipe, *, progress: bool = True) -> Tensor:
+    """Pictures of the prompts, uint8 [N, 3, H, W]; picture i always starts from seed i."""
+    settings = recipe.evaluation_settings()
+    call = {**recipe.generation, "num_inference_steps": settings["inference_steps"]}
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = []
+    starts = range(0, len(prompts), settings["batch_size"])
+    for first in tqdm(starts, desc="draw", unit="batch", disable=not progress):
+        batch = list(prompts[first : first + settings["batch_size"]])
+        seeds = [torch.Generator().manual_seed(first + index) for index in range(len(batch))]
+        drawn.append(pixels(pipeline(batch, generator=seeds, **call).images))
+    return torch.cat(drawn)
+
+
+def picture_sheet(run: Path, columns: dict[str, Tensor], prompts: Sequence[str]) -> None:
+    """Write ``images/comparison.png``: some of the prompts, one labelled column for each set of pictures."""
+    rows = [index * len(prompts) // _SHOWN for index in range(min(_SHOWN, len(prompts)))]
+    images = {
+        label: [Image.fromarray(np.asarray(pictures[row].permute(1, 2, 0))) for row in rows]
+        for label, pictures in columns.items()
+    }
+    comparison_sheet(images, [prompts[row] for row in rows]).save(run / "images" / "comparison.png")
+
+
+def _teacher_pictures(teacher: Any, recipe: Recipe, prompts: Sequence[str], progress: bool) -> Tensor:
+    """The teacher's pictures, drawn once and kept with the cache of its latents."""
+    settings = recipe.evaluation_settings()
+    path = cache_folder(recipe) / f"teacher-{len(prompts)}-{settings['inference_steps']}-{settings['batch_size']}.safetensors"
+    if not path.exists():
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        save_file({"pictures": draw(teacher, prompts, recipe, progress=progress)}, partial)
+        os.replace(partial, path)
+    return load_file(path)["pictures"]
+
+
+def _records(recipe: Recipe, losses: list[float], original: Tensor, drawn: Tensor, bits: float) -> list[Record]:
+    a, b = original.float() / 255, drawn.float() / 255
+    features = OpenMojiFeatures.load()
+    pairs = {"psnr": psnr(a, b).tolist(), "ssim": ssim(a, b).tolist(), "kd_loss": losses}
+    common = {"suite": "method", "family": recipe.family, "method": recipe.method, "seed": recipe.seed}
+    budget = {"steps": recipe.steps, "batch_size": recipe.batch_size, "learning_rate": recipe.learning_rate}
+    records = [
+        Record(**common, metric=name, value=statistics.fmean(values), n=len(values), extra=budget, **_spread(values))
+        for name, values in pairs.items()
+    ]
+    distance = frechet_distance(extract(features, a), extract(features, b))
+    records.append(
+        Record(**common, metric="fd_teacher", value=distance, n=len(a), extra={**budget, "extractor": EXTRACTOR})
+    )
+    records.append(Record(**common, metric="bits_per_weight", value=bits, n=1, extra=budget))
+    return records
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"spread": statistics.stdev(values)} if len(values) > 1 else {}

@@ -1,0 +1,43 @@
+"""Pictures from any pipeline folder, with the arguments that its recipe gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fbqat_hub.evaluation.pictures import grid
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.teachers import resolve_teacher
+
+
+def generate(
+    model: str, prompts: Sequence[str], output: Path, *, seed: int = 0, call: Mapping[str, Any] | None = None
+) -> Path:
+    """Draw the prompts and write one PNG, a grid if there are several.
+
+    Args:
+        model: folder or Hub id; arguments of the call come from its ``recipe.yaml``, if it has one.
+        seed: of the first picture; the next one has the next seed.
+        call: arguments of the pipeline call that replace the recipe's.
+
+    Raises:
+        ValueError: no prompts.
+    """
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("there is no prompt, or an empty one; say what to draw, e.g. fbqat generate MODEL 'red heart'.")
+    recipe = Path(model) / "recipe.yaml"
+    arguments = {**(load_recipe(recipe).generation if recipe.is_file() else {}), **(call or {})}
+    pipeline = load_pipeline(resolve_teacher(model))
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+    images = pipeline(list(prompts), generator=generators, **arguments).images
+    picture = images[0] if len(images) == 1 else grid(images, min(8, len(images)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.stem}.partial-{os.getpid()}.png")
+    picture.save(partial)
+    os.replace(partial, output)
+    return output

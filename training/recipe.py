@@ -1,0 +1,193 @@
+"""A recipe: everything about one run, one YAML file, validated, saved into the output and published with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fbqat_hub.config import FBQATConfig, unknown_key_error
+from fbqat_hub.families import get_family
+from fbqat_hub.quantization import BitSchedule, Rounding
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# What a method means: the parts of a recipe that it sets unless the recipe says otherwise.
+METHODS: dict[str, dict[str, Any]] = {
+    "ptq-maxabs": {"steps": 0, "quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "constant"}},
+    "ptq-mse": {"steps": 0, "quantization": {"weight_clip": "mse"}, "schedule": {"preset": "constant"}},
+    # 4 bits from the start, max-abs scale: the paper's vQAT
+    "vqat": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "constant"}},
+    # vQAT with the scale learned (LSQ), started from the MSE-optimal clip: the strongest baseline
+    "lsq-qat": {"quantization": {"weight_clip": "learned"}, "schedule": {"preset": "constant"}},
+    "integer": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "integer"}},
+    "simple": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "simple"}},
+    # arXiv 2510.14823 as published
+    "fbqat-paper": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "paper"}},
+    # this project's default: 4-bit grid throughout, fractions by the annealed soft staircase, learned clip
+    "fbqat": {
+        "quantization": {"weight_clip": "learned"},
+        "schedule": {"preset": "constant", "softness": 0.15, "soft_until": 0.6},
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run.
+
+    Attributes:
+        name: of the model that is published, e.g. "Sana-600M-FBQAT-W4A8".
+        family: "sana", ...
+        teacher: Hub id or folder of the full-precision pipeline.
+        method: a key of ``METHODS``.
+        dataset: {"path": "openmoji"} or arguments of ``datasets.load_dataset`` with image_column, caption_column.
+        quantization: fields of ``FBQATConfig`` that differ from the method's.
+        schedule: fields of ``BitSchedule``, or {"preset": ...}.
+        rounding: fields of ``Rounding`` other than softness: slope, ewgs, dampening (gradient compensation).
+        calibration: {"samples": 100, "rule": "mean_3sigma"} for static activation ranges.
+        train_layers: a group of the family, or "all"; the others are quantized and frozen.
+        steps, batch_size: optimizer steps, and samples in each (on each device).
+        learning_rate: peak. learning_rate_schedule: "cosine" (to 0) or "constant". warmup_steps: linear.
+        clip_learning_rate: learning rate of learned clips as a multiple of learning_rate.
+        weight_decay, max_grad_norm: of Adam; 0 leaves gradients unclipped.
+        mixed_precision: "no", "bf16" or "fp16", as accelerate takes it.
+        gradient_checkpointing: less memory, more time.
+        save_every, validate_every: in steps; 0 is never.
+        seed: of everything random.
+        evaluation: {"images", "inference_steps", "draws", "batch_size"}.
+        generation: arguments of the pipeline call.
+        license, license_link, attribution: of the base model and data, for the card.
+    """
+
+    name: str
+    family: str
+    teacher: str
+    method: str = "fbqat"
+    dataset: dict[str, Any] = field(default_factory=lambda: {"path": "openmoji"})
+    quantization: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    rounding: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    train_layers: str = "all"
+    steps: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 2e-4
+    learning_rate_schedule: str = "cosine"
+    warmup_steps: int = 20
+    clip_learning_rate: float = 3.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    save_every: int = 200
+    validate_every: int = 0
+    seed: int = 1234
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    license: str = ""
+    license_link: str = ""
+    attribution: str = ""
+
+    def __post_init__(self) -> None:
+        family = get_family(self.family)
+        _one_of("method", self.method, METHODS)
+        _one_of("train_layers", self.train_layers, family.layer_groups)
+        _one_of("learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
+        _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        for name in ("steps", "warmup_steps", "save_every", "validate_every", "seed"):
+            _number(name, getattr(self, name), 0, whole=True)
+        _number("batch_size", self.batch_size, 1, whole=True)
+        for name in ("learning_rate", "clip_learning_rate", "weight_decay", "max_grad_norm"):
+            _number(name, getattr(self, name), 0)
+        for name, value, allowed in (
+            ("calibration", self.calibration, {"samples", "rule", "percentile"}),
+            ("evaluation", self.evaluation, set(EVALUATION)),
+            ("rounding", self.rounding, {"slope", "ewgs", "dampening"}),
+        ):
+            if extra := set(value) - allowed:
+                raise unknown_key_error(name, extra, allowed)
+        # each of these checks its own values
+        self.config()
+        self.bit_schedule()
+        self.rounding_at(0.0)
+
+    def config(self) -> FBQATConfig:
+        """The quantization this recipe trains for."""
+        given = {**METHODS[self.method].get("quantization", {}), **self.quantization}
+        given.setdefault("module_overrides", get_family(self.family).activation_overrides)
+        return FBQATConfig(**given)
+
+    def bit_schedule(self) -> BitSchedule:
+        """The bit schedule; it must end at the stored width."""
+        try:
+            schedule = BitSchedule.from_dict({**METHODS[self.method].get("schedule", {}), **self.schedule})
+        except TypeError:
+            raise unknown_key_error("schedule", self.schedule, _SCHEDULE_KEYS) from None
+        if schedule.final_bits != 4:
+            raise ValueError(f"the bit schedule ends at {schedule.final_bits:g} bits; what is stored has 4.")
+        return schedule
+
+    def rounding_at(self, progress: float) -> Rounding:
+        """Softness from the schedule, gradient compensation from the recipe."""
+        return Rounding(softness=self.bit_schedule().softness_at(progress), **self.rounding)
+
+    def evaluation_settings(self) -> dict[str, int]:
+        """``evaluation`` with its defaults filled in."""
+        return {**EVALUATION, **self.evaluation}
+
+    def save(self, path: Path) -> None:
+        """Write the recipe, every field, as YAML."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
+
+
+EVALUATION = {"images": 128, "inference_steps": 20, "draws": 4, "batch_size": 32}
+_SCHEDULE_KEYS = {"preset", "bits", "stages", "ramp", "softness", "soft_until"}
+
+
+def load_recipe(source: str | Path, **changes: Any) -> Recipe:
+    """Read a recipe from a YAML file, or by the name of one that ships, with some fields changed.
+
+    Args:
+        source: path of a YAML file, or a name such as "sana-tiny".
+        changes: fields that replace the file's; a changed ``method`` brings its own quantization and schedule.
+
+    Raises:
+        FileNotFoundError: neither a file nor a shipped name.
+        ValueError: an unknown key (the error names the nearest) or a value out of range.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = RECIPES / f"{Path(source).stem}.yaml"
+        if not path.is_file():
+            shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+            raise FileNotFoundError(f"no recipe file {str(source)!r}, and none of that name ships; shipped: {shipped}.")
+    data = yaml.safe_load(path.read_text())
+    if not isinstance(data, dict):
+        raise ValueError(f"recipe {path.name} is not a mapping of keys to values.")
+    data.update(changes)
+    allowed = {item.name for item in fields(Recipe)}
+    if unknown := set(map(str, data)) - allowed:
+        raise unknown_key_error(f"recipe {path.name}", unknown, allowed)
+    required = {"name", "family", "teacher"} - set(data)
+    if required:
+        raise ValueError(f"recipe {path.name} lacks {', '.join(sorted(required))}.")
+    if "steps" in METHODS.get(data.get("method", "fbqat"), {}):
+        data["steps"] = METHODS[data["method"]]["steps"]
+    return Recipe(**data)
+
+
+def _one_of(name: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"recipe: {name} is {value!r}; allowed: {', '.join(map(str, allowed))}.")
+
+
+def _number(name: str, value: Any, least: float, whole: bool = False) -> None:
+    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or value < least:
+        kind = "a whole number" if whole else "a number"
+        hint = " (write 1.0e-4, not 1e-4: YAML reads that as text)" if isinstance(value, str) else ""
+        raise ValueError(f"recipe: {name} is {value!r}; it must be {kind} of at least {least:g}{hint}.")
