@@ -52,7 +52,7 @@ def _train(options: argparse.Namespace) -> None:
     from fbqat_hub.training.distill import train
     from fbqat_hub.training.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, **_changes(options.set))
+    recipe = load_recipe(options.recipe, **changes_of(options.set))
     output = train(recipe, options.output, resume=options.resume)
     print(f"saved {output}. Next: fbqat evaluate {output} ; fbqat card {output}")
 
@@ -69,7 +69,7 @@ def _generate(options: argparse.Namespace) -> None:
     from fbqat_hub.training.generate import generate
 
     prompts = options.prompt + (_lines(options.prompts) if options.prompts else [])
-    path = generate(options.model, prompts, options.output, seed=options.seed, call=_changes(options.set))
+    path = generate(options.model, prompts, options.output, seed=options.seed, call=changes_of(options.set))
     print(f"saved {path}")
 
 
@@ -163,15 +163,23 @@ def _settings(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change {what}")
 
 
-def _changes(pairs: Sequence[str]) -> dict[str, Any]:
+def changes_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs as a mapping; values are read as YAML, and 1e-4 is a number.
+
+    >>> changes_of(["steps=800", "learning_rate=1e-4", "method=vqat"])
+    {'steps': 800, 'learning_rate': 0.0001, 'method': 'vqat'}
+    """
     import yaml
 
-    changes = {}
+    changes: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes KEY=VALUE, got {pair!r}.")
-        changes[key] = yaml.safe_load(value)
+        try:
+            changes[key] = float(value) if "e" in value else yaml.safe_load(value)
+        except ValueError:
+            changes[key] = yaml.safe_load(value)
     return changes
 
 

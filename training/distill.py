@@ -77,7 +77,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     draws = Draws(family, pipeline.scheduler, recipe.seed, accelerator.device)
     student = prepare_student(recipe, pipeline.transformer, splits["train"], draws)
     if recipe.steps:
-        _distill(recipe, student, pipeline.transformer, splits, draws, output, accelerator, resume, progress)
+        distill(recipe, student, pipeline.transformer, splits, draws, output, accelerator, resume, progress)
 
     if accelerator.is_main_process:
         set_bit_width(student, recipe.config().weight_bits)
@@ -187,7 +187,7 @@ class _LogLine:
     validation_loss: float | None = None
 
 
-def _distill(
+def distill(
     recipe: Recipe,
     student: Any,
     teacher: Any,
@@ -198,6 +198,14 @@ def _distill(
     resume: bool,
     progress: bool,
 ) -> None:
+    """Run the recipe's steps on a prepared student; writes ``output/training_log.jsonl`` and checkpoints.
+
+    Args:
+        student: from ``prepare_student``; changed in place.
+        teacher: the full-precision denoiser.
+        splits, draws: what is learned from.
+        resume: continue from the newest checkpoint in ``output``.
+    """
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
     if recipe.gradient_checkpointing:
         student.enable_gradient_checkpointing()

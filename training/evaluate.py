@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -121,12 +122,15 @@ def _teacher_pictures(teacher: Any, recipe: Recipe, prompts: Sequence[str], prog
 def _records(recipe: Recipe, losses: list[float], original: Tensor, drawn: Tensor, bits: float) -> list[Record]:
     a, b = original.float() / 255, drawn.float() / 255
     features = OpenMojiFeatures.load()
-    pairs = {"psnr": psnr(a, b).tolist(), "ssim": ssim(a, b).tolist(), "kd_loss": losses}
+    # a pair of equal pictures has no PSNR, so n counts the others
+    ratios = [value for value in psnr(a, b).tolist() if math.isfinite(value)]
+    pairs = {"psnr": ratios, "ssim": ssim(a, b).tolist(), "kd_loss": losses}
     common = {"suite": "method", "family": recipe.family, "method": recipe.method, "seed": recipe.seed}
     budget = {"steps": recipe.steps, "batch_size": recipe.batch_size, "learning_rate": recipe.learning_rate}
     records = [
         Record(**common, metric=name, value=statistics.fmean(values), n=len(values), extra=budget, **_spread(values))
         for name, values in pairs.items()
+        if values
     ]
     distance = frechet_distance(extract(features, a), extract(features, b))
     records.append(

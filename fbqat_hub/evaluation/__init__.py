@@ -1,0 +1,1 @@
+"""Metrics, pictures and records: a student measured against its teacher."""

@@ -1,0 +1,1 @@
+"""The Hub: model cards made from results."""

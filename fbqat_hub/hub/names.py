@@ -1,0 +1,42 @@
+"""What may be published of a name: a Hub id as it is, of a local path the last part only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a local path the last part only.
+
+    >>> public_name("org/model"), public_name("/home/me/teachers/tiny")
+    ('org/model', 'tiny')
+    """
+    if not is_local(name):
+        try:
+            validate_repo_id(name)
+            return name
+        except HFValidationError:
+            pass
+    return Path(name).name or name
+
+
+def is_local(value: str) -> bool:
+    """Whether a string is a path of this machine: written as one, or with a slash and found on disk."""
+    return value.startswith(("/", "~/", "./", "../")) or ("/" in value and os.path.exists(value))
+
+
+def strings_of(tree: Any) -> Iterable[str]:
+    """Every string value in a tree of mappings and lists."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from strings_of(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from strings_of(value)

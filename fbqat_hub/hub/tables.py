@@ -1,0 +1,162 @@
+"""The tables of a model card, as rows of text: results, what was run where, files, certificate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fbqat_hub.evaluation.results import METHODS, METRICS, Record
+from fbqat_hub.hub.names import is_local, public_name
+
+_SUMMARY = ("asked", "read_back", "parity", "files")
+_ARROWS = {"lower": "↓", "higher": "↑"}
+SUITE_TITLES = {
+    "method": "Quality against the teacher",
+    "speed-cpu": "Speed on a CPU",
+    "speed-gpu": "Speed on a GPU",
+    "training": "Training",
+    "loading": "Loading",
+    "htp": "HTP context binary",
+    "integration": "Use from other tools",
+}
+
+
+def results_table(records: Sequence[Record], own: str) -> dict[str, Any]:
+    """Rows = methods, columns = metrics, both in the order of DESIGN; the own method in bold."""
+    columns = by_metric(records)
+    header = ["method"]
+    for name, group in columns.items():
+        counts = {record.n for record in group}
+        n = f", n = {max(counts)}" if len(counts) == 1 and max(counts) > 1 else ""
+        header.append(f"{METRICS[name].title}{unit_suffix(name)} {_ARROWS[METRICS[name].better]}{n}")
+    rows = []
+    for method in METHODS:
+        cells = [
+            _cell([r for r in group if r.method == method], len({r.n for r in group}) > 1) for group in columns.values()
+        ]
+        if any(cells):
+            row = [METHODS[method], *cells]
+            rows.append([f"**{cell}**" if cell else "" for cell in row] if method == own else row)
+    return {"header": header, "rows": rows}
+
+
+def _cell(records: Sequence[Record], with_n: bool) -> str:
+    """``mean ± spread``: over the seeds where there are several, else the record's own; empty if not measured."""
+    if not records:
+        return ""
+    values = [record.value for record in records]
+    spread = statistics.stdev(values) if len(values) > 1 else records[0].spread
+    notes = [f"n = {records[0].n}"] * with_n + [f"{len(values)} seeds"] * (len(values) > 1)
+    shown = number(statistics.fmean(values)) + (f" ± {number(spread, 2)}" if spread is not None else "")
+    return f"{shown} ({', '.join(notes)})" if notes else shown
+
+
+def checks_table(records: Sequence[Record], certificate: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    """What was run where, and what never was: (what, where, "verified" or "never run")."""
+    checks = []
+    for suite, title in SUITE_TITLES.items():
+        group = [record for record in records if record.suite == suite]
+        if group:
+            last = group[-1]
+            stack = ", ".join(
+                f"{name} {last.versions[name]}" for name in ("python", "torch", "diffusers") if name in last.versions
+            )
+            device = last.machine.get("gpu") or last.machine.get("cpu", "")
+            where = f"{device}, {last.machine.get('cores', '?')} cores; {stack}; {last.date[:10]}"
+            checks.append((title, where, "verified"))
+    if not any(record.machine.get("gpu") for record in records):
+        checks.append(("Any of it on a GPU", "CUDA", "never run"))
+    emulated = "verified" if certificate else "never run"
+    checks.append(("HTP context binary on the emulator", "x86-64 emulator of the Hexagon tensor processor", emulated))
+    checks.append(("HTP context binary on a phone", "Snapdragon 8 Elite (SM8750)", "never run"))
+    return checks
+
+
+def files_table(run: Path) -> list[tuple[str, str, str]]:
+    """The files worth downloading: (path, size, what it is for), a component's shards summed.
+
+    A component is a folder with both ``config.json`` and safetensors.
+    """
+    root = run if (run / "model_index.json").is_file() or not (run / "pipeline").is_dir() else run / "pipeline"
+    rows = []
+    for folder in sorted(path.parent for path in root.glob("*/config.json")):
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if weights:
+            rows.append((f"{folder.relative_to(run).as_posix()}/", _mebibytes(weights), "diffusers, CPU or GPU"))
+    rows += [
+        (file.relative_to(run).as_posix(), _mebibytes(file.stat().st_size), "HTP context binary, phone")
+        for file in sorted((run / "htp").rglob("*.bin"))
+    ]
+    return rows
+
+
+def certificate_tables(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card shows of a certificate, whatever its keys.
+
+    Returns:
+        ``summary``: rows (dotted name, value) of what was asked, read back, compared, and of the files; all rows
+        where the certificate has none of these. ``rest``: the other rows. ``tensors``: header and rows of the
+        graph's inputs and outputs, where they are described.
+    """
+    described = certificate.get("tensors")
+    tensors = [
+        {"tensor": kind, **tensor}
+        for kind, group in (described.items() if isinstance(described, Mapping) else ())
+        for tensor in group
+    ]
+    columns = list(dict.fromkeys(name for tensor in tensors for name in tensor))
+    rows = _flat({name: value for name, value in certificate.items() if name != "tensors" or not tensors})
+    summary = [row for row in rows if row[0].split(".")[0] in _SUMMARY] or rows
+    return {
+        "summary": summary,
+        "rest": [row for row in rows if row not in summary],
+        "tensors": {"header": columns, "rows": [[_text(t[c], 9) if c in t else "" for c in columns] for t in tensors]},
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, value) of every leaf; of a list of objects only their number."""
+    rows: list[tuple[str, str]] = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+            rows.append((prefix + name, f"{len(value)} entries"))
+        else:
+            rows.append((prefix + name, _text(value)))
+    return rows
+
+
+def _text(value: Any, digits: int = 4) -> str:
+    """A value of the certificate as a cell of a table, without local paths."""
+    if isinstance(value, float):
+        return number(value, digits)
+    if isinstance(value, list):
+        return ", ".join(_text(item, digits) for item in value)
+    shown = public_name(value) if isinstance(value, str) and is_local(value) else str(value)
+    return shown.replace("|", "\\|").replace("\n", " ")
+
+
+def by_metric(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records grouped by metric, in the order of `METRICS`."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.metric, []).append(record)
+    return {name: groups[name] for name in METRICS if name in groups}
+
+
+def unit_suffix(metric: str) -> str:
+    """The unit for a heading: " (dB)", or nothing for a plain number and where the title has it."""
+    unit = METRICS[metric].unit
+    return "" if unit == "1" or unit in METRICS[metric].title else f" ({unit})"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number as cards show it, to 4 significant digits."""
+    return f"{value:.{digits}g}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"
