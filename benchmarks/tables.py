@@ -1,0 +1,105 @@
+"""Write the tables of README.md and docs/ from benchmarks/results/, between their markers.
+
+    python benchmarks/tables.py            # rewrite
+    python benchmarks/tables.py --check    # exit 1 if a table is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = ("README.md", "docs/method.md")
+
+
+def demo_table() -> str:
+    """Methods x metrics of one `make demo`."""
+    columns = ("kd_loss", "fd_teacher", "psnr", "ssim")
+    rows: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record in read_records(RESULTS / "method.json"):
+        rows[record.method][record.metric] = record
+    head = ["method"] + [f"{METRICS[name].title} {'↓' if METRICS[name].better == 'lower' else '↑'}" for name in columns]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method in METHODS:
+        if found := rows.get(method):
+            cells = [f"{found[name].value:.4g}" for name in columns]
+            lines.append("| " + " | ".join([METHODS[method], *cells]) + " |")
+    one = next(iter(rows.values()))
+    lines += [
+        "",
+        f"Tiny Sana, W4A8 with dynamic INT8 activations, seed {one['kd_loss'].seed}, one run each; "
+        f"{one['kd_loss'].n} held-out draws for the loss, {one['psnr'].n} pictures from the teacher's seeds for the rest. "
+        f"Fréchet distance is on the extractor that ships ({one['fd_teacher'].extra['extractor']}), not on Inception. "
+        "Remade by `make demo`.",
+    ]
+    return "\n".join(lines)
+
+
+def method_table() -> str:
+    """Test loss of every method at its own best learning rate, mean and standard deviation over seeds."""
+    groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in json.loads((RESULTS / "method-tiny-sana.json").read_text()):
+        groups[row["steps"], row["schedule"], row["method"]][row["rate"]].append(row)
+    lines = ["| steps | learning rate | method | best rate | test loss ×1e-3 | seeds |", "|---|---|---|---|---|---|"]
+    order = list(METHODS)
+    for steps, schedule, method in sorted(groups, key=lambda key: (key[0], key[1], order.index(key[2].split()[0]), key[2])):
+        rates = groups[steps, schedule, method]
+        best = min(rates, key=lambda rate: statistics.fmean(row["validation"] for row in rates[rate]))
+        losses = [1e3 * row["test"] for row in rates[best]]
+        spread = f" ± {statistics.stdev(losses):.2f}" if len(losses) > 1 else ""
+        rate = f"{best:.0e}" if best else "–"
+        cells = [str(steps or "–"), schedule if best else "–", method, rate, f"{statistics.fmean(losses):.2f}{spread}"]
+        lines.append("| " + " | ".join([*cells, str(len(losses))]) + " |")
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """The CPU benchmark's figures."""
+    lines = ["| Sana-600M shape, 2 blocks, 512 px | value |", "|---|---|"]
+    for record in read_records(RESULTS / "speed-cpu.json"):
+        lines.append(f"| {record.extra['label']} | {record.value:.4g} {record.unit} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "method": method_table, "speed": speed_table}
+
+
+def filled(text: str) -> str:
+    """``text`` with every ``<!-- results:NAME -->`` block rewritten."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+        if start in text:
+            block = f"{start}\n{table()}\n{end}"
+            text = re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name in FILES:
+        path = ROOT / name
+        text = path.read_text()
+        if filled(text) != text:
+            stale.append(name)
+            if not check:
+                path.write_text(filled(text))
+    print(f"{'stale' if check else 'rewritten'}: {', '.join(stale) or 'nothing'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

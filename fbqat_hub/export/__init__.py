@@ -1,0 +1,11 @@
+"""Export of packed models to phones: ONNX QDQ, QNN HTP context binaries, parity certificates.
+
+Importing this package imports neither onnx nor onnxruntime; `export_htp` does, and says what to install.
+"""
+
+from fbqat_hub.export.errors import ExportError, HTPUnavailableError, htp_available
+from fbqat_hub.export.htp_export import export_htp
+from fbqat_hub.export.precision import Precision
+from fbqat_hub.export.targets import TARGETS, Target
+
+__all__ = ["TARGETS", "ExportError", "HTPUnavailableError", "Precision", "Target", "export_htp", "htp_available"]

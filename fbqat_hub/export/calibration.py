@@ -1,0 +1,58 @@
+"""Ranges of every float tensor of an ONNX graph, from running data through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from fbqat_hub.export.errors import ExportError
+from fbqat_hub.export.reference import exact_session
+
+#: (lowest, highest) value seen, in the tensor's own unit. 0 is always inside: padding and ReLU must be exact.
+Ranges = dict[str, tuple[float, float]]
+
+
+def float_tensors(model: onnx.ModelProto) -> list[str]:
+    """Names of the graph's float32 inputs and node outputs, in order (initializers are not among them)."""
+    graph = model.graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in [*graph.value_info, *graph.input, *graph.output]}
+    names = [value.name for value in graph.input] + [name for node in graph.node for name in node.output if name]
+    return [name for name in dict.fromkeys(names) if kinds.get(name, TensorProto.FLOAT) == TensorProto.FLOAT]
+
+
+def calibrate(
+    model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]], on_step: Callable[[int, int], None] | None = None
+) -> Ranges:
+    """Minimum and maximum of every float tensor over `feeds` (min-max observer, run inside ONNX Runtime).
+
+    Args:
+        feeds: graph inputs by name, float32; at least one.
+        on_step: called with (done, total) after each feed.
+
+    Raises:
+        ExportError: no feeds, or a tensor that is not finite (named).
+    """
+    if not feeds:
+        raise ExportError("calibration needs at least one item, got none")
+    names = float_tensors(model)
+    observed = onnx.ModelProto()
+    observed.CopyFrom(model)
+    del observed.graph.output[:]
+    for name in names:
+        for op in ("ReduceMin", "ReduceMax", "ReduceSum"):  # minimum and maximum may skip NaN, a sum does not
+            observed.graph.node.append(helper.make_node(op, [name], [f"{name}/{op}"], keepdims=0))
+            observed.graph.output.append(helper.make_tensor_value_info(f"{name}/{op}", TensorProto.FLOAT, []))
+    session = exact_session(observed)
+    lows, highs = np.zeros(len(names)), np.zeros(len(names))
+    for step, feed in enumerate(feeds):
+        values = np.array([float(value) for value in session.run(None, feed)])
+        if not np.isfinite(values).all():
+            name = names[int(np.flatnonzero(~np.isfinite(values))[0]) // 3]
+            raise ExportError(f"calibration item {step}: tensor {name!r} is not finite; are the inputs and weights?")
+        lows, highs = np.minimum(lows, values[0::3]), np.maximum(highs, values[1::3])
+        if on_step:
+            on_step(step + 1, len(feeds))
+    return {name: (float(low), float(high)) for name, low, high in zip(names, lows, highs, strict=True)}

@@ -1,0 +1,182 @@
+"""From a packed transformer to a float ONNX graph whose every weight still knows which packed layer it is.
+
+The packed model is copied into a *float twin*: each packed layer becomes a float layer that holds the dequantized
+weight, written in the shape the compiler wants. Linear layers become `Reshape -> Gemm -> Reshape` (one matrix
+product with its bias, which the HTP runs as one FullyConnected; `MatMul + Add` would cost an extra
+requantization). The exporter keeps parameter names, so the ONNX initializer `twin.proj_out.weight` is the packed
+layer `proj_out`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fbqat_hub.export.errors import ExportError
+from fbqat_hub.quantization.linear import PackedLinear, PackedPointwiseConv2d
+
+if TYPE_CHECKING:
+    import onnx
+
+#: The first ONNX opset with RMSNormalization; INT4 needs 21.
+OPSET = 23
+#: The attribute under which a wrapper module holds the twin; initializer names start with it.
+TWIN = "twin"
+
+
+class RowLinear(nn.Module):
+    """`nn.Linear` over flattened rows: [..., in] -> [rows, in] -> Gemm -> [rows, out] -> [..., out], float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        shape = hidden_states.shape
+        rows = F.linear(hidden_states.reshape(-1, shape[-1]), self.weight, self.bias)
+        return rows.reshape(*shape[:-1], self.weight.shape[0])
+
+
+def _float_layer(layer: nn.Module) -> nn.Module | None:
+    """The float layer that stands for `layer` in the twin, or None where `layer` stays as it is."""
+    if isinstance(layer, PackedPointwiseConv2d):
+        return layer.to_float()
+    if isinstance(layer, PackedLinear):
+        return RowLinear(layer.dequantize().float(), layer.bias)
+    if type(layer) is nn.Linear:
+        return RowLinear(layer.weight.detach().float().clone(), layer.bias)
+    return None
+
+
+def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
+    """Every packed layer of `transformer` by its module name.
+
+    Raises:
+        ExportError: there is none, or one has per-group scales.
+    """
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLinear)}
+    if not layers:
+        raise ExportError(
+            f"{type(transformer).__name__} has no packed layer: convert the trained model first (`convert`), "
+            "or load a packed checkpoint"
+        )
+    for name, layer in layers.items():
+        if tuple(layer.weight_scale.shape) != (layer.out_features,):
+            raise ExportError(
+                f"layer {name!r} has per-group weight scales {tuple(layer.weight_scale.shape)}; the HTP export takes "
+                f"one scale per output channel ({layer.out_features}): train with granularity 'per_channel'"
+            )
+    return layers
+
+
+def float_twin(transformer: nn.Module) -> nn.Module:
+    """A float32 copy of `transformer` on the CPU, in eval mode, packed layers replaced by dequantized ones."""
+    replaced: dict[int, nn.Module] = {}
+    for module in transformer.modules():
+        float_layer = _float_layer(module)
+        if float_layer is not None:
+            replaced[id(module)] = float_layer
+    # deepcopy takes what is in `memo` as already copied: the packed layers are never copied themselves.
+    twin = copy.deepcopy(transformer, memo=dict(replaced))
+    # nn.Module.to, not diffusers' own: that one warns about modules to keep in float32, and all are
+    return nn.Module.to(twin, device="cpu", dtype=torch.float32).eval()
+
+
+@dataclass(frozen=True)
+class GraphWrapper:
+    """A module of positional tensors around a twin, and how a person's inputs become its inputs.
+
+    Attributes:
+        module: forward takes the tensors of `host_inputs` in order, returns one tensor; holds the twin as `.twin`.
+        host_inputs: keyword arguments of the transformer's forward -> the graph's inputs, float32, batch 1
+            (what is cheap or impossible on the HTP, such as sin/cos of the timestep, happens here).
+        output_name: the name of the graph's one output.
+    """
+
+    module: nn.Module
+    host_inputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    output_name: str = "sample"
+
+
+@dataclass(frozen=True)
+class FloatGraph:
+    """A float ONNX graph with provenance.
+
+    Attributes:
+        model: ONNX model, float32, static shapes, opset 23.
+        layers: initializer name of a weight -> the packed layer it came from.
+        module_names: initializer name of a weight -> module name (of every parameter named `*.weight`).
+    """
+
+    model: onnx.ModelProto
+    layers: dict[str, PackedLinear]
+    module_names: dict[str, str]
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter prints and warns about packages this project does not use; keep a person's terminal clean."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def trace(wrapper: GraphWrapper, example: Mapping[str, Tensor], layers: Mapping[str, PackedLinear]) -> FloatGraph:
+    """Export `wrapper` at the shapes of `example` (keyword arguments of the transformer's forward).
+
+    Raises:
+        ExportError: torch's exporter failed, or the weight of a packed layer is not in the graph under its name.
+    """
+    inputs = wrapper.host_inputs(example)
+    try:
+        with _quiet_exporter(), torch.no_grad():
+            program = torch.onnx.export(
+                wrapper.module,
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=[wrapper.output_name],
+                external_data=False,
+            )
+    except Exception as error:
+        raise ExportError(f"torch.onnx.export failed: {type(error).__name__}: {error}") from error
+    assert program is not None
+    model = program.model_proto
+    used = {name for node in model.graph.node for name in node.input}
+    missing = [name for name in layers if f"{TWIN}.{name}.weight" not in used]
+    if missing:
+        raise ExportError(
+            f"the weights of {len(missing)} packed layers are not in the exported graph (first: {missing[0]!r}); "
+            "is the layer used by this model's forward?"
+        )
+    module_names = {
+        item.name: item.name.removeprefix(f"{TWIN}.").removesuffix(".weight")
+        for item in model.graph.initializer
+        if item.name.endswith(".weight")
+    }
+    by_initializer = {f"{TWIN}.{name}.weight": layer for name, layer in layers.items()}
+    return FloatGraph(model=model, layers=by_initializer, module_names=module_names)
+
+
+def as_feed(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Graph inputs as ONNX Runtime takes them: contiguous float32 arrays."""
+    return {name: np.ascontiguousarray(tensor.detach().cpu().float().numpy()) for name, tensor in inputs.items()}

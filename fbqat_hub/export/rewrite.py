@@ -1,0 +1,150 @@
+"""Rewrites of a float ONNX graph that the HTP needs: ops it lacks, and ops it runs but gets wrong.
+
+Each function changes the model in place and returns how many places it changed. They are independent; `rewrite`
+runs all of them and refreshes the shapes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from fbqat_hub.export.errors import ExportError
+
+#: Ops no rewrite cures, with the reason they must not reach the compiler.
+FORBIDDEN = {
+    "Attention": "runs in float inside the HTP graph without a word: use the explicit attention processors",
+    "Erf": "is not supported: export Gelu as one op",
+    "Einsum": "is not supported: use Reshape, Transpose and DepthToSpace",
+    "Reciprocal": "is quantized with its input's scale and silently wrong: use Div(1, x)",
+}
+
+
+def static_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Shape of every tensor the model states one for (inputs, outputs, value_info, initializers)."""
+    graph = model.graph
+    shapes = {
+        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        for value in [*graph.value_info, *graph.input, *graph.output]
+    }
+    shapes.update({item.name: list(item.dims) for item in graph.initializer})
+    return shapes
+
+
+def _consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    uses: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            uses[name].append(node)
+    return uses
+
+
+def _replace(graph: onnx.GraphProto, old: list[onnx.NodeProto], new: list[onnx.NodeProto]) -> None:
+    """Put `new` where the last of `old` stood (everything `new` reads is made before that point)."""
+    position = max(index for index, node in enumerate(graph.node) if any(node is item for item in old))
+    nodes = list(graph.node)
+    nodes[position + 1 : position + 1] = new
+    kept = [node for node in nodes if not any(node is item for item in old)]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _constant(graph: onnx.GraphProto, name: str, value: np.ndarray) -> str:
+    graph.initializer.append(numpy_helper.from_array(value, name))
+    return name
+
+
+def reciprocal_to_div(model: onnx.ModelProto) -> int:
+    """Reciprocal(x) -> Div(1, x). The HTP quantizes Reciprocal's 1.0 with x's scale: wrong wherever max(x) < 1."""
+    graph = model.graph
+    found = [node for node in graph.node if node.op_type == "Reciprocal"]
+    for node in found:
+        one = _constant(graph, f"{node.output[0]}/one", np.array(1.0, np.float32))
+        _replace(graph, [node], [helper.make_node("Div", [one, node.input[0]], list(node.output), name=node.name)])
+    return len(found)
+
+
+def drop_same_shape(model: onnx.ModelProto) -> int:
+    """Remove Squeeze, Expand and Reshape nodes that change no shape (some exporters leave invalid ones)."""
+    graph, shapes, removed = model.graph, static_shapes(model), 0
+    outputs = {value.name for value in graph.output}
+    for node in list(graph.node):
+        same = shapes.get(node.input[0]) is not None and shapes.get(node.input[0]) == shapes.get(node.output[0])
+        if node.op_type not in ("Squeeze", "Expand", "Reshape") or not same or node.output[0] in outputs:
+            continue
+        for user in graph.node:
+            for index, name in enumerate(user.input):
+                if name == node.output[0]:
+                    user.input[index] = node.input[0]
+        graph.node.remove(node)
+        removed += 1
+    return removed
+
+
+def unpatchify(model: onnx.ModelProto) -> int:
+    """[N,h,w,p,p,C] -> Transpose(0,5,1,3,2,4) or Einsum nhwpqc->nchpwq -> [N,C,h*p,w*p], written without 6-D tensors.
+
+    Becomes Reshape [N,h,w,p*p*C] -> Transpose NCHW -> DepthToSpace(DCR, blocksize p); no DepthToSpace for p = 1.
+    """
+    graph, shapes, changed = model.graph, static_shapes(model), 0
+    producer = {name: node for node in graph.node for name in node.output}
+    uses = _consumers(graph)
+    for node in list(graph.node):
+        permuted = node.op_type == "Transpose" and list(helper.get_node_attr_value(node, "perm")) == [0, 5, 1, 3, 2, 4]
+        summed = node.op_type == "Einsum" and helper.get_node_attr_value(node, "equation") == b"nhwpqc->nchpwq"
+        if not (permuted or summed):
+            continue
+        before, after = producer[node.input[0]], uses[node.output[0]][0]
+        if before.op_type != "Reshape" or after.op_type != "Reshape" or len(uses[node.output[0]]) != 1:
+            continue
+        batch, height, width, patch, _, channels = shapes[before.output[0]]
+        name, output = node.output[0], after.output[0]
+        shape = np.array([batch, height, width, patch * patch * channels], np.int64)
+        nhwc = helper.make_node(
+            "Reshape",
+            [before.input[0], _constant(graph, f"{name}/nhwc_shape", shape)],
+            [f"{name}/nhwc"],
+            name=f"{name}/nhwc",
+        )
+        nchw = helper.make_node(
+            "Transpose",
+            [f"{name}/nhwc"],
+            [f"{name}/nchw" if patch > 1 else output],
+            name=f"{name}/nchw",
+            perm=[0, 3, 1, 2],
+        )
+        made = [nhwc, nchw]
+        if patch > 1:
+            made.append(
+                helper.make_node(
+                    "DepthToSpace",
+                    [f"{name}/nchw"],
+                    [output],
+                    name=f"{name}/depth_to_space",
+                    blocksize=patch,
+                    mode="DCR",
+                )
+            )
+        _replace(graph, [before, node, after], made)
+        changed += 1
+    return changed
+
+
+def rewrite(model: onnx.ModelProto) -> dict[str, int]:
+    """All rewrites, then fresh shapes; returns how many places each changed.
+
+    Raises:
+        ExportError: an op of `FORBIDDEN` is still there.
+    """
+    counts = {step.__name__: step(model) for step in (reciprocal_to_div, unpatchify, drop_same_shape)}
+    for node in model.graph.node:
+        if node.op_type in FORBIDDEN:
+            raise ExportError(f"ONNX op {node.op_type} ({node.name or node.output[0]}) {FORBIDDEN[node.op_type]}")
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True)
+    made = {name for node in model.graph.node for name in node.output}
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(value for value in inferred.graph.value_info if value.name in made)
+    return counts

@@ -1,0 +1,45 @@
+"""Small ONNX graphs, and their way to the emulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from fbqat_hub.export import htp, op_parity
+from fbqat_hub.export.calibration import calibrate
+from fbqat_hub.export.float_graph import OPSET, FloatGraph
+from fbqat_hub.export.precision import Precision
+from fbqat_hub.export.qdq import insert_qdq
+from fbqat_hub.export.targets import target_for
+
+Feed = dict[str, np.ndarray]
+
+
+def one_op(op: str, shapes: dict[str, list[int]], constants: dict[str, np.ndarray] | None = None, **attributes: Any):
+    """A graph of one op from the float inputs of `shapes` (and `constants`) to `y`."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    held = [onnx.numpy_helper.from_array(value, name) for name, value in (constants or {}).items()]
+    node = helper.make_node(op, [*shapes, *(constants or {})], ["y"], name="op", **attributes)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    model = helper.make_model(
+        helper.make_graph([node], "graph", inputs, [output], held), opset_imports=[helper.make_opsetid("", OPSET)]
+    )
+    model.ir_version = 10
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def quantized(model: onnx.ModelProto, feeds: list[Feed], precision: Precision | None = None) -> onnx.ModelProto:
+    """`model` calibrated on `feeds`, as QDQ."""
+    return insert_qdq(FloatGraph(model, {}, {}), calibrate(model, feeds), precision)
+
+
+def emulated_op_errors(model: onnx.ModelProto, feeds: list[Feed], folder: Path, precision: Precision | None = None):
+    """The op errors of `model` on the emulator, for the first feed."""
+    qdq = quantized(model, feeds, precision)
+    onnx.save(op_parity.probe_graph(qdq), folder / "probe.onnx")
+    outputs = htp.run_probe(folder / "probe.onnx", feeds[0], target_for("sm8750"), folder)
+    return op_parity.op_errors(qdq, feeds[0], outputs)

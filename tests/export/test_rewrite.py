@@ -1,0 +1,65 @@
+"""Each rewrite computes the same function; what has no cure is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from fbqat_hub.export import ExportError
+from fbqat_hub.export import rewrite as rewrites
+from fbqat_hub.export.float_graph import GraphWrapper, trace
+from tests.export.graphs import one_op
+
+
+def run(model: onnx.ModelProto, **feed: np.ndarray) -> np.ndarray:
+    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)[0]
+
+
+def test_reciprocal_becomes_a_division() -> None:
+    model = one_op("Reciprocal", {"x": [4]})
+    assert rewrites.rewrite(model)["reciprocal_to_div"] == 1
+    assert [node.op_type for node in model.graph.node] == ["Div"]
+    x = np.array([0.1, 0.25, 3, -2], np.float32)
+    np.testing.assert_array_equal(run(model, x=x), 1 / x)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("form", ["transpose", "einsum"])
+def test_unpatchify_without_six_dimensions(patch: int, form: str) -> None:
+    class Unpatchify(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            grid = tokens.reshape(1, 3, 4, patch, patch, 5)
+            if form == "einsum":
+                grid = torch.einsum("nhwpqc->nchpwq", grid)
+            else:
+                grid = grid.permute(0, 5, 1, 3, 2, 4)
+            return grid.reshape(1, 5, 3 * patch, 4 * patch)
+
+    tokens = torch.randn(1, 12, patch * patch * 5)
+    model = trace(GraphWrapper(Unpatchify(), lambda item: dict(item)), {"tokens": tokens}, {}).model
+    assert rewrites.rewrite(model)["unpatchify"] == 1
+    assert all(len(shape) <= 4 for shape in rewrites.static_shapes(model).values())
+    np.testing.assert_array_equal(run(model, tokens=tokens.numpy()), Unpatchify()(tokens).numpy())
+
+
+def test_a_squeeze_that_squeezes_nothing_is_dropped() -> None:
+    model = one_op("Reshape", {"x": [2, 64]}, {"shape": np.array([2, 64])})
+    model.graph.node.append(helper.make_node("Relu", ["y"], ["z"]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, 64]))
+    model.graph.value_info.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 64]))
+    assert rewrites.rewrite(model)["drop_same_shape"] == 1
+    assert list(model.graph.node[0].input) == ["x"]
+
+
+def test_attention_is_refused_because_it_would_run_in_float() -> None:
+    class Fused(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model = trace(GraphWrapper(Fused(), lambda item: dict(item)), {"x": torch.randn(1, 2, 8, 16)}, {}).model
+    with pytest.raises(ExportError, match=r"Attention .*in float"):
+        rewrites.rewrite(model)
