@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fbqat_hub.quantization.fake_quantize import pass_inside
 from fbqat_hub.quantization.scheme import ActivationScheme
 
 # A token of zeros would give a scale of 0 and codes of 0/0.
-_TINY = 1e-8
+TINY_ACTIVATION = 1e-8
 
 
 def quantize_activation(
@@ -35,7 +38,7 @@ def quantize_activation(
         codes = torch.round(x / input_scale).add_(zero_point).clamp_(0, 2**scheme.bits - 1)
         return codes, input_scale, zero_point
     largest = x.abs().amax(-1, keepdim=True) if scheme.range == "per_token" else x.abs().amax()
-    scale = largest.clamp_min(_TINY) / (2 ** (scheme.bits - 1) - 1)
+    scale = largest.clamp_min(TINY_ACTIVATION) / (2 ** (scheme.bits - 1) - 1)
     return torch.round(x / scale), scale, x.new_zeros(())
 
 
@@ -53,15 +56,20 @@ def fake_quantize_activation(
 
 class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scheme, input_scale, input_zero_point):  # type: ignore[override]
+    def forward(
+        ctx: Any, x: Tensor, scheme: ActivationScheme, input_scale: Tensor | None, input_zero_point: Tensor | None
+    ) -> Tensor:
         codes, scale, zero_point = quantize_activation(x, scheme, input_scale, input_zero_point)
+        ctx.scheme = scheme
         if scheme.range == "static":
-            # clipped is what lies beyond the outermost codes before rounding, as for weights
-            position = x.float() / scale + zero_point
-            ctx.save_for_backward((position >= 0) & (position <= 2**scheme.bits - 1))
-        return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+            ctx.save_for_backward(x, scale, zero_point)
+            codes = codes.sub_(zero_point)
+        return codes.mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        inside = ctx.saved_tensors
-        return (grad * inside[0] if inside else grad), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.scheme.range == "static":
+            # clipped is what lies beyond the outermost codes before rounding, as for weights
+            x, scale, zero_point = ctx.saved_tensors
+            grad = pass_inside(grad, x.float() / scale + zero_point, 0, 2**ctx.scheme.bits - 1)
+        return grad, None, None, None

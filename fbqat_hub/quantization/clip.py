@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fbqat_hub.quantization.fake_quantize import fake_quantize
+from fbqat_hub.quantization.fake_quantize import grid, symmetric_scale
 
 # A zero row would give a scale of 0 and codes of 0/0.
 TINY_CLIP = 1e-8
+
+# Values searched at a time, so that a row's 69 looks find it in the cache (2^16 x 4 bytes = 256 KiB).
+_BLOCK = 2**16
 
 
 def max_abs(grouped: Tensor) -> Tensor:
@@ -20,8 +23,8 @@ def max_abs(grouped: Tensor) -> Tensor:
 def mse_clip(grouped: Tensor, bit_width: float, *, narrow: bool = False) -> Tensor:
     """The clip with the least mean squared error at this bit width, searched per row.
 
-    A coarse search over 51 ratios of max|W| from 0.2 to 1.2 (above 1 can pay, for it moves the grid), then 9 finer
-    ones within 0.02 of the best.
+    A coarse search over the ratios 1.2, 1.18, ... 0.02 of max|W| (above 1 can pay, for it moves the grid; rows with
+    outliers want little), then 9 finer ones within 0.016 of the best.
 
     Args:
         grouped: [..., n], one clip for each row of n values.
@@ -29,16 +32,28 @@ def mse_clip(grouped: Tensor, bit_width: float, *, narrow: bool = False) -> Tens
     Returns:
         [..., 1], positive, same dtype.
     """
-    largest = max_abs(grouped)
+    rows = grouped.reshape(-1, grouped.shape[-1])
+    blocks = rows.split(max(1, _BLOCK // rows.shape[-1]))
+    return torch.cat([_search(block, bit_width, narrow) for block in blocks]).view(*grouped.shape[:-1], 1)
 
-    def search(centre: Tensor, offsets: Tensor) -> Tensor:
+
+def _search(rows: Tensor, bit_width: float, narrow: bool) -> Tensor:
+    low, high = grid(bit_width, narrow=narrow)
+    largest = max_abs(rows)
+
+    def error(clip: Tensor) -> Tensor:
+        scale = symmetric_scale(clip, bit_width)
+        steps = rows / scale
+        return torch.linalg.vector_norm(steps.clamp(low, high).round_().sub_(steps), dim=-1, keepdim=True) * scale
+
+    def best(centre: Tensor, offsets: list[float]) -> Tensor:
         best_clip, best_error = centre, torch.full_like(centre, float("inf"))
-        for offset in offsets.tolist():
-            clip = (centre + offset * largest).clamp_min(TINY_CLIP)
-            error = (fake_quantize(grouped, clip, bit_width, narrow=narrow) - grouped).square().mean(-1, keepdim=True)
-            best_clip = torch.where(error < best_error, clip, best_clip)
-            best_error = torch.minimum(error, best_error)
+        for offset in offsets:
+            clip = centre + offset * largest
+            clip_error = error(clip)
+            best_clip = torch.where(clip_error < best_error, clip, best_clip)
+            best_error = torch.minimum(clip_error, best_error)
         return best_clip
 
-    coarse = search(largest, torch.linspace(0.2, -0.8, 51))
-    return search(coarse, torch.linspace(-0.016, 0.016, 9))
+    coarse = best(largest, [step / 50 for step in range(10, -50, -1)])
+    return best(coarse, [step / 250 for step in range(-4, 5)])

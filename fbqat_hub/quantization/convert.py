@@ -75,19 +75,24 @@ def prepare(
         The names of the layers replaced, in order.
 
     Raises:
-        ValueError: nothing to quantize, or a pattern that matches no layer.
+        ValueError: nothing to quantize, a pattern that matches no layer, or a layer that the scheme does not fit.
     """
     layers = quantizable(model)
     for pattern in [*not_convert, *(overrides or {})]:
         if not any(fnmatchcase(name, pattern) for name in layers):
             examples = ", ".join(list(layers)[:3])
-            raise ValueError(f"pattern {pattern!r} matches no linear layer or 1x1 convolution; there are e.g. {examples}.")
+            raise ValueError(
+                f"pattern {pattern!r} matches no linear layer or 1x1 convolution; there are e.g. {examples}."
+            )
     chosen = {name: layer for name, layer in layers.items() if not matches(name, not_convert)}
     if not chosen:
         raise ValueError(f"nothing to quantize: the model has {len(layers)} linear layers and all are left alone.")
     for name, layer in chosen.items():
         kind = FakeQuantizedPointwiseConv2d if isinstance(layer, nn.Conv2d) else FakeQuantizedLinear
-        model.set_submodule(name, kind(layer, weights, scheme_for(name, activations, overrides or {})))
+        try:
+            model.set_submodule(name, kind(layer, weights, scheme_for(name, activations, overrides or {})))
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be quantized: {error}") from error
     return list(chosen)
 
 
@@ -100,14 +105,14 @@ def set_bit_width(model: nn.Module, bit_width: float, rounding: Rounding = HARD)
 @contextmanager
 def quantization_disabled(model: nn.Module) -> Iterator[None]:
     """Within the block, fake-quantized layers compute in float with their own weights."""
-    layers = [layer for _, layer in named_layers(model, FakeQuantizedLinear)]
-    for layer in layers:
+    before = [(layer, layer.enabled) for _, layer in named_layers(model, FakeQuantizedLinear)]
+    for layer, _ in before:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enabled = True
+        for layer, enabled in before:
+            layer.enabled = enabled
 
 
 @torch.no_grad()
@@ -123,13 +128,16 @@ def calibrate(
 
     Returns:
         name -> (low, high), the ranges set.
+
+    Raises:
+        ValueError: a layer that no batch reached, or one with an input that is not finite; no range is set then.
     """
-    observers = {
-        name: RangeObserver()
+    layers = {
+        name: layer
         for name, layer in named_layers(model, FakeQuantizedLinear)
         if layer.activation_scheme.range == "static" and layer.activation_scheme.bits < 32
     }
-    layers = {name: model.get_submodule(name) for name in observers}
+    observers = {name: RangeObserver(name) for name in layers}
     hooks = [
         layers[name].register_forward_pre_hook(lambda _, inputs, observer=observer: observer.observe(inputs[0]))
         for name, observer in observers.items()
@@ -141,11 +149,8 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
-    ranges = {}
-    for name, observer in observers.items():
-        layer = layers[name]
-        assert isinstance(layer, FakeQuantizedLinear)
-        ranges[name] = observer.range(rule, percentile)
+    ranges = {name: observer.range(rule, percentile) for name, observer in observers.items()}
+    for name, layer in layers.items():
         layer.set_input_range(*affine_parameters(*ranges[name], layer.activation_scheme.bits))
     return ranges
 
@@ -153,15 +158,22 @@ def calibrate(
 def convert(model: nn.Module) -> list[str]:
     """Replace, in place, every fake-quantized layer by its packed one; returns their names in order.
 
-    The layers must be at the stored bit width with a hard grid: ``set_bit_width(model, 4)``.
+    Raises:
+        ValueError: no layer to convert, or one that is not at its stored bit width with a hard grid
+            (``set_bit_width(model, 4)``), or not calibrated; the model is left as it was.
     """
-    layers = list(named_layers(model, FakeQuantizedLinear))
-    if not layers:
-        raise ValueError("the model has no fake-quantized layer; prepare it first.")
-    for name, layer in layers:
+    packed = {}
+    for name, layer in named_layers(model, FakeQuantizedLinear):
         kind = PackedPointwiseConv2d if isinstance(layer, FakeQuantizedPointwiseConv2d) else PackedLinear
-        model.set_submodule(name, kind.from_fake_quantized(layer))
-    return [name for name, _ in layers]
+        try:
+            packed[name] = kind.from_fake_quantized(layer)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be packed: {error}") from error
+    if not packed:
+        raise ValueError("the model has no fake-quantized layer; prepare it first.")
+    for name, packed_layer in packed.items():
+        model.set_submodule(name, packed_layer)
+    return list(packed)
 
 
 def stored_bits_per_weight(model: nn.Module) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,27 +42,48 @@ def is_pointwise(module: nn.Module) -> bool:
     )
 
 
-class FakeQuantizedLinear(nn.Module):
+def _check_group_size(group_size: int | None, in_features: int) -> None:
+    if group_size is not None and in_features % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the layer's {in_features} inputs.")
+
+
+class _Float32Buffers(nn.Module):
+    """Moves as any module does, but its float buffers stay fp32: ``.half()`` must not change a scale."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class FakeQuantizedLinear(_Float32Buffers):
     """A linear layer that fake-quantizes its weight and its input: [..., in] -> [..., out].
 
     Attributes:
-        weight: fp32 parameter, the shape of the layer it replaces.
+        weight: fp32 parameter, the shape of the layer it replaces. The output has the dtype of the input.
         bias: parameter [out] or None.
         log_clip: parameter, the logarithm of the clip of each scale (clip "learned" only). In the logarithm a
             step of Adam is relative, whatever the size of the weights.
         clip: buffer, the clip of each scale (clip "mse" only).
-        input_scale, input_zero_point: buffers, the static activation range; None until calibrated.
+        input_scale, input_zero_point: fp32 and int32 scalar buffers, the static activation range; None until it is
+            calibrated.
         bit_width, rounding: set by ``set_bit_width``.
     """
+
+    clip: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, weight_scheme: WeightScheme, activation_scheme: ActivationScheme):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape[:2]
         self.weight_scheme = weight_scheme
         self.activation_scheme = activation_scheme
-        group_size = weight_scheme.group_size
-        if group_size is not None and self.in_features % group_size:
-            raise ValueError(f"group_size {group_size} does not divide the layer's {self.in_features} inputs.")
+        _check_group_size(weight_scheme.group_size, self.in_features)
         self.weight = nn.Parameter(layer.weight.detach().float().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
         if weight_scheme.clip == "learned":
@@ -104,9 +125,10 @@ class FakeQuantizedLinear(nn.Module):
         """The clip of each scale, broadcastable to the grouped weight; carries a gradient if learned."""
         if self.weight_scheme.clip == "learned":
             # LSQ's gradient scale, 1 / sqrt(values per scale * largest code), arXiv 1902.08153 section 2.2
-            largest_code = float(grid(self.bit_width)[1])
+            _, largest_code = grid(self.bit_width)
             factor = 1 / math.sqrt(self.weight.numel() / self.log_clip.numel() * largest_code)
-            return (self.log_clip * factor + (self.log_clip * (1 - factor)).detach()).exp()
+            fixed = self.log_clip.detach()
+            return (fixed + (self.log_clip - fixed) * factor).exp()
         if self.weight_scheme.clip == "mse":
             return self.clip
         return clips.max_abs(self._grouped())
@@ -126,9 +148,15 @@ class FakeQuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def scale_and_codes(self) -> tuple[Tensor, Tensor]:
-        """What is stored: fp32 scale [out] or [out, groups], and int8 codes [out, in]."""
+        """What is stored: fp32 scale [out] or [out, groups], and int8 codes [out, in].
+
+        Raises:
+            ValueError: affine weights, weights that are not finite, or more than 8 bits.
+        """
         if self.weight_scheme.mapping != "symmetric":
             raise ValueError("format 1 stores symmetric weights only; train with mapping 'symmetric'.")
+        if not bool(torch.isfinite(self.weight).all()):
+            raise ValueError("the weight has values that are not finite.")
         scale = symmetric_scale(self.current_clip(), self.bit_width)
         codes = quantize(self._grouped(), scale, self.bit_width, narrow=self.weight_scheme.narrow)
         if self.weight_scheme.granularity == "per_group":
@@ -144,15 +172,17 @@ class FakeQuantizedLinear(nn.Module):
         return self._linear(x, self.fake_quantized_weight())
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return nn.functional.linear(x, weight.view(self.out_features, self.in_features), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, weight.view(self.out_features, self.in_features).to(x.dtype), bias)
 
     def _grouped(self) -> Tensor:
-        """The weight as [..., values that share a scale]."""
+        """The weight as [..., values that share a scale], fp32."""
+        weight = self.weight.float()
         if self.weight_scheme.granularity == "per_tensor":
-            return self.weight.reshape(1, -1)
+            return weight.reshape(1, -1)
         if self.weight_scheme.granularity == "per_channel":
-            return self.weight.reshape(self.out_features, -1)
-        return self.weight.reshape(self.out_features, -1, self.weight_scheme.group_size or 1)
+            return weight.reshape(self.out_features, -1)
+        return weight.reshape(self.out_features, -1, self.weight_scheme.group_size or 1)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.bit_width, dtype=torch.float64)
@@ -164,7 +194,7 @@ class FakeQuantizedLinear(nn.Module):
         for name in ("input_scale", "input_zero_point"):  # None until calibrated, so make room for what was saved
             saved = state_dict.get(prefix + name)
             if saved is not None and getattr(self, name) is None:
-                setattr(self, name, torch.empty_like(saved))
+                setattr(self, name, torch.empty_like(saved, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -178,7 +208,7 @@ class FakeQuantizedPointwiseConv2d(FakeQuantizedLinear):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(_Float32Buffers):
     """A linear layer with 4-bit weights: [..., in] -> [..., out]. Its tensors are those of docs/format.md.
 
     Attributes:
@@ -186,7 +216,14 @@ class PackedLinear(nn.Module):
         weight_scale: fp32 buffer [out], or [out, groups] for per-group scales.
         input_scale, input_zero_point: fp32 and int32 scalar buffers for a static activation range, else None.
         bias: parameter [out] or None.
+
+    Raises:
+        ValueError: a group size that does not divide ``in_features``.
     """
+
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
 
     def __init__(
         self,
@@ -200,6 +237,7 @@ class PackedLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        _check_group_size(group_size, in_features)
         self.in_features, self.out_features = in_features, out_features
         self.activation_scheme = activation_scheme or ActivationScheme()
         self.group_size = group_size
@@ -216,9 +254,17 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_fake_quantized(cls, layer: FakeQuantizedLinear) -> PackedLinear:
-        """The packed twin of a layer at 4 bits, with bit-equal codes."""
-        if not 2 <= layer.bit_width <= 4:
+        """The packed twin of a layer at 4 bits or fewer, with bit-equal codes.
+
+        Raises:
+            ValueError: the layer is above 4 bits, or soft, or affine, or lacks its static range, or is not finite.
+        """
+        if layer.bit_width > 4:
             raise ValueError(f"the layer is at {layer.bit_width:g} bits; set_bit_width(4) before it is packed.")
+        if layer.rounding.softness:
+            raise ValueError(
+                f"the layer has softness {layer.rounding.softness:g}; set_bit_width(4) makes its grid hard."
+            )
         scheme = layer.activation_scheme
         packed = cls(
             layer.in_features,
@@ -234,7 +280,7 @@ class PackedLinear(nn.Module):
         packed.weight_scale.copy_(scale)
         if layer.bias is not None and packed.bias is not None:
             packed.bias.data.copy_(layer.bias.data)
-        if packed.input_scale is not None:
+        if packed.input_scale is not None and packed.input_zero_point is not None:
             if layer.input_scale is None or layer.input_zero_point is None:
                 raise ValueError("the activation range is static, but the layer was never calibrated.")
             packed.input_scale.copy_(layer.input_scale)
@@ -256,7 +302,7 @@ class PackedLinear(nn.Module):
 
     def to_float(self) -> nn.Module:
         """The float layer with the dequantized weight."""
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        layer = nn.Linear(self.in_features, self.out_features, device="meta")
         return self._fill(layer, self.dequantize())
 
     def _fill(self, layer: nn.Linear | nn.Conv2d, weight: Tensor) -> nn.Module:
@@ -267,16 +313,16 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(self, x)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Moves as any module does, but scales stay fp32: ``.half()`` must not change what was trained."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._prepared = None
-        return self
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # a copy prepares its own; an opaque tensor cannot be copied
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, W4, {self.activation_scheme}"
@@ -290,5 +336,5 @@ class PackedPointwiseConv2d(PackedLinear):
 
     def to_float(self) -> nn.Module:
         """The float 1x1 convolution with the dequantized weight."""
-        layer = nn.Conv2d(self.in_features, self.out_features, 1, bias=self.bias is not None)
+        layer = nn.Conv2d(self.in_features, self.out_features, 1, device="meta")
         return self._fill(layer, self.dequantize()[:, :, None, None])

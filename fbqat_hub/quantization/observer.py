@@ -14,34 +14,53 @@ RangeRule = Literal["mean_3sigma", "min_max", "percentile"]
 class RangeObserver:
     """Collects the statistics of one layer's input over calibration batches.
 
-    Mean and variance are exact (pooled in float64). Percentiles come from a sample of at most 2^18 values, at
-    most 2^14 of each batch at a fixed stride, so that a result does not depend on a random state.
+    Mean and variance are exact (pooled in float64). Percentiles come from a random sample of at most 2^18 values, as
+    many of each batch; it is drawn from a generator of its own, so that a result does not depend on a random state.
+
+    Args:
+        name: whose input it is, for error messages.
     """
 
-    _SAMPLE, _PER_BATCH = 2**18, 2**14
+    _SAMPLE = 2**18
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "the layer") -> None:
+        self.name = name
         self.count = 0
         self.mean = 0.0
         self._squares = 0.0  # sum of squared distances to the mean
         self.low, self.high = math.inf, -math.inf
-        self._samples: list[Tensor] = []
+        self._samples: list[Tensor] = []  # of each batch, in random order
+        self._per_batch = self._SAMPLE
+        self._random = torch.Generator().manual_seed(0)
 
     def observe(self, values: Tensor) -> None:
         """Add one batch (any float shape)."""
         flat = values.detach().flatten()
+        if not flat.numel():
+            return
         if not bool(torch.isfinite(flat).all()):
-            raise ValueError("an activation is not finite during calibration; check the model and its inputs in float32.")
+            raise ValueError(f"the input of {self.name} is not finite during calibration; check the model in float32.")
         # Chan et al. 1979: pooling of means and squared distances.
-        count, mean = flat.numel(), flat.double().mean().item()
-        squares = (flat.double() - mean).square().sum().item()
+        wide = flat.double()
+        count, mean = flat.numel(), wide.mean().item()
+        squares = (wide - mean).square().sum().item()
         total, distance = self.count + count, mean - self.mean
         self._squares += squares + distance**2 * self.count * count / total
         self.mean += distance * count / total
         self.count = total
         self.low, self.high = min(self.low, flat.min().item()), max(self.high, flat.max().item())
-        if sum(map(len, self._samples)) < self._SAMPLE:
-            self._samples.append(flat[:: max(1, count // self._PER_BATCH)].float().cpu())
+        self._add_sample(flat)
+
+    def _add_sample(self, flat: Tensor) -> None:
+        count = len(flat)
+        if count > self._per_batch:
+            indices = torch.randint(count, (self._per_batch,), generator=self._random)
+        else:
+            indices = torch.randperm(count, generator=self._random)
+        self._samples.append(flat[indices.to(flat.device)].float().cpu())
+        while sum(map(len, self._samples)) > self._SAMPLE:
+            self._per_batch //= 2
+            self._samples = [sample[: self._per_batch] for sample in self._samples]
 
     def range(self, rule: RangeRule = "mean_3sigma", percentile: float = 99.9) -> tuple[float, float]:
         """The range (low, high) of real values, always containing 0.
@@ -51,15 +70,17 @@ class RangeObserver:
                 "percentile" leaves out (100 - percentile)/2 percent at each end.
         """
         if self.count == 0:
-            raise ValueError("no activation was observed; run calibration batches through the model first.")
+            raise ValueError(f"no input of {self.name} was observed; run calibration batches through the model first.")
         if rule == "mean_3sigma":
             sigma = math.sqrt(self._squares / self.count)
             low, high = max(self.low, self.mean - 3 * sigma), min(self.high, self.mean + 3 * sigma)
         elif rule == "min_max":
             low, high = self.low, self.high
         elif rule == "percentile":
+            if not 0 < percentile <= 100:
+                raise ValueError(f"percentile is {percentile}; it must be above 0 and at most 100.")
             tail = (1 - percentile / 100) / 2
-            low, high = torch.quantile(torch.cat(self._samples)[: self._SAMPLE], torch.tensor([tail, 1 - tail])).tolist()
+            low, high = torch.quantile(torch.cat(self._samples), torch.tensor([tail, 1 - tail])).tolist()
         else:
             raise ValueError(f"range rule is {rule!r}; allowed: {', '.join(map(repr, get_args(RangeRule)))}.")
         return min(low, 0.0), max(high, 0.0)

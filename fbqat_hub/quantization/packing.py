@@ -34,7 +34,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     """
     if codes.dtype != torch.int8:
         raise ValueError(f"codes are {codes.dtype}; pack_int4 takes int8.")
-    if codes.numel() and not (-8 <= int(codes.min()) and int(codes.max()) <= 7):
+    if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
         raise ValueError(f"codes run from {int(codes.min())} to {int(codes.max())}; 4 bits hold -8 to 7.")
     nibbles = codes.view(torch.uint8) & 0xF
     if codes.shape[-1] % 2:

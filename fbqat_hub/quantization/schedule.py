@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from fbqat_hub.quantization.fake_quantize import check_bit_width
@@ -65,12 +65,11 @@ class BitSchedule:
         same 14 of 25 epochs. For other final bits, the paper's widths are mapped linearly from 8..4 to 8..bits.
         """
         last = 14.0
-        to_bits = lambda width: bits + (width - 4) * (8 - bits) / 4  # noqa: E731
-        fractional = [(8, 1), (7, 1), (6, 1), (5.5, 1), (5, 1), (4.75, 2), (4.5, 2), (4.25, 2), (4, last)]
+        published = [(8, 1), (7, 1), (6, 1), (5.5, 1), (5, 1), (4.75, 2), (4.5, 2), (4.25, 2), (4, last)]
         if name == "constant":
             return cls([(bits, 1)])
         if name == "paper":
-            return cls([(to_bits(width), share) for width, share in fractional])
+            return cls([(bits + (width - 4) * (8 - bits) / 4, share) for width, share in published])
         if name == "integer":
             above = [float(width) for width in range(8, math.ceil(bits), -1) if width > bits]
             return cls([*((width, 11 / len(above)) for width in above), (bits, last)])
@@ -85,11 +84,12 @@ class BitSchedule:
 
     def bit_width(self, progress: float) -> float:
         """The bit width at ``progress`` in [0, 1]."""
-        position = _check_progress(progress) * sum(share for _, share in self.stages)
+        total = sum(share for _, share in self.stages)
+        position = _check_progress(progress) * total
         if self.ramp == "steps":
             for width, share in self.stages:
                 position -= share
-                if position < -1e-12:
+                if position < -1e-12 * total:  # step 3 of 25 is at 3.0000000000000004 or 2.9999999999999996
                     return width
             return self.final_bits
         length = sum(share for _, share in self.stages[:-1])
@@ -111,7 +111,19 @@ class BitSchedule:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BitSchedule:
-        """The inverse of ``to_dict``; also takes ``{"preset": name, "bits": b, ...}``."""
+        """The inverse of ``to_dict``; also takes ``{"preset": name, "bits": b, ...}``.
+
+        Raises:
+            ValueError: an unknown key, or neither stages nor a preset.
+        """
+        allowed = {"preset", "bits"} if "preset" in data else set()
+        allowed |= {field.name for field in fields(cls)}
+        if unknown := sorted(set(data) - allowed):
+            raise ValueError(
+                f"unknown key in a bit schedule: {', '.join(unknown)}. Allowed: {', '.join(sorted(allowed))}."
+            )
+        if not {"preset", "stages"} & set(data):
+            raise ValueError("a bit schedule needs stages, a list of [bit width, share], or the name of a preset.")
         rest = dict(data)
         if "preset" in rest:
             base = cls.preset(rest.pop("preset"), rest.pop("bits", 4.0))

@@ -27,7 +27,7 @@ class WeightScheme:
         mapping: "symmetric" (eq. 1) or "affine" (eq. 2; for training experiments, format 1 does not store it).
         granularity: what shares a scale: the whole tensor, an output channel, or ``group_size`` inputs of one.
         group_size: inputs that share a scale; only for "per_group".
-        narrow: codes -7..7 instead of -8..7.
+        narrow: codes -7..7 instead of -8..7; symmetric only.
         clip: "max_abs" (from the weight at each forward, as the paper), "mse" (least squared error, set when the
             bit width is set), or "learned" (starts at "mse", then trained: LSQ).
     """
@@ -50,6 +50,8 @@ class WeightScheme:
             raise ValueError(f"group_size is {self.group_size}; it must be an even number of at least 2.")
         if self.mapping == "affine" and self.clip != "max_abs":
             raise ValueError(f"affine weights take their range from min and max; clip {self.clip!r} is symmetric only.")
+        if self.mapping == "affine" and self.narrow:
+            raise ValueError("affine codes run from 0; narrow is symmetric only.")
 
 
 @dataclass(frozen=True, kw_only=True)

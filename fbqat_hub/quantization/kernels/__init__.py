@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fbqat_hub.quantization.fake_quantize import pass_inside
+from fbqat_hub.quantization.kernels import cpu
 from fbqat_hub.quantization.kernels.reference import dequantize_weight, packed_linear_reference
 
 
@@ -21,28 +23,41 @@ def packed_linear(layer: Any, x: Tensor) -> Tensor:
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    return packed_linear_reference(
-        x,
-        layer.weight_packed,
-        layer.weight_scale,
-        layer.bias,
-        layer.activation_scheme,
-        layer.input_scale,
-        layer.input_zero_point,
-    )
+    activation = (layer.activation_scheme, layer.input_scale, layer.input_zero_point)
+    # An empty batch has no largest value for the CPU kernel's per-tensor range; the reference says so clearly.
+    if x.device.type == "cpu" and x.numel() and cpu.is_supported(layer.weight_scale, layer.activation_scheme):
+        return cpu.packed_linear_cpu(x, _prepared(layer), layer.bias, *activation)
+    return packed_linear_reference(x, layer.weight_packed, layer.weight_scale, layer.bias, *activation)
+
+
+def _prepared(layer: Any) -> cpu.PreparedWeight:
+    """The layer's weight in the kernel's layout, made at the first forward and again whenever the weight changed."""
+    packed, scale = layer.weight_packed, layer.weight_scale
+    state = (packed.data_ptr(), packed._version, scale.data_ptr(), scale._version)
+    if layer._prepared is None or layer._prepared[0] != state:
+        layer._prepared = (state, cpu.prepare_weight(packed, scale, layer.in_features))
+    return layer._prepared[1]
 
 
 class _PackedLinear(torch.autograd.Function):
+    """The gradient of x alone: through the dequantized weight, and 0 where a static range clips x."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, layer: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
+        if layer.input_scale is not None:
+            ctx.save_for_backward(x)
         return _forward(layer, x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         layer = ctx.layer
         weight = dequantize_weight(layer.weight_packed, layer.weight_scale, layer.in_features)
-        return (grad.float() @ weight).to(grad.dtype), None
+        grad_x = grad.float() @ weight
+        if ctx.saved_tensors:
+            position = ctx.saved_tensors[0].float() / layer.input_scale + layer.input_zero_point
+            grad_x = pass_inside(grad_x, position, 0, 2**layer.activation_scheme.bits - 1)
+        return grad_x.to(grad.dtype), None
 
 
 __all__ = ["packed_linear", "packed_linear_reference"]
