@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="change a recipe's field")
-    parser.add_argument("--label", default="", help="name of a variant made with --set; kept apart from the method's own")
+    parser.add_argument(
+        "--label", default="", help="name of a variant made with --set; kept apart from the method's own"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     options = parser.parse_args()

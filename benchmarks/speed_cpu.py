@@ -3,8 +3,8 @@
     python benchmarks/speed_cpu.py          # writes benchmarks/results/speed-cpu.json
 
 Two blocks of Sana-600M's shape at 512 px (256 latent tokens, 300 text tokens, batch 1), random weights. Float32 and
-packed forwards take turns, so that a change of the machine's speed meets both; the ratio is of medians. Every setting is
-its own process; "AVX2" is this machine limited to AVX2 (no VNNI), which is what most desktops have.
+packed forwards take turns, so that a change of the machine's speed meets both; the ratio is of medians. Every setting
+is its own process; "AVX2 only" limits this machine to AVX2, without VNNI.
 """
 
 from __future__ import annotations

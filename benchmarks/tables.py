@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ from benchmarks/results/, between their markers.
 
-    python benchmarks/tables.py            # rewrite
-    python benchmarks/tables.py --check    # exit 1 if a table is not what the results say
+python benchmarks/tables.py            # rewrite
+python benchmarks/tables.py --check    # exit 1 if a table is not what the results say
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def demo_table() -> str:
     lines += [
         "",
         f"Tiny Sana, W4A8 with dynamic INT8 activations, seed {one['kd_loss'].seed}, one run each; "
-        f"{one['kd_loss'].n} held-out draws for the loss, {one['psnr'].n} pictures from the teacher's seeds for the rest. "
+        f"{one['kd_loss'].n} held-out draws for the loss, {one['psnr'].n} pictures from equal seeds for the rest. "
         f"Fréchet distance is on the extractor that ships ({one['fd_teacher'].extra['extractor']}), not on Inception. "
         "Remade by `make demo`.",
     ]
@@ -53,7 +53,9 @@ def method_table() -> str:
         groups[row["steps"], row["schedule"], row["method"]][row["rate"]].append(row)
     lines = ["| steps | learning rate | method | best rate | test loss ×1e-3 | seeds |", "|---|---|---|---|---|---|"]
     order = list(METHODS)
-    for steps, schedule, method in sorted(groups, key=lambda key: (key[0], key[1], order.index(key[2].split()[0]), key[2])):
+    for steps, schedule, method in sorted(
+        groups, key=lambda key: (key[0], key[1], order.index(key[2].split()[0]), key[2])
+    ):
         rates = groups[steps, schedule, method]
         best = min(rates, key=lambda rate: statistics.fmean(row["validation"] for row in rates[rate]))
         losses = [1e3 * row["test"] for row in rates[best]]
@@ -81,7 +83,9 @@ def filled(text: str) -> str:
         start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         if start in text:
             block = f"{start}\n{table()}\n{end}"
-            text = re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _, block=block: block, text, flags=re.DOTALL)
+            text = re.sub(
+                re.escape(start) + ".*?" + re.escape(end), lambda _, block=block: block, text, flags=re.DOTALL
+            )
     return text
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 _EXAMPLES = """examples:
   fbqat demo                                          a tiny Sana: train, pack, compare, compile, card; all local
@@ -30,14 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfbqat: interrupted; nothing half-written is left. Training goes on with --resume.", file=sys.stderr)
         return 130
-    except OSError as error:
-        hint = " Free some space, then repeat the command (training: with --resume)." if error.errno == errno.ENOSPC else ""
-        print(f"fbqat: error: {error}{hint}", file=sys.stderr)
-        return 1
-    except (ValueError, ImportError, FloatingPointError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, ImportError, FloatingPointError, RuntimeError) as error:
         if options.traceback:
             raise
-        print(f"fbqat: error: {error}", file=sys.stderr)
+        # safetensors passes the system's number on in its text only
+        full = getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
+        hint = " Free some space, then repeat the command (training: with --resume)." if full else ""
+        print(f"fbqat: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1
     return 0
 
@@ -93,7 +95,9 @@ def _export(options: argparse.Namespace) -> None:
 
     output = options.output or options.run_folder / "htp"
     certificate = export_run(options.run_folder, output, soc=options.soc)
-    print(f"saved {output}; emulator against the packed model: {certificate}")
+    for name in ("emulator_vs_cpu_qdq", "emulator_vs_torch_packed", "cpu_qdq_vs_torch_packed"):
+        print(f"{name.replace('_', ' '):26s} SQNR {certificate['parity'][name]['sqnr_db']:.1f} dB")
+    print(f"saved {output}. Ran on: x86 emulator. Never ran on: a phone.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,17 +128,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to leave (default: runs/demo)")
     sub.add_argument("--steps", type=int, help="training steps of each method (default: the recipe's)")
 
-    sub = verb("train", _train, "train a W4A8 model by a recipe", "fbqat train sana-tiny --output runs/tiny --set steps=800")
+    sub = verb(
+        "train", _train, "train a W4A8 model by a recipe", "fbqat train sana-tiny --output runs/tiny --set steps=800"
+    )
     sub.add_argument("recipe", help="YAML file, or the name of a recipe that ships")
     sub.add_argument("--output", type=Path, required=True, help="new folder for the packed pipeline")
     sub.add_argument("--resume", action="store_true", help="continue an interrupted run of the same recipe")
     _settings(sub, "a recipe's field")
 
-    sub = verb("convert", _convert, "quantize a pipeline without training", "fbqat convert my-finetune/ --output mine-w4a8")
+    sub = verb(
+        "convert", _convert, "quantize a pipeline without training", "fbqat convert my-finetune/ --output mine-w4a8"
+    )
     sub.add_argument("pipeline", help="folder or Hub id of a diffusers pipeline")
     sub.add_argument("--output", type=Path, required=True, help="new folder for the packed pipeline")
     sub.add_argument("--clip", choices=("mse", "max_abs"), default="mse", help="how scales are found (default: mse)")
-    sub.add_argument("--leave", nargs="*", default=[], metavar="PATTERN", help="modules to leave in float, e.g. 'proj_out'")
+    sub.add_argument(
+        "--leave", nargs="*", default=[], metavar="PATTERN", help="modules to leave in float, e.g. 'proj_out'"
+    )
 
     sub = verb("generate", _generate, "draw pictures", 'fbqat generate runs/tiny "red heart" "flag of france" --seed 3')
     sub.add_argument("model", help="folder or Hub id of a pipeline")
@@ -177,9 +187,12 @@ def changes_of(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set takes KEY=VALUE, got {pair!r}.")
         try:
-            changes[key] = float(value) if "e" in value else yaml.safe_load(value)
-        except ValueError:
             changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {key}: {value!r} is not YAML, such as 5, true or '{{preset: paper}}'.") from None
+        if isinstance(changes[key], str) and "e" in value:
+            with contextlib.suppress(ValueError):
+                changes[key] = float(value)
     return changes
 
 

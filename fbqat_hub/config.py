@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
-from enum import Enum
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from enum import StrEnum
 from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -16,7 +17,7 @@ from fbqat_hub.version import __version__
 FORMAT_VERSION = 1
 
 
-class FBQATMethod(str, Enum):
+class FBQATMethod(StrEnum):
     """diffusers asks for an Enum member as ``quant_method``."""
 
     FBQAT = "fbqat"
@@ -72,7 +73,7 @@ class FBQATConfig(QuantizationConfigMixin):
         quant_method: str = FBQATMethod.FBQAT,
         **unknown: Any,
     ) -> None:
-        if not isinstance(format_version, int) or format_version < 1:
+        if not _is_whole(format_version) or format_version < 1:
             raise ValueError(f"format_version is {format_version!r}; it must be a whole number from 1.")
         if format_version > FORMAT_VERSION:
             raise ValueError(
@@ -80,11 +81,16 @@ class FBQATConfig(QuantizationConfigMixin):
                 f"fbqat_hub {__version__}, which reads up to {FORMAT_VERSION}. Update with: pip install -U fbqat_hub"
             )
         if unknown:
-            raise unknown_key_error("FBQATConfig", unknown, set(inspect.signature(FBQATConfig).parameters) - {"unknown"})
+            allowed = set(inspect.signature(FBQATConfig).parameters) - {"unknown"}
+            raise unknown_key_error("FBQATConfig", unknown, allowed)
         if quant_method != FBQATMethod.FBQAT:
             raise ValueError(f"quant_method is {quant_method!r}; FBQATConfig is for 'fbqat'.")
         if weight_bits != 4:
             raise ValueError(f"weight_bits is {weight_bits}; format 1 stores 4-bit weights only.")
+        if group_size is not None and not _is_whole(group_size):
+            raise ValueError(f"group_size is {group_size!r}; it must be a whole number, or left out.")
+        if not isinstance(weight_narrow, bool):
+            raise ValueError(f"weight_narrow is {weight_narrow!r}; it must be true or false.")
         self.quant_method = FBQATMethod.FBQAT
         self.weight_bits = weight_bits
         self.weight_granularity = weight_granularity
@@ -93,17 +99,15 @@ class FBQATConfig(QuantizationConfigMixin):
         self.weight_clip = weight_clip
         self.activation_bits = activation_bits
         self.activation_range = activation_range
-        self.modules_to_not_convert = sorted(modules_to_not_convert or [])
-        self.module_overrides = dict(module_overrides or {})
+        self.modules_to_not_convert = _sorted_names(modules_to_not_convert)
+        self.module_overrides = _overrides(module_overrides)
         self.format_version = format_version
         self.fbqat_version = fbqat_version
         # building the schemes checks every value
         self.weight_scheme()
         scheme = self.activation_scheme()
-        for pattern, changes in self.module_overrides.items():
-            if extra := set(changes) - {"bits", "range"}:
-                raise unknown_key_error(f"module_overrides[{pattern!r}]", extra, {"bits", "range"})
-            ActivationScheme(**{"bits": scheme.bits, "range": scheme.range, **changes})
+        for changes in self.module_overrides.values():
+            replace(scheme, **changes)
 
     def weight_scheme(self) -> WeightScheme:
         """The weights' part, as the quantization package takes it."""
@@ -119,6 +123,11 @@ class FBQATConfig(QuantizationConfigMixin):
         """The activations' part, as the quantization package takes it."""
         return ActivationScheme(bits=self.activation_bits, range=self.activation_range)
 
+    @property
+    def needs_calibration(self) -> bool:
+        """True if a module may have a static activation range."""
+        return "static" in (self.activation_range, *(each.get("range") for each in self.module_overrides.values()))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the same for the same config whatever the order it was given in."""
         return {**self.__dict__, "quant_method": self.quant_method.value}
@@ -126,3 +135,26 @@ class FBQATConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """As ``to_dict``: every field is written, so that a reader needs no defaults."""
         return self.to_dict()
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sorted_names(names: object) -> list[str]:
+    if names is None:
+        return []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"modules_to_not_convert is {names!r}; it must be a list of names or patterns.")
+    return sorted(names)
+
+
+def _overrides(overrides: object) -> dict[str, dict[str, Any]]:
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping) or not all(isinstance(each, Mapping) for each in overrides.values()):
+        raise ValueError(f"module_overrides is {overrides!r}; it must be like {{'proj_out': {{'bits': 16}}}}.")
+    for pattern, changes in overrides.items():
+        if extra := set(changes) - {"bits", "range"}:
+            raise unknown_key_error(f"module_overrides[{pattern!r}]", extra, {"bits", "range"})
+    return {pattern: dict(changes) for pattern, changes in overrides.items()}

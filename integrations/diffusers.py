@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
@@ -31,7 +32,7 @@ def register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("fbqat", FBQATConfig)
 
 
-def attach(model: nn.Module, config: FBQATConfig) -> None:
+def attach(model: Any, config: FBQATConfig) -> None:
     """Make a model that was just converted one that ``save_pretrained`` writes as a packed checkpoint.
 
     ``config.modules_to_not_convert`` becomes the sorted names of the quantizable layers that are not packed.
@@ -44,19 +45,39 @@ def attach(model: nn.Module, config: FBQATConfig) -> None:
 
 
 def load_pipeline(source: str | Path, **options: Any) -> DiffusionPipeline:
-    """``DiffusionPipeline.from_pretrained`` in float32, after checking that a local ``source`` is a pipeline.
+    """``DiffusionPipeline.from_pretrained`` in float32, after ``check_source``.
 
     Args:
         source: folder, or Hub id.
         options: further arguments of ``from_pretrained``.
+    """
+    check_source(source)
+    return DiffusionPipeline.from_pretrained(str(source), **{"dtype": torch.float32, **options})
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse what cannot be a pipeline, and a local one whose weights are cut short, before anything is loaded.
+
+    Args:
+        source: folder, or Hub id (owner/name; only its form is checked).
 
     Raises:
-        ValueError: a folder without ``model_index.json``.
+        FileNotFoundError: neither a folder nor in the form of a Hub id.
+        ValueError: a folder without ``model_index.json``, or a damaged safetensors file, named.
     """
-    folder = Path(source)
-    if folder.exists() and not (folder / "model_index.json").is_file():
+    folder, text = Path(source), str(source)
+    if not folder.is_dir():
+        if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+            raise FileNotFoundError(f"{source} is no folder, nor a Hub id such as owner/name.")
+        return
+    if not (folder / "model_index.json").is_file():
         raise ValueError(f"{source} is not a diffusers pipeline: it has no model_index.json. Give a pipeline's folder.")
-    return DiffusionPipeline.from_pretrained(str(source), **{"torch_dtype": torch.float32, **options})
+    for path in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):  # reads the header and compares it with the file's length
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}). Download or convert it again.") from None
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
@@ -68,17 +89,21 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    for path in [partial / "model_index.json", *partial.glob("*/config.json")]:
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    partial.rmdir()
+    try:
+        pipeline.save_pretrained(partial)
+        for path in [partial / "model_index.json", *partial.glob("*/*config.json")]:
+            config = json.loads(path.read_text())
+            if {"_name_or_path", "name_or_path"} & set(config):
+                kept = {key: value for key, value in config.items() if not key.endswith("name_or_path")}
+                path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+        (folder / "model_index.json").unlink(missing_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class FBQATQuantizer(DiffusersQuantizer):
@@ -91,10 +116,10 @@ class FBQATQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._loaded_keys: set[str] = set()
         self._layers: dict[str, PackedLinear] = {}
-        if not self.pre_quantized and quantization_config.activation_range == "static":
+        if not self.pre_quantized and quantization_config.needs_calibration:
             raise ValueError(
-                "activation_range is 'static', which quantize-on-load cannot calibrate; use 'per_token', or train with "
-                "`fbqat train`, which does."
+                "the activation range is 'static', which quantize-on-load cannot calibrate; use 'per_token', or train "
+                "with `fbqat train`, which does."
             )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -115,19 +140,23 @@ class FBQATQuantizer(DiffusersQuantizer):
     ) -> None:
         config = self.quantization_config
         layers = quantizable(model)
-        skip = config.modules_to_not_convert
-        for pattern in skip:
+        for pattern in [*config.modules_to_not_convert, *config.module_overrides]:
             if not any(matches(name, [pattern]) for name in layers):
                 examples = ", ".join(list(layers)[:3])
                 raise ValueError(
-                    f"modules_to_not_convert has {pattern!r}, which matches no linear layer or 1x1 convolution of "
-                    f"{type(model).__name__}; there are e.g. {examples}."
+                    f"pattern {pattern!r} matches no linear layer or 1x1 convolution of {type(model).__name__}; there "
+                    f"are e.g. {examples}."
                 )
         for name, layer in layers.items():
-            if matches(name, skip):
+            if matches(name, config.modules_to_not_convert):
                 continue
             kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
             out_features, in_features = layer.weight.shape[:2]
+            if config.group_size is not None and in_features % config.group_size:
+                raise ValueError(
+                    f"group_size {config.group_size} does not divide the {in_features} inputs of {name}; give another, "
+                    "or put the layer into modules_to_not_convert."
+                )
             packed = kind(
                 in_features,
                 out_features,
@@ -139,19 +168,25 @@ class FBQATQuantizer(DiffusersQuantizer):
             )
             model.set_submodule(name, packed)
             self._layers[name] = packed
+        if not self._layers:
+            raise ValueError(f"nothing to quantize: modules_to_not_convert has every layer of {type(model).__name__}.")
         config.modules_to_not_convert = sorted(set(layers) - set(self._layers))
-        if self.pre_quantized:
-            self._refuse_wrong_keys(model)
+        self._refuse_wrong_keys(model)
 
     def _refuse_wrong_keys(self, model: nn.Module) -> None:
         expected = set(model.state_dict())
-        missing, extra = sorted(expected - self._loaded_keys), sorted(self._loaded_keys - expected)
+        if not self.pre_quantized:
+            ours = {f"{name}.{tensor}" for name in self._layers for tensor in ("weight_packed", "weight_scale")}
+            expected = (expected - ours) | {f"{name}.weight" for name in self._layers}
+        missing = sorted(expected - self._loaded_keys)
+        # of float checkpoints diffusers knows which extra tensors are harmless
+        extra = sorted(self._loaded_keys - expected) if self.pre_quantized else []
         problems = [f"missing tensors: {', '.join(missing[:5])}" + _more(missing)] if missing else []
         problems += [f"extra tensors: {', '.join(extra[:5])}" + _more(extra)] if extra else []
         if problems:
             raise ValueError(
-                f"this is not a whole {type(model).__name__} checkpoint of format 1: {'; '.join(problems)}. "
-                "Download or convert it again."
+                f"this is not a whole {type(model).__name__} checkpoint{' of format 1' if self.pre_quantized else ''}: "
+                f"{'; '.join(problems)}. Download or convert it again."
             )
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,13 +202,18 @@ class FBQATQuantizer(DiffusersQuantizer):
                 _check_tensor(key, state_dict[key], torch.uint8, layer.weight_packed.shape)
             elif tensor in _BUFFERS:
                 # The loader would cast it to the model's dtype; scales stay fp32.
-                value = state_dict.pop(key)
-                _check_tensor(key, value, torch.int32 if tensor == "input_zero_point" else torch.float32)
-                self._set_buffer(layer, key, value)
+                dtype = torch.int32 if tensor == "input_zero_point" else torch.float32
+                value, shape = state_dict.pop(key), getattr(layer, tensor).shape
+                _check_tensor(key, value, dtype, shape)
+                _check_range(key, value, layer.activation_scheme.bits)
+                layer._buffers[tensor] = value.clone()
         return state_dict
 
     def _quantize(self, layer: PackedLinear, name: str, state_dict: dict[str, Tensor]) -> None:
         weight = state_dict.pop(f"{name}.weight")
+        shape = torch.Size((layer.out_features, layer.in_features))
+        if weight.shape[:2] != shape or weight.numel() != shape.numel():
+            raise ValueError(f"{name}.weight has shape {tuple(weight.shape)}; this model needs {tuple(shape)}.")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}.weight has values that are not finite; it cannot be quantized.")
         source: nn.Linear | nn.Conv2d = nn.Linear(1, 1, bias=False)
@@ -181,17 +221,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         scheme = self.quantization_config.weight_scheme()
         packed = PackedLinear.from_fake_quantized(FakeQuantizedLinear(source, scheme, layer.activation_scheme))
         state_dict[f"{name}.weight_packed"] = packed.weight_packed.data
-        self._set_buffer(layer, f"{name}.weight_scale", packed.weight_scale)
-
-    @staticmethod
-    def _set_buffer(layer: PackedLinear, key: str, value: Tensor) -> None:
-        buffer = key.rpartition(".")[2]
-        expected = getattr(layer, buffer)
-        if value.shape != expected.shape:
-            raise ValueError(f"{key} has shape {tuple(value.shape)}; this model needs {tuple(expected.shape)}.")
-        if value.is_floating_point() and not bool((torch.isfinite(value) & (value > 0)).all()):
-            raise ValueError(f"{key} has scales that are not finite and above 0; the file is damaged.")
-        layer._buffers[buffer] = value.clone()
+        layer.weight_scale = packed.weight_scale
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized:
@@ -226,8 +256,9 @@ class FBQATQuantizer(DiffusersQuantizer):
         return model
 
     def _dequantize(self, model: Any) -> Any:
+        dtype = model.dtype
         for name, layer in list(named_layers(model, PackedLinear)):
-            model.set_submodule(name, layer.to_float())
+            model.set_submodule(name, layer.to_float().to(dtype))
         kept = {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(kept)
         return model
@@ -245,11 +276,19 @@ class FBQATQuantizer(DiffusersQuantizer):
         return True
 
 
-def _check_tensor(key: str, value: Tensor, dtype: torch.dtype, shape: torch.Size | None = None) -> None:
+def _check_tensor(key: str, value: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
     if value.dtype != dtype:
         raise ValueError(f"{key} is {value.dtype}; format 1 stores it as {dtype}.")
-    if shape is not None and value.shape != shape:
+    if value.shape != shape:
         raise ValueError(f"{key} has shape {tuple(value.shape)}; this model needs {tuple(shape)}.")
+
+
+def _check_range(key: str, value: Tensor, bits: int) -> None:
+    if value.is_floating_point():
+        if not bool((torch.isfinite(value) & (value > 0)).all()):
+            raise ValueError(f"{key} has scales that are not finite and above 0; the file is damaged.")
+    elif not 0 <= int(value) <= 2**bits - 1:
+        raise ValueError(f"{key} is {int(value)}; with {bits}-bit activations it must be from 0 to {2**bits - 1}.")
 
 
 def _more(names: list[str]) -> str:

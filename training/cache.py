@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from PIL import ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fbqat_hub.config import unknown_key_error
 from fbqat_hub.families import Family
 from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.pictures import pixels
@@ -44,7 +47,9 @@ class CachedSplit:
     def batch(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and conditioning of the samples ``indices`` (int64 [B])."""
         rows = [divmod(int(index), SHARD) for index in indices]
-        stacked = {name: torch.stack([self._shards[shard][name][row] for shard, row in rows]) for name in self._shards[0]}
+        stacked = {
+            name: torch.stack([self._shards[shard][name][row] for shard, row in rows]) for name in self._shards[0]
+        }
         return stacked.pop("latents"), stacked
 
 
@@ -55,26 +60,38 @@ def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict
         dataset: {"path": "openmoji"}, or arguments of ``datasets.load_dataset`` and the names of its columns,
             ``image_column`` and ``caption_column``. Splits that it lacks are cut from train, 2.5% each, seed 1234.
         size: side of the square pictures, in pixels.
+
+    Raises:
+        ValueError: no train split, no such column, or a split without pictures.
     """
     options = dict(dataset)
-    if options.get("path") == "openmoji":
+    if options.pop("path") == "openmoji":
+        if options:
+            raise unknown_key_error("dataset (openmoji)", options, {"path"})
         return load_openmoji(size)
     image_column, caption_column = options.pop("image_column", "image"), options.pop("caption_column", "caption")
-    data = datasets.load_dataset(**options)
+    data = datasets.load_dataset(dataset["path"], **options)
     if isinstance(data, datasets.Dataset):
         data = datasets.DatasetDict(train=data)
+    if "train" not in data:
+        raise ValueError(f"data set {dataset['path']!r} has no split 'train'; it has {', '.join(data)}.")
     for column in (image_column, caption_column):
         if column not in data["train"].column_names:
             raise ValueError(
-                f"data set {options['path']!r} has no column {column!r}; it has {', '.join(data['train'].column_names)}. "
-                "Name them in the recipe: dataset.image_column, dataset.caption_column."
+                f"data set {dataset['path']!r} has no column {column!r}; it has "
+                f"{', '.join(data['train'].column_names)}. Name them in the recipe: dataset.image_column, "
+                "dataset.caption_column."
             )
     data = data.select_columns([image_column, caption_column])
     data = data.rename_columns({image_column: "image", caption_column: "caption"})
+    if len(data["train"]) < 3:
+        raise ValueError(f"data set {dataset['path']!r} has {len(data['train'])} training pictures; give at least 3.")
     for split in ("validation", "test"):
         if split not in data:
             parts = data["train"].train_test_split(test_size=0.025, seed=1234)
             data["train"], data[split] = parts["train"], parts["test"]
+        if not len(data[split]):
+            raise ValueError(f"data set {dataset['path']!r} has an empty split {split!r}.")
     return data
 
 
@@ -86,11 +103,19 @@ def build_cache(
 
 
 def cache_key(teacher: str, dataset: Mapping[str, Any], size: int, generation: Mapping[str, Any]) -> str:
-    """A short name for what a cache depends on; a local teacher counts by the time and size of its weights."""
-    files = sorted(Path(teacher).rglob("*.safetensors")) if Path(teacher).is_dir() else []
-    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    text = json.dumps([teacher, weights, dict(dataset), size, dict(generation)], sort_keys=True, default=str)
+    """A short name for what a cache depends on; local folders count by the names, sizes and times of their files."""
+    folders = [_files(teacher), *(_files(dataset.get(key)) for key in ("path", "data_dir"))]
+    text = json.dumps([teacher, folders, dict(dataset), size, dict(generation)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _files(folder: str | None) -> list[tuple[str, int, int]]:
+    """Of a local folder, else nothing."""
+    root = Path(folder) if folder else None
+    if root is None or not root.is_dir():
+        return []
+    files = [(path, path.stat()) for path in sorted(root.rglob("*")) if path.is_file()]
+    return [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in files]
 
 
 @torch.no_grad()
@@ -105,17 +130,29 @@ def _build_split(
         rows = data[start : start + SHARD]
         parts = []
         for first in range(0, len(rows["caption"]), 32):
-            images = [image.convert("RGB").resize((size, size)) for image in rows["image"][first : first + 32]]
+            # the middle square of a picture that is not square
+            images = [ImageOps.fit(image.convert("RGB"), (size, size)) for image in rows["image"][first : first + 32]]
             part = family.encode_prompts(pipeline, rows["caption"][first : first + 32], generation)
             part["latents"] = family.encode_images(pipeline, pixels(images).float() / 127.5 - 1)
             parts.append(part)
         tensors = {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
-        partial = _shard_path(folder, start).with_suffix(f".partial-{os.getpid()}")
-        save_file(tensors, partial)
-        os.replace(partial, _shard_path(folder, start))
+        with _whole(_shard_path(folder, start)) as partial:
+            save_file(tensors, partial)
     if not captions.exists():
-        captions.write_text(json.dumps(list(data["caption"])))
+        with _whole(captions) as partial:
+            partial.write_text(json.dumps(list(data["caption"])))
     return CachedSplit(folder)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed afterwards: what has the name is whole."""
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _shard_path(folder: Path, start: int) -> Path:

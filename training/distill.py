@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fbqat_hub.families import Family, get_family
@@ -59,23 +60,34 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
 
     Raises:
         FileExistsError: ``output`` has other content.
+        ValueError: ``output`` was started with another recipe, or the teacher is not a float pipeline of the family.
     """
     if (output / "model_index.json").exists() and resume and _same_recipe(recipe, output):
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)  # killed just before it did so itself
         return output
     if output.exists() and any(output.iterdir()) and not (resume and _is_unfinished(output)):
         hint = "use --resume to continue it" if _is_unfinished(output) else "give another --output"
         raise FileExistsError(f"{output} exists and is not empty; {hint}.")
-    output.mkdir(parents=True, exist_ok=True)
-    recipe.save(output / "recipe.yaml")
+    if _is_unfinished(output) and not _same_recipe(recipe, output):
+        raise ValueError(
+            f"{output} was started with another recipe, so it cannot be continued with this one. Give another "
+            "--output, or the recipe it was started with."
+        )
 
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     torch.manual_seed(recipe.seed)
     family = get_family(recipe.family)
     pipeline = load_pipeline(resolve_teacher(recipe.teacher))
+    if type(pipeline).__name__ != family.pipeline_class:
+        raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
+    if getattr(pipeline.transformer, "is_quantized", False):
+        raise ValueError(f"teacher {recipe.teacher} is quantized already; give the full-precision pipeline.")
     pipeline.set_progress_bar_config(disable=True)
     splits = cached_splits(recipe, pipeline)
     draws = Draws(family, pipeline.scheduler, recipe.seed, accelerator.device)
     student = prepare_student(recipe, pipeline.transformer, splits["train"], draws)
+    output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
+    recipe.save(output / "recipe.yaml")
     if recipe.steps:
         distill(recipe, student, pipeline.transformer, splits, draws, output, accelerator, resume, progress)
 
@@ -134,7 +146,9 @@ class Draws:
                 yield self._inputs(split, torch.arange(first, min(first + batch_size, len(split))), random)
 
     def _random(self, stream: int, index: int, seed: int | None = None) -> torch.Generator:
-        return torch.Generator().manual_seed(((self.seed if seed is None else seed) * 3 + stream) * 2**40 + index)
+        # torch's CPU generator takes the low 32 bits of a seed and drops the rest, so all three are hashed into 32
+        key = f"{self.seed if seed is None else seed} {stream} {index}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:4], "big"))
 
     def _inputs(self, split: CachedSplit, indices: Tensor, random: torch.Generator) -> dict[str, Tensor]:
         latents, conditioning = split.batch(indices)
@@ -156,7 +170,7 @@ def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit
         not_convert=config.modules_to_not_convert,
         overrides=config.module_overrides,
     )
-    if config.activation_range == "static":
+    if config.needs_calibration:
         options = dict(recipe.calibration)
         calibrate(student, draws.calibration(train_split, options.pop("samples", 100)), **options)
     patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
@@ -261,7 +275,8 @@ def _predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
-    clips, weights = [], []
+    clips: list[nn.Parameter] = []
+    weights: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (clips if name.endswith(".log_clip") else weights).append(parameter)

@@ -99,8 +99,9 @@ def draw(pipeline: Any, prompts: Sequence[str], recipe: Recipe, *, progress: boo
 
 
 def picture_sheet(run: Path, columns: dict[str, Tensor], prompts: Sequence[str]) -> None:
-    """Write ``images/comparison.png``: some of the prompts, one labelled column for each set of pictures."""
-    rows = [index * len(prompts) // _SHOWN for index in range(min(_SHOWN, len(prompts)))]
+    """Write ``images/comparison.png``: some of the training prompts, one labelled column for each set of pictures."""
+    seen = len(prompts) - len(prompts) // 4
+    rows = [index * seen // _SHOWN for index in range(min(_SHOWN, seen))]
     images = {
         label: [Image.fromarray(np.asarray(pictures[row].permute(1, 2, 0))) for row in rows]
         for label, pictures in columns.items()
@@ -111,7 +112,10 @@ def picture_sheet(run: Path, columns: dict[str, Tensor], prompts: Sequence[str])
 def _teacher_pictures(teacher: Any, recipe: Recipe, prompts: Sequence[str], progress: bool) -> Tensor:
     """The teacher's pictures, drawn once and kept with the cache of its latents."""
     settings = recipe.evaluation_settings()
-    path = cache_folder(recipe) / f"teacher-{len(prompts)}-{settings['inference_steps']}-{settings['batch_size']}.safetensors"
+    path = (
+        cache_folder(recipe)
+        / f"teacher-{len(prompts)}-{settings['inference_steps']}-{settings['batch_size']}.safetensors"
+    )
     if not path.exists():
         partial = path.with_suffix(f".partial-{os.getpid()}")
         save_file({"pictures": draw(teacher, prompts, recipe, progress=progress)}, partial)
@@ -120,25 +124,34 @@ def _teacher_pictures(teacher: Any, recipe: Recipe, prompts: Sequence[str], prog
 
 
 def _records(recipe: Recipe, losses: list[float], original: Tensor, drawn: Tensor, bits: float) -> list[Record]:
+    budget = {"steps": recipe.steps, "batch_size": recipe.batch_size, "learning_rate": recipe.learning_rate}
+
+    def record(metric: str, value: float, n: int, spread: float | None = None, **extra: str) -> Record:
+        return Record(
+            suite="method",
+            family=recipe.family,
+            method=recipe.method,
+            metric=metric,
+            value=value,
+            n=n,
+            seed=recipe.seed,
+            spread=spread,
+            extra={**budget, **extra},
+        )
+
     a, b = original.float() / 255, drawn.float() / 255
-    features = OpenMojiFeatures.load()
     # a pair of equal pictures has no PSNR, so n counts the others
     ratios = [value for value in psnr(a, b).tolist() if math.isfinite(value)]
-    pairs = {"psnr": ratios, "ssim": ssim(a, b).tolist(), "kd_loss": losses}
-    common = {"suite": "method", "family": recipe.family, "method": recipe.method, "seed": recipe.seed}
-    budget = {"steps": recipe.steps, "batch_size": recipe.batch_size, "learning_rate": recipe.learning_rate}
+    samples = {"kd_loss": losses, "psnr": ratios, "ssim": ssim(a, b).tolist()}
     records = [
-        Record(**common, metric=name, value=statistics.fmean(values), n=len(values), extra=budget, **_spread(values))
-        for name, values in pairs.items()
-        if values
+        record(name, statistics.fmean(values), len(values), statistics.stdev(values))
+        for name, values in samples.items()
+        if len(values) > 1
     ]
+    features = OpenMojiFeatures.load()
     distance = frechet_distance(extract(features, a), extract(features, b))
-    records.append(
-        Record(**common, metric="fd_teacher", value=distance, n=len(a), extra={**budget, "extractor": EXTRACTOR})
-    )
-    records.append(Record(**common, metric="bits_per_weight", value=bits, n=1, extra=budget))
-    return records
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"spread": statistics.stdev(values)} if len(values) > 1 else {}
+    return [
+        *records,
+        record("fd_teacher", distance, len(a), extractor=EXTRACTOR),
+        record("bits_per_weight", bits, 1),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fbqat_hub.config import unknown_key_error
 from fbqat_hub.evaluation.pictures import grid
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.recipe import load_recipe
@@ -26,18 +28,26 @@ def generate(
         call: arguments of the pipeline call that replace the recipe's.
 
     Raises:
-        ValueError: no prompts.
+        ValueError: no prompt, an output that is not a PNG, or an argument that the pipeline does not take.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("there is no prompt, or an empty one; say what to draw, e.g. fbqat generate MODEL 'red heart'.")
+        raise ValueError("no prompt, or an empty one; say what to draw, e.g. fbqat generate MODEL 'red heart'.")
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise ValueError(f"output is {output}; it must be a file that ends in .png.")
     recipe = Path(model) / "recipe.yaml"
     arguments = {**(load_recipe(recipe).generation if recipe.is_file() else {}), **(call or {})}
     pipeline = load_pipeline(resolve_teacher(model))
+    allowed = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
+    if extra := set(arguments) - allowed:
+        raise unknown_key_error(f"the call of {type(pipeline).__name__}", extra, allowed)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     images = pipeline(list(prompts), generator=generators, **arguments).images
     picture = images[0] if len(images) == 1 else grid(images, min(8, len(images)))
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial-{os.getpid()}.png")
-    picture.save(partial)
-    os.replace(partial, output)
+    try:
+        picture.save(partial)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
     return output

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 from PIL import Image
@@ -102,7 +103,7 @@ def load_openmoji(size: int = 64, cache_dir: str | os.PathLike[str] | None = Non
 def _rasterise_all(svg_dir: Path, size: int, folder: Path) -> None:
     from tqdm.auto import tqdm
 
-    rows: dict[str, dict[str, list]] = {
+    rows: dict[str, dict[str, list[Any]]] = {
         name: {"image": [], "caption": [], "hexcode": []} for name in ("train", "validation", "test")
     }
     captioned = [(path, caption_of(path.stem)) for path in sorted(svg_dir.glob("*.svg"))]
@@ -117,11 +118,14 @@ def _rasterise_all(svg_dir: Path, size: int, folder: Path) -> None:
     )
     splits = datasets.DatasetDict()
     for name, columns in rows.items():
-        info = datasets.DatasetInfo("OpenMoji with CLDR captions", citation=ATTRIBUTION, license=LICENSE, features=features)
-        splits[name] = datasets.Dataset.from_dict(columns, info=info)
+        about = {"description": "OpenMoji with CLDR captions", "citation": ATTRIBUTION, "license": LICENSE}
+        splits[name] = datasets.Dataset.from_dict(columns, info=datasets.DatasetInfo(**about, features=features))
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    splits.save_to_disk(str(partial))
     try:
-        partial.rename(folder)  # atomic; if another process was first, its copy is the same
+        splits.save_to_disk(str(partial))
+        partial.rename(folder)  # atomic
     except OSError:
-        shutil.rmtree(partial)
+        if not folder.exists():  # else another process was first, and its copy is the same
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import diffusers
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import family_of
-from fbqat_hub.integrations.diffusers import load_pipeline, save_pipeline
+from fbqat_hub.integrations.diffusers import check_source, load_pipeline, save_pipeline
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -33,27 +33,31 @@ def convert_pipeline(source: str, output: Path, settings: Mapping[str, Any] | No
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists and is not empty; give another --output.")
     teacher = resolve_teacher(source)
-    config = diffusers.DiffusionPipeline.load_config(teacher) if not Path(teacher).is_dir() else _index(Path(teacher))
+    check_source(teacher)
+    config = diffusers.DiffusionPipeline.load_config(teacher)
     family = family_of(config["_class_name"])
     options = {"module_overrides": family.activation_overrides, **(settings or {})}
-    library, class_name = config["transformer"]
-    denoiser = getattr(diffusers, class_name)
+    denoiser = getattr(diffusers, config["transformer"][1])
     if "quantization_config" in denoiser.load_config(teacher, subfolder="transformer"):
         raise ValueError(f"{source} is quantized already; give the full-precision pipeline.")
     transformer = denoiser.from_pretrained(teacher, subfolder="transformer", quantization_config=FBQATConfig(**options))
     pipeline = load_pipeline(teacher, transformer=transformer)
     method = "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse"
-    quantization = {key: value for key, value in (settings or {}).items() if value}
     recipe = Recipe(
-        name=output.name, family=family.name, teacher=source, method=method, steps=0, quantization=quantization
+        name=output.resolve().name,
+        family=family.name,
+        teacher=source,
+        method=method,
+        steps=0,
+        quantization=dict(settings or {}),
+        generation=family.native_size(pipeline),
     )
-    save_pipeline(pipeline, output)
-    recipe.save(output / "recipe.yaml")
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        recipe.save(output / "recipe.yaml")
+        save_pipeline(pipeline, output)
+    except BaseException:  # no space, Ctrl-C: the folder is left as empty as it was, for another try
+        for path in output.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
     return output
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json. Give a pipeline's folder.")
-    return json.loads(path.read_text())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import BitSchedule, Rounding
+from fbqat_hub.quantization.observer import RangeRule
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -93,13 +94,18 @@ class Recipe:
     attribution: str = ""
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            _typed(item.name, getattr(self, item.name), str(item.type))
         family = get_family(self.family)
         _one_of("method", self.method, METHODS)
         _one_of("train_layers", self.train_layers, family.layer_groups)
         _one_of("learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
         _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        for name in ("steps", "warmup_steps", "save_every", "validate_every", "seed"):
+        for name in ("warmup_steps", "save_every", "validate_every"):
             _number(name, getattr(self, name), 0, whole=True)
+        _number("seed", self.seed, 0, MAX_SEED, whole=True)
+        trains = "steps" not in METHODS[self.method]
+        _number(f"steps of method {self.method}", self.steps, int(trains), None if trains else 0, whole=True)
         _number("batch_size", self.batch_size, 1, whole=True)
         for name in ("learning_rate", "clip_learning_rate", "weight_decay", "max_grad_norm"):
             _number(name, getattr(self, name), 0)
@@ -110,6 +116,13 @@ class Recipe:
         ):
             if extra := set(value) - allowed:
                 raise unknown_key_error(name, extra, allowed)
+        if not isinstance(self.dataset.get("path"), str):
+            raise ValueError(f"recipe: dataset is {self.dataset}; it needs a path, e.g. {{path: openmoji}}.")
+        for name, value in self.evaluation.items():
+            _number(f"evaluation.{name}", value, 1, whole=True)
+        if "height" in self.generation:
+            _number("generation.height", self.generation["height"], 1, whole=True)
+        _check_calibration(self.calibration)
         # each of these checks its own values
         self.config()
         self.bit_schedule()
@@ -123,16 +136,27 @@ class Recipe:
 
     def bit_schedule(self) -> BitSchedule:
         """The bit schedule; it must end at the stored width."""
-        try:
-            schedule = BitSchedule.from_dict({**METHODS[self.method].get("schedule", {}), **self.schedule})
-        except TypeError:
-            raise unknown_key_error("schedule", self.schedule, _SCHEDULE_KEYS) from None
+        given = {**METHODS[self.method]["schedule"], **self.schedule}
+        if extra := set(given) - _SCHEDULE_KEYS:
+            raise unknown_key_error("schedule", extra, _SCHEDULE_KEYS)
+        for name in set(given) & {"bits", "softness", "soft_until"}:
+            _number(f"schedule.{name}", given[name], 0)
+        if "stages" in given and not _is_stages(given["stages"]):
+            raise ValueError(
+                f"recipe: schedule.stages is {given['stages']!r}; it must be a list of [bit width, share of training], "
+                "e.g. [[8, 1], [4, 3]]."
+            )
+        schedule = BitSchedule.from_dict(given)
         if schedule.final_bits != 4:
             raise ValueError(f"the bit schedule ends at {schedule.final_bits:g} bits; what is stored has 4.")
         return schedule
 
     def rounding_at(self, progress: float) -> Rounding:
         """Softness from the schedule, gradient compensation from the recipe."""
+        for name in set(self.rounding) & {"ewgs", "dampening"}:
+            _number(f"rounding.{name}", self.rounding[name], 0)
+        if "slope" in self.rounding:
+            _typed("rounding.slope", self.rounding["slope"], "bool")
         return Rounding(softness=self.bit_schedule().softness_at(progress), **self.rounding)
 
     def evaluation_settings(self) -> dict[str, int]:
@@ -141,9 +165,12 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write the recipe, every field, as YAML."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
+        partial.replace(path)
 
 
+MAX_SEED = 2**32 - 1  # torch's CPU generator drops higher bits: two seeds would be the same
 EVALUATION = {"images": 128, "inference_steps": 20, "draws": 4, "batch_size": 32}
 _SCHEDULE_KEYS = {"preset", "bits", "stages", "ramp", "softness", "soft_until"}
 
@@ -159,13 +186,11 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
         FileNotFoundError: neither a file nor a shipped name.
         ValueError: an unknown key (the error names the nearest) or a value out of range.
     """
-    path = Path(source)
-    if not path.is_file():
-        path = RECIPES / f"{Path(source).stem}.yaml"
-        if not path.is_file():
-            shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-            raise FileNotFoundError(f"no recipe file {str(source)!r}, and none of that name ships; shipped: {shipped}.")
-    data = yaml.safe_load(path.read_text())
+    path = _find(source)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path.name} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"recipe {path.name} is not a mapping of keys to values.")
     data.update(changes)
@@ -175,19 +200,63 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     required = {"name", "family", "teacher"} - set(data)
     if required:
         raise ValueError(f"recipe {path.name} lacks {', '.join(sorted(required))}.")
-    if "steps" in METHODS.get(data.get("method", "fbqat"), {}):
-        data["steps"] = METHODS[data["method"]]["steps"]
+    data.setdefault("method", "fbqat")
+    _one_of("method", data["method"], METHODS)
+    data.update({key: value for key, value in METHODS[data["method"]].items() if key == "steps"})
     return Recipe(**data)
 
 
+def _find(source: str | Path) -> Path:
+    if Path(source).is_file():
+        return Path(source)
+    # a bare name only: a path that is mistyped must not mean another recipe
+    path = RECIPES / f"{str(source).removesuffix('.yaml')}.yaml"
+    if path.parent != RECIPES or not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise FileNotFoundError(f"no recipe file {str(source)!r}, and none of that name ships; shipped: {shipped}.")
+    return path
+
+
+def _is_stages(stages: Any) -> bool:
+    def is_stage(each: Any) -> bool:
+        if not isinstance(each, list | tuple) or len(each) != 2:
+            return False
+        return all(isinstance(number, int | float) and not isinstance(number, bool) for number in each)
+
+    return isinstance(stages, list | tuple) and all(is_stage(each) for each in stages)
+
+
+def _check_calibration(calibration: dict[str, Any]) -> None:
+    if "samples" in calibration:
+        _number("calibration.samples", calibration["samples"], 1, whole=True)
+    if "rule" in calibration:
+        _one_of("calibration.rule", calibration["rule"], get_args(RangeRule))
+    if "percentile" in calibration:
+        _number("calibration.percentile", calibration["percentile"], 0, 100)
+
+
+def _typed(name: str, value: Any, annotation: str) -> None:
+    """Numbers are checked by ``_number``."""
+    kinds: dict[str, tuple[type, str]] = {
+        "str": (str, "text"),
+        "bool": (bool, "true or false"),
+        "dict[str, Any]": (dict, "a mapping of keys to values"),
+    }
+    kind, words = kinds.get(annotation, (object, ""))
+    text_keys = not isinstance(value, dict) or all(isinstance(key, str) for key in value)
+    if not isinstance(value, kind) or not text_keys:
+        raise ValueError(f"recipe: {name} is {value!r}; it must be {words}.")
+
+
 def _one_of(name: str, value: Any, allowed: Any) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"recipe: {name} is {value!r}; allowed: {', '.join(map(str, allowed))}.")
 
 
-def _number(name: str, value: Any, least: float, whole: bool = False) -> None:
+def _number(name: str, value: Any, least: float, most: float | None = None, *, whole: bool = False) -> None:
     good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or value < least:
+    if not good or not math.isfinite(value) or value < least or (most is not None and value > most):
         kind = "a whole number" if whole else "a number"
+        allowed = f"of at least {least:g}" if most is None else f"from {least:g} to {most:g}"
         hint = " (write 1.0e-4, not 1e-4: YAML reads that as text)" if isinstance(value, str) else ""
-        raise ValueError(f"recipe: {name} is {value!r}; it must be {kind} of at least {least:g}{hint}.")
+        raise ValueError(f"recipe: {name} is {value!r}; it must be {kind} {allowed}{hint}.")

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import copy
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,10 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.pictures import pixels
 
@@ -85,23 +84,24 @@ def encode_all(autoencoder: Any, images: Tensor, batch_size: int = 64) -> Tensor
     return torch.cat(parts) * autoencoder.config.scaling_factor
 
 
-class _Average:
-    """Exponential moving average of parameters, warmed up."""
+class _Average(nn.Module):
+    """Exponential moving average of a module's parameters, warmed up; a module, so that it is saved with them."""
 
-    def __init__(self, modules: list[nn.Module], decay: float) -> None:
-        self.live = [parameter for module in modules for parameter in module.parameters()]
-        self.shadow = [parameter.detach().clone() for parameter in self.live]
-        self.decay, self.updates = decay, 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shadow, self.live, 1 - decay)
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self._live = list(module.parameters())
+        for index, parameter in enumerate(self._live):
+            self.register_buffer(str(index), parameter.detach().clone())
 
     @torch.no_grad()
-    def apply(self) -> None:
-        for parameter, average in zip(self.live, self.shadow, strict=True):
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (2 + step) / (11 + step))
+        torch._foreach_lerp_(list(self.buffers()), [parameter.detach() for parameter in self._live], 1 - decay)
+
+    @torch.no_grad()
+    def apply_to_module(self) -> None:
+        for parameter, average in zip(self._live, self.buffers(), strict=True):
             parameter.copy_(average)
 
 
@@ -121,7 +121,7 @@ def _autoencoder(recipe: dict[str, Any], images: Tensor, work: Path) -> Any:
     torch.manual_seed(recipe["seed"])
     model = AutoencoderDC(**recipe["autoencoder"]).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    average = _Average([model], 0.998)
+    average = _Average(model, 0.998)
     shift = images.shape[-1] // 10
     progress = tqdm(range(training["steps"]), desc="autoencoder", unit="step")
     for step in progress:
@@ -143,9 +143,9 @@ def _autoencoder(recipe: dict[str, Any], images: Tensor, work: Path) -> Any:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        average.update()
+        average.update(step)
         progress.set_postfix(loss=f"{loss.item():.4f}")
-    average.apply()
+    average.apply_to_module()
     model = model.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     model.register_to_config(scaling_factor=1.0)
     model.register_to_config(scaling_factor=1 / encode_all(model, images).square().mean().sqrt().item())
@@ -155,7 +155,9 @@ def _autoencoder(recipe: dict[str, Any], images: Tensor, work: Path) -> Any:
     return model
 
 
-def _denoiser(recipe: dict[str, Any], latents: Tensor, captions: list[str], tokenizer: Any, work: Path) -> tuple[Any, Any]:
+def _denoiser(
+    recipe: dict[str, Any], latents: Tensor, captions: list[str], tokenizer: Any, work: Path
+) -> tuple[Any, Any]:
     """Stage 2. Flow matching: x_t = (1 - t) x_0 + t noise, target noise - x_0, t logit-normal."""
     from diffusers import SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
@@ -163,54 +165,32 @@ def _denoiser(recipe: dict[str, Any], latents: Tensor, captions: list[str], toke
     training = recipe["denoiser_training"]
     torch.manual_seed(recipe["seed"])
     config = Gemma2Config(**recipe["text_encoder"], vocab_size=len(tokenizer), attn_implementation="eager")
-    text_encoder = Gemma2Model(config)
-    transformer = SanaTransformer2DModel(**recipe["transformer"])
-    modules: list[nn.Module] = [text_encoder, transformer]
-    optimizer = torch.optim.AdamW(
-        [parameter for module in modules for parameter in module.parameters()],
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
-        fused=True,
+    models = nn.ModuleDict(
+        {"text_encoder": Gemma2Model(config), "transformer": SanaTransformer2DModel(**recipe["transformer"])}
     )
-    average = _Average(modules, training["ema"])
-    random = torch.Generator().manual_seed(recipe["seed"])
-    state_file, first = work / "denoiser.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        first = state["step"]
-        for module, saved in zip(modules, state["modules"], strict=True):
-            module.load_state_dict(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        average.shadow, average.updates = state["average"], state["updates"]
-        random.set_state(state["random"])
-
-    progress = tqdm(range(first, training["steps"]), desc="denoiser", unit="step", initial=first, total=training["steps"])
+    average = _Average(models, training["ema"])
+    optimizer = torch.optim.AdamW(models.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    state, text = nn.ModuleDict({"models": models, "average": average}), yaml.safe_dump(recipe)
+    first = load_checkpoint(work / "denoiser", state, optimizer, text)
+    progress = tqdm(range(first, training["steps"]), "denoiser", training["steps"], unit="step", initial=first)
     for step in progress:
+        random = torch.Generator().manual_seed(recipe["seed"] * 2**32 + step)
         for group in optimizer.param_groups:
             group["lr"] = training["learning_rate"] * _cosine(step, training["steps"], warmup=200)
         chosen = torch.randint(len(latents), (training["batch_size"],), generator=random)
         texts = [_spoken(captions[index], training["caption_dropout"], random) for index in chosen.tolist()]
-        loss = _flow_matching_loss(transformer, text_encoder, tokenizer, latents[chosen], texts, random)
+        loss = _flow_matching_loss(models, tokenizer, latents[chosen], texts, random)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(average.live, 1.0)
+        nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
-        average.update()
+        average.update(step)
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % _SAVE_EVERY == 0:
-            state = {
-                "step": step + 1,
-                "modules": [module.state_dict() for module in modules],
-                "optimizer": optimizer.state_dict(),
-                "average": average.shadow,
-                "updates": average.updates,
-                "random": random.get_state(),
-            }
-            torch.save(state, state_file.with_suffix(".partial"))
-            os.replace(state_file.with_suffix(".partial"), state_file)
-    average.apply()
-    return text_encoder.eval(), transformer.eval()
+            save_checkpoint(work / "denoiser", step + 1, state, optimizer, text)
+    average.apply_to_module()
+    return models["text_encoder"].eval(), models["transformer"].eval()
 
 
 def _spoken(caption: str, dropout: float, random: torch.Generator) -> str:
@@ -222,14 +202,14 @@ def _spoken(caption: str, dropout: float, random: torch.Generator) -> str:
 
 
 def _flow_matching_loss(
-    transformer: Any, text_encoder: Any, tokenizer: Any, x0: Tensor, texts: list[str], random: torch.Generator
+    models: nn.ModuleDict, tokenizer: Any, x0: Tensor, texts: list[str], random: torch.Generator
 ) -> Tensor:
     tokens = tokenizer(texts, padding="max_length", padding_side="right", truncation=True, return_tensors="pt")
-    embeddings = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+    embeddings = models["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask)[0]
     t = torch.sigmoid(torch.randn(len(x0), generator=random))
     noise = torch.randn(x0.shape, generator=random)
     mixed = torch.lerp(x0, noise, t[:, None, None, None])
-    predicted = transformer(
+    predicted = models["transformer"](
         mixed, encoder_hidden_states=embeddings, encoder_attention_mask=tokens.attention_mask, timestep=1000 * t
     ).sample
     return F.mse_loss(predicted, noise - x0)

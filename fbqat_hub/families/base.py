@@ -32,7 +32,15 @@ class Family(ABC):
 
     @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Conditioning of prompts, every tensor [N, ...]; ``generation`` are the pipeline call's arguments."""
+        """Conditioning of prompts, every tensor [N, ...], as the pipeline call computes it.
+
+        Args:
+            generation: arguments of the pipeline call; what it leaves out has the call's own default.
+        """
+
+    @abstractmethod
+    def native_size(self, pipeline: Any) -> dict[str, Any]:
+        """Arguments of the pipeline call that draw at the size the denoiser was trained for."""
 
     @abstractmethod
     def noisy(self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -29,13 +30,17 @@ class Sana(Family):
         return pipeline.vae.encode(pixels).latent * pipeline.vae.config.scaling_factor
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
-        embeds, mask, _, _ = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=generation.get("max_sequence_length", 300),
-            complex_human_instruction=generation.get("complex_human_instruction"),
-        )
+        defaults = inspect.signature(type(pipeline).__call__).parameters
+        arguments = {
+            name: generation.get(name, defaults[name].default)
+            for name in ("max_sequence_length", "complex_human_instruction", "clean_caption")
+        }
+        embeds, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **arguments)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def native_size(self, pipeline: Any) -> dict[str, Any]:
+        side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+        return {"height": side, "width": side, "use_resolution_binning": False}
 
     def noisy(self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
         t = logit_normal(progress)

@@ -1,0 +1,397 @@
+"""diffusers loads, saves and quantizes our checkpoints exactly, and refuses broken ones by the tensor's name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig, SanaTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fbqat_hub import FBQATConfig
+from fbqat_hub.families import get_family
+from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipeline
+from fbqat_hub.quantization import PackedLinear, calibrate, convert, named_layers, prepare
+from tests.conftest import CALL, subprocess_environment
+from tests.test_config import KEYS
+
+WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
+LAYER = "transformer_blocks.0.attn1.to_q"
+CONFIGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "overrides": {
+        "modules_to_not_convert": ["time_embed.*", "*.attn2.to_k"],
+        "module_overrides": {"proj_out": {"bits": 16}, "*.ff.*": {"range": "per_tensor"}},
+    },
+    "groups": {"weight_granularity": "per_group", "group_size": 4, "weight_narrow": True, "weight_clip": "max_abs"},
+    "static": {"activation_range": "static", "module_overrides": {"proj_out": {"bits": 16}}},
+}
+
+
+def model_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, 4, 4, 4, generator=random).to(dtype),
+        "encoder_hidden_states": torch.randn(2, 8, 8, generator=random).to(dtype),
+        "timestep": torch.tensor([100.0, 900.0]),
+        "encoder_attention_mask": torch.tensor([[1.0] * 8, [1.0] * 3 + [0.0] * 5]),
+    }
+
+
+@torch.no_grad()
+def predict(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    return model(**model_inputs(dtype), return_dict=False)[0]
+
+
+def convert_in_memory(transformer: Any, config: FBQATConfig) -> Any:
+    """prepare -> calibrate -> convert, as training does it."""
+    model = copy.deepcopy(transformer)
+    skip, overrides = config.modules_to_not_convert, config.module_overrides
+    prepare(model, config.weight_scheme(), config.activation_scheme(), not_convert=skip, overrides=overrides)
+    calibrate(model, [model_inputs()] if config.needs_calibration else [], rule="min_max")
+    convert(model)
+    attach(model, config)
+    return model
+
+
+@pytest.fixture(scope="session")
+def packed(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
+    """Config name -> (the packed transformer in memory, the pipeline folder it was saved in)."""
+    made = {}
+    for name, fields in CONFIGS.items():
+        pipeline = load_pipeline(tiny_sana)
+        pipeline.transformer = convert_in_memory(pipeline.transformer, FBQATConfig(**fields))
+        folder = tmp_path_factory.mktemp("packed") / name
+        save_pipeline(pipeline, folder)
+        made[name] = (pipeline.transformer, folder)
+    return made
+
+
+def same_tensors(a: nn.Module, b: nn.Module) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert set(left) == set(right)
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
+
+
+# exact in every way of loading
+
+
+def test_fresh_process_draws_the_bit_equal_picture(packed, tmp_path: Path) -> None:
+    """``import fbqat_hub`` and plain ``from_pretrained``, and nothing else of ours."""
+    model, folder = packed["overrides"]
+    script = f"""
+import torch, fbqat_hub
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+pipe = DiffusionPipeline.from_pretrained({str(folder)!r})
+inputs = load_file({str(tmp_path / "inputs.safetensors")!r})
+with torch.no_grad():
+    predicted = pipe.transformer(**inputs, return_dict=False)[0]
+picture = pipe("dark red", generator=torch.Generator().manual_seed(3), output_type="pt", **{CALL!r}).images
+out = {{"predicted": predicted.contiguous(), "picture": picture.contiguous()}}
+save_file(out, {str(tmp_path / "out.safetensors")!r})
+"""
+    save_file(model_inputs(), tmp_path / "inputs.safetensors")
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=subprocess_environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    out = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(out["predicted"], predict(model))
+    pipeline = load_pipeline(folder, transformer=model)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("dark red", generator=torch.Generator().manual_seed(3), output_type="pt", **CALL).images
+    assert picture.std() > 0.01
+    assert torch.equal(out["picture"], picture)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_save_and_load_is_exact(packed, name: str) -> None:
+    model, folder = packed[name]
+    loaded = DiffusionPipeline.from_pretrained(folder).transformer
+    same_tensors(loaded, model)
+    schemes = [
+        {layer: each.activation_scheme for layer, each in named_layers(m, PackedLinear)} for m in (loaded, model)
+    ]
+    assert schemes[0] == schemes[1]
+    assert torch.equal(predict(loaded), predict(model))
+    assert not loaded.training
+
+
+def test_packed_differs_from_float_by_quantization_only(packed, tiny_sana: Path) -> None:
+    original = predict(load_pipeline(tiny_sana).transformer)
+    error = (predict(packed["default"][0]) - original).square().mean() / original.square().mean()
+    assert 1e-5 < error < 0.1
+
+
+@pytest.mark.parametrize("name", ["default", "overrides", "groups"])
+def test_quantize_on_load_equals_convert(packed, name: str, tiny_sana: Path) -> None:
+    loaded = SanaTransformer2DModel.from_pretrained(
+        tiny_sana, subfolder="transformer", quantization_config=FBQATConfig(**CONFIGS[name])
+    )
+    same_tensors(loaded, packed[name][0])
+    assert torch.equal(predict(loaded), predict(packed[name][0]))
+
+
+def test_quantize_on_load_through_the_pipeline(packed, tiny_sana: Path) -> None:
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": FBQATConfig()})
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sana, quantization_config=mapping, dtype=torch.float32)
+    same_tensors(pipeline.transformer, packed["default"][0])
+    assert not list(named_layers(pipeline.vae, PackedLinear))
+
+
+def test_quantize_on_load_saves_what_it_is(packed, tiny_sana: Path, tmp_path: Path) -> None:
+    transformer = SanaTransformer2DModel.from_pretrained(
+        tiny_sana, subfolder="transformer", quantization_config=FBQATConfig(**CONFIGS["overrides"])
+    )
+    transformer.save_pretrained(tmp_path)
+    same_tensors(SanaTransformer2DModel.from_pretrained(tmp_path), packed["overrides"][0])
+
+
+def test_half_precision_keeps_codes_and_scales(packed) -> None:
+    """Codes are uint8 and scales fp32 whatever dtype is asked for; the rest is of that dtype."""
+    model, folder = packed["static"]
+    loaded = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16).transformer
+    assert loaded.dtype == torch.bfloat16
+    expected = model.state_dict()
+    for name, value in loaded.state_dict().items():
+        ours = name.endswith(("weight_packed", "weight_scale", "input_scale", "input_zero_point"))
+        assert value.dtype == (expected[name].dtype if ours else torch.bfloat16), name
+        assert torch.equal(value, expected[name].to(value.dtype)), name
+    loose = predict(loaded, torch.bfloat16).float() - predict(model)
+    assert loose.square().mean() < 0.01 * predict(model).square().mean()
+
+
+def test_sharded_checkpoint(packed, tmp_path: Path) -> None:
+    model, folder = packed["static"]
+    shutil.copytree(folder, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(tmp_path / "sharded" / "transformer", max_shard_size="5KB")
+    assert len(list((tmp_path / "sharded" / "transformer").glob("*.safetensors"))) > 2
+    same_tensors(SanaTransformer2DModel.from_pretrained(tmp_path / "sharded", subfolder="transformer"), model)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "disk", "blocks on disk"])
+def test_device_map_and_disk_offload(packed, device_map: str, tmp_path: Path) -> None:
+    model, folder = packed["static"]
+    parts = [name for name, _ in [*model.named_children(), *model.named_parameters(recurse=False)]]
+    places = {
+        "cpu": "cpu",
+        "disk": {"": "disk"},
+        "blocks on disk": {name: "disk" if name == "transformer_blocks" else "cpu" for name in parts},
+    }
+    loaded = SanaTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer", device_map=places[device_map], offload_folder=tmp_path
+    )
+    assert torch.equal(predict(loaded), predict(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_then_save_is_a_float_checkpoint(packed, dtype: torch.dtype, tmp_path: Path) -> None:
+    _, folder = packed["overrides"]
+    model = SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
+    weight = model.get_submodule(LAYER).dequantize()
+    model.dequantize()
+    assert torch.equal(model.get_submodule(LAYER).weight, weight.to(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    predict(model, dtype)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = SanaTransformer2DModel.from_pretrained(tmp_path, dtype=dtype)
+    assert not list(named_layers(loaded, PackedLinear))
+    same_tensors(loaded, model)
+
+
+# what the folder holds
+
+
+def test_config_of_the_folder(packed) -> None:
+    model, folder = packed["overrides"]
+    written = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
+    assert set(written) == KEYS
+    left = written["modules_to_not_convert"]
+    assert left == sorted(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    assert "time_embed.linear" in left
+    assert "transformer_blocks.1.attn2.to_k" in left
+    assert written["module_overrides"] == CONFIGS["overrides"]["module_overrides"]
+    loaded = DiffusionPipeline.from_pretrained(folder).transformer
+    assert loaded.proj_out.activation_bits == 16
+    assert loaded.get_submodule("transformer_blocks.0.ff.conv_point").activation_scheme.range == "per_tensor"
+    assert loaded.get_submodule(LAYER).activation_scheme.range == "per_token"
+
+
+def test_stored_tensors(packed) -> None:
+    tensors = load_file(packed["static"][1] / WEIGHTS)
+    stored = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{LAYER}.")}
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in stored.items()} == {
+        "weight_packed": (torch.uint8, (16, 8)),
+        "weight_scale": (torch.float32, (16,)),
+        "input_scale": (torch.float32, ()),
+        "input_zero_point": (torch.int32, ()),
+    }
+
+
+def test_no_path_of_this_machine_is_saved(packed, tiny_sana: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(packed["overrides"][1])
+    save_pipeline(pipeline, tmp_path / "again")
+    for path in (tmp_path / "again").rglob("*.json"):
+        text = path.read_text()
+        assert "name_or_path" not in text, path
+        assert str(tiny_sana.parent) not in text, path
+        assert str(packed["overrides"][1]) not in text, path
+
+
+# bad checkpoints
+
+
+@pytest.fixture
+def broken(packed, tmp_path: Path) -> Callable[..., Path]:
+    """``broken(edit)``: a copy of the static checkpoint whose tensors were edited in place."""
+
+    def copy_and_edit(edit: Callable[[dict[str, Tensor]], object], source: Path = packed["static"][1]) -> Path:
+        folder = shutil.copytree(source, tmp_path / "broken")
+        tensors = load_file(folder / WEIGHTS)
+        edit(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        return folder
+
+    return copy_and_edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight_packed"), f"missing tensors: {LAYER}.weight_packed"),
+        (lambda t: t.pop(f"{LAYER}.weight_scale"), f"missing tensors: {LAYER}.weight_scale"),
+        (lambda t: t.pop("proj_out.input_scale"), "missing tensors: proj_out.input_scale"),
+        (lambda t: t.pop("proj_out.bias"), "missing tensors: proj_out.bias"),
+        (lambda t: t.pop("scale_shift_table"), "missing tensors: scale_shift_table"),
+        (lambda t: t.update(lora=torch.zeros(1)), "extra tensors: lora"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(16, 16)}), f"extra tensors: {LAYER}.weight"),
+        (lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(16, 7, dtype=torch.uint8)}), r"to_q.*\(16, 7\)"),
+        (lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(16, 8)}), f"{LAYER}.weight_packed is torch.float32"),
+        (lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(15)}), rf"{LAYER}.weight_scale has shape \(15,\)"),
+        (lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(16).half()}), "weight_scale is torch.float16"),
+        (lambda t: t[f"{LAYER}.weight_scale"][3].fill_(torch.nan), f"{LAYER}.weight_scale has scales that are not"),
+        (lambda t: t[f"{LAYER}.weight_scale"][3].fill_(torch.inf), f"{LAYER}.weight_scale has scales that are not"),
+        (lambda t: t[f"{LAYER}.weight_scale"][3].zero_(), f"{LAYER}.weight_scale has scales that are not"),
+        (lambda t: t[f"{LAYER}.input_scale"].fill_(torch.nan), f"{LAYER}.input_scale has scales that are not"),
+        (lambda t: t[f"{LAYER}.input_zero_point"].fill_(256), f"{LAYER}.input_zero_point is 256; .* from 0 to 255"),
+        (lambda t: t.update({"proj_out.bias": torch.zeros(5)}), r"proj_out.bias"),
+    ],
+)
+def test_broken_tensors_are_refused_by_name(broken, edit: Callable[..., object], message: str) -> None:
+    folder = broken(edit)
+    with pytest.raises(ValueError, match=message):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight"), f"missing tensors: {LAYER}.weight"),
+        (lambda t: t.pop("scale_shift_table"), "missing tensors: scale_shift_table"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(16, 15)}), rf"{LAYER}.weight has shape \(16, 15\)"),
+        (lambda t: t[f"{LAYER}.weight"][0, 0].fill_(torch.inf), f"{LAYER}.weight has values that are not finite"),
+    ],
+)
+def test_broken_float_checkpoint_is_not_quantized(broken, edit, message: str, tiny_sana: Path) -> None:
+    folder = broken(edit, tiny_sana)
+    with pytest.raises(ValueError, match=message):
+        SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", quantization_config=FBQATConfig())
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_truncated_file_is_named(packed, component: str, keep: float, tmp_path: Path) -> None:
+    folder = shutil.copytree(packed["default"][1], tmp_path / "cut")
+    (path,) = (folder / component).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    with pytest.raises(ValueError, match=f"{component}/{path.name} is damaged or cut short"):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2, "fbqat_version": "9.0"}, "format_version 2, written by fbqat_hub 9.0"),
+        ({"weigth_bits": 4}, r"'weigth_bits' \(did you mean 'weight_bits'\?\)"),
+        ({"modules_to_not_convert": ["proj_uot"]}, "'proj_uot' matches no linear layer"),
+        ({"module_overrides": {"proj_uot": {"bits": 16}}}, "'proj_uot' matches no linear layer"),
+        ({"activation_range": "per_token", "module_overrides": {}}, "extra tensors: .*input_scale"),
+    ],
+)
+def test_bad_config_is_refused(packed, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(packed["static"][1], tmp_path / "bad")
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(changes)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation_range": "static"}, "'static', which quantize-on-load cannot calibrate"),
+        ({"module_overrides": {"proj_out": {"range": "static"}}}, "'static', which quantize-on-load cannot calibrate"),
+        ({"modules_to_not_convert": ["*"]}, "nothing to quantize"),
+        ({"modules_to_not_convert": ["proj_uot"]}, "'proj_uot' matches no linear layer"),
+        (
+            {"weight_granularity": "per_group", "group_size": 6},
+            "group_size 6 does not divide the 4 inputs of patch_embed",
+        ),
+    ],
+)
+def test_quantize_on_load_refuses(fields: dict[str, Any], message: str, tiny_sana: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        SanaTransformer2DModel.from_pretrained(
+            tiny_sana, subfolder="transformer", quantization_config=FBQATConfig(**fields)
+        )
+
+
+def test_not_a_pipeline(packed, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a diffusers pipeline: it has no model_index.json"):
+        load_pipeline(packed["default"][1] / "transformer")
+    for source in (tmp_path / "missing", "./missing", packed["default"][1] / "model_index.json"):
+        with pytest.raises(FileNotFoundError, match="is no folder, nor a Hub id"):
+            load_pipeline(source)
+
+
+# saving
+
+
+def test_failed_save_leaves_nothing_that_looks_whole(packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load_pipeline(packed["default"][1])
+    (tmp_path / "notes.txt").write_text("mine")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SanaTransformer2DModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pipeline(pipeline, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_save_over_an_older_one(packed, tmp_path: Path) -> None:
+    for name in ("default", "overrides"):
+        save_pipeline(load_pipeline(packed[name][1]), tmp_path)
+    same_tensors(load_pipeline(tmp_path).transformer, packed["overrides"][0])
+
+
+def test_training_family_loads_what_it_saved(packed) -> None:
+    """The packed pipeline encodes prompts as its teacher does, so that results can be compared."""
+    pipeline = load_pipeline(packed["default"][1])
+    assert get_family("sana").encode_prompts(pipeline, ["red"], CALL)["encoder_hidden_states"].isfinite().all()

@@ -1,0 +1,84 @@
+"""FBQATConfig: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fbqat_hub import FBQATConfig, __version__
+from fbqat_hub.quantization import ActivationScheme, WeightScheme
+
+KEYS = {
+    "activation_bits", "activation_range", "fbqat_version", "format_version", "group_size", "module_overrides",
+    "modules_to_not_convert", "quant_method", "weight_bits", "weight_clip", "weight_granularity", "weight_narrow",
+}  # fmt: skip
+
+
+def test_default_is_w4a8_of_format_1() -> None:
+    config = FBQATConfig()
+    assert config.weight_scheme() == WeightScheme(bits=4, granularity="per_channel", clip="mse")
+    assert config.activation_scheme() == ActivationScheme(bits=8, range="per_token")
+    assert (config.format_version, config.fbqat_version) == (1, __version__)
+
+
+def test_written_out_whole_as_plain_data_and_read_back() -> None:
+    config = FBQATConfig(
+        weight_granularity="per_group",
+        group_size=32,
+        weight_narrow=True,
+        activation_range="static",
+        modules_to_not_convert=["b.*", "a"],
+        module_overrides={"proj_out": {"bits": 16}},
+    )
+    written = json.loads(json.dumps(config.to_diff_dict()))
+    assert set(written) == KEYS
+    assert written["quant_method"] == "fbqat"
+    assert written["modules_to_not_convert"] == ["a", "b.*"]
+    assert FBQATConfig.from_dict(written).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight_bitz": 4}, r"'weight_bitz' \(did you mean 'weight_bits'\?\)"),
+        ({"weight_bits": 3}, "weight_bits is 3"),
+        ({"weight_bits": 4.5}, "weight_bits is 4.5"),
+        ({"weight_granularity": "per_row"}, "'per_row'; allowed: 'per_tensor'"),
+        ({"group_size": 32}, "group_size goes with"),
+        ({"weight_granularity": "per_group", "group_size": "32"}, "group_size is '32'"),
+        ({"weight_granularity": "per_group", "group_size": 3}, "group_size is 3"),
+        ({"weight_narrow": "no"}, "weight_narrow is 'no'"),
+        ({"weight_clip": "best"}, "weight clip is 'best'"),
+        ({"activation_bits": 4}, "activation bits is 4"),
+        ({"activation_range": "per_channel"}, "activation range is 'per_channel'"),
+        ({"modules_to_not_convert": "proj_out"}, "modules_to_not_convert is 'proj_out'; it must be a list"),
+        ({"module_overrides": {"proj_out": 16}}, "module_overrides is"),
+        (
+            {"module_overrides": {"proj_out": {"bit": 16}}},
+            r"module_overrides\['proj_out'\]: 'bit' \(did you mean 'bits'",
+        ),
+        ({"module_overrides": {"proj_out": {"bits": 12}}}, "activation bits is 12"),
+        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
+        ({"format_version": 0}, "format_version is 0"),
+        ({"format_version": "1"}, "format_version is '1'"),
+        ({"format_version": 2, "colour": "red"}, "has format_version 2, .* which reads up to 1. Update with: pip"),
+    ],
+)
+def test_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FBQATConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "needs"),
+    [
+        ({}, False),
+        ({"activation_range": "static"}, True),
+        ({"module_overrides": {"proj_out": {"range": "static"}}}, True),
+        ({"module_overrides": {"proj_out": {"bits": 16}}}, False),
+    ],
+)
+def test_needs_calibration(given: dict[str, Any], needs: bool) -> None:
+    assert FBQATConfig(**given).needs_calibration is needs

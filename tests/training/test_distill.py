@@ -1,0 +1,391 @@
+"""Training: the loss falls, a run depends on its recipe and seed only, and survives what stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fbqat_hub.families import get_family
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.quantization import PackedLinear, named_layers
+from fbqat_hub.training import checkpoint, distill
+from fbqat_hub.training.distill import train
+from fbqat_hub.training.recipe import METHODS, Recipe
+from tests.conftest import subprocess_environment, write_recipe
+
+WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def recipe_of(recipe_fields: dict[str, Any]) -> Callable[..., Recipe]:
+    def make(**changes: Any) -> Recipe:
+        return Recipe(**{**recipe_fields, **METHODS[changes.get("method", "fbqat")], **changes})
+
+    # a method's presets are applied by the recipe itself, except for its steps
+    return lambda **changes: make(**{"quantization": {}, "schedule": {}, **changes})
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+
+
+def tensors_of(run: Path) -> dict[str, Tensor]:
+    return load_file(run / WEIGHTS)
+
+
+def same_run(a: Path, b: Path) -> None:
+    left, right = tensors_of(a), tensors_of(b)
+    assert set(left) == set(right)
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert (a / "training_log.jsonl").read_text() == (b / "training_log.jsonl").read_text()
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# what a run leaves
+
+
+def test_loss_falls(recipe_of, tmp_path: Path) -> None:
+    """Plain QAT from max-abs: the mean of the last ten steps is below half of the first ten's."""
+    recipe = recipe_of(method="vqat", steps=80, learning_rate=3e-3, save_every=0, batch_size=8)
+    losses = [line["loss"] for line in log_of(train(recipe, tmp_path / "run", progress=False))]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_what_a_run_leaves(run_folder: Path, recipe_fields: dict[str, Any]) -> None:
+    assert sorted(path.name for path in run_folder.iterdir()) == [
+        "model_index.json",
+        "recipe.yaml",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "training_log.jsonl",
+        "transformer",
+        "vae",
+    ]
+    pipeline = load_pipeline(run_folder)
+    assert len(list(named_layers(pipeline.transformer, PackedLinear))) == 27
+    assert pipeline.transformer.proj_out.activation_bits == 16
+    teacher = load_pipeline(recipe_fields["teacher"])
+    for name, value in teacher.vae.state_dict().items():
+        assert torch.equal(pipeline.vae.state_dict()[name], value)
+
+
+def test_log_follows_the_schedules(recipe_of, tmp_path: Path) -> None:
+    """fbqat at 10 steps: 4 bits throughout, softness 0.15 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
+    lines = log_of(train(recipe_of(steps=10, validate_every=5), tmp_path / "run", progress=False))
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert {line["bit_width"] for line in lines} == {4}
+    softness = [0.15, 0.125, 0.1, 0.075, 0.05, 0.025, 0, 0, 0, 0]
+    assert [line["softness"] for line in lines] == pytest.approx(softness, abs=1e-12)
+    assert lines[0]["learning_rate"] == pytest.approx(0.5e-3)
+    assert lines[5]["learning_rate"] == pytest.approx(0.5e-3)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [5, 10]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_packs_and_loads(method: str, recipe_of, tmp_path: Path) -> None:
+    run = train(
+        recipe_of(method=method, **({} if method.startswith("ptq") else {"steps": 3})), tmp_path, progress=False
+    )
+    pipeline = load_pipeline(run)
+    assert len(list(named_layers(pipeline.transformer, PackedLinear))) == 27
+    if not method.startswith("ptq"):
+        assert all(line["loss"] > 0 for line in log_of(run))
+    if method == "fbqat-paper":
+        # 3 steps at progress 0, 1/3 and 2/3 of 25 epochs: epoch 8.33 is the second of 4.5 bits
+        assert [line["bit_width"] for line in log_of(run)] == [8, 4.5, 4]
+
+
+def test_same_seed_same_run_other_seed_other_run(recipe_of, run_folder: Path, tmp_path: Path) -> None:
+    same_run(train(recipe_of(), tmp_path / "again", progress=False), run_folder)
+    other = train(recipe_of(seed=5), tmp_path / "other", progress=False)
+    assert [line["loss"] for line in log_of(other)] != [line["loss"] for line in log_of(run_folder)]
+
+
+def test_every_draw_has_random_numbers_of_its_own(recipe_of, tiny_sana: Path) -> None:
+    """Steps, processes, seeds and the three streams (training, calibration, held-out) never share noise."""
+    recipe, pipeline = recipe_of(), load_pipeline(tiny_sana)
+    splits = distill.cached_splits(recipe, pipeline)
+    noisy = []
+    for seed in (0, 1, 2):
+        draws = distill.Draws(get_family("sana"), pipeline.scheduler, seed)
+        noisy += [draws.training(splits["test"], step, 1, process) for step in (0, 1) for process in (0, 1)]
+        noisy += list(draws.calibration(splits["test"], 2))
+    noisy += list(draws.held_out(splits["test"], 2, 1))
+    assert len({float(inputs["hidden_states"].sum()) for inputs in noisy}) == len(noisy) == 20
+    again = distill.Draws(get_family("sana"), pipeline.scheduler, 0).training(splits["test"], 0, 1)
+    assert torch.equal(again["hidden_states"], noisy[0]["hidden_states"])
+
+
+def test_held_out_draws_are_the_same_for_every_seed(recipe_of, tiny_sana: Path) -> None:
+    pipeline = load_pipeline(tiny_sana)
+    split = distill.cached_splits(recipe_of(), pipeline)["train"]
+    seen = [
+        torch.cat(
+            [
+                batch["hidden_states"]
+                for batch in distill.Draws(get_family("sana"), pipeline.scheduler, seed).held_out(split, 2, 4)
+            ]
+        )
+        for seed in (0, 7)
+    ]
+    assert seen[0].shape[0] == 20
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("group", ["attention", "feed_forward"])
+def test_only_the_chosen_layers_change(group: str, recipe_of, tmp_path: Path) -> None:
+    """The others are what they are without training."""
+    start = tensors_of(train(recipe_of(steps=1, learning_rate=0.0), tmp_path / "start", progress=False))
+    run = train(recipe_of(train_layers=group, learning_rate=0.02), tmp_path / "run", progress=False)
+    changed = {name for name, value in tensors_of(run).items() if not torch.equal(value, start[name])}
+    mark = {"attention": ".attn", "feed_forward": ".ff."}[group]
+    assert changed
+    assert all(mark in name for name in changed)
+    assert any(name.endswith("weight_packed") for name in changed)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [{"activation_range": "static"}, {"module_overrides": {"proj_out": {"bits": 16, "range": "static"}}}],
+    ids=["everywhere", "one layer"],
+)
+def test_static_ranges_train_and_load(quantization: dict[str, Any], recipe_of, tmp_path: Path) -> None:
+    recipe = recipe_of(quantization=quantization, calibration={"samples": 5, "rule": "min_max"}, steps=4, save_every=2)
+    run = train(recipe, tmp_path / "run", progress=False)
+    static = {name for name in tensors_of(run) if name.endswith("input_scale")}
+    assert len(static) == (27 if "activation_range" in quantization else 1)
+    layer = load_pipeline(run).transformer.proj_out
+    assert layer.input_scale > 0
+    assert 0 <= layer.input_zero_point < 2**16
+    assert layer.activation_bits == 16
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gradient_checkpointing": True}, {"max_grad_norm": 0.1}, {"mixed_precision": "bf16"}]
+)
+def test_options_run(changes: dict[str, Any], recipe_of, run_folder: Path, tmp_path: Path, request) -> None:
+    if "mixed_precision" in changes:  # accelerate takes one precision a process
+        AcceleratorState._reset_state()
+        request.addfinalizer(AcceleratorState._reset_state)
+    first = log_of(train(recipe_of(**changes), tmp_path / "run", progress=False))[0]["loss"]
+    exact = "mixed_precision" not in changes
+    assert first == pytest.approx(log_of(run_folder)[0]["loss"], rel=1e-6 if exact else 0.5)
+
+
+def test_diverging_run_says_what_to_do(recipe_of, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+; lower learning_rate"):
+        train(recipe_of(method="vqat", learning_rate=1e30, warmup_steps=0), tmp_path / "run", progress=False)
+
+
+# a teacher that cannot be one
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher": "{run}"}, ValueError, "is quantized already; give the full-precision pipeline"),
+        ({"teacher": "{run}/missing"}, FileNotFoundError, "missing is no folder, nor a Hub id"),
+        ({"quantization": {"modules_to_not_convert": ["proj_uot"]}}, ValueError, "'proj_uot' matches no linear layer"),
+        ({"dataset": {"path": "openmoji", "size": 3}}, ValueError, r"unknown key in dataset .openmoji.: .size."),
+    ],
+)
+def test_wrong_recipe_leaves_no_folder(
+    changes, error, message: str, recipe_of, run_folder: Path, tmp_path: Path
+) -> None:
+    """The recipe that is put right is not refused as another one."""
+    if "teacher" in changes:
+        changes = {"teacher": changes["teacher"].format(run=run_folder)}
+    with pytest.raises(error, match=message):
+        train(recipe_of(**changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_teacher_of_another_family_is_refused(recipe_of, tiny_sana: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_sana, tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "SanaPAGPipeline"}))
+    with pytest.raises(ValueError, match="is a SanaPAGPipeline; sana is not its family"):
+        train(recipe_of(teacher=str(other)), tmp_path / "run", progress=False)
+
+
+# output folders
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_folder_with_other_content_is_untouched(resume: bool, recipe_of, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not empty; give another --output"):
+        train(recipe_of(), tmp_path, resume=resume, progress=False)
+    assert entries(tmp_path) == ["thesis.tex"]
+
+
+def test_finished_run_is_not_trained_again(recipe_of, run_folder: Path) -> None:
+    before = (run_folder / WEIGHTS).stat().st_mtime_ns
+    assert train(recipe_of(), run_folder, resume=True, progress=False) == run_folder
+    with pytest.raises(FileExistsError, match="give another --output"):
+        train(recipe_of(), run_folder, progress=False)
+    with pytest.raises(FileExistsError, match="give another --output"):
+        train(recipe_of(seed=5), run_folder, resume=True, progress=False)
+    assert (run_folder / WEIGHTS).stat().st_mtime_ns == before
+
+
+# interruptions
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException, module: Any = distill) -> None:
+    """Raise ``error`` instead of writing the checkpoint of ``step``."""
+    save = checkpoint.save_checkpoint
+
+    def saving(folder: Path, done: int, *rest: Any) -> None:
+        if done == step:
+            raise error
+        save(folder, done, *rest)
+
+    monkeypatch.setattr(distill, "save_checkpoint", saving)
+
+
+def test_interrupted_run_resumes_to_the_bit(recipe_of, run_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Interrupted after step 4 with the checkpoint of step 2: steps 3 and 4 are run again, their log lines replaced."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe_of(), run, progress=False)
+    assert entries(run / "checkpoints") == [
+        "step-00000002",
+        "step-00000002/recipe.yaml",
+        "step-00000002/state.safetensors",
+    ]
+    assert not (run / "model_index.json").exists()
+    with pytest.raises(FileExistsError, match="use --resume to continue it"):
+        train(recipe_of(), run, progress=False)
+    same_run(train(recipe_of(), run, resume=True, progress=False), run_folder)
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("method", ["lsq-qat", "fbqat-paper", "vqat"])
+def test_resume_is_exact_for_every_kind_of_clip_and_width(method: str, recipe_of, tmp_path: Path, monkeypatch) -> None:
+    static = {"quantization": {"activation_range": "static"}, "calibration": {"samples": 4}}
+    recipe = recipe_of(method=method, steps=8, save_every=3, **static)
+    whole = train(recipe, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "cut", progress=False)
+    same_run(train(recipe, tmp_path / "cut", resume=True, progress=False), whole)
+
+
+def test_resume_with_another_recipe_is_refused_and_changes_nothing(recipe_of, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe_of(), run, progress=False)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="another recipe, so it cannot be continued"):
+        train(recipe_of(learning_rate=2e-3), run, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_damaged_checkpoint_is_named(recipe_of, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe_of(), run, progress=False)
+    state = run / "checkpoints" / "step-00000002" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged .* delete .*step-00000002"):
+        train(recipe_of(), run, resume=True, progress=False)
+
+
+def test_full_disk_leaves_no_half_checkpoint(recipe_of, run_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    run, write = tmp_path / "run", checkpoint.save_file
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        if "00000004" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(recipe_of(), run, progress=False)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    same_run(train(recipe_of(), run, resume=True, progress=False), run_folder)
+
+
+def test_full_disk_leaves_no_half_pipeline(recipe_of, run_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The pipeline cannot be written: the checkpoint stays, and a repeated command finishes the run."""
+    run = tmp_path / "run"
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers.SanaPipeline.save_pretrained", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(recipe_of(), run, progress=False)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "recipe.yaml", "training_log.jsonl"]
+    same_run(train(recipe_of(), run, resume=True, progress=False), run_folder)
+
+
+def start(recipe: Path, run: Path, *, until: str) -> subprocess.Popen[str]:
+    """``fbqat train`` in a process of its own, running, when ``until`` appears among the checkpoints."""
+    command = [sys.executable, "-m", "fbqat_hub.cli", "train", str(recipe), "--output", str(run)]
+    process = subprocess.Popen(
+        command, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / until).exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return process
+
+
+# Enough steps that the signal comes in the middle, whatever the machine.
+LONG = {"steps": 80, "save_every": 3, "learning_rate": 1e-4}
+
+
+def test_killed_run_resumes_to_the_bit(recipe_of, recipe_fields: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL at a moment that nobody chose; resumed here; the same tensors and log as a run that nobody stopped."""
+    fields = {**recipe_fields, **LONG}
+    process = start(write_recipe(tmp_path / "recipe.yaml", fields), tmp_path / "killed", until="step-00000006")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model_index.json").exists()
+    resumed = train(Recipe(**fields), tmp_path / "killed", resume=True, progress=False)
+    same_run(resumed, train(Recipe(**fields), tmp_path / "whole", progress=False))
+
+
+def test_ctrl_c_says_how_to_go_on(recipe_fields: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**recipe_fields, **LONG}
+    process = start(write_recipe(tmp_path / "recipe.yaml", fields), tmp_path / "run", until="step-00000003")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "fbqat: interrupted; " in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "run").rglob("*.partial"))

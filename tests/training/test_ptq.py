@@ -1,0 +1,97 @@
+"""Conversion without training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.training.distill import train
+from fbqat_hub.training.ptq import convert_pipeline
+from fbqat_hub.training.recipe import Recipe, load_recipe
+
+WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(("clip", "method"), [("mse", "ptq-mse"), ("max_abs", "ptq-maxabs")])
+def test_equals_the_recipe_of_that_method(clip, method, tiny_sana: Path, recipe_fields, tmp_path: Path) -> None:
+    """`fbqat convert` and `fbqat train` of a method without training are two ways to the same tensors."""
+    converted = convert_pipeline(str(tiny_sana), tmp_path / "converted", {"weight_clip": clip})
+    recipe = Recipe(**{**recipe_fields, "method": method, "steps": 0})
+    trained = train(recipe, tmp_path / "trained", progress=False)
+    left, right = load_file(converted / WEIGHTS), load_file(trained / WEIGHTS)
+    assert set(left) == set(right)
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_recipe_beside_it_says_how(tiny_sana: Path, tmp_path: Path) -> None:
+    settings = {"weight_clip": "mse", "modules_to_not_convert": ["*.attn2.*"], "module_overrides": {}}
+    folder = convert_pipeline(str(tiny_sana), tmp_path / "tiny-w4a8", settings)
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert (recipe.name, recipe.method, recipe.family, recipe.steps) == ("tiny-w4a8", "ptq-mse", "sana", 0)
+    assert recipe.generation["height"] == 32
+    written = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
+    assert written["module_overrides"] == recipe.config().module_overrides == {}
+    assert len(written["modules_to_not_convert"]) == 8
+    assert load_pipeline(folder).transformer.proj_out.activation_bits == 8
+
+
+def test_last_layer_has_16_bit_activations_by_default(tiny_sana: Path, tmp_path: Path) -> None:
+    folder = convert_pipeline(str(tiny_sana), tmp_path / "out")
+    assert load_pipeline(folder).transformer.proj_out.activation_bits == 16
+    assert load_recipe(folder / "recipe.yaml").config().module_overrides == {"proj_out": {"bits": 16}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_not_convert": ["proj_uot"]}, "'proj_uot' matches no linear layer"),
+        ({"weight_clp": "mse"}, r"'weight_clp' \(did you mean 'weight_clip'\?\)"),
+        ({"activation_range": "static"}, "cannot calibrate"),
+    ],
+)
+def test_wrong_settings_leave_nothing(settings: dict[str, Any], message: str, tiny_sana: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_pipeline(str(tiny_sana), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_sources(run_folder: Path, tiny_sana: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_sana, tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "DallePipeline"}))
+    for source, error, message in (
+        (run_folder, ValueError, "is quantized already; give the full-precision pipeline"),
+        (tiny_sana / "vae", ValueError, "is not a diffusers pipeline: it has no model_index.json"),
+        (tmp_path / "missing", FileNotFoundError, "is no folder, nor a Hub id"),
+        (other, ValueError, "DallePipeline is of no supported family; supported pipelines: SanaPipeline"),
+    ):
+        with pytest.raises(error, match=message):
+            convert_pipeline(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_with_content_is_untouched(tiny_sana: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not empty; give another --output"):
+        convert_pipeline(str(tiny_sana), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_stopped_while_saving_leaves_the_folder_empty(error, tiny_sana: Path, tmp_path: Path, monkeypatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers.AutoencoderDC.save_pretrained", stop)
+        with pytest.raises(type(error)):
+            convert_pipeline(str(tiny_sana), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    convert_pipeline(str(tiny_sana), tmp_path / "out")
