@@ -64,7 +64,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     settings = {"weight_clip": options.clip, "modules_to_not_convert": options.leave}
     output = convert_pipeline(options.pipeline, options.output, settings)
-    print(f"saved {output}. Quality is proved by: fbqat evaluate {output}")
+    print(f"saved {output}. Name your prompts' data set in its recipe.yaml, then measure it: fbqat evaluate {output}")
 
 
 def _generate(options: argparse.Namespace) -> None:

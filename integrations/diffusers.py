@@ -80,8 +80,11 @@ def check_source(source: str | Path) -> None:
             raise ValueError(f"{path} is damaged or cut short ({error}). Download or convert it again.") from None
 
 
-def save_pipeline(pipeline: Any, folder: Path) -> None:
+def save_pipeline(pipeline: Any, folder: Path, source: str | Path | None = None) -> None:
     """Save a whole pipeline into ``folder``, which may hold other files; ``model_index.json`` comes last.
+
+    Components that are not quantized are copied from ``source``, the folder that they were loaded from, if it is one:
+    they stay as they were stored, in float16, say.
 
     Unlike ``save_pretrained`` it leaves nothing that looks whole when it is interrupted, and it leaves out
     ``_name_or_path``, which leaks local paths.
@@ -91,6 +94,11 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial)
+        for component in partial.iterdir() if source is not None else ():
+            original = Path(source) / component.name
+            if original.is_dir() and not getattr(getattr(pipeline, component.name), "is_quantized", False):
+                shutil.rmtree(component)
+                shutil.copytree(original, component)
         for path in [partial / "model_index.json", *partial.glob("*/*config.json")]:
             config = json.loads(path.read_text())
             if {"_name_or_path", "name_or_path"} & set(config):

@@ -93,7 +93,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         convert(student)
         attach(student, recipe.config())
         pipeline.transformer = student.cpu()
-        save_pipeline(pipeline, output)
+        save_pipeline(pipeline, output, resolve_teacher(recipe.teacher))
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     return output

@@ -55,7 +55,7 @@ def convert_pipeline(source: str, output: Path, settings: Mapping[str, Any] | No
     output.mkdir(parents=True, exist_ok=True)
     try:
         recipe.save(output / "recipe.yaml")
-        save_pipeline(pipeline, output)
+        save_pipeline(pipeline, output, teacher)
     except BaseException:  # no space, Ctrl-C: the folder is left as empty as it was, for another try
         for path in output.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -149,6 +149,11 @@ class Recipe:
         schedule = BitSchedule.from_dict(given)
         if schedule.final_bits != 4:
             raise ValueError(f"the bit schedule ends at {schedule.final_bits:g} bits; what is stored has 4.")
+        if schedule.ramp != "steps" and len(schedule.stages) > 1 and self.config().weight_clip != "max_abs":
+            raise ValueError(
+                f"a {schedule.ramp} ramp changes the bit width at every step, and weight_clip "
+                f"{self.config().weight_clip!r} would be searched anew each time; use ramp 'steps', or 'max_abs'."
+            )
         return schedule
 
     def rounding_at(self, progress: float) -> Rounding:

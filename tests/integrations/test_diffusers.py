@@ -21,6 +21,7 @@ from fbqat_hub import FBQATConfig
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipeline
 from fbqat_hub.quantization import PackedLinear, calibrate, convert, named_layers, prepare
+from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import CALL, subprocess_environment
 from tests.test_config import KEYS
 
@@ -395,3 +396,12 @@ def test_training_family_loads_what_it_saved(packed) -> None:
     """The packed pipeline encodes prompts as its teacher does, so that results can be compared."""
     pipeline = load_pipeline(packed["default"][1])
     assert get_family("sana").encode_prompts(pipeline, ["red"], CALL)["encoder_hidden_states"].isfinite().all()
+
+
+def test_float_components_stay_as_they_were_stored(tiny_sana: Path, tmp_path: Path) -> None:
+    source = tmp_path / "float16"
+    DiffusionPipeline.from_pretrained(tiny_sana, dtype=torch.float16).save_pretrained(source)
+    output = convert_pipeline(str(source), tmp_path / "packed")
+    for component in ("vae", "text_encoder"):
+        (stored,) = (source / component).glob("*.safetensors")
+        assert (output / component / stored.name).read_bytes() == stored.read_bytes()

@@ -46,13 +46,13 @@ def test_recipe_wins_over_method_and_family() -> None:
         **MINIMAL,
         method="fbqat-paper",
         quantization={"weight_clip": "mse", "module_overrides": {}},
-        schedule={"stages": [[8, 1], [4, 3]], "ramp": "linear"},
+        schedule={"stages": [[8, 1], [5, 1], [4, 3]]},
         rounding={"ewgs": 0.2, "slope": True},
     )
     assert recipe.config().weight_clip == "mse"
     assert recipe.config().module_overrides == {}
     assert Recipe(**MINIMAL).config().module_overrides == {"proj_out": {"bits": 16}}
-    assert recipe.bit_schedule().bit_width(0.125) == 6
+    assert recipe.bit_schedule().bit_width(0.25) == 5
     assert (recipe.rounding_at(0.5).ewgs, recipe.rounding_at(0.5).slope) == (0.2, True)
 
 
@@ -152,3 +152,9 @@ def test_every_field_is_saved(tmp_path: Path) -> None:
     recipe = Recipe(**MINIMAL, attribution="Ünïcode – ok", learning_rate=1e-5)
     recipe.save(tmp_path / "recipe.yaml")
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == asdict(recipe)
+
+
+def test_a_ramp_with_a_searched_clip_is_refused(recipe_fields) -> None:
+    ramp = {"stages": [[8, 1], [4, 1]], "ramp": "linear", "softness": 0, "soft_until": 0}
+    with pytest.raises(ValueError, match="max_abs"):
+        Recipe(**{**recipe_fields, "method": "fbqat", "schedule": ramp})
