@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
-from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -44,13 +43,15 @@ def attach(model: Any, config: FBQATConfig) -> None:
     model.quantization_method = config.quant_method
 
 
-def load_pipeline(source: str | Path, **options: Any) -> DiffusionPipeline:
+def load_pipeline(source: str | Path, **options: Any) -> Any:
     """``DiffusionPipeline.from_pretrained`` in float32, after ``check_source``.
 
     Args:
         source: folder, or Hub id.
         options: further arguments of ``from_pretrained``.
     """
+    from diffusers import DiffusionPipeline  # takes seconds, and `import fbqat_hub` must not
+
     check_source(source)
     return DiffusionPipeline.from_pretrained(str(source), **{"dtype": torch.float32, **options})
 
@@ -94,9 +95,9 @@ def save_pipeline(pipeline: Any, folder: Path, source: str | Path | None = None)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial)
-        for component in partial.iterdir() if source is not None else ():
-            original = Path(source) / component.name
-            if original.is_dir() and not getattr(getattr(pipeline, component.name), "is_quantized", False):
+        for component in partial.iterdir():
+            original = Path(source or partial) / component.name
+            if source and original.is_dir() and not getattr(getattr(pipeline, component.name), "is_quantized", False):
                 shutil.rmtree(component)
                 shutil.copytree(original, component)
         for path in [partial / "model_index.json", *partial.glob("*/*config.json")]:
