@@ -13,12 +13,12 @@ from fbqat_hub.export import HTPUnavailableError
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.device import export_run
-from fbqat_hub.training.distill import cache_folder, cached_splits, train
-from fbqat_hub.training.evaluate import evaluate, evaluation_prompts, picture_sheet
+from fbqat_hub.training.distill import cached_splits, train
+from fbqat_hub.training.evaluate import evaluate, evaluation_prompts, picture_sheet, teacher_pictures
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
-# Each at its own learning rate, the best of a grid on the validation split (benchmarks/method/learning_rates.py).
+# Each at its own learning rate, the best of a grid on the validation split (benchmarks/method.py).
 BASELINES: dict[str, float] = {"ptq-maxabs": 0.0, "ptq-mse": 0.0, "vqat": 2e-4, "fbqat-paper": 6e-4}
 _SHEET = {"ptq-maxabs": "PTQ W4A8", "vqat": "vanilla QAT W4A8", "fbqat": "FB-QAT W4A8 (ours)"}
 
@@ -30,7 +30,7 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
 
     Args:
         output: folder to leave: the packed pipeline with ``README.md`` (the card), ``results.json``, ``images/`` and
-            ``htp/``; the baselines are in ``baselines/``.
+            ``htp/``. The baselines' folders are beside it, in ``<output>.baselines/``.
         steps: of each trained method; the recipe's if None.
     """
     began = time.monotonic()
@@ -67,9 +67,8 @@ def _collect(recipe: Recipe, output: Path, baselines: dict[str, Path]) -> None:
         records += read_records(folder / "results.json")
     write_records(output / "results.json", records + read_records(output / "results.json"))
     splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher)))
-    prompts = evaluation_prompts(splits, recipe.evaluation_settings()["images"])
-    (teacher,) = cache_folder(recipe).glob("teacher-*.safetensors")
-    columns = {"teacher": load_file(teacher)["pictures"]}
+    prompts = evaluation_prompts(recipe, splits)
+    columns = {"teacher": teacher_pictures(recipe, prompts)}
     for method, label in _SHEET.items():
         samples = (output if method == recipe.method else baselines[method]) / "images" / "samples.safetensors"
         columns[label] = load_file(samples)["pictures"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -38,8 +39,8 @@ def evaluate(run: Path, *, progress: bool = True) -> list[Record]:
     """Measure a run and write ``results.json`` and ``images/`` into it.
 
     The held-out loss is over the test split, every sample with ``draws`` noises and timesteps that are the same for
-    every method. Pictures are drawn from the same seeds by teacher and student, for prompts of the test split and,
-    up to ``evaluation.images``, of the training split. Fréchet distance is on the extractor that ships.
+    every method. Pictures are drawn from the same seeds by teacher and student (``evaluation_prompts``). Fréchet
+    distance is on the extractor that ships.
 
     Args:
         run: folder of a finished run, or of a converted pipeline.
@@ -61,8 +62,8 @@ def evaluate(run: Path, *, progress: bool = True) -> list[Record]:
         repeats=settings["draws"],
         batch_size=settings["batch_size"],
     )
-    prompts = evaluation_prompts(splits, settings["images"])
-    original = _teacher_pictures(teacher, recipe, prompts, progress)
+    prompts = evaluation_prompts(recipe, splits)
+    original = teacher_pictures(recipe, prompts, teacher, progress=progress)
     drawn = draw(student, prompts, recipe, progress=progress)
     records = _records(recipe, losses, original, drawn, stored_bits_per_weight(student.transformer))
     (run / "images").mkdir(exist_ok=True)
@@ -75,12 +76,12 @@ def evaluate(run: Path, *, progress: bool = True) -> list[Record]:
     return records
 
 
-def evaluation_prompts(splits: dict[str, CachedSplit], count: int) -> list[str]:
-    """A fixed mix: training captions at even distances (what the teacher draws best), a quarter from the test split."""
+def evaluation_prompts(recipe: Recipe, splits: dict[str, CachedSplit]) -> list[str]:
+    """What is drawn: the recipe's own prompts, a quarter from the test split, training captions at even distances."""
+    count = recipe.evaluation_settings()["images"]
     held_out = splits["test"].captions[: count // 4]
-    seen = splits["train"].captions
-    chosen = [seen[index * len(seen) // (count - len(held_out))] for index in range(count - len(held_out))]
-    return chosen + held_out
+    seen, rest = splits["train"].captions, max(0, count - len(held_out) - len(recipe.prompts))
+    return [*recipe.prompts, *(seen[index * len(seen) // rest] for index in range(rest)), *held_out]
 
 
 @torch.no_grad()
@@ -99,9 +100,8 @@ def draw(pipeline: Any, prompts: Sequence[str], recipe: Recipe, *, progress: boo
 
 
 def picture_sheet(run: Path, columns: dict[str, Tensor], prompts: Sequence[str]) -> None:
-    """Write ``images/comparison.png``: some of the training prompts, one labelled column for each set of pictures."""
-    seen = len(prompts) - len(prompts) // 4
-    rows = [index * seen // _SHOWN for index in range(min(_SHOWN, seen))]
+    """Write ``images/comparison.png``: the first prompts, one labelled column for each set of pictures."""
+    rows = range(min(_SHOWN, len(prompts)))
     images = {
         label: [Image.fromarray(np.asarray(pictures[row].permute(1, 2, 0))) for row in rows]
         for label, pictures in columns.items()
@@ -109,14 +109,19 @@ def picture_sheet(run: Path, columns: dict[str, Tensor], prompts: Sequence[str])
     comparison_sheet(images, [prompts[row] for row in rows]).save(run / "images" / "comparison.png")
 
 
-def _teacher_pictures(teacher: Any, recipe: Recipe, prompts: Sequence[str], progress: bool) -> Tensor:
-    """The teacher's pictures, drawn once and kept with the cache of its latents."""
-    settings = recipe.evaluation_settings()
-    path = (
-        cache_folder(recipe)
-        / f"teacher-{len(prompts)}-{settings['inference_steps']}-{settings['batch_size']}.safetensors"
-    )
+def teacher_pictures(recipe: Recipe, prompts: Sequence[str], teacher: Any = None, *, progress: bool = True) -> Tensor:
+    """The teacher's pictures of the prompts, drawn once and kept with the cache of its latents.
+
+    Args:
+        teacher: its pipeline; loaded if it is None and the pictures are not there.
+
+    Returns:
+        uint8 [N, 3, H, W].
+    """
+    what = json.dumps([list(prompts), recipe.evaluation_settings()])
+    path = cache_folder(recipe) / f"teacher-{hashlib.sha256(what.encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():
+        teacher = teacher or load_pipeline(resolve_teacher(recipe.teacher))
         partial = path.with_suffix(f".partial-{os.getpid()}")
         save_file({"pictures": draw(teacher, prompts, recipe, progress=progress)}, partial)
         os.replace(partial, path)

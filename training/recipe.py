@@ -60,6 +60,7 @@ class Recipe:
         save_every, validate_every: in steps; 0 is never.
         seed: of everything random.
         evaluation: {"images", "inference_steps", "draws", "batch_size"}.
+        prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.
         generation: arguments of the pipeline call.
         license, license_link, attribution: of the base model and data, for the card.
     """
@@ -88,6 +89,7 @@ class Recipe:
     validate_every: int = 0
     seed: int = 1234
     evaluation: dict[str, Any] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
     generation: dict[str, Any] = field(default_factory=dict)
     license: str = ""
     license_link: str = ""
@@ -118,6 +120,8 @@ class Recipe:
                 raise unknown_key_error(name, extra, allowed)
         if not isinstance(self.dataset.get("path"), str):
             raise ValueError(f"recipe: dataset is {self.dataset}; it needs a path, e.g. {{path: openmoji}}.")
+        if not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
+            raise ValueError(f"recipe: prompts are {self.prompts}; each must be a text that is not empty.")
         for name, value in self.evaluation.items():
             _number(f"evaluation.{name}", value, 1, whole=True)
         if "height" in self.generation:
@@ -246,6 +250,7 @@ def _typed(name: str, value: Any, annotation: str) -> None:
         "str": (str, "text"),
         "bool": (bool, "true or false"),
         "dict[str, Any]": (dict, "a mapping of keys to values"),
+        "list[str]": (list, "a list of texts"),
     }
     kind, words = kinds.get(annotation, (object, ""))
     text_keys = not isinstance(value, dict) or all(isinstance(key, str) for key in value)

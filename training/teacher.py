@@ -38,13 +38,12 @@ def train_teacher(recipe: dict[str, Any], output: Path) -> None:
 
     data = load_openmoji(recipe["size"])["train"]
     images, captions = pixels(data["image"]), list(data["caption"])
-    groups = recipe["denoiser_training"]["focus_groups"]
-    focus = torch.tensor([index for index, code in enumerate(data["hexcode"]) if group_of(code) in groups])
+    groups = [group_of(code) for code in data["hexcode"]]
     work = output.with_name(output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     autoencoder = _autoencoder(recipe, images, work)
     tokenizer = train_tokenizer(captions, recipe["vocabulary"], recipe["max_tokens"])
-    text_encoder, transformer = _denoiser(recipe, encode_all(autoencoder, images), captions, focus, tokenizer, work)
+    text_encoder, transformer = _denoiser(recipe, encode_all(autoencoder, images), captions, groups, tokenizer, work)
 
     pipeline = SanaPipeline(
         tokenizer=tokenizer,
@@ -159,11 +158,16 @@ def _autoencoder(recipe: dict[str, Any], images: Tensor, work: Path) -> Any:
 
 
 def _denoiser(
-    recipe: dict[str, Any], latents: Tensor, captions: list[str], focus: Tensor, tokenizer: Any, work: Path
+    recipe: dict[str, Any],
+    latents: Tensor,
+    captions: list[str],
+    groups: list[str | None],
+    tokenizer: Any,
+    work: Path,
 ) -> tuple[Any, Any]:
     """Stage 2. Flow matching: x_t = (1 - t) x_0 + t noise, target noise - x_0, t logit-normal.
 
-    From step ``focus_after`` only the samples ``focus`` are drawn.
+    Each phase of ``focus`` leaves only the samples of its groups to be drawn, from its step on.
     """
     from diffusers import SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
@@ -183,7 +187,10 @@ def _denoiser(
         random = generator(recipe["seed"], "denoiser", step)
         for group in optimizer.param_groups:
             group["lr"] = training["learning_rate"] * _cosine(step, training["steps"], warmup=200)
-        pool = torch.arange(len(latents)) if step < training["focus_after"] else focus
+        pool = torch.arange(len(latents))
+        for phase in training["focus"]:
+            if step >= phase["after"]:
+                pool = torch.tensor([index for index, group in enumerate(groups) if group in phase["groups"]])
         chosen = pool[torch.randint(len(pool), (training["batch_size"],), generator=random)]
         texts = [_spoken(captions[index], training["caption_dropout"], random) for index in chosen.tolist()]
         loss = _flow_matching_loss(models, tokenizer, latents[chosen], texts, random)
