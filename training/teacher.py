@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from fbqat_hub.integrations.diffusers import save_pipeline
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.openmoji import group_of, load_openmoji
 from fbqat_hub.training.pictures import pixels
@@ -52,10 +53,8 @@ def train_teacher(recipe: dict[str, Any], output: Path) -> None:
         transformer=transformer.half(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )
-    partial = output.with_name(output.name + ".partial")
-    pipeline.save_pretrained(partial)
     shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    save_pipeline(pipeline, output)
     shutil.rmtree(work)
 
 
