@@ -19,12 +19,12 @@ from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
 # Each at its own learning rate, the best of a grid on the validation split (benchmarks/method.py).
-BASELINES: dict[str, float] = {"ptq-maxabs": 0.0, "ptq-mse": 0.0, "vqat": 2e-4, "fbqat-paper": 6e-4}
+BASELINES: dict[str, float] = {"ptq-maxabs": 0.0, "ptq-mse": 0.0, "vqat": 2e-4, "lsq-qat": 2e-4, "fbqat-paper": 2e-4}
 _SHEET = {"ptq-maxabs": "PTQ W4A8", "vqat": "vanilla QAT W4A8", "fbqat": "FB-QAT W4A8 (ours)"}
 
 
 def demo(output: Path, *, steps: int | None = None) -> Path:
-    """Quantize the tiny Sana by five methods, compare them with the teacher, compile ours, write its card.
+    """Quantize the tiny Sana by six methods, compare them with the teacher, compile ours, write its card.
 
     A second call on the same folder goes on where the first one stopped.
 

@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # this project's default: 4-bit grid throughout, fractions by the annealed soft staircase, learned clip
     "fbqat": {
         "quantization": {"weight_clip": "learned"},
-        "schedule": {"preset": "constant", "softness": 0.15, "soft_until": 0.6},
+        "schedule": {"preset": "constant", "softness": 0.3, "soft_until": 0.9},
     },
 }
 
