@@ -55,7 +55,7 @@ def test_demo_leaves_the_whole_folder_and_the_readme_snippet_draws_from_it(tmp_p
 
     (snippet,) = re.findall(r"```python\n(import fbqat_hub.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)
-    assert Image.open(tmp_path / "heart.png").size == (64, 64)
+    assert Image.open(tmp_path / "face.png").size == (64, 64)
 
 
 def test_held_out_splits_of_the_demo_are_not_in_its_training_split() -> None:
