@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 PIP   := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench clean distclean
+.PHONY: help setup demo test test-all check format bench results clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ format: setup ## let ruff fix and format
 
 bench: setup ## speed and size of the packed model, into benchmarks/results
 	$(BIN)/python benchmarks/speed_cpu.py
+
+results: demo ## make demo, then track its results and rewrite the tables of the documents
+	cp $(OUTPUT)/results.json benchmarks/results/method.json
+	cp $(OUTPUT)/images/comparison.png docs/images/comparison.png
+	$(BIN)/python benchmarks/tables.py
 
 clean: ## remove builds and caches (keeps .venv and runs)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

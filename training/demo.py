@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from fbqat_hub.evaluation.results import METHODS, Record, read_records, write_records
-from fbqat_hub.export import HTPUnavailableError
+from fbqat_hub.export import ExportError
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.device import export_run
@@ -83,5 +83,5 @@ def _compile(output: Path) -> None:
     shutil.rmtree(output / "htp", ignore_errors=True)
     try:
         export_run(output, output / "htp")
-    except HTPUnavailableError as error:
+    except ExportError as error:  # no compiler here, or a gate not met: the rest of the demo stands without it
         print(f"   left out: {error}")
