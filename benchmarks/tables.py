@@ -36,9 +36,14 @@ def demo_table() -> str:
             cells = [f"{found[name].value:.4g}" for name in columns]
             lines.append("| " + " | ".join([METHODS[method], *cells]) + " |")
     one = next(iter(rows.values()))
+    budget = rows["fbqat"]["kd_loss"].extra
+    trained = (
+        f" ({budget['steps']} steps of {budget['batch_size']} at a learning rate of {budget['learning_rate']:.0e})"
+    )
     lines += [
         "",
-        f"Tiny Sana, W4A8 with dynamic INT8 activations, seed {one['kd_loss'].seed}, one run each; "
+        f"Tiny Sana, W4A8 with dynamic INT8 activations, seed {one['kd_loss'].seed}, one run each"
+        f"{trained}; "
         f"{one['kd_loss'].n} held-out draws for the loss, {one['psnr'].n} pictures from equal seeds for the rest. "
         f"Fréchet distance is on the extractor that ships ({one['fd_teacher'].extra['extractor']}), not on Inception. "
         "Remade by `make demo`.",

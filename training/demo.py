@@ -18,8 +18,8 @@ from fbqat_hub.training.evaluate import evaluate, evaluation_prompts, picture_sh
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
-# Each at its own learning rate, the best of a grid on the validation split (benchmarks/method.py).
-BASELINES: dict[str, float] = {"ptq-maxabs": 0.0, "ptq-mse": 0.0, "vqat": 2e-4, "lsq-qat": 2e-4, "fbqat-paper": 2e-4}
+# All at the recipe's learning rate; docs/method.md has each at its own best one.
+BASELINES = ("ptq-maxabs", "ptq-mse", "vqat", "lsq-qat", "fbqat-paper")
 _SHEET = {"ptq-maxabs": "PTQ W4A8", "vqat": "vanilla QAT W4A8", "fbqat": "FB-QAT W4A8 (ours)"}
 
 
@@ -36,10 +36,7 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
     began = time.monotonic()
     changes = {} if steps is None else {"steps": steps}
     recipe = load_recipe("sana-tiny", **changes)
-    runs = {
-        method: load_recipe("sana-tiny", **{**changes, "method": method, "learning_rate": rate})
-        for method, rate in BASELINES.items()
-    }
+    runs = {method: load_recipe("sana-tiny", **{**changes, "method": method}) for method in BASELINES}
     for method, baseline in runs.items():
         _run(baseline, output.parent / f"{output.name}.baselines" / method)
     _run(recipe, output)

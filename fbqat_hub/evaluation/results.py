@@ -113,7 +113,7 @@ def machine() -> dict[str, Any]:
 def command_line(argv: Sequence[str] | None = None) -> str:
     """The running command as one pasteable line, absolute paths cut to their last part.
 
-    >>> command_line(["/home/me/bin/fbqat", "evaluate", "/tmp/runs/a b"])
+    >>> command_line(["/opt/bin/fbqat", "evaluate", "/data/runs/a b"])
     "fbqat evaluate 'a b'"
     """
     words = list(sys.argv if argv is None else argv)
