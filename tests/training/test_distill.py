@@ -88,8 +88,9 @@ def test_what_a_run_leaves(run_folder: Path, recipe_fields: dict[str, Any]) -> N
 
 
 def test_log_follows_the_schedules(recipe_of, tmp_path: Path) -> None:
-    """fbqat at 10 steps: 4 bits throughout, softness 0.15 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
-    lines = log_of(train(recipe_of(steps=10, validate_every=5), tmp_path / "run", progress=False))
+    """10 steps: 4 bits throughout, softness 0.15 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
+    recipe = recipe_of(steps=10, validate_every=5, schedule={"softness": 0.15, "soft_until": 0.6})
+    lines = log_of(train(recipe, tmp_path / "run", progress=False))
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert {line["bit_width"] for line in lines} == {4}
     softness = [0.15, 0.125, 0.1, 0.075, 0.05, 0.025, 0, 0, 0, 0]
