@@ -17,12 +17,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tables import method_table
 
 from fbqat_hub.evaluation.results import machine, now, versions
 from fbqat_hub.families import get_family
@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         run_grid(options)
-    print_table(options.output)
+    print(method_table(options.output))
 
 
 def run_grid(options: argparse.Namespace) -> None:
@@ -108,19 +108,6 @@ def append(path: Path, row: dict[str, Any]) -> None:
         os.replace(partial, path)
     finally:
         os.close(folder)
-
-
-def print_table(path: Path) -> None:
-    groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in read(path):
-        groups[row["steps"], row["schedule"], row["method"]][row["rate"]].append(row)
-    print(f"{'steps':>6} {'schedule':>9} {'method':28} {'rate':>8} {'test loss x 1e-3':>18} {'seeds':>6}")
-    for (steps, schedule, method), rates in sorted(groups.items(), key=str):
-        best = min(rates, key=lambda rate: statistics.fmean(row["validation"] for row in rates[rate]))
-        losses = [1e3 * row["test"] for row in rates[best]]
-        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        text = f"{statistics.fmean(losses):.3f}{spread}"
-        print(f"{steps:6d} {schedule:>9} {method:28} {best:8.1e} {text:>18} {len(losses):6d}")
 
 
 if __name__ == "__main__":

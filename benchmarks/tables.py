@@ -51,10 +51,10 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
-def method_table() -> str:
+def method_table(path: Path = RESULTS / "method-tiny-sana.json") -> str:
     """Test loss of every method at its own best learning rate, mean and standard deviation over seeds."""
     groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in json.loads((RESULTS / "method-tiny-sana.json").read_text()):
+    for row in json.loads(path.read_text()):
         groups[row["steps"], row["schedule"], row["method"]][row["rate"]].append(row)
     lines = ["| steps | learning rate | method | best rate | test loss ×1e-3 | seeds |", "|---|---|---|---|---|---|"]
     order = list(METHODS)

@@ -12,6 +12,7 @@ The weights are remade by ``python -m fbqat_hub.training.features``.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class OpenMojiFeatures(nn.Module):
         widths, strides = (3, 32, 64, 96, 128, DIMENSIONS), (2, 2, 2, 1, 1)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inner, outer, 3, stride, 1)
-            for inner, outer, stride in zip(widths, widths[1:], strides, strict=False)
+            for (inner, outer), stride in zip(pairwise(widths), strides, strict=True)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
         self.register_buffer("scale", torch.ones(()))

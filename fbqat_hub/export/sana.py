@@ -27,6 +27,15 @@ MASK_BIAS = -30.0
 SMALLEST_NORMALISER = 1e-15
 
 
+def _query_key_value(attn: Any, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return query, key, value
+
+
 class ExplicitAttention:
     """Attention processor: softmax(q k^T / sqrt(d) + bias) v, on [N, tokens, channels], without fused ops."""
 
@@ -38,11 +47,7 @@ class ExplicitAttention:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        query, key, value = _query_key_value(attn, hidden_states, context)
         # [N, tokens, heads * d] -> [N, heads, tokens, d]
         query, key, value = (item.unflatten(2, (attn.heads, -1)).transpose(1, 2) for item in (query, key, value))
         scores = (query @ key.transpose(-1, -2)) * key.shape[-1] ** -0.5
@@ -62,11 +67,7 @@ class ExplicitLinearAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        query, key, value = _query_key_value(attn, hidden_states, hidden_states)
         # [N, tokens, heads * d] -> [N, heads, d, tokens]
         query, key, value = (item.transpose(1, 2).unflatten(1, (attn.heads, -1)) for item in (query, key, value))
         query, key = F.relu(query), F.relu(key)
