@@ -1,23 +1,22 @@
-"""A whole tiny Sana of random weights and a few captioned pictures, made in seconds without a network."""
+"""Whole tiny pipelines of random weights and a few captioned pictures, made in seconds without a network."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from PIL import Image
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.integrations.diffusers import save_pipeline
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.teacher import RECIPES, untrained_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = [
@@ -34,7 +33,7 @@ CAPTIONS = [
     "grey",
     "white",
 ]
-# what the pipeline is asked to draw: 32 x 32 pixels from 4 x 4 latents
+# what the tiny Sana is asked to draw: 32 x 32 pixels from 4 x 4 latents
 CALL = {
     "height": 32,
     "width": 32,
@@ -43,6 +42,68 @@ CALL = {
     "max_sequence_length": 8,
     "complex_human_instruction": None,
     "use_resolution_binning": False,
+}
+_CLIP = {"hidden_size": 8, "intermediate_size": 16, "projection_dim": 8, "num_hidden_layers": 1}
+# class -> what it has less of than in the teachers' recipes
+SMALL: dict[str, dict[str, Any]] = {
+    "AutoencoderDC": {
+        "latent_channels": 4,
+        **{f"{part}_block_out_channels": [8, 8, 8, 8] for part in ("encoder", "decoder")},
+        **{f"{part}_layers_per_block": [0, 1, 1, 1] for part in ("encoder", "decoder")},
+        "scaling_factor": 0.5,
+    },
+    "AutoencoderKL": {"block_out_channels": [8, 8, 8], "norm_num_groups": 4, "scaling_factor": 0.5},
+    "Gemma2Model": {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    },
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP,
+    "T5EncoderModel": {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1},
+    "SanaTransformer2DModel": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 8,
+        "sample_size": 4,
+    },
+    "PixArtTransformer2DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 16,
+        "sample_size": 8,
+    },
+    "SD3Transformer2DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 16,
+        "sample_size": 8,
+        "pos_embed_max_size": 8,
+        "dual_attention_layers": [0],
+    },
+    "FluxTransformer2DModel": {
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 8,
+        "axes_dims_rope": [4, 6, 6],
+    },
 }
 
 
@@ -60,60 +121,42 @@ def fbqat_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def teacher_recipe(family: str) -> dict[str, Any]:
+    """The shipped recipe of the family's tiny teacher, with models smaller still that draw 32 x 32 pixels."""
+    recipes = [yaml.safe_load(path.read_text()) for path in sorted(RECIPES.glob("*.yaml"))]
+    found = [recipe for recipe in recipes if recipe["family"] == family]
+    assert found, f"family {family} has no teacher; add training/recipes/teachers/<name>.yaml with family: {family}"
+    recipe = found[0] | {"size": 32}
+    for part in (recipe["autoencoder"], recipe["transformer"], *recipe["text_encoders"].values()):
+        part.update(SMALL.get(part["class"], {}))
+    if recipe.get("centre_latents"):  # training would measure it
+        recipe["autoencoder"]["shift_factor"] = 0.25
+    return recipe
+
+
+def call_of(family: str, pipeline: Any) -> dict[str, Any]:
+    """Arguments of the pipeline call: 32 x 32 pixels in two steps, texts as the teacher's recipe has them."""
+    size = {"height": 32, "width": 32, "num_inference_steps": 2}
+    return {**FAMILIES[family].native_size(pipeline), **teacher_recipe(family)["generation"], **size}
+
+
 @pytest.fixture(scope="session")
-def tiny_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``teacher_of(family)``: folder of its float pipeline of true classes, untrained. Not to be written to."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("teacher") / f"tiny-{family}"
+        save_pipeline(untrained_pipeline(teacher_recipe(family), CAPTIONS), folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_sana(teacher_of: Callable[[str], Path]) -> Path:
     """Folder of a float SanaPipeline of true classes; 27 layers can be quantized. Not to be written to."""
-    torch.manual_seed(0)
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581"])}
-    vocabulary.update({letter: len(vocabulary) + index for index, letter in enumerate(string.ascii_lowercase)})
-    text_encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(vocabulary),
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=8,
-            attn_implementation="eager",
-        )
-    )
-    transformer = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=8,
-        sample_size=4,
-        patch_size=1,
-        interpolation_scale=1.0,
-    )
-    stages: dict[str, Any] = {
-        "block_types": "ResBlock",
-        "block_out_channels": (8, 8, 8, 8),
-        "qkv_multiscales": ((),) * 4,
-    }
-    autoencoder = AutoencoderDC(
-        latent_channels=4,
-        **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in stages.items()},
-        encoder_layers_per_block=(0, 1, 1, 1),
-        decoder_layers_per_block=(0, 1, 1, 1),
-        scaling_factor=0.5,
-    )
-    pipeline = SanaPipeline(
-        tokenizer=GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=32),
-        text_encoder=text_encoder.eval(),
-        vae=autoencoder.eval(),
-        transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
-    folder = tmp_path_factory.mktemp("teacher") / "tiny-sana"
-    save_pipeline(pipeline, folder)
-    return folder
+    return teacher_of("sana")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SHIPPED = {"fbqat-hub/sana-tiny-openmoji": Path(__file__).parent / "teachers" / "sana-tiny"}
+_FOLDER = Path(__file__).parent / "teachers"
+SHIPPED = {
+    f"fbqat-hub/{name}-openmoji": _FOLDER / name
+    for name in ("sana-tiny", "pixart-sigma-tiny", "sd3-tiny", "flux-schnell-tiny")
+}
 
 
 def resolve_teacher(name: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from fbqat_hub.families.base import Family
+from fbqat_hub.families.flux import Flux
+from fbqat_hub.families.pixart_sigma import PixArtSigma
 from fbqat_hub.families.sana import Sana
+from fbqat_hub.families.sd3 import StableDiffusion3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Sana(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Sana(), PixArtSigma(), StableDiffusion3(), Flux())}
 
 
 def get_family(name: str) -> Family:

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+import yaml
+from torch import Tensor
 
-from fbqat_hub.families import FAMILIES, family_of, get_family
+from fbqat_hub.families import FAMILIES, Family, family_of, get_family
 from fbqat_hub.families.base import logit_normal
+from fbqat_hub.families.flux import pack
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.quantization.convert import quantizable
-from tests.conftest import CALL
+from fbqat_hub.training.teacher import RECIPES
+from tests.conftest import call_of, teacher_recipe
 
-PIPELINES = {"sana": "tiny_sana"}
+
+@pytest.fixture
+def load(teacher_of: Callable[[str], Path]) -> Callable[[str], Any]:
+    """``load(family)``: its tiny pipeline."""
+
+    def loaded(family: str) -> Any:
+        pipeline = load_pipeline(teacher_of(family))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return loaded
 
 
 @pytest.fixture(params=FAMILIES)
-def family_and_pipeline(request: pytest.FixtureRequest):
+def family_and_pipeline(request: pytest.FixtureRequest, load) -> tuple[Family, Any]:
     """A family with the tiny pipeline of its class."""
-    folder: Path = request.getfixturevalue(PIPELINES[request.param])
-    return FAMILIES[request.param], load_pipeline(folder)
+    return FAMILIES[request.param], load(request.param)
+
+
+def ramp(*shape: int) -> Tensor:
+    """Distinct numbers from -1 to 1."""
+    count = torch.Size(shape).numel()
+    return torch.linspace(-1, 1, count).view(shape)
+
+
+def random_pixels(count: int = 2) -> Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# the list
 
 
 def test_looked_up_by_name_and_by_pipeline() -> None:
@@ -38,6 +67,24 @@ def test_unknown_family_names_the_known(look_up, name: str) -> None:
         look_up(name)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_has_a_teacher_of_its_own_class(family: str, load) -> None:
+    assert type(load(family)).__name__ == FAMILIES[family].pipeline_class
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_teacher_is_of_a_family(recipe: Path) -> None:
+    assert yaml.safe_load(recipe.read_text())["family"] in FAMILIES
+
+
+def test_family_without_teacher_says_what_to_add() -> None:
+    with pytest.raises(AssertionError, match=r"dalle has no teacher; add training/recipes/teachers/.*family: dalle"):
+        teacher_recipe("dalle")
+
+
+# what the loop asks of a family
+
+
 def test_layer_groups(family_and_pipeline) -> None:
     """Groups are of real layers; "all" is all; attention and feed-forward share none and lie within the blocks."""
     family, pipeline = family_and_pipeline
@@ -50,58 +97,185 @@ def test_layer_groups(family_and_pipeline) -> None:
     assert groups["all"] == set(names)
     assert not groups["attention"] & groups["feed_forward"]
     assert groups["attention"] | groups["feed_forward"] <= groups["blocks"] < groups["all"]
-    for pattern in family.activation_overrides:
-        assert any(fnmatchcase(name, pattern) for name in names)
+    rest = groups["blocks"] - groups["attention"] - groups["feed_forward"]
+    assert all(".norm" in name and name.endswith(".linear") for name in rest), rest  # modulation
+    for patterns in (*family.layer_groups.values(), family.activation_overrides):
+        for pattern in patterns:
+            assert any(fnmatchcase(name, pattern) for name in names), pattern
 
 
 @torch.no_grad()
 def test_batch_goes_through_the_denoiser(family_and_pipeline) -> None:
+    """Through a train step's own calls: what comes out has the target's shape, and depends on the prompt."""
     family, pipeline = family_and_pipeline
-    random = torch.Generator().manual_seed(0)
-    latents = family.encode_images(pipeline, torch.rand(2, 3, 32, 32, generator=random) * 2 - 1)
-    conditioning = family.encode_prompts(pipeline, ["red", "dark blue"], CALL)
+    latents = family.encode_images(pipeline, random_pixels())
+    conditioning = family.encode_prompts(pipeline, ["red", "dark blue"], call_of(family.name, pipeline))
     assert {len(value) for value in conditioning.values()} == {2}
-    noise = torch.randn(latents.shape, generator=random)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, torch.tensor([0.1, 0.9]))
     assert timestep[0] < timestep[1]
-    predicted = pipeline.transformer(**family.denoiser_inputs(noisy, timestep, conditioning), return_dict=False)[0]
-    assert predicted.shape == latents.shape
-    assert torch.isfinite(predicted).all()
+
+    def predicted(conditioning: dict[str, Tensor]) -> Tensor:
+        inputs = family.denoiser_inputs(noisy, timestep, conditioning)
+        return family.prediction(pipeline.transformer(**inputs, return_dict=False)[0])
+
+    first, swapped = predicted(conditioning), predicted({name: value.flip(0) for name, value in conditioning.items()})
+    assert first.shape == family.target(latents, noise).shape
+    assert first.isfinite().all()
+    assert not torch.allclose(first, swapped, atol=1e-6)
+
+
+@pytest.mark.parametrize("few_step", [True, False])
+def test_the_sample_follows_from_the_noisy_one_and_the_target(few_step: bool, family_and_pipeline) -> None:
+    """x_0 comes back from the noisy latents, the scheduler's own noise level and a perfect prediction."""
+    family, pipeline = family_and_pipeline
+    x0, noise = ramp(3, 4, 4, 4), ramp(3, 4, 4, 4).flip(0).roll(5)
+    noisy, timestep = family.noisy(pipeline.scheduler, x0, noise, torch.tensor([0.2, 0.5, 0.7]), few_step=few_step)
+    target = family.target(x0, noise)
+    noisy, expected = (family.denoiser_inputs(each, timestep, no_text())["hidden_states"] for each in (noisy, x0))
+    level = timestep.view(-1, *[1] * (target.ndim - 1))
+    if hasattr(pipeline.scheduler, "alphas_cumprod"):
+        share = pipeline.scheduler.alphas_cumprod[level]
+        recovered = (noisy - (1 - share).sqrt() * target) / share.sqrt()
+    else:
+        recovered = noisy - level / 1000 * target
+    assert torch.allclose(recovered, expected, atol=1e-4)
+
+
+def no_text() -> dict[str, Tensor]:
+    return {"encoder_hidden_states": torch.zeros(3, 1, 1)}
+
+
+@torch.no_grad()
+def test_latents_are_those_that_the_pipeline_decodes(family_and_pipeline) -> None:
+    """A sampler that returns the encoded pictures makes the call return what the autoencoder alone makes of them."""
+    family, pipeline = family_and_pipeline
+    pixels = random_pixels(1)
+    encoded = pipeline.vae.encode(pixels)
+    alone = pipeline.vae.decode(encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()).sample
+    latents = family.encode_images(pipeline, pixels)
+    inputs = family.denoiser_inputs(latents, torch.ones(1), no_text())
+    pipeline.scheduler.step = lambda *_, **__: (inputs["hidden_states"],)
+    drawn = pipeline("red", output_type="pt", **call_of(family.name, pipeline)).images
+    assert alone.std() > 0.01
+    assert torch.allclose(drawn, (alone / 2 + 0.5).clamp(0, 1), atol=1e-5)
 
 
 def test_native_size_is_what_the_denoiser_draws(family_and_pipeline) -> None:
     family, pipeline = family_and_pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    call = {**CALL, **family.native_size(pipeline)}
+    pipeline.default_sample_size = 8  # FLUX: of the pipeline, as its denoiser draws any size
+    side = pipeline.transformer.config.get("sample_size", 8)
+    call = {**call_of(family.name, pipeline), **family.native_size(pipeline)}
     image = pipeline("red", **call).images[0]
-    assert image.size == (call["width"], call["height"])
-    assert call["height"] == pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    assert image.size == (call["width"], call["height"]) == (side * pipeline.vae_scale_factor,) * 2
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("left_out", [(), ("complex_human_instruction",), ("max_sequence_length",)])
-def test_sana_conditioning_is_that_of_the_pipeline_call(left_out: tuple[str, ...], tiny_sana: Path) -> None:
-    """What the student is trained on is what the call computes, defaults (Sana's long instruction) included."""
-    pipeline = load_pipeline(tiny_sana)
-    pipeline.set_progress_bar_config(disable=True)
-    call = {name: value for name, value in CALL.items() if name not in left_out} | {"guidance_scale": 1.0}
-    seen = {}
-    pipeline.transformer.register_forward_pre_hook(lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True)
-    pipeline("dark red", **call)
-    conditioning = get_family("sana").encode_prompts(pipeline, ["dark red"], call)
-    for name, value in conditioning.items():
-        assert torch.equal(seen[name], value), name
+def test_denoiser_inputs_are_those_of_the_pipeline_call(family_and_pipeline) -> None:
+    """Student and sampler are given the same: text, masks, positions, timestep; with the call's defaults too."""
+    family, pipeline = family_and_pipeline
+    full = {**call_of(family.name, pipeline), "guidance_scale": 1.0}  # one text, not also the empty one
+    side = 32 // pipeline.vae_scale_factor
+    latents = ramp(1, pipeline.vae.config.latent_channels, side, side)
+    tokens = family.denoiser_inputs(latents, torch.ones(1), no_text())["hidden_states"]
+    seen: list[dict[str, Any]] = []
+    forward = inspect.signature(pipeline.transformer.forward)
+
+    def keep(_: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(forward.bind(*positional, **named).arguments)
+
+    pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    for left_out in (None, *teacher_recipe(family.name)["generation"]):
+        call = {name: value for name, value in full.items() if name != left_out}
+        seen.clear()
+        pipeline("dark red", latents=tokens, **call)
+        conditioning = family.encode_prompts(pipeline, ["dark red"], call)
+        inputs = family.denoiser_inputs(latents, pipeline.scheduler.timesteps[:1], conditioning)
+        assert set(inputs) == {key for key, value in seen[0].items() if isinstance(value, Tensor)}, left_out
+        for key, value in inputs.items():
+            assert torch.equal(seen[0][key], value), (left_out, key)
 
 
-def test_sana_noise_schedule() -> None:
-    """Flow matching: x_t = (1 - sigma) x_0 + sigma noise, sigma = 3 t / (1 + 2 t) at shift 3, timestep 1000 sigma."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+# noise schedules, in numbers
+
+
+@pytest.mark.parametrize("name", ["sana", "sd3"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_flow_matching(name: str, scheduler: Any) -> None:
+    """x_t = (1 - sigma) x_0 + sigma noise, sigma = 3 t / (1 + 2 t) at shift 3, timestep 1000 sigma."""
     latents, noise = torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), -2.0)
-    noisy, timestep = get_family("sana").noisy(scheduler, latents, noise, torch.tensor([0.5]))
+    noisy, timestep = get_family(name).noisy(scheduler, latents, noise, torch.tensor([0.5]))
     assert timestep.item() == pytest.approx(750)  # t = 0.5, sigma = 1.5 / 2
     assert noisy.unique().item() == pytest.approx(2 - 4 * 0.75)
+    assert get_family(name).target(latents, noise).unique().item() == -4
 
 
 def test_logit_normal_is_the_normal_through_a_sigmoid() -> None:
     # Phi(1) = 0.8413447, sigmoid(1) = 0.7310586
     assert logit_normal(torch.tensor([0.5, 0.8413447])).tolist() == pytest.approx([0.5, 0.7310586], abs=1e-5)
+
+
+def test_pixart_sigma_adds_noise_as_ddpm_does() -> None:
+    """Timesteps uniform over all 1000; mean and deviation from the products of 1 - beta."""
+    betas = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    latents, noise = ramp(4, 4, 2, 2), ramp(4, 4, 2, 2).flip(0)
+    progress = torch.tensor([1e-4, 0.0015, 0.5, 0.9999])
+    family = get_family("pixart-sigma")
+    noisy, timestep = family.noisy(diffusers.DPMSolverMultistepScheduler(**betas), latents, noise, progress)
+    assert timestep.tolist() == [0, 1, 500, 999]
+    expected = diffusers.DDPMScheduler(**betas).add_noise(latents, noise, timestep)
+    assert torch.allclose(noisy, expected, atol=1e-6)
+    # at t = 1: a = 0.9999 (1 - (0.0001 + 0.0199 / 999)) = 0.99978008
+    share = 0.9999 * (1 - 0.0001 - 0.0199 / 999)
+    first = latents[1, 0, 0, 0].item(), noise[1, 0, 0, 0].item()
+    assert noisy[1, 0, 0, 0].item() == pytest.approx(share**0.5 * first[0] + (1 - share) ** 0.5 * first[1], abs=1e-6)
+    assert torch.equal(family.target(latents, noise), noise)
+
+
+def test_pixart_sigma_drops_the_learned_variance() -> None:
+    output = ramp(2, 8, 2, 2)
+    assert torch.equal(get_family("pixart-sigma").prediction(output), output[:, :4])
+
+
+def test_flux_is_trained_where_it_is_sampled(load) -> None:
+    """At the four noise levels of the four-step sampler, each for a quarter of the draws."""
+    family, pipeline = get_family("flux"), load("flux")
+    progress = torch.tensor([1e-4, 0.25, 0.26, 0.5, 0.51, 0.75, 0.76, 0.9999])
+    latents, noise = torch.full((8, 1, 2, 2), 1.0), torch.full((8, 1, 2, 2), 3.0)
+    noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, progress)
+    assert timestep.tolist() == [250, 250, 500, 500, 750, 750, 1000, 1000]
+    assert noisy[:, 0, 0, 0].tolist() == [1.5, 1.5, 2, 2, 2.5, 2.5, 3, 3]
+    pipeline("red", **{**call_of("flux", pipeline), "num_inference_steps": 4})
+    assert pipeline.scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+    inputs = family.denoiser_inputs(noisy, timestep, {"encoder_hidden_states": torch.zeros(8, 5, 16)})
+    assert inputs["timestep"].tolist() == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1]
+
+
+def test_flux_before_its_distillation_is_trained_at_all_levels(load) -> None:
+    latents, noise = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
+    progress = torch.tensor([0.5, 0.8413447])
+    _, timestep = get_family("flux").noisy(load("flux").scheduler, latents, noise, progress, few_step=False)
+    assert timestep.tolist() == pytest.approx([500, 731.0586], abs=0.01)
+
+
+def test_flux_packs_and_places_tokens_as_diffusers_does() -> None:
+    latents = ramp(2, 4, 6, 8)
+    assert torch.equal(pack(latents), diffusers.FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
+    assert torch.equal(get_family("flux").target(latents, 2 * latents), pack(latents))
+    inputs = get_family("flux").denoiser_inputs(latents, torch.ones(2), {"encoder_hidden_states": ramp(2, 5, 16)})
+    expected = diffusers.FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32)
+    assert torch.equal(inputs["img_ids"], expected)
+    assert torch.equal(inputs["txt_ids"], torch.zeros(5, 3))
+
+
+def test_sd3_trains_dual_attention_as_attention(load) -> None:
+    names = [name for name in quantizable(load("sd3").transformer) if ".attn2." in name]
+    assert names
+    assert all(any(fnmatchcase(name, p) for p in get_family("sd3").layer_groups["attention"]) for name in names)

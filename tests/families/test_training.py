@@ -1,0 +1,93 @@
+"""Every family trains: finite losses, only the chosen layers move, static ranges reach every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from fbqat_hub.evaluation.results import read_records
+from fbqat_hub.families import FAMILIES
+from fbqat_hub.hub.card import write_card
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
+from fbqat_hub.quantization.convert import matches
+from fbqat_hub.training import distill
+from fbqat_hub.training.evaluate import evaluate
+from fbqat_hub.training.generate import generate
+from fbqat_hub.training.recipe import Recipe, load_recipe
+from tests.conftest import call_of, write_recipe
+
+# the last block of SD3 has no text output, so the text's queries go nowhere
+WITHOUT_EFFECT = {"sd3": {"transformer_blocks.1.attn.add_q_proj"}}
+
+
+@pytest.fixture
+def fields_of(teacher_of: Callable[[str], Path], recipe_fields: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
+    """``fields_of(family)``: a recipe of two steps on its tiny teacher and the squares."""
+
+    def fields(family: str) -> dict[str, Any]:
+        teacher = teacher_of(family)
+        generation = call_of(family, load_pipeline(teacher))
+        changes = {"family": family, "teacher": str(teacher), "generation": generation, "steps": 2, "save_every": 0}
+        return {**recipe_fields, **changes}
+
+    return fields
+
+
+def distilled(recipe: Recipe, output: Path) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
+    """The student after the recipe's steps, its tensors before them, and the log."""
+    pipeline = load_pipeline(recipe.teacher)
+    splits = distill.cached_splits(recipe, pipeline)
+    draws = distill.Draws(FAMILIES[recipe.family], pipeline.scheduler, recipe.seed)
+    student = distill.prepare_student(recipe, pipeline.transformer, splits["train"], draws)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    distill.distill(
+        recipe, student, pipeline.transformer, splits, draws, output, Accelerator(), resume=False, progress=False
+    )
+    return student, before, [yaml.safe_load(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_layers_train_and_every_layer_is_calibrated(family: str, fields_of, tmp_path: Path) -> None:
+    static = {"quantization": {"activation_range": "static"}, "calibration": {"samples": 3, "rule": "min_max"}}
+    recipe = Recipe(**{**fields_of(family), **static, "train_layers": "attention"})
+    student, before, log = distilled(recipe, tmp_path)
+    assert [line["step"] for line in log] == [1, 2]
+    assert all(0 < line["loss"] < float("inf") for line in log)
+    changed = {
+        name.rpartition(".")[0] for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+    }
+    layers = dict(named_layers(student, FakeQuantizedLinear))
+    chosen = {name for name in layers if matches(name, FAMILIES[family].layer_groups["attention"])}
+    assert changed == chosen - WITHOUT_EFFECT.get(family, set())
+    assert len(layers) > 20
+    assert all(0 < before[f"{name}.input_scale"] < float("inf") for name in layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_evaluate_card_and_generate(family: str, fields_of, tmp_path: Path) -> None:
+    """From a recipe file to the card, with nothing said of the family but its name."""
+    fields = {**fields_of(family), "license": "cc-by-sa-4.0", "prompts": ["dark red"]}
+    fields["evaluation"] = {**fields["evaluation"], "draws": 2}
+    run = distill.train(load_recipe(write_recipe(tmp_path / "recipe.yaml", fields)), tmp_path / "run", progress=False)
+    evaluate(run, progress=False)
+    records = {record.metric: record for record in read_records(run / "results.json")}
+    assert {"kd_loss", "fd_teacher", "psnr", "ssim", "bits_per_weight"} <= set(records)
+    assert {record.family for record in records.values()} == {family}
+    assert records["kd_loss"].value > 0
+    assert 10 < records["psnr"].value < 90
+    card = write_card(run).read_text()
+    assert f"- {family}\n" in card
+    assert f"base_model: tiny-{family}\n" in card
+    namespace: dict[str, Any] = {}
+    code = card.split("```python\n")[1].split("```")[0].replace('from_pretrained("."', f"from_pretrained({str(run)!r}")
+    exec(code.replace('"picture.png"', repr(str(tmp_path / "card.png"))), namespace)
+    drawn = generate(str(run), ["dark red"], tmp_path / "drawn.png", seed=fields.get("seed", 1234))
+    assert (tmp_path / "card.png").read_bytes() == drawn.read_bytes()
