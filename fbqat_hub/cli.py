@@ -17,9 +17,11 @@ _EXAMPLES = """examples:
   fbqat demo                                          a tiny Sana: train, pack, compare, compile, card; all local
   fbqat train sana-tiny --output runs/tiny            quantize by fractional-bit quantization-aware training
   fbqat train my-recipe.yaml --output runs/mine --resume
+  fbqat plan my-recipe.yaml --output runs/plan        widths, layers, time and memory, before the run is paid for
   fbqat convert my-finetune/ --output mine-w4a8       quantize without training
   fbqat generate runs/tiny "red heart" --output heart.png
   fbqat evaluate runs/tiny && fbqat card runs/tiny
+  fbqat compare runs/tiny runs/other --output compared
   fbqat export runs/tiny --soc sm8750                 compile for the Snapdragon 8 Elite's NPU
 """
 
@@ -59,12 +61,24 @@ def _train(options: argparse.Namespace) -> None:
     print(f"saved {output}. Next: fbqat evaluate {output} ; fbqat card {output}")
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from fbqat_hub.training.plan import plan
+    from fbqat_hub.training.recipe import load_recipe
+
+    print(plan(load_recipe(options.recipe, **changes_of(options.set)), options.output).text())
+    if options.output:
+        print(f"saved {options.output}")
+
+
 def _convert(options: argparse.Namespace) -> None:
     from fbqat_hub.training.ptq import convert_pipeline
 
     settings = {"weight_clip": options.clip, "modules_to_not_convert": options.leave}
     output = convert_pipeline(options.pipeline, options.output, settings)
-    print(f"saved {output}. Name your prompts' data set in its recipe.yaml, then measure it: fbqat evaluate {output}")
+    print(
+        f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "
+        f"fbqat evaluate {output} --prompts mjhq-30k --images 1000"
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -78,10 +92,27 @@ def _generate(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from fbqat_hub.training.evaluate import evaluate
 
-    for record in evaluate(options.run_folder):
-        spread = "" if record.spread is None else f" ± {record.spread:.3g}"
-        print(f"{record.metric:16s} {record.value:.4g}{spread} {record.unit}  (n = {record.n})")
+    records = evaluate(
+        options.run_folder,
+        prompts=options.prompts,
+        images=options.images,
+        metrics=options.metrics,
+        device=options.device,
+    )
+    for record in records:
+        unit = "" if record.unit == "1" else f" {record.unit}"
+        interval = "" if record.interval is None else "  95% interval {:.4g} to {:.4g}".format(*record.interval)
+        print(f"{record.metric:16s} {record.value:.4g}{unit}{interval}  (n = {record.n})")
     print(f"saved {options.run_folder / 'results.json'}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from fbqat_hub.evaluation.compare import DEFAULT, compare, table
+
+    rows = compare(options.a, options.b, options.output, options.metrics or DEFAULT, device=options.device or "cpu")
+    print(table(rows))
+    if options.output:
+        print(f"saved {options.output / 'comparison.json'} and {options.output / 'comparison.png'}")
 
 
 def _card(options: argparse.Namespace) -> None:
@@ -137,6 +168,16 @@ def _parser() -> argparse.ArgumentParser:
     _settings(sub, "a recipe's field")
 
     sub = verb(
+        "plan",
+        _plan,
+        "measure what a recipe has to choose from: bit widths, layers to train, time and memory",
+        "fbqat plan sana-tiny --output runs/plan --set method=fbqat-paper",
+    )
+    sub.add_argument("recipe", help="YAML file, or the name of a recipe that ships")
+    sub.add_argument("--output", type=Path, help="folder for plan.json and curve.png (default: print only)")
+    _settings(sub, "a recipe's field")
+
+    sub = verb(
         "convert", _convert, "quantize a pipeline without training", "fbqat convert my-finetune/ --output mine-w4a8"
     )
     sub.add_argument("pipeline", help="folder or Hub id of a diffusers pipeline")
@@ -154,8 +195,35 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the first picture; the next one has the next seed")
     _settings(sub, "an argument of the pipeline call")
 
+    sub = verb(
+        "evaluate",
+        _evaluate,
+        "measure a run against its teacher",
+        "fbqat evaluate runs/tiny --prompts openmoji --images 32 --metrics psnr ssim fd_teacher",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
+    sub.add_argument(
+        "--prompts",
+        metavar="NAME",
+        help="prompts to draw: openmoji, mjhq-30k, pixart-eval-30k or ye-pop (default: the recipe's prompts and data)",
+    )
+    sub.add_argument("--images", type=int, metavar="N", help="how many pictures (default: the recipe's)")
+    _measuring(
+        sub, "kd_loss, bits_per_weight, fd_teacher, fd_real, fid_teacher, fid_real, clip_fid_teacher, clip_fid_real"
+    )
+
+    sub = verb(
+        "compare",
+        _compare,
+        "measure two folders of pictures, matched by file name, against each other",
+        "fbqat compare runs/tiny runs/other --metrics psnr ssim fd --output compared",
+    )
+    sub.add_argument("a", metavar="A", type=Path, help="folder of pictures (PNG, JPEG, WebP) or of an evaluated run")
+    sub.add_argument("b", metavar="B", type=Path, help="the same; the reference")
+    sub.add_argument("--output", type=Path, help="folder for comparison.json and comparison.png")
+    _measuring(sub, "fd, fid, clip_fid")
+
     for name, run, text in (
-        ("evaluate", _evaluate, "measure a run against its teacher"),
         ("card", _card, "write a run's model card from what was measured"),
         ("export", _export, "compile a run for a Snapdragon's NPU (QNN HTP) and certify it"),
     ):
@@ -167,6 +235,16 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
             sub.add_argument("--output", type=Path, help="new folder (default: RUN/htp)")
     return parser
+
+
+def _measuring(parser: argparse.ArgumentParser, own: str) -> None:
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="METRIC",
+        help=f"of psnr, ssim, lpips, {own}, clip_score, clip_iqa, image_reward (default: those without a download)",
+    )
+    parser.add_argument("--device", help="where networks run, e.g. cuda")
 
 
 def _settings(parser: argparse.ArgumentParser, what: str) -> None:

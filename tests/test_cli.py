@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from fbqat_hub import __version__, cli
 from tests.conftest import write_recipe
 
-VERBS = ("demo", "train", "convert", "generate", "evaluate", "card", "export")
+VERBS = ("demo", "train", "plan", "convert", "generate", "evaluate", "compare", "card", "export")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -62,6 +63,7 @@ def test_version(capsys) -> None:
         (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "steps"], "--set takes KEY=VALUE, got 'steps'"),
         (["train", "{tmp}/broken.yaml", "--output", "{tmp}/o"], "recipe broken.yaml is not YAML"),
         (["train", "sana-tiny", "--output", "{tmp}"], "{tmp} exists and is not empty; give another --output"),
+        (["plan", "sana-tiny", "--set", "method=ptq-mse"], "method ptq-mse does not train, so there is nothing"),
         (["convert", "{tmp}", "--output", "{tmp}/o"], "{tmp} is not a diffusers pipeline: it has no model_index.json"),
         (["convert", "{tmp}/missing", "--output", "{tmp}/o"], "{tmp}/missing is no folder"),
         (["generate", "{tmp}"], "no prompt"),
@@ -70,6 +72,9 @@ def test_version(capsys) -> None:
         (["generate", "{tmp}", "--prompts", "{tmp}/missing.txt"], "No such file or directory: '{tmp}/missing.txt'"),
         (["generate", "{tmp}", "red", "--output", "{tmp}/o.png"], "{tmp} is not a diffusers pipeline"),
         (["evaluate", "{tmp}"], "no recipe file '{tmp}/recipe.yaml'"),
+        (["compare", "{tmp}", "{tmp}/missing"], "{tmp} holds no pictures"),
+        (["compare", "{tmp}/broken.yaml", "{tmp}"], "{tmp}/broken.yaml is not a folder; give a folder of pictures"),
+        (["compare", "{tmp}", "{tmp}", "--metrics", "fidd"], "unknown metrics fidd; known: psnr, ssim"),
         (["card", "{tmp}"], "recipe.yaml"),
         (["export", "{tmp}"], "recipe.yaml"),
     ],
@@ -136,6 +141,18 @@ def test_train_then_generate(recipe_fields: dict[str, Any], tmp_path: Path, caps
     assert Image.open(tmp_path / "c.png").size == (32, 32)
 
 
+def test_plan(recipe_fields: dict[str, Any], tmp_path: Path, capsys) -> None:
+    """With the one validation picture of this data nothing is sure, so all layers are advised."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_fields)
+    status, out, err = run(capsys, "plan", recipe, "--output", tmp_path / "o", "--set", "steps=2")
+    assert (status, "error" in err) == (0, False)
+    assert re.search(r"^4 +0\.\d{5} +–$", out, re.MULTILINE)
+    assert "\nAdvice: train all: of no smaller group is it sure" in out
+    assert "\nTime: 2 steps of " in out
+    assert out.endswith(f"saved {tmp_path}/o\n")
+    assert json.loads((tmp_path / "o" / "plan.json").read_text())["recipe"]["steps"] == 2
+
+
 def test_convert(tiny_sana: Path, tmp_path: Path, capsys) -> None:
     status, out, _ = run(
         capsys, "convert", tiny_sana, "--output", tmp_path / "o", "--clip", "max_abs", "--leave", "*.attn2.*"
@@ -144,3 +161,22 @@ def test_convert(tiny_sana: Path, tmp_path: Path, capsys) -> None:
     assert out.startswith(f"saved {tmp_path}/o. ")
     assert "method: ptq-maxabs" in (tmp_path / "o" / "recipe.yaml").read_text()
     assert "attn2" in (tmp_path / "o" / "transformer" / "config.json").read_text()
+
+
+def test_evaluate_then_compare(run_folder: Path, tmp_path: Path, capsys) -> None:
+    """A run measured from the command line; its pictures against themselves, in a table, a file and a sheet."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    status, out, err = run(
+        capsys, "evaluate", tmp_path / "run", "--prompts", "openmoji", "--images", 3, "--metrics", "psnr", "fd_teacher"
+    )
+    assert status == 0
+    assert "3 prompts of openmoji; choose others with --prompts" in err
+    assert re.search(r"^psnr +[\d.]+ dB  95% interval [\d.]+ to [\d.]+  \(n = 3\)$", out, re.MULTILINE), out
+    assert re.search(r"^fd_teacher +[\d.e-]+  \(n = 3\)$", out, re.MULTILINE), out
+
+    folders = (tmp_path / "run", tmp_path / "run" / "images" / "samples")
+    status, out, _ = run(capsys, "compare", *folders, "--metrics", "ssim", "--output", tmp_path / "compared")
+    assert status == 0
+    assert out.splitlines()[1].split() == ["ssim", "↑", "a", "to", "b", "1", "1", "to", "1", "3"]
+    assert json.loads((tmp_path / "compared" / "comparison.json").read_text())["metrics"][0]["value"] == 1
+    assert Image.open(tmp_path / "compared" / "comparison.png").width > 300

@@ -6,8 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from safetensors.torch import load_file
-
+from fbqat_hub.evaluation.folders import PictureFolder
 from fbqat_hub.evaluation.results import METHODS, Record, read_records, write_records
 from fbqat_hub.export import ExportError
 from fbqat_hub.hub.card import write_card
@@ -67,10 +66,9 @@ def _collect(recipe: Recipe, output: Path, baselines: dict[str, Path]) -> None:
     prompts = evaluation_prompts(recipe, splits)
     columns = {"teacher": teacher_pictures(recipe, prompts)}
     for method, label in _SHEET.items():
-        samples = (output if method == recipe.method else baselines[method]) / "images" / "samples.safetensors"
-        columns[label] = load_file(samples)["pictures"]
+        folder = output if method == recipe.method else baselines[method]
+        columns[label] = list(PictureFolder.open(folder).files.values())
     picture_sheet(output, columns, prompts)
-    (output / "images" / "samples.safetensors").unlink()
 
 
 def _compile(output: Path) -> None:

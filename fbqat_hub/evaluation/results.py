@@ -18,7 +18,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,12 +38,17 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "kd_loss": Metric("MSE", "lower", "held-out distillation loss"),
     "fd_teacher": Metric("1", "lower", "Fréchet distance to the teacher"),
+    "fd_real": Metric("1", "lower", "Fréchet distance to real pictures"),
     "fid_teacher": Metric("1", "lower", "FID to the teacher"),
+    "fid_real": Metric("1", "lower", "FID to real pictures"),
     "clip_fid_teacher": Metric("1", "lower", "CLIP-FID to the teacher"),
+    "clip_fid_real": Metric("1", "lower", "CLIP-FID to real pictures"),
     "psnr": Metric("dB", "higher", "PSNR to the teacher"),
     "ssim": Metric("1", "higher", "SSIM to the teacher"),
     "lpips": Metric("1", "lower", "LPIPS to the teacher"),
     "image_reward": Metric("1", "higher", "ImageReward"),
+    "clip_score": Metric("1", "higher", "CLIP score"),
+    "clip_iqa": Metric("1", "higher", "CLIP-IQA"),
     "ms_forward": Metric("ms", "lower", "one forward"),
     "ms_step": Metric("ms", "lower", "one training step"),
     "peak_rss_mib": Metric("MiB", "lower", "peak memory"),
@@ -139,6 +144,8 @@ class Record:
         n: how many samples (pictures, batches, repetitions) the value comes from, at least 1.
         seed: the run's seed.
         spread: standard deviation over the ``n`` samples; None where the value is not a mean.
+        interval: (low, high) of the 95% interval (`fbqat_hub.evaluation.intervals`); None where there is none. Left
+            out of the file then, so files from before it was measured stay as they are.
         command: the command that measured it.
         versions, machine, date: filled in from here and now when left empty.
         extra: what the suite needs besides; JSON values, no key of the above.
@@ -156,6 +163,7 @@ class Record:
     n: int
     seed: int
     spread: float | None = None
+    interval: tuple[float, float] | None = None
     command: str = field(default_factory=command_line)
     versions: Mapping[str, str] = field(default_factory=versions)
     machine: Mapping[str, Any] = field(default_factory=machine)
@@ -176,6 +184,8 @@ class Record:
             raise ValueError(f"The value of {self.metric} is {self.value!r}; a record holds one finite number.")
         if self.spread is not None and not (_is_finite(self.spread) and self.spread >= 0):
             raise ValueError(f"The spread of {self.metric} is {self.spread!r}; a finite number >= 0 or None is needed.")
+        if self.interval is not None:
+            object.__setattr__(self, "interval", _checked_interval(self.metric, self.interval))
         for name, low in (("n", 1), ("seed", 0)):
             number = getattr(self, name)
             if type(number) is not int or number < low:
@@ -195,7 +205,9 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as one flat JSON object."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "interval")}
+        if self.interval is not None:
+            plain["interval"] = list(self.interval)
         return {**plain, "versions": dict(self.versions), "machine": dict(self.machine), **self.extra}
 
     @classmethod
@@ -205,10 +217,10 @@ class Record:
         Raises:
             ValueError: a field is missing, or as the constructor.
         """
-        missing = sorted(_FIELDS - set(row))
+        missing = sorted(_FIELDS - {"interval"} - set(row))
         if missing:
             raise ValueError(f"A record lacks {', '.join(missing)}: {json.dumps(dict(row), default=str)[:200]}")
-        known = {name: row[name] for name in _FIELDS}
+        known = {name: row[name] for name in _FIELDS if name in row}
         return cls(**known, extra={name: value for name, value in row.items() if name not in _FIELDS})
 
 
@@ -238,16 +250,22 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     return records
 
 
-def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> Path:
+def write_records(
+    path: str | os.PathLike[str], records: Iterable[Record], *, drop: Callable[[Record], bool] = lambda _: False
+) -> Path:
     """Add records to a results file, replacing those of the same `Record.key` in their place.
 
     The file is written beside and renamed, so a reader or an interruption never meets half of it.
+
+    Args:
+        drop: which of the file's own records to leave out, because the new ones make them wrong company.
 
     Returns:
         The file.
     """
     path = Path(path)
-    merged = {record.key: record for record in read_records(path)} if path.exists() else {}
+    present = read_records(path) if path.exists() else []
+    merged = {record.key: record for record in present if not drop(record)}
     merged.update({record.key: record for record in records})
     text = json.dumps([record.to_dict() for record in merged.values()], indent=1, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +284,16 @@ def _check_name(what: str, given: str, allowed: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(given), allowed, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown {what} {given!r}.{hint} Known: {', '.join(allowed)}.")
+
+
+def _checked_interval(metric: str, interval: Any) -> tuple[float, float]:
+    """Of a file it is a list of two."""
+    if not isinstance(interval, (list, tuple)) or len(interval) != 2 or not all(map(_is_finite, interval)):
+        raise ValueError(f"The interval of {metric} is {interval!r}; two finite numbers (low, high) are needed.")
+    low, high = interval
+    if low > high:
+        raise ValueError(f"The interval of {metric} is {interval!r}; low is above high.")
+    return (low, high)
 
 
 def _is_finite(value: Any) -> bool:

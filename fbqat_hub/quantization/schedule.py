@@ -84,20 +84,25 @@ class BitSchedule:
 
     def bit_width(self, progress: float) -> float:
         """The bit width at ``progress`` in [0, 1]."""
-        total = sum(share for _, share in self.stages)
-        position = _check_progress(progress) * total
         if self.ramp == "steps":
-            for width, share in self.stages:
-                position -= share
-                if position < -1e-12 * total:  # step 3 of 25 is at 3.0000000000000004 or 2.9999999999999996
-                    return width
-            return self.final_bits
+            return self.stages[self.stage(progress)][0]
         length = sum(share for _, share in self.stages[:-1])
+        position = _check_progress(progress) * (length + self.stages[-1][1])
         done = min(1.0, position / length) if length else 1.0
         if self.ramp == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         first = self.stages[0][0]
         return first + (self.final_bits - first) * done
+
+    def stage(self, progress: float) -> int:
+        """Index of the stage at ``progress`` in [0, 1]."""
+        total = sum(share for _, share in self.stages)
+        position = _check_progress(progress) * total
+        for index, (_, share) in enumerate(self.stages):
+            position -= share
+            if position < -1e-12 * total:  # step 3 of 25 is at 3.0000000000000004 or 2.9999999999999996
+                return index
+        return len(self.stages) - 1
 
     def softness_at(self, progress: float) -> float:
         """The softness of the staircase at ``progress`` in [0, 1]; 0 is the hard grid."""

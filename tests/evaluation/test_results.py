@@ -53,6 +53,9 @@ def test_a_record_fills_in_what_can_be_known_here() -> None:
         ({"value": math.nan}, "one finite number"),
         ({"value": True}, "one finite number"),
         ({"spread": -1.0}, "spread"),
+        ({"interval": (30.0, math.nan)}, "interval of psnr .* two finite numbers"),
+        ({"interval": 30.0}, "interval of psnr is 30.0"),
+        ({"interval": (31.0, 30.0)}, "low is above high"),
         ({"n": 0}, "n of psnr is 0"),
         ({"n": 2.0}, "n of psnr is 2.0"),
         ({"seed": -1}, "seed of psnr is -1"),
@@ -82,6 +85,24 @@ def test_writing_replaces_the_same_measurement_and_keeps_the_others_in_place(tmp
         ("ssim", 0, 0.9),
         ("psnr", 1, 30.5),
     ]
+
+
+def test_an_interval_is_kept_and_files_from_before_it_read_and_write_as_they_were(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "results.json", [record(interval=(29.5, 31.5)), record(metric="ssim")])
+    rows = json.loads(path.read_text())
+    assert rows[0]["interval"] == [29.5, 31.5]
+    assert "interval" not in rows[1]
+    assert [r.interval for r in read_records(path)] == [(29.5, 31.5), None]
+
+    tracked = Path(__file__).parents[2] / "benchmarks" / "results" / "method.json"
+    copy = write_records(tmp_path / "copy.json", read_records(tracked))
+    assert json.loads(copy.read_text()) == json.loads(tracked.read_text())
+
+
+def test_records_that_the_new_ones_make_wrong_are_dropped(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "results.json", [record(), record(seed=1), record(metric="ssim", value=0.9)])
+    write_records(path, [record(metric="lpips", value=0.1)], drop=lambda r: r.metric == "psnr" and r.seed == 0)
+    assert [(r.metric, r.seed) for r in read_records(path)] == [("psnr", 1), ("ssim", 0), ("lpips", 0)]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(

@@ -59,6 +59,7 @@ def test_a_stage_begins_at_its_step_whatever_the_rounding(share: float) -> None:
     """Ten stages, ten steps: sums of shares such as 0.1 miss the boundaries by a rounding error."""
     schedule = BitSchedule([(12.0 - index, share) for index in range(10)])
     assert [schedule.bit_width(step / 10) for step in range(10)] == [12 - step for step in range(10)]
+    assert [schedule.stage(step / 10) for step in (*range(10), 10)] == [*range(10), 9]
 
 
 def test_shares_are_relative() -> None:

@@ -1,0 +1,1 @@
+"""Fréchet distance on the extractor that ships."""

@@ -1,0 +1,1 @@
+"""FID by the clean-fid protocol."""

@@ -1,0 +1,1 @@
+"""LPIPS on AlexNet."""

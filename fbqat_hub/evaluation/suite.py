@@ -1,0 +1,164 @@
+"""Metrics of pictures by name, each with its sample count, spread and 95% interval.
+
+paired          picture against the reference of the same name    psnr, ssim, lpips
+distance        set of pictures against set of pictures           fd, fid, clip_fid
+prompted        picture against its prompt                        clip_score, image_reward
+single          picture alone                                     clip_iqa
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fbqat_hub.evaluation import learned
+from fbqat_hub.evaluation.features import EXTRACTOR, OpenMojiFeatures
+from fbqat_hub.evaluation.folders import batches, pairs
+from fbqat_hub.evaluation.intervals import bootstrap_interval, jackknife_interval
+from fbqat_hub.evaluation.metrics import frechet_distance, psnr, ssim
+
+PAIRED = ("psnr", "ssim", "lpips")
+DISTANCES = {"fd": EXTRACTOR, "fid": "inception-2015-12-05", "clip_fid": "clip-vit-base-patch32"}
+PROMPTED = ("clip_score", "image_reward")
+SINGLE = ("clip_iqa",)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number and how sure it is.
+
+    Attributes:
+        value: the mean over the samples, or the distance of the sets.
+        n: samples it comes from: pictures, or pairs of pictures.
+        spread: standard deviation over the samples; None for a distance.
+        interval: (low, high), 95%; None where there are too few samples for one.
+        extra: what else belongs to it, such as the extractor of a distance.
+    """
+
+    value: float
+    n: int
+    spread: float | None = None
+    interval: tuple[float, float] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def measure_pairs(
+    metric: str, files: Sequence[Path], references: Sequence[Path], *, device: str = "cpu", seed: int = 0
+) -> Measurement | None:
+    """A metric of `PAIRED`, over pictures and their references in the same order.
+
+    A pair of equal pictures has no PSNR (it is infinite): it is left out, and ``extra["equal"]`` says how many were.
+
+    Returns:
+        None for psnr where all pairs are equal.
+
+    Raises:
+        ValueError: no pairs, or one of two sizes.
+    """
+    if metric == "lpips":
+        return of_samples(learned.lpips_distances(files, references, device), seed=seed)
+    function = {"psnr": psnr, "ssim": ssim}[metric]
+    values = [value for a, b in pairs(files, references) for value in function(a, b).tolist()]
+    finite = [value for value in values if math.isfinite(value)]
+    if values and not finite:
+        return None
+    equal = len(values) - len(finite)
+    return of_samples(finite, seed=seed, extra={"equal": equal} if equal else {})
+
+
+def measure_prompted(
+    metric: str, files: Sequence[Path], prompts: Sequence[str], *, device: str = "cpu", seed: int = 0
+) -> Measurement:
+    """A metric of `PROMPTED`, over pictures and their prompts in the same order."""
+    function = {"clip_score": learned.clip_scores, "image_reward": learned.image_rewards}[metric]
+    return of_samples(function(files, prompts, device), seed=seed)
+
+
+def measure_single(metric: str, files: Sequence[Path], *, device: str = "cpu", seed: int = 0) -> Measurement:
+    """A metric of `SINGLE`, over pictures."""
+    return of_samples({"clip_iqa": learned.clip_iqa_scores}[metric](files, device), seed=seed)
+
+
+def features_of(distance: str, files: Sequence[Path], *, device: str = "cpu") -> Tensor:
+    """Features [N, D] of pictures for a distance of `DISTANCES`."""
+    extractors: dict[str, Callable[[Sequence[Path], str], Tensor]] = {
+        "fd": openmoji_features,
+        "fid": learned.inception_features,
+        "clip_fid": learned.clip_features,
+    }
+    return extractors[distance](files, device)
+
+
+def measure_distance(distance: str, features: Tensor, references: Tensor) -> Measurement:
+    """The Fréchet distance of two sets of features, from `features_of`.
+
+    Returns:
+        ``n`` counts the first set; ``extra`` has the extractor, and ``n_reference`` where the second set has another
+        size.
+
+    Raises:
+        ValueError: fewer than 2 pictures in a set.
+    """
+    extra: dict[str, Any] = {"extractor": DISTANCES[distance]}
+    if len(features) != len(references):
+        extra["n_reference"] = len(references)
+    value = frechet_distance(features, references)
+    interval = jackknife_interval(frechet_distance, features, references)
+    return Measurement(value, len(features), interval=interval, extra=extra)
+
+
+def of_samples(values: Sequence[float], *, seed: int = 0, extra: dict[str, Any] | None = None) -> Measurement:
+    """The mean of independent samples, with its spread and interval (None for one sample).
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not values:
+        raise ValueError("There is nothing to measure: no pictures.")
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    interval = bootstrap_interval(values, seed=seed)
+    return Measurement(statistics.fmean(values), len(values), spread, interval, extra or {})
+
+
+def of_timesteps(
+    losses: Sequence[float], timesteps: Sequence[float], *, bins: int = 10, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The held-out distillation loss over the noise level: where in sampling the student errs.
+
+    The edges are quantiles of the timesteps, so every bin has about as many draws; equal timesteps stay together, and
+    a model of few steps has a bin for each.
+
+    Args:
+        losses: one for each draw.
+        timesteps: of the same draws, in the unit the denoiser takes.
+        bins: at most so many.
+
+    Returns:
+        For each bin, from little noise to much: ``low`` and ``high`` (its least and greatest timestep), ``value`` (the
+        mean loss), ``n`` and ``interval``.
+    """
+    rows = sorted(zip(timesteps, losses, strict=True))
+    edges = [rows[len(rows) * edge // bins][0] for edge in range(1, bins)]
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for row in rows:
+        groups.setdefault(sum(row[0] >= edge for edge in edges), []).append(row)
+    found = []
+    for group in groups.values():
+        mean = of_samples([loss for _, loss in group], seed=seed)
+        interval = list(mean.interval) if mean.interval else None
+        found.append({"low": group[0][0], "high": group[-1][0], "value": mean.value, "n": mean.n, "interval": interval})
+    return found
+
+
+@torch.no_grad()
+def openmoji_features(files: Sequence[Path], device: str = "cpu") -> Tensor:
+    """Features [N, 64] on the extractor that ships, which is not Inception."""
+    model = OpenMojiFeatures.load().to(device)
+    return torch.cat([model(batch.to(device)).cpu() for batch in batches(files)])

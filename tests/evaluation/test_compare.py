@@ -1,0 +1,77 @@
+"""`compare`: table, results file and sheet of two folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fbqat_hub.evaluation.compare import compare, table
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Pictures of one grey, and the same lighter by 51/255 = 0.2; one more in each."""
+    for folder, level, extra in (("a", 100, "8"), ("b", 151, "9")):
+        (tmp_path / folder).mkdir()
+        for name in ("1", "2", "3", extra):
+            Image.new("RGB", (24, 24), (level,) * 3).save(tmp_path / folder / f"{name}.png")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_table_file_and_sheet(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = compare(*folders, tmp_path / "out")
+    by_name = {row["metric"]: row for row in rows}
+    assert by_name["psnr"]["value"] == pytest.approx(20 * -torch.tensor(0.2).log10().item())
+    assert by_name["psnr"]["interval"] == pytest.approx((13.979, 13.979), abs=1e-3)
+    assert by_name["fd"]["extractor"] == "openmoji-cnn-1"
+    lines = table(rows).splitlines()
+    assert lines[0].split() == ["metric", "of", "value", "95%", "interval", "n"]
+    assert lines[1].split() == ["psnr", "↑", "a", "to", "b", "13.98", "dB", "13.98", "to", "13.98", "3"]
+    assert lines[3].split()[:2] == ["fd", "↓"]
+    assert lines[3].split()[-2:] == ["–", "3"]
+
+    saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert (saved["a"], saved["b"], saved["without_partner"]) == ("a", "b", {"a": 1, "b": 1})
+    assert [row["metric"] for row in saved["metrics"]] == ["psnr", "ssim", "fd"]
+    assert saved["versions"]["torch"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["comparison.json", "comparison.png"]
+    sheet = Image.open(tmp_path / "out" / "comparison.png")
+    colours = {colour for _, colour in sheet.getcolors(10**6)}
+    assert {(100, 100, 100), (151, 151, 151)} <= colours
+
+
+def test_a_folder_compared_with_itself_has_no_psnr(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = compare(folders[0], folders[0], tmp_path / "out", ["psnr", "ssim"])
+    assert [(row["value"], row["n"]) for row in rows] == [(None, 4), (1.0, 4)]
+    assert "all equal" in table(rows)
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"][0]["value"] is None
+
+
+def test_wrong_input_is_refused_before_anything_is_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    a, b = folders
+    with pytest.raises(ValueError, match="unknown metrics psnrr; known: psnr, ssim"):
+        compare(a, b, tmp_path / "out", ["psnrr"])
+    with pytest.raises(ValueError, match=r"clip_score needs the prompt of each picture, in .*a/metadata.jsonl"):
+        compare(a, b, tmp_path / "out", ["clip_score"])
+    Image.new("RGB", (12, 24)).save(b / "2.png")
+    with pytest.raises(ValueError, match=r"a/2.png is 24 x 24 pixels and .*b/2.png 12 x 24"):
+        compare(a, b, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_of_one_set_alone_are_measured_for_both(folders: tuple[Path, Path], monkeypatch) -> None:
+    a, b = folders
+    lines = [json.dumps({"file_name": f"{name}.png", "prompt": f"square {name}"}) for name in "123"]
+    (a / "metadata.jsonl").write_text("\n".join(lines))
+    asked = []
+
+    def scores(files: list[Path], prompts: list[str], device: str) -> list[float]:
+        asked.append(([file.parent.name for file in files], prompts))
+        return [float(len(asked))] * len(files)
+
+    monkeypatch.setattr("fbqat_hub.evaluation.learned.clip_scores", scores)
+    rows = compare(a, b, metrics=["clip_score"])
+    assert [(row["of"], row["value"], row["n"]) for row in rows] == [("a", 1.0, 3), ("b", 2.0, 3)]
+    assert asked == [(["a"] * 3, ["square 1", "square 2", "square 3"]), (["b"] * 3, asked[0][1])]

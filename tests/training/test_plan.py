@@ -1,0 +1,112 @@
+"""A plan: what it prints can be pasted, what it saves is whole, and the test split stays unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from fbqat_hub.training import plan as planning
+from fbqat_hub.training.distill import cached_splits
+from fbqat_hub.training.plan import Plan, plan
+from fbqat_hub.training.recipe import Recipe, load_recipe
+
+
+def without_test(recipe: Recipe, pipeline: Any) -> dict[str, Any]:
+    """The splits, with training pictures for validation, and no test split to look at."""
+    train = cached_splits(recipe, pipeline)["train"]
+    return {"train": train, "validation": train}
+
+
+@pytest.fixture(scope="module")
+def made(recipe_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
+    """The plan of the recipe of six steps, and its folder."""
+    folder = tmp_path_factory.mktemp("plan") / "new"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "cached_splits", without_test)
+        return plan(Recipe(**recipe_fields), folder, progress=False), folder
+
+
+def test_the_printed_stages_are_a_recipes_schedule(made: tuple[Plan, Path], recipe_fields: dict[str, Any]) -> None:
+    """From 8 to 4 bits with the hard grid, whatever the method's own schedule is."""
+    lines = made[0].text().splitlines()
+    start = lines.index("schedule:")
+    fragment = yaml.safe_load("\n".join(lines[start : lines.index("", start)]))
+    for method in ("fbqat", "fbqat-paper"):
+        schedule = Recipe(**{**recipe_fields, "method": method, **fragment}).bit_schedule()
+        assert schedule == made[0].schedule
+        assert (len(schedule.stages), schedule.bit_width(0), schedule.bit_width(0.44), schedule.softness) == (
+            9,
+            8,
+            4,
+            0,
+        )
+
+
+def test_what_is_saved(made: tuple[Plan, Path], recipe_fields: dict[str, Any]) -> None:
+    result, folder = made
+    assert sorted(path.name for path in folder.iterdir()) == ["curve.png", "plan.json"]
+    data = json.loads((folder / "plan.json").read_text())
+    assert Recipe(**data["recipe"]) == Recipe(**recipe_fields)
+    assert {point["bit_width"]: point["mean"] for point in data["curve"]} == {
+        width: loss.mean for width, loss in result.curve.items()
+    }
+    assert list(data["layers"]) == ["feed_forward", "attention", "blocks", "all"]
+    everything = data["layers"]["all"]
+    assert everything["against_all"] == 0
+    assert everything["removed"] == pytest.approx(1 - everything["loss"] / data["curve"][-1]["mean"])
+    assert data["seconds"] == pytest.approx(6 * everything["seconds_per_step"])
+    assert data["probe_steps"] == 6
+    assert data["train_layers"] in data["advice"]
+    assert {"fbqat_hub", "torch"} <= set(data["versions"])
+    picture = Image.open(folder / "curve.png")
+    assert (picture.format, picture.size) == ("PNG", (1050, 600))
+
+
+def test_text_has_every_width_and_group(made: tuple[Plan, Path]) -> None:
+    rows = {line.split()[0]: line.split() for line in made[0].text().splitlines() if line}
+    for width, loss in made[0].curve.items():
+        assert rows[f"{width:g}"][1] == f"{loss.mean:.5f}"
+    for group, probe in made[0].probes.items():
+        assert rows[group][1] == f"{probe.trained_parameters:,}"
+    assert rows["Time:"][1:3] == ["6", "steps"]
+
+
+def test_a_picture_that_fails_leaves_the_old_one(made: tuple[Plan, Path], tmp_path: Path, monkeypatch) -> None:
+    made[0].save(tmp_path)
+    before = (tmp_path / "curve.png").read_bytes()
+
+    def stop(*arguments: Any) -> None:
+        arguments[-1].write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(planning, "draw_curve", stop)
+    with pytest.raises(OSError, match="No space"):
+        made[0].save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "plan.json"]
+    assert (tmp_path / "curve.png").read_bytes() == before
+
+
+def test_refused_before_anything_is_written(recipe_fields: dict[str, Any], run_folder: Path, tmp_path: Path) -> None:
+    """A method without training; a teacher that is quantized already."""
+    for changes, message in (
+        ({"method": "ptq-mse", "steps": 0}, "method ptq-mse does not train"),
+        ({"teacher": str(run_folder)}, "must be a full-precision SanaPipeline"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(Recipe(**{**recipe_fields, **changes}), tmp_path / "plan", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_tiny_sana_that_ships() -> None:
+    """Loss times 45 from 8 to 4 bits; the placed stages are near the published 8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4."""
+    result = plan(load_recipe("sana-tiny", steps=2), progress=False)
+    assert result.curve[8].mean == pytest.approx(1.35e-3, rel=0.05)
+    assert result.curve[4].mean == pytest.approx(60.9e-3, rel=0.05)
+    widths = [width for width, _ in result.schedule.stages]
+    assert widths == pytest.approx([8, 7.02, 6.41, 5.91, 5.54, 5.12, 4.79, 4.46, 4], abs=0.05)

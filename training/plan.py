@@ -1,0 +1,230 @@
+"""Plan a run before it is paid for: which bit widths, which layers, how long, how much memory."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from fbqat_hub.evaluation.results import command_line, machine, versions
+from fbqat_hub.families import get_family
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.quantization import BitSchedule
+from fbqat_hub.quantization.auto_schedule import schedule_from_curve
+from fbqat_hub.training.distill import Draws, cached_splits, prepare_student
+from fbqat_hub.training.probe import (
+    DRAWS,
+    Estimate,
+    Probe,
+    advise,
+    loss_against_width,
+    probe_layers,
+    relative_difference,
+    widths_to,
+)
+from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.teachers import resolve_teacher
+
+PROBE_STEPS = 40
+_INK, _STAGE = "#3355c8", "#d1671f"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was measured for a recipe, and what it advises.
+
+    Attributes:
+        recipe: that was planned.
+        curve: bit width -> held-out loss of the untrained student, from 8 bits to the stored width.
+        schedule: stages placed by the curve.
+        probes: one a group of layers, "all" among them.
+        probe_steps: of each.
+    """
+
+    recipe: Recipe
+    curve: dict[float, Estimate]
+    schedule: BitSchedule
+    probes: dict[str, Probe]
+    probe_steps: int
+
+    @property
+    def seconds(self) -> float:
+        """Time of the recipe's training on this machine, without validation and checkpoints."""
+        return self.probes[self.recipe.train_layers].seconds_per_step * self.recipe.steps
+
+    def text(self) -> str:
+        """The plan to read."""
+        own = self.probes[self.recipe.train_layers]
+        pictures = len(own.losses)
+        curve = [(f"{width:g}", f"{loss.mean:.5f}", _text(loss.error, ".5f")) for width, loss in self.curve.items()]
+        titles = ("layers", "parameters", "share", "loss", "removed", "per million", "against all", "± error")
+        layers = [
+            (
+                group,
+                f"{row['trained_parameters']:,}",
+                f"{row['share']:.1%}",
+                f"{row['loss']:.5f}",
+                f"{row['removed']:.1%}",
+                f"{row['removed_per_million']:.3g}",
+                f"{row['against_all']:+.1%}",
+                _text(row["against_all_error"], ".1%"),
+                f"{row['seconds_per_step']:.3g}",
+                _text(row["peak_mib"], ".0f"),
+            )
+            for group, row in self._layers().items()
+        ]
+        return "\n".join(
+            [
+                f"Loss against bit width before training ({pictures} validation pictures, {DRAWS} draws of each):",
+                _table([("bit width", "loss", "± error"), *curve]),
+                "",
+                "Stages at equal steps of the loss's logarithm, to paste into a recipe:",
+                yaml.safe_dump({"schedule": self.schedule.to_dict()}, sort_keys=False, default_flow_style=None),
+                f"Groups of layers, {self.probe_steps} steps of each at the recipe's method and rate:",
+                _table([(*titles, "s/step", "peak MiB"), *layers]),
+                "",
+                f"Advice: {advise(self.probes)[1]} One seed, {self.probe_steps} steps: a lead, not a verdict.",
+                f"Time: {self.recipe.steps} steps of {own.seconds_per_step:.3g} s are "
+                f"{datetime.timedelta(seconds=round(self.seconds))}. Peak memory: {_text(own.peak_mib, '.0f')} MiB. "
+                f"(The recipe as it is, train_layers: {self.recipe.train_layers}.)",
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        group, advice = advise(self.probes)
+        own = self.probes[self.recipe.train_layers]
+        return {
+            "recipe": asdict(self.recipe),
+            "pictures": len(own.losses),
+            "draws": DRAWS,
+            "curve": [{"bit_width": width, **loss._asdict()} for width, loss in self.curve.items()],
+            "schedule": self.schedule.to_dict(),
+            "probe_steps": self.probe_steps,
+            "layers": self._layers(),
+            "train_layers": group,
+            "advice": advice,
+            "seconds": self.seconds,
+            "peak_mib": own.peak_mib,
+            "command": command_line(),
+            "versions": versions(),
+            "machine": machine(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``plan.json`` and ``curve.png`` into ``folder``, which may exist."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        _write(folder / "plan.json", lambda path: path.write_text(text))
+        _write(folder / "curve.png", lambda path: draw_curve(self.curve, self.schedule, path))
+
+    def _layers(self) -> dict[str, dict[str, Any]]:
+        """group -> its row of the table. ``removed`` is the share of the untrained student's loss that is gone."""
+        untrained = self.curve[self.schedule.final_bits].mean
+        rows = {}
+        for group, probe in self.probes.items():
+            loss, difference = Estimate.of(probe.losses), relative_difference(probe.losses, self.probes["all"].losses)
+            rows[group] = {
+                "trained_parameters": probe.trained_parameters,
+                "share": probe.share,
+                "loss": loss.mean,
+                "error": loss.error,
+                "removed": 1 - loss.mean / untrained,
+                "removed_per_million": (1 - loss.mean / untrained) / (probe.trained_parameters / 1e6),
+                "against_all": difference.mean,
+                "against_all_error": difference.error,
+                "seconds_per_step": probe.seconds_per_step,
+                "peak_mib": probe.peak_mib,
+            }
+        return rows
+
+
+def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -> Plan:
+    """Measure what a run of ``recipe`` has to choose from, at the price of a few short ones.
+
+    Args:
+        output: folder for ``plan.json`` and ``curve.png``.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: a method that does not train, or a teacher that is not a float pipeline of the recipe's family.
+    """
+    if not recipe.steps:
+        raise ValueError(f"method {recipe.method} does not train, so there is nothing to plan; take e.g. fbqat.")
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    torch.manual_seed(recipe.seed)
+    family = get_family(recipe.family)
+    pipeline = load_pipeline(resolve_teacher(recipe.teacher))
+    if type(pipeline).__name__ != family.pipeline_class or getattr(pipeline.transformer, "is_quantized", False):
+        raise ValueError(f"teacher {recipe.teacher} must be a full-precision {family.pipeline_class}.")
+    if output:
+        output.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
+    splits = cached_splits(recipe, pipeline)
+    draws = Draws(family, pipeline.scheduler, recipe.seed, accelerator.device)
+    teacher = pipeline.transformer.to(accelerator.device)
+
+    student = prepare_student(recipe, teacher, splits["train"], draws)
+    widths = widths_to(recipe.config().weight_bits)
+    curve = loss_against_width(student, teacher, splits["validation"], draws, widths, progress=progress)
+    del student
+    schedule = schedule_from_curve({width: loss.mean for width, loss in curve.items()})
+    steps = min(PROBE_STEPS, recipe.steps)
+    probes = probe_layers(recipe, teacher, splits, draws, accelerator, steps, progress=progress)
+    made = Plan(recipe, curve, schedule, probes, steps)
+    if output:
+        made.save(output)
+    return made
+
+
+def draw_curve(curve: Mapping[float, Estimate], schedule: BitSchedule, path: Path) -> None:
+    """Write a PNG: loss against bit width with standard errors, and where the stages of ``schedule`` are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    losses = [loss.mean for loss in curve.values()]
+    errors = [loss.error or 0.0 for loss in curve.values()]
+    axis.errorbar(list(curve), losses, errors, color=_INK, linewidth=1.6, capsize=2, label="measured, ± standard error")
+    for number, (width, _) in enumerate(schedule.stages):
+        axis.axvline(width, color=_STAGE, linewidth=1, linestyle=":", label=None if number else "stages at equal steps")
+        above = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8}
+        axis.text(width, 1.01, f"{width:g}", color=_STAGE, **above)
+    axis.set_yscale("log")
+    axis.invert_xaxis()
+    axis.set_xlabel("bit width")
+    axis.set_ylabel("distillation loss before training")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper left")
+    with path.open("wb") as file:
+        canvas.print_png(file, metadata={"Software": None})
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside and rename: what has the name is whole."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first one to the left, the others to the right."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(sizes[0]), *map(str.rjust, row[1:], sizes[1:])] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,151 @@
+"""Prompts to draw in an evaluation, as `datasets`: OpenMoji offline, MJHQ-30K, PixArt-Sigma's and YE-POP from the Hub.
+
+Each of the sets on the Hub is one JSON table of prompts and one zip of pictures; the zip is downloaded only where the
+pictures are asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import torch
+
+from fbqat_hub.training.openmoji import load_openmoji
+from fbqat_hub.training.seeding import generator
+
+
+@dataclass(frozen=True)
+class HubPrompts:
+    """A prompt set on the Hub.
+
+    Attributes:
+        repo: id of the data set.
+        table: JSON file: a list of rows, or a mapping of names to rows.
+        text: field of a row with the prompt.
+        archive: zip of the pictures.
+        picture: field of a row with its picture's file name; None where the row's name in the mapping is that.
+        download: what the two files weigh.
+    """
+
+    repo: str
+    table: str
+    text: str
+    archive: str
+    picture: str | None
+    download: str
+
+
+PROMPT_SETS: dict[str, HubPrompts | None] = {
+    "openmoji": None,  # of this package, without a download
+    "mjhq-30k": HubPrompts(
+        "playgroundai/MJHQ-30K", "meta_data.json", "prompt", "mjhq30k_imgs.zip", None, "9 MB, pictures 3.6 GB"
+    ),
+    "pixart-eval-30k": HubPrompts(
+        "PixArt-alpha/PixArt-Eval30K",
+        "PixArt-Eval30K.json",
+        "prompt",
+        "pixart-eval30K.zip",
+        "path",
+        "18 MB, pictures 48.5 GB",
+    ),
+    # the first of ten parts
+    "ye-pop": HubPrompts(
+        "Ejafa/ye-pop",
+        "images/chunk_1/chunk_1.0.json",
+        "cogvlm_caption",
+        "images/chunk_1/chunk_1.zip",
+        "filename",
+        "87 MB, pictures 11.5 GB",
+    ),
+}
+
+
+def load_prompts(name: str, count: int | None = None, *, seed: int = 0, images: bool = False) -> datasets.Dataset:
+    """Prompts of a set, in an order that the seed gives.
+
+    Args:
+        name: of `PROMPT_SETS`.
+        count: at most so many; all if None. A smaller count gives the first ones of a greater one.
+        seed: of the order.
+        images: also the real pictures.
+
+    Returns:
+        Columns ``prompt`` and, where asked for, ``image``.
+
+    Raises:
+        ValueError: an unknown name, a count below 1, or a table that does not have the expected fields.
+        OSError: the Hub cannot be reached, and the files were not downloaded before.
+    """
+    if name not in PROMPT_SETS:
+        near = difflib.get_close_matches(name, PROMPT_SETS, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown prompts {name!r}.{hint} Known: {', '.join(PROMPT_SETS)}.")
+    if count is not None and count < 1:
+        raise ValueError(f"{count} prompts of {name} were asked for; ask for at least 1.")
+    source = PROMPT_SETS[name]
+    if source is None:
+        rows = load_openmoji()["test"].rename_column("caption", "prompt")
+        return rows.select(_order(len(rows), seed, count)).select_columns(["prompt", "image"] if images else ["prompt"])
+    table = _rows(source, name)
+    chosen = [table[index] for index in _order(len(table), seed, count)]
+    if not images:
+        return datasets.Dataset.from_dict({"prompt": [prompt for prompt, _ in chosen]})
+    return datasets.Dataset.from_generator(
+        _with_pictures,
+        features=datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()}),
+        gen_kwargs={"archive": str(_file(source, name, source.archive)), "rows": [chosen]},
+    )
+
+
+def _rows(source: HubPrompts, name: str) -> list[tuple[str, str]]:
+    """(prompt, stem of the picture's file name) of every row that has a prompt, in the order of the stems."""
+    table = json.loads(_file(source, name, source.table).read_text(encoding="utf-8"))
+    named: list[tuple[str, Mapping[str, Any]]] = (
+        list(table.items()) if isinstance(table, dict) else [("", row) for row in table]
+    )
+    fields = {source.text} | ({source.picture} if source.picture else set())
+    found = {}
+    for key, row in named:
+        if missing := fields - row.keys():
+            raise ValueError(
+                f"{source.repo}: a row of {source.table} has {', '.join(sorted(row))}, but not "
+                f"{', '.join(sorted(missing))}; the data set has changed since this was written."
+            )
+        if row[source.text] and str(row[source.text]).strip():
+            file = str(row[source.picture]) if source.picture else key
+            found[PurePosixPath(file).stem if source.picture else file] = str(row[source.text]).strip()
+    return [(found[stem], stem) for stem in sorted(found)]
+
+
+def _with_pictures(archive: str, rows: list[list[tuple[str, str]]]) -> Iterator[dict[str, Any]]:
+    """``rows`` is wrapped in a list, of which `datasets` makes a shard."""
+    with zipfile.ZipFile(archive) as pictures:
+        members = {PurePosixPath(name).stem: name for name in pictures.namelist() if not name.endswith("/")}
+        for part in rows:
+            for prompt, stem in part:
+                if stem not in members:
+                    raise ValueError(f"{Path(archive).name} has no picture {stem!r}; delete it and download it again.")
+                yield {"prompt": prompt, "image": {"path": None, "bytes": pictures.read(members[stem])}}
+
+
+def _file(source: HubPrompts, name: str, path: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source.repo, path, repo_type="dataset"))
+    except OSError as error:
+        raise OSError(
+            f"the prompts {name} are on the Hub ({source.repo}: {source.download}), and {path} cannot be had "
+            f"({type(error).__name__}). Go online for it once, or use --prompts openmoji, which needs no download."
+        ) from error
+
+
+def _order(size: int, seed: int, count: int | None) -> list[int]:
+    return torch.randperm(size, generator=generator("prompts", seed))[:count].tolist()
