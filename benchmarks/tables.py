@@ -1,21 +1,19 @@
 """Write the tables of README.md and docs/ from benchmarks/results/, between their markers.
 
-python benchmarks/tables.py            # rewrite
-python benchmarks/tables.py --check    # exit 1 if a table is not what the results say
+python -m benchmarks.tables            # rewrite
+python -m benchmarks.tables --check    # exit 1 if a table is not what the results say
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.method.report import Results, paired, table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 
 ROOT = Path(__file__).parent.parent
@@ -51,24 +49,12 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
-def method_table(path: Path = RESULTS / "method-tiny-sana.json") -> str:
-    """Test loss of every method at its own best learning rate, mean and standard deviation over seeds."""
-    groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in json.loads(path.read_text()):
-        groups[row["steps"], row["schedule"], row["method"]][row["rate"]].append(row)
-    lines = ["| steps | learning rate | method | best rate | test loss ×1e-3 | seeds |", "|---|---|---|---|---|---|"]
-    order = list(METHODS)
-    for steps, schedule, method in sorted(
-        groups, key=lambda key: (key[0], key[1], order.index(key[2].split()[0]), key[2])
-    ):
-        rates = groups[steps, schedule, method]
-        best = min(rates, key=lambda rate: statistics.fmean(row["validation"] for row in rates[rate]))
-        losses = [1e3 * row["test"] for row in rates[best]]
-        spread = f" ± {statistics.stdev(losses):.2f}" if len(losses) > 1 else ""
-        rate = f"{best:.0e}" if best else "–"
-        cells = [str(steps or "–"), schedule if best else "–", method, rate, f"{statistics.fmean(losses):.2f}{spread}"]
-        lines.append("| " + " | ".join([*cells, str(len(losses))]) + " |")
-    return "\n".join(lines)
+def method_table() -> str:
+    """The main table of the method benchmark, and our default against the strongest baselines."""
+    results = Results.load()
+    rows = [row for row in results.of(track="w4a8") if row["steps"] in (0, 400) and row["method"] in METHODS]
+    chosen = Results(rows)
+    return f"{table(chosen, 'test', 1e3, '{:.2f}')}{paired(chosen)}".rstrip()
 
 
 def speed_table() -> str:

@@ -43,7 +43,8 @@ def test_written_out_whole_as_plain_data_and_read_back() -> None:
     ("given", "message"),
     [
         ({"weight_bitz": 4}, r"'weight_bitz' \(did you mean 'weight_bits'\?\)"),
-        ({"weight_bits": 3}, "weight_bits is 3"),
+        ({"weight_bits": 2}, "weight_bits is 2"),
+        ({"weight_bits": True}, "weight_bits is True"),
         ({"weight_bits": 4.5}, "weight_bits is 4.5"),
         ({"weight_granularity": "per_row"}, "'per_row'; allowed: 'per_tensor'"),
         ({"group_size": 32}, "group_size goes with"),

@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_tables_are_those_of_the_results() -> None:
+@pytest.mark.parametrize("generator", ["benchmarks.tables", "benchmarks.method.report"])
+def test_tables_are_those_of_the_results(generator: str) -> None:
     done = subprocess.run(
-        [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", generator, "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

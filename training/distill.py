@@ -13,7 +13,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,6 +31,7 @@ from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipelin
 from fbqat_hub.quantization import (
     FakeQuantizedLinear,
     calibrate,
+    compensate,
     convert,
     named_layers,
     prepare,
@@ -142,6 +143,10 @@ class Draws:
                 random = generator("held-out", draw, first)
                 yield self._inputs(split, torch.arange(first, min(first + batch_size, len(split))), random)
 
+    def predict(self, denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """What the sampler would take from the denoiser."""
+        return self.family.prediction(denoiser(**inputs, return_dict=False)[0])
+
     def _inputs(self, split: CachedSplit, indices: Tensor, random: torch.Generator) -> dict[str, Tensor]:
         latents, conditioning = split.batch(indices)
         noise = torch.randn(latents.shape, generator=random)
@@ -165,6 +170,10 @@ def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit
     if config.needs_calibration:
         options = dict(recipe.calibration)
         calibrate(student, draws.calibration(train_split, options.pop("samples", 100)), **options)
+    if recipe.starts_compensated:
+        options = recipe.compensation_settings()
+        samples = options.pop("samples")
+        compensate(student, lambda: draws.calibration(train_split, samples), **options)
     patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
     for name, layer in named_layers(student, FakeQuantizedLinear):
         layer.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
@@ -178,7 +187,7 @@ def held_out_loss(
     """The distillation loss of every held-out draw, one mean over pixels a sample."""
     losses: list[float] = []
     for inputs in draws.held_out(split, repeats, batch_size):
-        difference = (_predict(student, inputs) - _predict(teacher, inputs)).float()
+        difference = (draws.predict(student, inputs) - draws.predict(teacher, inputs)).float()
         losses += difference.square().flatten(1).mean(1).tolist()
     return losses
 
@@ -203,6 +212,7 @@ def distill(
     accelerator: Accelerator,
     resume: bool,
     progress: bool,
+    after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Run the recipe's steps on a prepared student; writes ``output/training_log.jsonl`` and checkpoints.
 
@@ -211,6 +221,7 @@ def distill(
         teacher: the full-precision denoiser.
         splits, draws: what is learned from.
         resume: continue from the newest checkpoint in ``output``.
+        after_step: called with the number of each step when its update is done.
     """
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
     if recipe.gradient_checkpointing:
@@ -232,13 +243,15 @@ def distill(
             group["lr"] = rate * group["factor"]
         inputs = draws.training(splits["train"], step, recipe.batch_size, accelerator.process_index)
         with torch.no_grad(), accelerator.autocast():
-            target = _predict(teacher, inputs)
-        loss = F.mse_loss(_predict(wrapped, inputs).float(), target.float())
+            target = draws.predict(teacher, inputs)
+        loss = F.mse_loss(draws.predict(wrapped, inputs).float(), target.float())
         accelerator.backward(loss)
         if recipe.max_grad_norm:
             accelerator.clip_grad_norm_(wrapped.parameters(), recipe.max_grad_norm)
         prepared_optimizer.step()
         prepared_optimizer.zero_grad()
+        if after_step:
+            after_step(step)
 
         line = _LogLine(step + 1, loss.item(), schedule.bit_width(done), rounding.softness, rate)
         if not math.isfinite(line.loss):
@@ -260,10 +273,6 @@ def distill(
     log.close()
     accelerator.free_memory()
     gc.collect()
-
-
-def _predict(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs, return_dict=False)[0]
 
 
 def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:

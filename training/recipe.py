@@ -20,6 +20,13 @@ RECIPES = Path(__file__).parent / "recipes"
 METHODS: dict[str, dict[str, Any]] = {
     "ptq-maxabs": {"steps": 0, "quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "constant"}},
     "ptq-mse": {"steps": 0, "quantization": {"weight_clip": "mse"}, "schedule": {"preset": "constant"}},
+    # rounding errors compensate each other: GPTQ
+    "ptq-gptq": {
+        "steps": 0,
+        "quantization": {"weight_clip": "mse"},
+        "schedule": {"preset": "constant"},
+        "start": "compensated",
+    },
     # 4 bits from the start, max-abs scale: the paper's vQAT
     "vqat": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "constant"}},
     # vQAT with the scale learned (LSQ), started from the MSE-optimal clip: the strongest baseline
@@ -49,6 +56,8 @@ class Recipe:
         quantization: fields of ``FBQATConfig`` that differ from the method's.
         schedule: fields of ``BitSchedule``, or {"preset": ...}.
         rounding: fields of ``Rounding`` other than softness: slope, ewgs, dampening (gradient compensation).
+        start: "nearest" codes, or "compensated" ones (GPTQ); the method's own if left empty.
+        compensation: {"samples": 100, "damping": 0.01, "margin": 0.05}, see ``quantization.compensate``.
         calibration: {"samples": 100, "rule": "mean_3sigma"} for static activation ranges.
         train_layers: a group of the family, or "all"; the others are quantized and frozen.
         steps, batch_size: optimizer steps, and samples in each (on each device).
@@ -73,6 +82,8 @@ class Recipe:
     quantization: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     rounding: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
+    compensation: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     train_layers: str = "all"
     steps: int = 1000
@@ -101,6 +112,7 @@ class Recipe:
         family = get_family(self.family)
         _one_of("method", self.method, METHODS)
         _one_of("train_layers", self.train_layers, family.layer_groups)
+        _one_of("start", self.start, ("", "nearest", "compensated"))
         _one_of("learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
         _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in ("warmup_steps", "save_every", "validate_every"):
@@ -113,6 +125,7 @@ class Recipe:
             _number(name, getattr(self, name), 0)
         for name, value, allowed in (
             ("calibration", self.calibration, {"samples", "rule", "percentile"}),
+            ("compensation", self.compensation, set(COMPENSATION)),
             ("evaluation", self.evaluation, set(EVALUATION)),
             ("rounding", self.rounding, {"slope", "ewgs", "dampening"}),
         ):
@@ -127,6 +140,10 @@ class Recipe:
         if "height" in self.generation:
             _number("generation.height", self.generation["height"], 1, whole=True)
         _check_calibration(self.calibration)
+        settings = self.compensation_settings()
+        _number("compensation.samples", settings["samples"], 1, whole=True)
+        _number("compensation.damping", settings["damping"], 0)
+        _number("compensation.margin", settings["margin"], 0, 0.5)
         # each of these checks its own values
         self.config()
         self.bit_schedule()
@@ -150,9 +167,14 @@ class Recipe:
                 f"recipe: schedule.stages is {given['stages']!r}; it must be a list of [bit width, share of training], "
                 "e.g. [[8, 1], [4, 3]]."
             )
+        stored = self.config().weight_bits
+        if "preset" in given:
+            given.setdefault("bits", stored)
         schedule = BitSchedule.from_dict(given)
-        if schedule.final_bits != 4:
-            raise ValueError(f"the bit schedule ends at {schedule.final_bits:g} bits; what is stored has 4.")
+        if schedule.final_bits != stored:
+            raise ValueError(f"the bit schedule ends at {schedule.final_bits:g} bits; what is stored has {stored}.")
+        if self.starts_compensated and len(schedule.stages) > 1:
+            raise ValueError("start 'compensated' is for one width; codes of the first of several are left again.")
         if schedule.ramp != "steps" and len(schedule.stages) > 1 and self.config().weight_clip != "max_abs":
             raise ValueError(
                 f"a {schedule.ramp} ramp changes the bit width at every step, and weight_clip "
@@ -168,6 +190,15 @@ class Recipe:
             _typed("rounding.slope", self.rounding["slope"], "bool")
         return Rounding(softness=self.bit_schedule().softness_at(progress), **self.rounding)
 
+    @property
+    def starts_compensated(self) -> bool:
+        """True if training starts from compensated codes."""
+        return (self.start or METHODS[self.method].get("start", "nearest")) == "compensated"
+
+    def compensation_settings(self) -> dict[str, Any]:
+        """``compensation`` with its defaults filled in."""
+        return {**COMPENSATION, **self.compensation}
+
     def evaluation_settings(self) -> dict[str, int]:
         """``evaluation`` with its defaults filled in."""
         return {**EVALUATION, **self.evaluation}
@@ -180,6 +211,7 @@ class Recipe:
 
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator drops higher bits: two seeds would be the same
+COMPENSATION = {"samples": 100, "damping": 0.01, "margin": 0.05}
 EVALUATION = {"images": 128, "inference_steps": 20, "draws": 4, "batch_size": 32}
 _SCHEDULE_KEYS = {"preset", "bits", "stages", "ramp", "softness", "soft_until"}
 

@@ -1,5 +1,6 @@
 """The method: fractional-bit quantization-aware training and the packed format. torch only."""
 
+from fbqat_hub.quantization.compensation import compensate
 from fbqat_hub.quantization.convert import (
     calibrate,
     convert,
@@ -30,6 +31,7 @@ __all__ = [
     "Rounding",
     "WeightScheme",
     "calibrate",
+    "compensate",
     "convert",
     "fake_quantize",
     "fake_quantize_affine",

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import load_pipeline
-from fbqat_hub.quantization import PackedLinear, named_layers
+from fbqat_hub.quantization import FakeQuantizedLinear, PackedLinear, named_layers
 from fbqat_hub.training import checkpoint, distill
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.recipe import METHODS, Recipe
@@ -189,6 +190,38 @@ def test_options_run(changes: dict[str, Any], recipe_of, run_folder: Path, tmp_p
     first = log_of(train(recipe_of(**changes), tmp_path / "run", progress=False))[0]["loss"]
     exact = "mixed_precision" not in changes
     assert first == pytest.approx(log_of(run_folder)[0]["loss"], rel=1e-6 if exact else 0.5)
+
+
+def test_three_bits_are_trained_for_and_stored_in_the_space_of_four(recipe_of, tmp_path: Path) -> None:
+    run = train(recipe_of(quantization={"weight_bits": 3}), tmp_path / "w3", progress=False)
+    codes = [layer.codes() for _, layer in named_layers(load_pipeline(run).transformer, PackedLinear)]
+    assert (min(int(code.min()) for code in codes), max(int(code.max()) for code in codes)) == (-4, 3)
+    assert json.loads((run / "transformer" / "config.json").read_text())["quantization_config"]["weight_bits"] == 3
+
+
+def test_after_step_is_called_when_the_update_is_done(recipe_of, tiny_sana: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(steps=3)
+    pipeline = load_pipeline(tiny_sana)
+    splits = distill.cached_splits(recipe, pipeline)
+    draws = distill.Draws(get_family("sana"), pipeline.scheduler, recipe.seed)
+    student = distill.prepare_student(recipe, pipeline.transformer, splits["train"], draws)
+    layer = next(layer for _, layer in named_layers(student, FakeQuantizedLinear))
+    seen: dict[int, Tensor] = {}
+    distill.distill(
+        recipe,
+        student,
+        pipeline.transformer,
+        splits,
+        draws,
+        tmp_path,
+        Accelerator(),
+        resume=False,
+        progress=False,
+        after_step=lambda step: seen.update({step: layer.weight.detach().clone()}),
+    )
+    assert list(seen) == [0, 1, 2]
+    assert torch.equal(seen[2], layer.weight)
+    assert not torch.equal(seen[1], seen[2])
 
 
 def test_diverging_run_says_what_to_do(recipe_of, tmp_path: Path) -> None:

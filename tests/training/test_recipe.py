@@ -106,6 +106,10 @@ def test_recipe_wins_over_method_and_family() -> None:
         ({"schedule": {"stages": [[float("nan"), 1], [4, 1]]}}, "bit width is nan"),
         ({"schedule": {"stages": [[8, 1], [5, 1]]}}, "ends at 5 bits; what is stored has 4"),
         ({"schedule": {"preset": "paper", "bits": 3}}, "ends at 3 bits; what is stored has 4"),
+        (
+            {"quantization": {"weight_bits": 3}, "schedule": {"stages": [[4, 1]]}},
+            "ends at 4 bits; what is stored has 3",
+        ),
         ({"schedule": {"stages": [8, 4]}}, r"schedule.stages is \[8, 4\]; it must be a list of \[bit width"),
         ({"schedule": {"stages": [["8", 1], [4, 1]]}}, "schedule.stages is"),
         ({"schedule": {"stages": [[8, 0], [4, 1]]}}, "share above 0"),

@@ -1,0 +1,1 @@
+"""The method benchmark: quantization methods at equal budget on the tiny teachers."""

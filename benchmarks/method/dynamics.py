@@ -1,0 +1,61 @@
+"""What training did to the codes: how far weights moved, how many codes changed, how many still flip at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width
+from fbqat_hub.quantization.fake_quantize import quantize, symmetric_scale
+
+
+class Dynamics:
+    """Follows a student's trained layers.
+
+    Args:
+        bits: of the final grid; codes are of that grid, whatever the width of the moment.
+        last_steps: the steps over which flips are counted.
+    """
+
+    def __init__(self, student: nn.Module, bits: int, steps: int, last_steps: int = 20) -> None:
+        layers = [layer for _, layer in named_layers(student, FakeQuantizedLinear) if layer.weight.requires_grad]
+        self._layers, self._student, self._bits = layers, student, bits
+        self._first_counted = steps - last_steps
+        set_bit_width(student, bits)
+        self._start_weights = [layer.weight.detach().clone() for layer in layers]
+        self._start_codes = self._codes()
+        self._previous = self._start_codes
+        self._flips, self._counted = 0, 0
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After an optimizer step."""
+        if step < self._first_counted:
+            return
+        codes = self._codes()
+        if step > self._first_counted:
+            self._flips += sum(int((a != b).sum()) for a, b in zip(codes, self._previous, strict=True))
+            self._counted += sum(code.numel() for code in codes)
+        self._previous = codes
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, float]:
+        """``moved``: mean distance of a weight from its start, in steps of the final grid. ``codes_changed``: share of
+        the codes that are not those of the start. ``flips``: share of the codes that change in one of the last steps.
+        """
+        moved, changed, count = 0.0, 0, 0
+        for layer, weight, start in zip(self._layers, self._start_weights, self._start_codes, strict=True):
+            scale = symmetric_scale(layer.current_clip(), self._bits)
+            moved += float(((layer.weight - weight).view_as(start) / scale).abs().sum())
+            changed += int((quantize(layer._grouped(), scale, self._bits) != start).sum())
+            count += start.numel()
+        if not count:  # another library's layers
+            return {}
+        flips = self._flips / self._counted if self._counted else 0.0
+        return {"moved": moved / count, "codes_changed": changed / count, "flips": flips}
+
+    def _codes(self) -> list[Tensor]:
+        return [
+            quantize(layer._grouped(), symmetric_scale(layer.current_clip(), self._bits), self._bits)
+            for layer in self._layers
+        ]

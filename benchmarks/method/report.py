@@ -1,0 +1,246 @@
+"""The page of the method benchmark, docs/benchmark.md with its plots, from benchmarks/results/method/.
+
+python -m benchmarks.method.report            # rewrite
+python -m benchmarks.method.report --check    # exit 1 if the page is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.method.__main__ import RESULTS, read
+from fbqat_hub.evaluation.results import METHODS as TITLES
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmark.md"
+FAMILIES = {"sana": "Sana", "pixart-sigma": "PixArt-Sigma", "sd3": "SD3.5", "flux": "FLUX.1-schnell"}
+OURS = "fbqat"
+# Student's t at 97.5% for 1, 2, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The rows of all families; what is asked for at a method's best rate comes from there alone."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+
+    @classmethod
+    def load(cls, folder: Path = RESULTS) -> Results:
+        """Every family's file in ``folder``."""
+        return cls(row for family in FAMILIES for row in read(folder / f"{family}.json"))
+
+    def of(self, **fields: Any) -> list[Row]:
+        """The rows with these fields."""
+        return [row for row in self.rows if all(row[name] == value for name, value in fields.items())]
+
+    def distinct(self, name: str, **fields: Any) -> list[Any]:
+        """The values of one field among these rows, in order of appearance."""
+        return list(dict.fromkeys(row[name] for row in self.of(**fields)))
+
+    def at_best_rate(self, **fields: Any) -> list[Row]:
+        """Of one method and budget: its rows at the rate with the least validation loss at the first seed."""
+        rows = self.of(**fields)
+        if not rows:
+            return []
+        first = [row for row in rows if row["seed"] == min(row["seed"] for row in rows)]
+        best = min(first, key=lambda row: row["validation"])["rate"]
+        return sorted((row for row in rows if row["rate"] == best), key=lambda row: row["seed"])
+
+
+def page(results: Results) -> str:
+    """The whole page, Markdown."""
+    parts = [_HEAD]
+    for track, steps in _tracks(results):
+        title = _TRACK_TITLES.get(track, track)
+        parts.append(f"## {title}, {steps} steps\n")
+        rows = [row for row in results.of(track=track) if row["steps"] in (0, steps)]
+        chosen = Results(row for row in rows if row["method"] in TITLES)
+        parts.append("Held-out distillation loss ×1e-3 (test split):\n")
+        parts.append(table(chosen, "test", 1e3, "{:.2f}"))
+        if any("fd" in row for row in rows):
+            parts.append("\nFréchet distance to the teacher's pictures:\n")
+            parts.append(table(chosen, "fd", 1, "{:.3f}"))
+        parts.append(paired(chosen))
+        variants = Results(row for row in rows if row["method"] not in TITLES or row["method"] in (OURS, "lsq-qat"))
+        if variants.distinct("method") != variants.of(method=OURS) and len(variants.distinct("method")) > 2:
+            parts.append("\nForms that were tried (test loss ×1e-3):\n")
+            parts.append(table(variants, "test", 1e3, "{:.2f}"))
+    parts.append(_PLOTS)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+_HEAD = """# The method benchmark
+
+Written by `python -m benchmarks.method.report` from `benchmarks/results/method/*.json`; every row there has its command,
+versions, machine, seed and date. The rows are made by `python -m benchmarks.method`.
+
+Each family is the tiny teacher that ships. Every trained method has the same steps of 8 samples. A method's learning rate
+is the one with the least loss on the *validation* split at the first seed, from the same grid for all methods, continued
+by factors of 2 until it is bracketed; the numbers are of the *test* split: mean ± standard deviation over seeds, then the
+learning rate. The Fréchet distance is on the small extractor that ships, over 192 pictures from equal seeds, not on Inception.
+"""
+_TRACK_TITLES = {
+    "w4a8": "W4A8, dynamic activations, annealed learning rate",
+    "constant": "W4A8, dynamic activations, constant learning rate",
+    "static": "W4A8, static activations (one range a layer), annealed learning rate",
+    "w3a8": "W3A8, dynamic activations, annealed learning rate",
+    "train-blocks": "W4A8, training the blocks only",
+    "train-attention": "W4A8, training attention only",
+    "train-feed_forward": "W4A8, training the feed-forward layers only",
+}
+_PLOTS = """
+## Plots
+
+![loss of each method](images/benchmark-methods.png)
+
+![loss against learning rate](images/benchmark-rates.png)
+"""
+
+
+def _tracks(results: Results) -> list[tuple[str, int]]:
+    order = list(_TRACK_TITLES)
+    found = {(row["track"], row["steps"]) for row in results.rows if row["steps"]}
+    return sorted(found, key=lambda pair: (order.index(pair[0]), pair[1]))
+
+
+def table(results: Results, metric: str, factor: float, form: str) -> str:
+    """One row a method, one column a family; the best of each column in bold."""
+    families = [family for family in FAMILIES if results.of(family=family)]
+    order = list(TITLES)
+    methods = sorted(
+        results.distinct("method"), key=lambda name: (order.index(name.split()[0]), name)
+    )  # a variant after its method
+    cells: dict[tuple[str, str], str] = {}
+    for family in families:
+        means = {}
+        for method in methods:
+            rows = [row for row in results.at_best_rate(family=family, method=method) if metric in row]
+            values = [factor * row[metric] for row in rows]
+            if values:
+                means[method] = statistics.fmean(values)
+                spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+                rate = f" ({rows[0]['rate']:.2g})" if rows[0]["rate"] else ""
+                cells[method, family] = f"{form.format(means[method])}{spread}{rate}"
+        if means:
+            best = min(means, key=means.__getitem__)
+            cells[best, family] = f"**{cells[best, family]}**"
+    lines = [
+        "| method | " + " | ".join(FAMILIES[family] for family in families) + " |",
+        "|---" * (len(families) + 1) + "|",
+    ]
+    for method in methods:
+        if any((method, family) in cells for family in families):
+            title = TITLES.get(method, method)
+            lines.append(f"| {title} | " + " | ".join(cells.get((method, family), "–") for family in families) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def paired(results: Results) -> str:
+    """Ours against the strongest baseline of each family, seed by seed."""
+    lines = []
+    for metric, title in (("test", "distillation loss"), ("fd", "Fréchet distance")):
+        for family in FAMILIES:
+            ours = {row["seed"]: row for row in results.at_best_rate(family=family, method=OURS) if metric in row}
+            rivals: dict[str, dict[int, Row]] = {}
+            for method in results.distinct("method", family=family):
+                rows = {row["seed"]: row for row in results.at_best_rate(family=family, method=method) if metric in row}
+                if method != OURS and rows and set(rows) >= set(ours):
+                    rivals[method] = rows
+            if not ours or not rivals:
+                continue
+
+            def mean(rows: dict[int, Row], metric: str = metric) -> float:
+                return statistics.fmean(row[metric] for row in rows.values())
+
+            strongest = min(rivals, key=lambda method: mean(rivals[method]))
+            changes = [100 * (ours[seed][metric] / rivals[strongest][seed][metric] - 1) for seed in ours]
+            each = ", ".join(f"{change:+.1f}" for change in changes)
+            lines.append(f"| {title} | {FAMILIES[family]} | {TITLES[strongest]} | {_interval(changes)} | {each} |")
+    if not lines:
+        return ""
+    head = "| metric | family | strongest baseline | ours, change in % (95% interval) | seed by seed |\n|---|---|---|---|---|"
+    return "\n".join(
+        ["\nThis project's default against the strongest baseline, each at its own best rate:\n", head, *lines, ""]
+    )
+
+
+def _interval(values: Sequence[float]) -> str:
+    """Mean and Student's t interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:+.1f} (one seed)"
+    half = _T[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
+def plots(results: Results, folder: Path) -> None:
+    """Write benchmark-methods.png and benchmark-rates.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    main = Results(row for row in results.of(track="w4a8") if row["steps"] in (0, 400) and row["method"] in TITLES)
+    families = [family for family in FAMILIES if main.of(family=family)]
+    figure, axes = pyplot.subplots(
+        1, len(families), figsize=(4 * len(families), 4), squeeze=False, layout="constrained"
+    )
+    for axis, family in zip(axes[0], families, strict=True):
+        methods = [name for name in TITLES if main.of(family=family, method=name)]
+        for height, method in enumerate(methods):
+            values = [1e3 * row["test"] for row in main.at_best_rate(family=family, method=method)]
+            colour = "tab:red" if method == OURS else "tab:grey"
+            axis.barh(height, statistics.fmean(values), color=colour, alpha=0.6)
+            axis.plot(values, [height] * len(values), "k.", markersize=4)
+        axis.set_yticks(range(len(methods)), methods if family == families[0] else [""] * len(methods))
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_title(FAMILIES[family])
+        axis.set_xlabel("held-out loss ×1e-3")
+    figure.savefig(folder / "benchmark-methods.png", dpi=110)
+    pyplot.close(figure)
+
+    figure, axes = pyplot.subplots(
+        1, len(families), figsize=(4 * len(families), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, family in zip(axes[0], families, strict=True):
+        for method in [name for name in TITLES if any(row["rate"] for row in main.of(family=family, method=name))]:
+            first = sorted(
+                (row["rate"], 1e3 * row["validation"]) for row in main.of(family=family, method=method, seed=1)
+            )
+            axis.plot(*zip(*first, strict=True), marker="o", markersize=3, label=method, lw=2 if method == OURS else 1)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(FAMILIES[family])
+        axis.set_xlabel("learning rate")
+    axes[0][0].set_ylabel("validation loss ×1e-3")
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(folder / "benchmark-rates.png", dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    results = Results.load()
+    text = page(results)
+    stale = not PAGE.exists() or PAGE.read_text() != text
+    if stale and not check:
+        PAGE.write_text(text)
+    if not check:
+        plots(results, ROOT / "docs" / "images")
+    print(f"{PAGE.name}: {'stale' if stale and check else 'as the results say'}")
+    return int(check and stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

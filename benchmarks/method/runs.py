@@ -1,0 +1,266 @@
+"""One run of the benchmark: a method on a family's tiny teacher at one budget, learning rate and seed."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from benchmarks.method.baselines import prepare_low_rank, prepare_torchao
+from benchmarks.method.dynamics import Dynamics
+from benchmarks.method.variants import FeatureDraws, Freezing, weight_average
+from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
+from fbqat_hub.evaluation.metrics import frechet_distance, psnr
+from fbqat_hub.evaluation.results import command_line, machine, now, versions
+from fbqat_hub.families import get_family
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.quantization import set_bit_width
+from fbqat_hub.training.cache import CachedSplit
+from fbqat_hub.training.distill import Draws, cached_splits, distill, held_out_loss, prepare_student
+from fbqat_hub.training.evaluate import draw
+from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.teachers import resolve_teacher
+
+RECIPES = {
+    "sana": "sana-tiny",
+    "pixart-sigma": "pixart-sigma-tiny",
+    "sd3": "sd3-tiny",
+    "flux": "flux-schnell-tiny",
+}
+LOW_RANK = 8
+PICTURES = 192
+# Every held-out sample is seen with this many noises and timesteps.
+REPEATS = 4
+
+Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared: a recipe's method, fields that differ from it, and what prepares the student."""
+
+    preset: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Prepare = prepare_student
+    trained: bool = True
+    average: float = 0.0
+    freeze: float = 0.0
+    features: float = 0.0
+
+
+_OURS = Method("fbqat")
+METHODS: dict[str, Method] = {
+    "ptq-maxabs": Method("ptq-maxabs", trained=False),
+    "ptq-mse": Method("ptq-mse", trained=False),
+    "svdquant": Method("ptq-mse", prepare=partial(prepare_low_rank, rank=LOW_RANK, train=False), trained=False),
+    "torchao-qat": Method("vqat", prepare=prepare_torchao),
+    "vqat": Method("vqat"),
+    "lsq-qat": Method("lsq-qat"),
+    "svdqat": Method("vqat", prepare=partial(prepare_low_rank, rank=LOW_RANK, train=True)),
+    "integer": Method("integer"),
+    "simple": Method("simple"),
+    "fbqat-paper": Method("fbqat-paper"),
+    "fbqat": _OURS,
+}
+# Forms of this project's method that were tried; each differs from "fbqat" in what its name says.
+VARIANTS: dict[str, Method] = {
+    "fbqat slope": replace(_OURS, fields={"rounding": {"slope": True}}),
+    "fbqat ewgs": replace(_OURS, fields={"rounding": {"ewgs": 0.2}}),
+    "fbqat dampening": replace(_OURS, fields={"rounding": {"dampening": 1e-3}}),
+    "fbqat average": replace(_OURS, average=0.98),
+    "fbqat freeze": replace(_OURS, freeze=0.02),
+    "fbqat features": replace(_OURS, features=0.1),
+    "lsq-qat average": Method("lsq-qat", average=0.98),
+    "lsq-qat ewgs": Method("lsq-qat", {"rounding": {"ewgs": 0.2}}),
+    "lsq-qat freeze": Method("lsq-qat", freeze=0.02),
+    "lsq-qat features": Method("lsq-qat", features=0.1),
+    "fbqat-paper lsq": Method("fbqat-paper", {"quantization": {"weight_clip": "learned"}}),
+    "fbqat 15 levels": replace(_OURS, fields={"quantization": {"weight_clip": "learned", "weight_narrow": True}}),
+}
+for _share in (0.15, 0.3, 0.5, 0.8, 1.0):
+    for _until in (0.6, 0.8, 0.9):
+        VARIANTS[f"fbqat {_share:g}/{_until:g}"] = replace(
+            _OURS, fields={"schedule": {"preset": "constant", "softness": _share, "soft_until": _until}}
+        )
+
+TRACKS: dict[str, dict[str, Any]] = {
+    "w4a8": {},
+    "constant": {"learning_rate_schedule": "constant"},
+    "static": {"quantization": {"activation_range": "static"}, "calibration": {"rule": "min_max"}},
+    "w3a8": {"quantization": {"weight_bits": 3}},
+    **{f"train-{group}": {"train_layers": group} for group in ("blocks", "attention", "feed_forward")},
+}
+
+
+def method_of(name: str) -> Method:
+    """The method or variant of that name."""
+    known = {**METHODS, **VARIANTS}
+    if name not in known:
+        raise ValueError(f"method is {name!r}; there are: {', '.join(known)}.")
+    return known[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What makes two runs the same."""
+
+    family: str
+    track: str
+    method: str
+    steps: int
+    rate: float
+    seed: int
+
+    def recipe(self) -> Recipe:
+        """The family's recipe with the method, the track and the budget."""
+        method = method_of(self.method)
+        fields: dict[str, Any] = {"method": method.preset, "seed": self.seed, "save_every": 0}
+        if method.trained:
+            fields |= {"steps": self.steps, "learning_rate": self.rate}
+        for changes in (TRACKS[self.track], method.fields):
+            for name, value in changes.items():
+                fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value
+        return load_recipe(RECIPES[self.family], **fields)
+
+
+class Remembered(FeatureDraws):
+    """Draws that keep batches and the teacher's predictions, which all methods share at a seed."""
+
+    def __init__(self, teacher: nn.Module, *args: Any) -> None:
+        super().__init__(*args)
+        self._teacher = teacher
+        self._batches: dict[Any, dict[str, Tensor]] = {}
+        self._held_out: dict[Any, list[dict[str, Tensor]]] = {}
+        self._targets: dict[tuple[int, float], Tensor] = {}
+
+    def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
+        key = (step, batch_size)
+        if key not in self._batches:
+            self._batches[key] = super().training(split, step, batch_size, process)
+        return self._batches[key]
+
+    def held_out(self, split: CachedSplit, draws: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        key = (id(split), draws, batch_size)
+        if key not in self._held_out:
+            self._held_out[key] = list(super().held_out(split, draws, batch_size))
+        return iter(self._held_out[key])
+
+    def predict(self, denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        if denoiser is not self._teacher:
+            return super().predict(denoiser, inputs)
+        key = (id(inputs), self.features)  # the inputs are kept, so their ids stay theirs
+        if key not in self._targets:
+            self._targets[key] = super().predict(denoiser, inputs)
+        return self._targets[key]
+
+
+class Bench:
+    """One family's teacher with everything that its runs share."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        recipe = load_recipe(RECIPES[family])
+        self.pipeline = load_pipeline(resolve_teacher(recipe.teacher))
+        self.teacher = self.pipeline.transformer.eval().requires_grad_(False)
+        self.splits = cached_splits(recipe, self.pipeline)
+        self._draws: dict[int, Remembered] = {}
+        self._original: tuple[Tensor, Tensor] | None = None
+
+    def measure(self, setting: Setting, *, pictures: bool = True) -> dict[str, Any]:
+        """Train and measure one setting; a flat row of results.
+
+        Losses are means over the split, every sample with the same noises and timesteps for every method. The Fréchet
+        distance and PSNR are to the teacher's own pictures from the same seeds.
+        """
+        recipe, method = setting.recipe(), method_of(setting.method)
+        draws = self._draws.get(setting.seed)
+        if draws is None:  # of one seed at a time, or memory grows
+            draws = Remembered(self.teacher, get_family(recipe.family), self.pipeline.scheduler, setting.seed)
+            self._draws = {setting.seed: draws}
+        began = time.monotonic()
+        torch.manual_seed(setting.seed)
+        student = method.prepare(recipe, self.teacher, self.splits["train"], draws)
+        bits = recipe.config().weight_bits
+        row: dict[str, Any] = {**vars(setting), "batch_size": recipe.batch_size}
+        dynamics = Dynamics(student, bits, recipe.steps)
+        if recipe.steps:
+            self._train(recipe, method, student, draws, dynamics)
+        trained = time.monotonic() - began
+        set_bit_width(student, bits)
+        if recipe.steps:
+            row |= dynamics.summary()
+        for split in ("validation", "test"):
+            losses = held_out_loss(student, self.teacher, self.splits[split], draws, repeats=REPEATS)
+            row[split] = statistics.fmean(losses)
+        if pictures:
+            row |= self._pictures(recipe, student.eval())
+        row |= {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
+        return {**row, "command": command_line(), "versions": versions(), "machine": machine(), "date": now()}
+
+    def _train(self, recipe: Recipe, method: Method, student: nn.Module, draws: Remembered, dynamics: Dynamics) -> None:
+        average = weight_average(student, method.average) if method.average else None
+        freezing = Freezing(student, method.freeze) if method.freeze else None
+
+        def after_step(step: int) -> None:
+            dynamics.update(step)
+            if freezing:
+                freezing.update(step / recipe.steps)
+            if average:
+                average.update_parameters(student)
+
+        draws.features = method.features
+        with tempfile.TemporaryDirectory() as folder:
+            distill(
+                recipe,
+                student,
+                self.teacher,
+                self.splits,
+                draws,
+                Path(folder),
+                Accelerator(),
+                resume=False,
+                progress=False,
+                after_step=after_step,
+            )
+        draws.features = 0.0
+        if average:
+            with torch.no_grad():
+                for live, mean in zip(student.parameters(), average.module.parameters(), strict=True):
+                    live.copy_(mean)
+
+    def _pictures(self, recipe: Recipe, student: nn.Module) -> dict[str, Any]:
+        recipe = replace(recipe, evaluation={**recipe.evaluation, "batch_size": 64})
+        prompts = self._prompts()
+        if self._original is None:
+            original = draw(self.pipeline, prompts, recipe, progress=False).float() / 255
+            self._original = original, extract(OpenMojiFeatures.load(), original)
+        original, features = self._original
+        self.pipeline.transformer = student
+        try:
+            drawn = draw(self.pipeline, prompts, recipe, progress=False).float() / 255
+        finally:
+            self.pipeline.transformer = self.teacher
+        distance = frechet_distance(features, extract(OpenMojiFeatures.load(), drawn))
+        ratios = psnr(original, drawn)
+        return {
+            "fd": distance,
+            "psnr": ratios[ratios.isfinite()].mean().item(),
+            "pictures": len(prompts),
+            "inference_steps": recipe.evaluation_settings()["inference_steps"],
+        }
+
+    def _prompts(self) -> list[str]:
+        """Three quarters training captions at even distances, the rest held out; repeated where there are too few."""
+        held_out = self.splits["validation"].captions + self.splits["test"].captions
+        seen, known = self.splits["train"].captions, PICTURES * 3 // 4
+        prompts = [seen[index * len(seen) // known] for index in range(known)]
+        return prompts + [held_out[index % len(held_out)] for index in range(PICTURES - known)]

@@ -1,0 +1,205 @@
+"""The method benchmark's harness: rates are bracketed, the best is chosen on validation, the report's numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.method.__main__ import RESULTS, append, main, read, run_method
+from benchmarks.method.report import Results, page, paired, table
+from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Remembered, Setting
+from fbqat_hub.evaluation.results import METHODS as TITLES
+from fbqat_hub.families import FAMILIES, get_family
+from fbqat_hub.quantization import FakeQuantizedLinear
+from fbqat_hub.training.recipe import load_recipe
+
+
+def options(**changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(
+        **{"rates": (1e-4, 2e-4), "seeds": [1, 2, 3], "steps": 400, "fixed_rates": False, **changes}
+    )
+
+
+class Recorder:
+    """Stands for the bench: a parabola in the logarithm of the rate."""
+
+    def __init__(self, best: float) -> None:
+        self.best = best
+        self.settings: list[Setting] = []
+
+    def __call__(self, setting: Setting) -> dict[str, Any]:
+        self.settings.append(setting)
+        return {"validation": abs(torch.tensor(setting.rate / self.best).log().item())}
+
+
+@pytest.mark.parametrize(
+    ("best", "rates"),
+    [(1e-4, [1e-4, 2e-4, 5e-5]), (4e-4, [1e-4, 2e-4, 4e-4, 8e-4]), (1e-6, [1e-4, 2e-4, 5e-5, 2.5e-5, 1.25e-5])],
+)
+def test_rates_are_bracketed_at_the_first_seed(best: float, rates: list[float]) -> None:
+    recorder = Recorder(best)
+    run_method(recorder, "sana", "w4a8", "vqat", options())
+    first = [setting.rate for setting in recorder.settings if setting.seed == 1]
+    assert first == pytest.approx(rates)
+    nearest = min(rates, key=lambda rate: abs(torch.tensor(rate / best).log().item()))
+    rest = [(setting.rate, setting.seed) for setting in recorder.settings if setting.seed != 1]
+    assert rest == [(pytest.approx(nearest), 2), (pytest.approx(nearest), 3)]
+
+
+def test_fixed_rates_are_not_continued() -> None:
+    recorder = Recorder(1e-6)
+    run_method(recorder, "sana", "w4a8", "vqat", options(fixed_rates=True, seeds=[1]))
+    assert [setting.rate for setting in recorder.settings] == [1e-4, 2e-4]
+
+
+def test_ptq_runs_once() -> None:
+    seen: list[Setting] = []
+    run_method(lambda setting: seen.append(setting) or {"validation": 1.0}, "sana", "w4a8", "ptq-mse", options())
+    assert [(setting.rate, setting.steps, setting.seed) for setting in seen] == [(0.0, 0, 1)]
+
+
+@pytest.mark.parametrize("track", TRACKS)
+@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
+def test_every_setting_is_a_valid_recipe_that_keeps_the_method(method: str, track: str) -> None:
+    recipe = Setting(family="sana", track=track, method=method, steps=7, rate=3e-4, seed=5).recipe()
+    assert recipe.method == {**METHODS, **VARIANTS}[method].preset
+    assert (recipe.steps, recipe.seed) == (0 if method in ("ptq-maxabs", "ptq-mse", "svdquant") else 7, 5)
+    config = recipe.config()
+    assert config.weight_bits == recipe.bit_schedule().final_bits == (3 if track == "w3a8" else 4)
+    assert config.activation_range == ("static" if track == "static" else "per_token")
+    assert recipe.learning_rate_schedule == ("constant" if track == "constant" else "cosine")
+
+
+def test_every_family_and_method_has_its_place() -> None:
+    assert set(RECIPES) == set(FAMILIES)
+    assert set(METHODS) == set(TITLES) - {"teacher"}
+
+
+def row(
+    method: str, rate: float, seed: int, test: float, validation: float | None = None, **more: Any
+) -> dict[str, Any]:
+    plain = {
+        "family": "sana",
+        "track": "w4a8",
+        "method": method,
+        "steps": 400 if rate else 0,
+        "rate": rate,
+        "seed": seed,
+    }
+    return {**plain, "test": test, "validation": test if validation is None else validation, **more}
+
+
+ROWS = [
+    row("ptq-mse", 0.0, 1, 0.05),
+    row("lsq-qat", 1e-4, 1, 0.020, validation=0.030),
+    row("lsq-qat", 2e-4, 1, 0.021, validation=0.025),
+    row("lsq-qat", 2e-4, 2, 0.019),
+    row("fbqat", 1e-4, 1, 0.0189),
+    row("fbqat", 1e-4, 2, 0.0171),
+]
+
+
+def test_best_rate_is_chosen_on_validation_not_on_test() -> None:
+    chosen = Results(ROWS).at_best_rate(family="sana", method="lsq-qat")
+    assert [(found["rate"], found["seed"]) for found in chosen] == [(2e-4, 1), (2e-4, 2)]
+
+
+def test_table_has_mean_spread_and_rate_and_the_best_is_bold() -> None:
+    lines = table(Results(ROWS), "test", 1e3, "{:.2f}").splitlines()
+    assert lines[0] == "| method | Sana |"
+    assert [line.split("|")[2].strip() for line in lines[2:]] == [
+        "50.00",
+        "20.00 ± 1.41 (0.0002)",
+        "**18.00 ± 1.27 (0.0001)**",
+    ]
+
+
+def test_paired_differences_are_seed_by_seed_against_the_strongest() -> None:
+    text = paired(Results(ROWS))  # -10% at both seeds
+    assert "| distillation loss | Sana | QAT, learned step size (LSQ) | -10.0 (-10.0 to -10.0) | -10.0, -10.0 |" in text
+
+
+def test_page_of_no_results_and_of_some() -> None:
+    assert "## W4A8" not in page(Results([]))
+    assert "## W4A8, dynamic activations, annealed learning rate, 400 steps" in page(Results(ROWS))
+
+
+def test_tracked_results_have_every_family_and_one_row_a_setting() -> None:
+    for path in RESULTS.glob("*.json"):
+        rows = read(path)
+        keys = [tuple(found[name] for name in ("track", "method", "steps", "rate", "seed")) for found in rows]
+        assert len(set(keys)) == len(keys) > 0
+        assert {found["family"] for found in rows} == {path.stem}
+        assert all(found["command"] and found["versions"]["torch"] and found["machine"]["cpu"] for found in rows)
+
+
+def test_rows_are_added_whole(tmp_path: Path) -> None:
+    append(tmp_path / "new" / "sana.json", {"a": 1})
+    append(tmp_path / "new" / "sana.json", {"a": 2})
+    assert read(tmp_path / "new" / "sana.json") == [{"a": 1}, {"a": 2}]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sana.json"]
+
+
+class Doubler(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, hidden_states: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        self.calls += 1
+        return (2 * hidden_states,)
+
+
+def test_the_teacher_is_asked_once_for_each_batch() -> None:
+    teacher = Doubler()
+    draws = Remembered(teacher, get_family("sana"), None, 1)
+    inputs = {"hidden_states": torch.ones(2)}
+    assert draws.predict(teacher, inputs).tolist() == draws.predict(teacher, inputs).tolist() == [2, 2]
+    assert teacher.calls == 1
+    draws.predict(teacher, dict(inputs))
+    assert teacher.calls == 2
+
+
+@pytest.mark.slow
+def test_short_form_runs_every_method_and_does_not_repeat_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--short", "--families", "sana", "--output", str(tmp_path)]
+    main(arguments)
+    rows = read(tmp_path / "sana.json")
+    assert {found["method"] for found in rows} == set(METHODS)
+    assert all(0 < found["validation"] < 1 for found in rows)
+    assert len(capsys.readouterr().out.splitlines()) == len(METHODS)
+    main(arguments)
+    assert json.loads((tmp_path / "sana.json").read_text()) == rows
+    assert capsys.readouterr().out == ""
+
+
+def test_layers_of_the_freezing_variant_stay_on_their_code() -> None:
+    from benchmarks.method.variants import Freezing
+    from fbqat_hub.quantization import ActivationScheme, WeightScheme
+
+    linear = torch.nn.Linear(1, 1, bias=False)
+    layer = FakeQuantizedLinear(linear, WeightScheme(), ActivationScheme())
+    layer.current_clip = lambda: torch.full((1, 1), 7.0)  # a step of 1
+    layer.weight.data.fill_(2.4)
+    freezing = Freezing(layer, 0.005)
+    for step in range(40):
+        layer.weight.data.fill_(2.6 if step % 2 else 2.4)
+        freezing.update(1.0)
+    assert freezing._layers[0][1]["frozen"].item()
+    layer.weight.data.fill_(5.0)
+    freezing.update(1.0)
+    assert layer.weight.item() == freezing._layers[0][1]["at"].item() in (2.0, 3.0)
+
+
+def test_recipes_of_the_families_differ_in_what_the_family_needs_only() -> None:
+    recipes = {family: load_recipe(name) for family, name in RECIPES.items()}
+    for family, recipe in recipes.items():
+        assert recipe.family == family
+        assert (recipe.steps, recipe.batch_size, recipe.dataset) == (400, 8, recipes["sana"].dataset)
