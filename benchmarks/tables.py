@@ -70,10 +70,10 @@ TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "method": method_tab
 
 def filled(text: str) -> str:
     """``text`` with every ``<!-- results:NAME -->`` block rewritten."""
-    for name, table in TABLES.items():
+    for name, written in TABLES.items():
         start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         if start in text:
-            block = f"{start}\n{table()}\n{end}"
+            block = f"{start}\n{written()}\n{end}"
             text = re.sub(
                 re.escape(start) + ".*?" + re.escape(end), lambda _, block=block: block, text, flags=re.DOTALL
             )

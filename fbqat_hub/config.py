@@ -86,9 +86,7 @@ class FBQATConfig(QuantizationConfigMixin):
         if quant_method != FBQATMethod.FBQAT:
             raise ValueError(f"quant_method is {quant_method!r}; FBQATConfig is for 'fbqat'.")
         if not _is_whole(weight_bits) or weight_bits not in (3, 4):
-            raise ValueError(
-                f"weight_bits is {weight_bits}; format 1 stores codes of 4 bits, or of 3 in the same space."
-            )
+            raise ValueError(f"weight_bits is {weight_bits}; format 1 stores 4-bit codes, or 3-bit ones as such.")
         if group_size is not None and not _is_whole(group_size):
             raise ValueError(f"group_size is {group_size!r}; it must be a whole number, or left out.")
         if not isinstance(weight_narrow, bool):

@@ -223,13 +223,18 @@ def bits_per_weight(student: nn.Module) -> float:
     Codes take 4 bits and scales are float32, as in format 1; branches and smoothing are float16.
 
     Args:
-        student: of ``prepare_low_rank`` or ``prepare_torchao``, at its final width.
+        student: a prepared model, at its final width.
 
     Raises:
-        ValueError: a model with no such layer.
+        ValueError: a model with no quantized layer.
     """
     stored = weights = 0
+    residuals = {layer.residual for layer in student.modules() if isinstance(layer, LowRankLinear)}
     for layer in student.modules():
+        if isinstance(layer, FakeQuantizedLinear) and layer not in residuals:
+            scale, codes = layer.scale_and_codes()
+            stored += 4 * codes.numel() + 32 * scale.numel()
+            weights += codes.numel()
         if isinstance(layer, LowRankLinear):
             packed = PackedLinear.from_fake_quantized(layer.residual)
             smoothing = 0 if layer.smoothing is None else layer.smoothing.numel()
@@ -242,7 +247,7 @@ def bits_per_weight(student: nn.Module) -> float:
             stored += layer.weight.numel() * 4 + layer.weight.numel() // group_size * 32
             weights += layer.weight.numel()
     if not weights:
-        raise ValueError("the model has no layer of these baselines; prepare it with one of them first.")
+        raise ValueError("the model has no quantized layer; prepare it first.")
     return stored / weights
 
 

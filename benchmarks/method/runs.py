@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from benchmarks.method.baselines import prepare_low_rank, prepare_torchao
+from benchmarks.method.baselines import bits_per_weight, prepare_low_rank, prepare_torchao
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.variants import FeatureDraws, Freezing, weight_average
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
@@ -36,7 +36,7 @@ RECIPES = {
     "sd3": "sd3-tiny",
     "flux": "flux-schnell-tiny",
 }
-LOW_RANK = 8
+LOW_RANK = 4
 PICTURES = 192
 # Every held-out sample is seen with this many noises and timesteps.
 REPEATS = 4
@@ -61,6 +61,7 @@ _OURS = Method("fbqat")
 METHODS: dict[str, Method] = {
     "ptq-maxabs": Method("ptq-maxabs", trained=False),
     "ptq-mse": Method("ptq-mse", trained=False),
+    "ptq-gptq": Method("ptq-gptq", trained=False),
     "svdquant": Method("ptq-mse", prepare=partial(prepare_low_rank, rank=LOW_RANK, train=False), trained=False),
     "torchao-qat": Method("vqat", prepare=prepare_torchao),
     "vqat": Method("vqat"),
@@ -196,6 +197,7 @@ class Bench:
             self._train(recipe, method, student, draws, dynamics)
         trained = time.monotonic() - began
         set_bit_width(student, bits)
+        row["bits_per_weight"] = bits_per_weight(student)
         if recipe.steps:
             row |= dynamics.summary()
         for split in ("validation", "test"):
