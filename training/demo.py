@@ -18,12 +18,12 @@ from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
 # All at the recipe's learning rate; docs/method.md has each at its own best one.
-BASELINES = ("ptq-maxabs", "ptq-mse", "vqat", "lsq-qat", "fbqat-paper")
+BASELINES = ("ptq-maxabs", "ptq-mse", "ptq-gptq", "vqat", "lsq-qat", "fbqat-paper")
 _SHEET = {"ptq-maxabs": "PTQ W4A8", "vqat": "vanilla QAT W4A8", "fbqat": "FB-QAT W4A8 (ours)"}
 
 
 def demo(output: Path, *, steps: int | None = None) -> Path:
-    """Quantize the tiny Sana by six methods, compare them with the teacher, compile ours, write its card.
+    """Quantize the tiny Sana by seven methods, compare them with the teacher, compile ours, write its card.
 
     A second call on the same folder goes on where the first one stopped.
 

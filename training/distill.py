@@ -74,15 +74,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
 
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     torch.manual_seed(recipe.seed)
-    family = get_family(recipe.family)
-    pipeline = load_pipeline(resolve_teacher(recipe.teacher))
-    if type(pipeline).__name__ != family.pipeline_class:
-        raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
-    if getattr(pipeline.transformer, "is_quantized", False):
-        raise ValueError(f"teacher {recipe.teacher} is quantized already; give the full-precision pipeline.")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_teacher(recipe)
     splits = cached_splits(recipe, pipeline)
-    draws = Draws(family, pipeline.scheduler, recipe.seed, accelerator.device)
+    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, accelerator.device)
     student = prepare_student(recipe, pipeline.transformer, splits["train"], draws)
     output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
     recipe.save(output / "recipe.yaml")
@@ -98,6 +92,18 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     return output
+
+
+def load_teacher(recipe: Recipe) -> Any:
+    """The recipe's full-precision pipeline; ValueError if it is of another family, or quantized."""
+    family = get_family(recipe.family)
+    pipeline = load_pipeline(resolve_teacher(recipe.teacher))
+    if type(pipeline).__name__ != family.pipeline_class:
+        raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
+    if getattr(pipeline.transformer, "is_quantized", False):
+        raise ValueError(f"teacher {recipe.teacher} is quantized already; give the full-precision pipeline.")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def cache_folder(recipe: Recipe) -> Path:

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from accelerate import Accelerator
 
 from fbqat_hub.evaluation.results import command_line, machine, versions
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
-from fbqat_hub.training.distill import Draws, cached_splits, prepare_student
+from fbqat_hub.training.distill import Draws, cached_splits, load_teacher, prepare_student
 from fbqat_hub.training.probe import (
     DRAWS,
     Estimate,
@@ -31,7 +30,6 @@ from fbqat_hub.training.probe import (
     widths_to,
 )
 from fbqat_hub.training.recipe import Recipe
-from fbqat_hub.training.teachers import resolve_teacher
 
 PROBE_STEPS = 40
 _INK, _STAGE = "#3355c8", "#d1671f"
@@ -87,7 +85,9 @@ class Plan:
                 _table([("bit width", "loss", "± error"), *curve]),
                 "",
                 "Stages at equal steps of the loss's logarithm, to paste into a recipe:",
-                yaml.safe_dump({"schedule": self.schedule.to_dict()}, sort_keys=False, default_flow_style=None),
+                yaml.safe_dump(
+                    {"start": "nearest", "schedule": self.schedule.to_dict()}, sort_keys=False, default_flow_style=None
+                ),
                 f"Groups of layers, {self.probe_steps} steps of each at the recipe's method and rate:",
                 _table([(*titles, "s/step", "peak MiB"), *layers]),
                 "",
@@ -161,17 +161,15 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
         raise ValueError(f"method {recipe.method} does not train, so there is nothing to plan; take e.g. fbqat.")
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     torch.manual_seed(recipe.seed)
-    family = get_family(recipe.family)
-    pipeline = load_pipeline(resolve_teacher(recipe.teacher))
-    if type(pipeline).__name__ != family.pipeline_class or getattr(pipeline.transformer, "is_quantized", False):
-        raise ValueError(f"teacher {recipe.teacher} must be a full-precision {family.pipeline_class}.")
+    pipeline = load_teacher(recipe)
     if output:
         output.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
     splits = cached_splits(recipe, pipeline)
-    draws = Draws(family, pipeline.scheduler, recipe.seed, accelerator.device)
+    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, accelerator.device)
     teacher = pipeline.transformer.to(accelerator.device)
 
-    student = prepare_student(recipe, teacher, splits["train"], draws)
+    # weights where they are: compensated codes are for one width
+    student = prepare_student(replace(recipe, start="nearest"), teacher, splits["train"], draws)
     widths = widths_to(recipe.config().weight_bits)
     curve = loss_against_width(student, teacher, splits["validation"], draws, widths, progress=progress)
     del student

@@ -35,8 +35,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "simple": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "simple"}},
     # arXiv 2510.14823 as published
     "fbqat-paper": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "paper"}},
-    # this project's default: 4-bit grid throughout, fractions by the annealed soft staircase, learned clip
+    # this project's default: the 4-bit grid throughout, started from compensated codes; fractions by the annealed soft
+    # staircase; learned clip
     "fbqat": {
+        "start": "compensated",
         "quantization": {"weight_clip": "learned"},
         "schedule": {"preset": "constant", "softness": 0.3, "soft_until": 0.9},
     },
@@ -173,13 +175,13 @@ class Recipe:
         schedule = BitSchedule.from_dict(given)
         if schedule.final_bits != stored:
             raise ValueError(f"the bit schedule ends at {schedule.final_bits:g} bits; what is stored has {stored}.")
-        if self.starts_compensated and len(schedule.stages) > 1:
-            raise ValueError("start 'compensated' is for one width; codes of the first of several are left again.")
         if schedule.ramp != "steps" and len(schedule.stages) > 1 and self.config().weight_clip != "max_abs":
             raise ValueError(
                 f"a {schedule.ramp} ramp changes the bit width at every step, and weight_clip "
                 f"{self.config().weight_clip!r} would be searched anew each time; use ramp 'steps', or 'max_abs'."
             )
+        if self.starts_compensated and len(schedule.stages) > 1:
+            raise ValueError("start 'compensated' is for one width; codes of the first of several are left again.")
         return schedule
 
     def rounding_at(self, progress: float) -> Rounding:

@@ -8,7 +8,7 @@
 Each method's learning rate is the one with the least loss on the *validation* split at the first seed. The grid is
 the same for all methods; where the best rate lies at its end, the grid goes on by a factor of 2, so that every rate is
 bracketed. The other seeds run at that rate only. What is reported is the *test* split. A run that is in the results
-already is not repeated, so an interrupted benchmark goes on.
+already is not repeated, so an interrupted benchmark goes on. Method torchao-qat needs the extra `benchmark`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Bench, Setting, method_of
+from benchmarks.method.runs import METHODS, RECIPES, TORCHAO_NEEDED, TRACKS, VARIANTS, Bench, Setting, method_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
-RATES = (5e-5, 1e-4, 2e-4)
+RATES = (5e-5, 1e-4)
 # The grid is not continued beyond these.
-LOWEST_RATE, HIGHEST_RATE = 1.25e-5, 8e-4
+LOWEST_RATE, HIGHEST_RATE = 2.5e-5, 8e-4
 _KEY = ("family", "track", "method", "steps", "rate", "seed")
 
 Run = Callable[[Setting], dict[str, Any]]
@@ -47,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.short:
         options.rates, options.fixed_rates, options.seeds, options.steps = [1e-4], True, [1], 2
+    options.methods = installed(options.methods)
     for family in options.families:
         bench = Bench(family)
         file = options.output / f"{family}.json"
@@ -63,6 +66,21 @@ def main(arguments: list[str] | None = None) -> None:
         for track in options.tracks:
             for method in options.methods:
                 run_method(run, family, track, method, options)
+
+
+def installed(methods: list[str]) -> list[str]:
+    """The methods without torchao's where torchao is missing, which stderr is told.
+
+    Raises:
+        SystemExit: no other method is left.
+    """
+    if "torchao-qat" not in methods or find_spec("torchao"):
+        return methods
+    others = [method for method in methods if method != "torchao-qat"]
+    if not others:
+        raise SystemExit(TORCHAO_NEEDED)
+    print(f"Left out: {TORCHAO_NEEDED}", file=sys.stderr)
+    return others
 
 
 def run_method(run: Run, family: str, track: str, method: str, options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Baselines by others: SVDQuant, QAT beside an SVD branch, and torchao's own W4A8 QAT.
+"""Baselines by others: SVDQuant and QAT beside an SVD branch; torchao's own QAT is in ``torchao_qat``.
 
 Each ``prepare_...`` stands where ``fbqat_hub.training.distill.prepare_student`` does: it returns a copy of the teacher
 whose every linear layer and 1x1 convolution is quantized with the recipe's bits and activation scheme.
@@ -15,15 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchao.quantization import (  # type: ignore[import-untyped]
-    Int8DynamicActivationIntxWeightConfig,
-    IntxWeightOnlyConfig,
-    PerAxis,
-    PerGroup,
-    quantize_,
-)
-from torchao.quantization.qat import FakeQuantizedLinear as TorchaoLinear  # type: ignore[import-untyped]
-from torchao.quantization.qat import QATConfig
 
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, PackedLinear, WeightScheme, calibrate
@@ -40,8 +31,6 @@ SMOOTHINGS = ((0.0, 0.0), *((step / 10, beta) for step in range(1, 10) for beta 
 ROUNDS = 100
 # Calibration tokens kept of each layer, over all samples.
 TOKENS = 2048
-
-TORCHAO_GROUP_SIZE: int | None = 32
 
 
 class LowRankLinear(nn.Module):
@@ -122,7 +111,7 @@ def prepare_low_rank(
         raise ValueError(f"rank is {rank}; it must be at least 1 (without a branch the methods are ptq-mse and vqat).")
     weights = recipe.config().weight_scheme()
     if train:
-        return _student(
+        return student_of(
             recipe, teacher, train_split, draws, lambda _, linear, scheme: LowRankLinear(linear, weights, scheme, rank)
         )
     weights = replace(weights, clip="mse")
@@ -131,7 +120,7 @@ def prepare_low_rank(
     def search(name: str, linear: nn.Linear, scheme: ActivationScheme) -> LowRankLinear:
         return svdquant(linear, weights, scheme, rank, tokens.pop(name), largest[name], _range_options(recipe))
 
-    return _student(recipe, teacher, train_split, draws, search).requires_grad_(False)
+    return student_of(recipe, teacher, train_split, draws, search).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -172,49 +161,29 @@ def svdquant(
     return best
 
 
-def prepare_torchao(
+def student_of(
     recipe: Recipe,
     teacher: nn.Module,
     train_split: CachedSplit,
     draws: Draws,
-    *,
-    group_size: int | None = TORCHAO_GROUP_SIZE,
+    make: Callable[[str, nn.Linear, ActivationScheme], nn.Module],
 ) -> nn.Module:
-    """A student under torchao's QAT: INT8 activations per token, affine; symmetric INT4 weights, steps of max|W| / 7.5.
-
-    torchao quantizes nn.Linear only: a 1x1 convolution becomes one between two transpositions. It has no 16-bit
-    activations: a layer that the recipe gives these keeps float ones. Weight scales are torchao's, not the recipe's.
+    """As ``prepare_student``, with the layers that ``make`` makes.
 
     Args:
-        group_size: inputs that share a scale, or None for one scale an output channel. Where it does not divide a
-            layer's inputs, their greatest common divisor is used.
-
-    Raises:
-        ValueError: an activation scheme that torchao's QAT does not have.
+        make: from a layer's name, the layer in fp32 (a 1x1 convolution as a linear one) and its activation scheme.
     """
-    bits = recipe.config().weight_bits
-    return _student(
-        recipe, teacher, train_split, draws, lambda _, linear, scheme: torchao_linear(linear, bits, scheme, group_size)
-    )
-
-
-def torchao_linear(
-    linear: nn.Linear, bits: int, activations: ActivationScheme, group_size: int | None
-) -> TorchaoLinear:
-    """torchao's fake-quantized twin of a layer, with the layer's own parameters; arguments as ``prepare_torchao``."""
-    dtype = getattr(torch, f"int{bits}")  # int1 to int7 are not in torch's stubs
-    scales = PerAxis(0) if group_size is None else PerGroup(math.gcd(group_size, linear.in_features))
-    if activations.bits > 8:
-        scheme = IntxWeightOnlyConfig(weight_dtype=dtype, granularity=scales)
-    elif activations.range == "per_token":
-        scheme = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=scales)
-    else:
-        raise ValueError(
-            f"activation range is {activations.range!r}; torchao's QAT has 8-bit activations 'per_token' only."
-        )
-    holder = nn.Sequential(linear)
-    quantize_(holder, QATConfig(scheme, step="prepare"))
-    return holder[0]
+    config = recipe.config()
+    trained = get_family(recipe.family).layer_groups[recipe.train_layers]
+    student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
+    for name, layer in _chosen(recipe, student).items():
+        scheme = scheme_for(name, config.activation_scheme(), config.module_overrides)
+        made = make(name, _linear(layer.weight, layer.bias), scheme)
+        made = Pointwise(made) if isinstance(layer, nn.Conv2d) else made
+        student.set_submodule(name, made.requires_grad_(matches(name, trained)))
+    if config.needs_calibration:
+        calibrate(student, draws.calibration(train_split, _samples(recipe)), **_range_options(recipe))
+    return student
 
 
 def bits_per_weight(student: nn.Module) -> float:
@@ -241,35 +210,14 @@ def bits_per_weight(student: nn.Module) -> float:
             stored += 8 * (packed.weight_packed.nbytes + packed.weight_scale.nbytes)
             stored += 16 * (layer.down.numel() + layer.up.numel() + smoothing)
             weights += layer.residual.weight.numel()
-        elif isinstance(layer, TorchaoLinear):
-            granularity = layer.weight_fake_quantizer.config.granularity
-            group_size = granularity.group_size if isinstance(granularity, PerGroup) else layer.in_features
+        elif isinstance(layer, nn.Linear) and hasattr(layer, "weight_fake_quantizer"):  # torchao's, not imported here
+            quantizer: Any = layer.weight_fake_quantizer
+            group_size = getattr(quantizer.config.granularity, "group_size", layer.in_features)
             stored += layer.weight.numel() * 4 + layer.weight.numel() // group_size * 32
             weights += layer.weight.numel()
     if not weights:
         raise ValueError("the model has no quantized layer; prepare it first.")
     return stored / weights
-
-
-def _student(
-    recipe: Recipe,
-    teacher: nn.Module,
-    train_split: CachedSplit,
-    draws: Draws,
-    make: Callable[[str, nn.Linear, ActivationScheme], nn.Module],
-) -> nn.Module:
-    """As ``prepare_student``, with the layers that ``make`` makes."""
-    config = recipe.config()
-    trained = get_family(recipe.family).layer_groups[recipe.train_layers]
-    student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
-    for name, layer in _chosen(recipe, student).items():
-        scheme = scheme_for(name, config.activation_scheme(), config.module_overrides)
-        made = make(name, _linear(layer.weight, layer.bias), scheme)
-        made = Pointwise(made) if isinstance(layer, nn.Conv2d) else made
-        student.set_submodule(name, made.requires_grad_(matches(name, trained)))
-    if config.needs_calibration:
-        calibrate(student, draws.calibration(train_split, _samples(recipe)), **_range_options(recipe))
-    return student
 
 
 def _chosen(recipe: Recipe, model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from benchmarks.method.baselines import bits_per_weight, prepare_low_rank, prepare_torchao
+from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.variants import FeatureDraws, Freezing, weight_average
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
@@ -24,9 +24,11 @@ from fbqat_hub.evaluation.results import command_line, machine, now, versions
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.quantization import set_bit_width
+from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.distill import Draws, cached_splits, distill, held_out_loss, prepare_student
 from fbqat_hub.training.evaluate import draw
+from fbqat_hub.training.probe import loss_against_width, widths_to
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -40,6 +42,7 @@ LOW_RANK = 4
 PICTURES = 192
 # Every held-out sample is seen with this many noises and timesteps.
 REPEATS = 4
+TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[benchmark]'"
 
 Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]
 
@@ -52,9 +55,19 @@ class Method:
     fields: Mapping[str, Any] = field(default_factory=dict)
     prepare: Prepare = prepare_student
     trained: bool = True
+    widths_by_curve: bool = False
     average: float = 0.0
     freeze: float = 0.0
     features: float = 0.0
+
+
+def _prepare_torchao(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws) -> nn.Module:
+    """``torchao_qat.prepare_torchao``; torchao is imported here only."""
+    try:
+        from benchmarks.method.torchao_qat import prepare_torchao
+    except ImportError as error:
+        raise ImportError(TORCHAO_NEEDED) from error
+    return prepare_torchao(recipe, teacher, train_split, draws)
 
 
 _OURS = Method("fbqat")
@@ -63,7 +76,7 @@ METHODS: dict[str, Method] = {
     "ptq-mse": Method("ptq-mse", trained=False),
     "ptq-gptq": Method("ptq-gptq", trained=False),
     "svdquant": Method("ptq-mse", prepare=partial(prepare_low_rank, rank=LOW_RANK, train=False), trained=False),
-    "torchao-qat": Method("vqat", prepare=prepare_torchao),
+    "torchao-qat": Method("vqat", prepare=_prepare_torchao),
     "vqat": Method("vqat"),
     "lsq-qat": Method("lsq-qat"),
     "svdqat": Method("vqat", prepare=partial(prepare_low_rank, rank=LOW_RANK, train=True)),
@@ -74,6 +87,8 @@ METHODS: dict[str, Method] = {
 }
 # Forms of this project's method that were tried; each differs from "fbqat" in what its name says.
 VARIANTS: dict[str, Method] = {
+    "fbqat nearest": replace(_OURS, fields={"start": "nearest"}),
+    "lsq-qat compensated": Method("lsq-qat", {"start": "compensated"}),
     "fbqat slope": replace(_OURS, fields={"rounding": {"slope": True}}),
     "fbqat ewgs": replace(_OURS, fields={"rounding": {"ewgs": 0.2}}),
     "fbqat dampening": replace(_OURS, fields={"rounding": {"dampening": 1e-3}}),
@@ -84,6 +99,7 @@ VARIANTS: dict[str, Method] = {
     "lsq-qat ewgs": Method("lsq-qat", {"rounding": {"ewgs": 0.2}}),
     "lsq-qat freeze": Method("lsq-qat", freeze=0.02),
     "lsq-qat features": Method("lsq-qat", features=0.1),
+    "fbqat-paper auto": Method("fbqat-paper", widths_by_curve=True),
     "fbqat-paper lsq": Method("fbqat-paper", {"quantization": {"weight_clip": "learned"}}),
     "fbqat 15 levels": replace(_OURS, fields={"quantization": {"weight_clip": "learned", "weight_narrow": True}}),
 }
@@ -191,6 +207,10 @@ class Bench:
         torch.manual_seed(setting.seed)
         student = method.prepare(recipe, self.teacher, self.splits["train"], draws)
         bits = recipe.config().weight_bits
+        if method.widths_by_curve:
+            curve = loss_against_width(student, self.teacher, self.splits["validation"], draws, widths_to(bits))
+            stages = schedule_from_curve({width: loss.mean for width, loss in curve.items()})
+            recipe = replace(recipe, schedule=stages.to_dict())
         row: dict[str, Any] = {**vars(setting), "batch_size": recipe.batch_size}
         dynamics = Dynamics(student, bits, recipe.steps)
         if recipe.steps:

@@ -188,7 +188,7 @@ def _code(run: Path, recipe: Mapping[str, Any], repo_id: str | None) -> str:
         "import fbqat_hub  # teaches diffusers the W4A8 format\n"
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(repo_id or folder)})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(repo_id or folder)}, dtype=torch.float32)\n"
         f"image = pipe(\n    {json.dumps(prompt, ensure_ascii=False)},\n{call}"
         f"    generator=torch.Generator().manual_seed({seed}),\n).images[0]\n"
         'image.save("picture.png")'

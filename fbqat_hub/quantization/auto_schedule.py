@@ -1,13 +1,11 @@
-"""Widths chosen by measurement: stages placed by the loss they cost, and left when the loss has settled."""
+"""Widths chosen by measurement: stages placed by the loss they cost."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from typing import Any
 
 from fbqat_hub.quantization.schedule import BitSchedule
 
@@ -57,94 +55,3 @@ def schedule_from_curve(curve: Mapping[float, float], stages: int = 9, last_shar
     above = [round(width_at(logs[0] + index * step), 2) for index in range(1, stages - 1)]
     share = round((1 - last_share) / (stages - 1), 12)  # 0.055, not 0.05499999999999999
     return BitSchedule([*((width, share) for width in (widths[0], *above)), (widths[-1], last_share)])
-
-
-@dataclass
-class AdaptiveSchedule:
-    """A bit schedule whose stages end early, when the training loss has settled.
-
-    A stage ends when its last ``window`` losses have fallen by less than ``threshold``, on the least-squares line
-    through their logarithms; at the latest it ends where ``schedule`` ends it. So the last width has at least its share
-    of training, and no width comes later than in ``schedule``. Softness stays a function of progress
-    (``schedule.softness_at``).
-
-    Single losses scatter. With a standard deviation s of their logarithm, the fall is known to about
-    s * sqrt(12 / window): choose a window that makes this small.
-
-    The state is plain data: ``AdaptiveSchedule.from_dict(a.to_dict()) == a``. It belongs into a checkpoint.
-
-    Attributes:
-        schedule: the stages, in steps (no ramp), and their latest ends.
-        steps: of the whole training.
-        window: losses looked at, at least 2; a stage is never shorter, unless ``schedule`` has it so.
-        threshold: the relative fall over a window that counts as settled, e.g. 0.05; below 0 nothing is.
-        step: updates so far.
-        stage: index of the current stage.
-        losses: of the current stage, the last ``window``.
-
-    >>> adaptive = AdaptiveSchedule(BitSchedule([(8, 1), (6, 1), (4, 2)]), steps=40, window=4)
-    >>> [adaptive.update(loss) for loss in (0.9, 0.5, 0.5, 0.5, 0.5)]    # settled after the fifth
-    [8.0, 8.0, 8.0, 8.0, 6.0]
-    """
-
-    schedule: BitSchedule
-    steps: int
-    window: int
-    threshold: float = 0.05
-    step: int = 0
-    stage: int = 0
-    losses: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.schedule.ramp != "steps":
-            raise ValueError(f"the schedule's ramp is {self.schedule.ramp!r}; only 'steps' has stages that can end.")
-        shares = [share for _, share in self.schedule.stages]
-        longest = max(shares[:-1], default=0.0) / sum(shares) * self.steps
-        if not 2 <= self.window <= longest:
-            raise ValueError(
-                f"window is {self.window} steps; it must be at least 2 and fit into the longest stage before the last, "
-                f"which has {longest:g} of {self.steps} steps."
-            )
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"threshold is {self.threshold}; it must be a finite number, e.g. 0.05.")
-
-    @property
-    def bit_width(self) -> float:
-        """The bit width of the next step."""
-        return self.schedule.stages[self.stage][0]
-
-    def update(self, loss: float) -> float:
-        """Take the training loss of the step just made; returns the bit width of the next one.
-
-        Args:
-            loss: finite, not below 0; the same number on all processes, so that all change width together.
-        """
-        if not (math.isfinite(loss) and loss >= 0):
-            raise ValueError(f"the loss of step {self.step + 1} is {loss}; it must be a finite number of at least 0.")
-        self.step += 1
-        self.losses = [*self.losses, loss][-self.window :]
-        last = len(self.schedule.stages) - 1
-        wanted = min(last, self.stage + self._has_settled())
-        latest = self.schedule.stage(min(1.0, self.step / self.steps))
-        if (stage := max(wanted, latest)) != self.stage:
-            self.stage, self.losses = stage, []
-        return self.bit_width
-
-    def _has_settled(self) -> bool:
-        if len(self.losses) < self.window:
-            return False
-        logs = [math.log(max(loss, 1e-30)) for loss in self.losses]
-        middle = (self.window - 1) / 2
-        slope = sum((index - middle) * log for index, log in enumerate(logs)) / sum(
-            (index - middle) ** 2 for index in range(self.window)
-        )
-        return 1 - math.exp(slope * (self.window - 1)) < self.threshold
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return {**asdict(self), "schedule": self.schedule.to_dict()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> AdaptiveSchedule:
-        """The inverse of ``to_dict``."""
-        return cls(**{**data, "schedule": BitSchedule.from_dict(data["schedule"])})

@@ -34,8 +34,8 @@ def compensate(
 ) -> dict[str, float]:
     """Move every latent weight of a prepared model into the bin of its compensated code.
 
-    A weight whose compensated code is its nearest one stays where it is (but ``margin`` from the edge); the others go to
-    the near edge of their new bin, so that training can still take them back. Scales stay as they are.
+    A weight whose compensated code is its nearest one stays where it is (but ``margin`` from the edge); the others go
+    to the near edge of their new bin, so that training can still take them back. Scales stay as they are.
 
     Args:
         model: a prepared model with symmetric weights, at the bit width to compensate for.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.method.__main__ import RESULTS, append, main, read, run_method
+from benchmarks.method.__main__ import RESULTS, append, installed, main, read, run_method
 from benchmarks.method.report import Results, page, paired, table
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Remembered, Setting
 from fbqat_hub.evaluation.results import METHODS as TITLES
@@ -39,7 +42,7 @@ class Recorder:
 
 @pytest.mark.parametrize(
     ("best", "rates"),
-    [(1e-4, [1e-4, 2e-4, 5e-5]), (4e-4, [1e-4, 2e-4, 4e-4, 8e-4]), (1e-6, [1e-4, 2e-4, 5e-5, 2.5e-5, 1.25e-5])],
+    [(1e-4, [1e-4, 2e-4, 5e-5]), (4e-4, [1e-4, 2e-4, 4e-4, 8e-4]), (1e-6, [1e-4, 2e-4, 5e-5, 2.5e-5])],
 )
 def test_rates_are_bracketed_at_the_first_seed(best: float, rates: list[float]) -> None:
     recorder = Recorder(best)
@@ -63,12 +66,13 @@ def test_ptq_runs_once() -> None:
     assert [(setting.rate, setting.steps, setting.seed) for setting in seen] == [(0.0, 0, 1)]
 
 
-@pytest.mark.parametrize("track", TRACKS)
-@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
+@pytest.mark.parametrize(
+    ("method", "track"), [*((name, "w4a8") for name in [*METHODS, *VARIANTS]), *(("fbqat", name) for name in TRACKS)]
+)
 def test_every_setting_is_a_valid_recipe_that_keeps_the_method(method: str, track: str) -> None:
     recipe = Setting(family="sana", track=track, method=method, steps=7, rate=3e-4, seed=5).recipe()
     assert recipe.method == {**METHODS, **VARIANTS}[method].preset
-    assert (recipe.steps, recipe.seed) == (0 if method in ("ptq-maxabs", "ptq-mse", "svdquant") else 7, 5)
+    assert (recipe.steps, recipe.seed) == (7 if {**METHODS, **VARIANTS}[method].trained else 0, 5)
     config = recipe.config()
     assert config.weight_bits == recipe.bit_schedule().final_bits == (3 if track == "w3a8" else 4)
     assert config.activation_range == ("static" if track == "static" else "per_token")
@@ -165,16 +169,35 @@ def test_the_teacher_is_asked_once_for_each_batch() -> None:
     assert teacher.calls == 2
 
 
+def test_torchao_is_left_out_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "benchmarks.method.torchao_qat", raising=False)
+    hint = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[benchmark]'"
+    assert installed(["vqat", "torchao-qat", "fbqat"]) == ["vqat", "fbqat"]
+    assert capsys.readouterr().err == f"Left out: {hint}\n"
+    assert installed(["vqat"]) == ["vqat"]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit, match=re.escape(hint)):
+        main(["--methods", "torchao-qat"])
+    prepare: Any = METHODS["torchao-qat"].prepare
+    with pytest.raises(ImportError, match=re.escape(hint)):
+        prepare(None, None, None, None)
+
+
 @pytest.mark.slow
 def test_short_form_runs_every_method_and_does_not_repeat_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--short", "--families", "sana", "--output", str(tmp_path)]
+    methods = set(METHODS) - (set() if find_spec("torchao") else {"torchao-qat"})
     main(arguments)
     rows = read(tmp_path / "sana.json")
-    assert {found["method"] for found in rows} == set(METHODS)
+    assert {found["method"] for found in rows} == methods
     assert all(0 < found["validation"] < 1 for found in rows)
-    assert len(capsys.readouterr().out.splitlines()) == len(METHODS)
+    assert len(capsys.readouterr().out.splitlines()) == len(methods)
     main(arguments)
     assert json.loads((tmp_path / "sana.json").read_text()) == rows
     assert capsys.readouterr().out == ""

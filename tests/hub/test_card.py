@@ -89,8 +89,8 @@ def test_the_code_block_starts_with_our_import_and_calls_as_the_recipe_says(run:
     assert call.args[0].value == "flag of france"
     assert ast.unparse(given.pop("generator")).endswith("manual_seed(7)")
     assert {name: ast.literal_eval(value) for name, value in given.items()} == RECIPE["generation"]
-    assert 'from_pretrained(".")' in code
-    assert 'from_pretrained("me/Sana")' in write_card(run, "me/Sana").read_text()
+    assert 'from_pretrained(".", dtype=torch.float32)' in code
+    assert 'from_pretrained("me/Sana", dtype=torch.float32)' in write_card(run, "me/Sana").read_text()
 
 
 def test_results_are_a_table_with_our_method_in_bold_and_gaps_left_empty(run: Path) -> None:

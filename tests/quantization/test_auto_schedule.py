@@ -1,22 +1,18 @@
-"""Stages placed by a curve have equal steps of its logarithm; adaptive stages end early, never late."""
+"""Stages placed by a curve have equal steps of its logarithm."""
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from fbqat_hub.quantization import BitSchedule
-from fbqat_hub.quantization.auto_schedule import AdaptiveSchedule, schedule_from_curve
+from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 
 # of the tiny Sana, learned clip
 MEASURED = {8: 0.00135, 7: 0.00221, 6: 0.00494, 5.5: 0.00953, 5: 0.01757, 4.75: 0.0249, 4.5: 0.03602, 4: 0.0609}
-# 10 + 10 + 10 + 30 steps
-STAGES = BitSchedule([(8, 1), (6, 1), (5, 1), (4, 3)])
 
 
 def widths_of(schedule: BitSchedule) -> list[float]:
@@ -88,82 +84,3 @@ def test_noise_in_the_curve_is_made_monotone(curve: dict[float, float], expected
 def test_curves_that_are_refused(curve: dict[float, float], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schedule_from_curve(curve, **options)
-
-
-def test_a_flat_loss_ends_each_stage_after_its_window() -> None:
-    adaptive = AdaptiveSchedule(STAGES, steps=60, window=4)
-    assert adaptive.bit_width == 8
-    assert [adaptive.update(0.1) for _ in range(60)] == [8] * 3 + [6] * 4 + [5] * 4 + [4] * 49
-
-
-def test_a_falling_loss_keeps_the_schedule() -> None:
-    adaptive = AdaptiveSchedule(STAGES, steps=60, window=4)
-    widths = [adaptive.update(0.9**step) for step in range(60)]
-    assert widths == [STAGES.bit_width(step / 60) for step in range(1, 61)]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_whatever_the_loss_widths_fall_in_order_and_never_late(seed: int) -> None:
-    noise = random.Random(seed)
-    adaptive = AdaptiveSchedule(STAGES, steps=60, window=5, threshold=noise.uniform(-0.5, 0.5))
-    widths = [adaptive.update(noise.lognormvariate(0, 0.3)) for _ in range(60)]
-    assert all(width <= STAGES.bit_width(step / 60) for step, width in enumerate(widths, 1))
-    assert widths == sorted(widths, reverse=True)
-    assert set(widths) <= {8, 6, 5, 4}
-    assert widths[29:] == [4] * 31
-
-
-@pytest.mark.parametrize(("threshold", "settled"), [(0.271 + 1e-3, True), (0.271 - 1e-3, False)])
-def test_threshold_is_the_relative_fall_over_the_window(threshold: float, settled: bool) -> None:
-    """Losses 1, 0.9, 0.81, 0.729 fall by 0.271."""
-    adaptive = AdaptiveSchedule(STAGES, steps=60, window=4, threshold=threshold)
-    assert [adaptive.update(0.9**step) for step in range(4)][-1] == (6 if settled else 8)
-
-
-def test_losses_of_the_stage_before_do_not_count() -> None:
-    """A fall that begins in the window right after a change keeps the stage to its latest end."""
-    adaptive = AdaptiveSchedule(STAGES, steps=60, window=4)
-    for _ in range(4):
-        adaptive.update(0.01)
-    widths = [adaptive.update(0.5**step) for step in range(20)]
-    assert widths == [6] * 15 + [5] * 5  # 6 bits until step 20
-
-
-def test_a_resumed_schedule_goes_on_as_one_that_was_not_stopped() -> None:
-    noise = random.Random(0)
-    losses = [noise.lognormvariate(0, 0.3) for _ in range(60)]
-    whole = AdaptiveSchedule(STAGES, steps=60, window=5)
-    expected = [whole.update(loss) for loss in losses]
-    first = AdaptiveSchedule(STAGES, steps=60, window=5)
-    widths = []
-    for loss in losses:
-        widths.append(first.update(loss))
-        resumed = AdaptiveSchedule.from_dict(json.loads(json.dumps(first.to_dict())))
-        assert resumed == first
-        first = resumed
-    assert widths == expected
-    assert first == whole
-
-
-@pytest.mark.parametrize(
-    ("schedule", "options", "message"),
-    [
-        (STAGES, {"window": 11}, "window is 11 steps; .* which has 10 of 60 steps"),
-        (STAGES, {"window": 1}, "at least 2"),
-        (BitSchedule.preset("constant"), {"window": 2}, "which has 0 of 60 steps"),
-        (STAGES, {"window": 4, "threshold": math.nan}, "threshold is nan"),
-        (BitSchedule([(8, 1), (4, 1)], ramp="linear"), {"window": 4}, "ramp is 'linear'; only 'steps'"),
-    ],
-)
-def test_adaptive_schedules_that_are_refused(schedule: BitSchedule, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdaptiveSchedule(schedule, steps=60, **options)
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -0.1])
-def test_a_loss_out_of_range_is_refused_and_changes_nothing(loss: float) -> None:
-    adaptive = AdaptiveSchedule(STAGES, steps=60, window=4)
-    before = adaptive.to_dict()
-    with pytest.raises(ValueError, match="the loss of step 1 is"):
-        adaptive.update(loss)
-    assert adaptive.to_dict() == before

@@ -43,7 +43,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(recipe_fields: dict[str, Any]) -> Bench:
-    return Bench(recipe_fields)
+    return Bench({**recipe_fields, "start": "nearest"})
 
 
 @pytest.mark.parametrize("clip", ["max_abs", "mse", "learned"])

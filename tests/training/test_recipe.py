@@ -33,7 +33,7 @@ def test_method_presets(method: str) -> None:
     """A method changed on the command line brings its own steps, clip and schedule."""
     recipe = load_recipe("sana-tiny", method=method)
     assert (recipe.steps == 0) == method.startswith("ptq")
-    clip = {"ptq-mse": "mse", "lsq-qat": "learned", "fbqat": "learned"}.get(method, "max_abs")
+    clip = {"ptq-mse": "mse", "ptq-gptq": "mse", "lsq-qat": "learned", "fbqat": "learned"}.get(method, "max_abs")
     assert recipe.config().weight_clip == clip
     widths = {"integer": "integer", "simple": "simple", "fbqat-paper": "paper"}
     assert recipe.bit_schedule().stages == BitSchedule.preset(widths.get(method, "constant")).stages
@@ -162,3 +162,26 @@ def test_a_ramp_with_a_searched_clip_is_refused(recipe_fields) -> None:
     ramp = {"stages": [[8, 1], [4, 1]], "ramp": "linear", "softness": 0, "soft_until": 0}
     with pytest.raises(ValueError, match="max_abs"):
         Recipe(**{**recipe_fields, "method": "fbqat", "schedule": ramp})
+
+
+@pytest.mark.parametrize(
+    ("method", "start", "compensated"),
+    [("fbqat", "", True), ("fbqat", "nearest", False), ("vqat", "", False), ("vqat", "compensated", True)],
+)
+def test_start_is_the_methods_unless_the_recipe_says_otherwise(method: str, start: str, compensated: bool) -> None:
+    assert Recipe(**{**MINIMAL, "method": method, "start": start}).starts_compensated is compensated
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "best"}, "start is 'best'"),
+        ({"method": "fbqat-paper", "start": "compensated"}, "start 'compensated' is for one width"),
+        ({"compensation": {"margin": 0.7}}, r"compensation.margin is 0.7; it must be a number from 0 to 0.5"),
+        ({"compensation": {"samples": 0}}, "compensation.samples is 0"),
+        ({"compensation": {"sample": 5}}, r"'sample' \(did you mean 'samples'\?\)"),
+    ],
+)
+def test_wrong_start_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{**MINIMAL, **changes})
