@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchao")
 
+from torchao.quantization.qat import FakeQuantizedLinear as TorchaoLinear
+
 from benchmarks.method.baselines import bits_per_weight
-from benchmarks.method.torchao_qat import TorchaoLinear, prepare_torchao, torchao_linear
+from benchmarks.method.torchao_qat import prepare_torchao, torchao_linear
 from fbqat_hub.quantization import ActivationScheme, named_layers
 from fbqat_hub.quantization.activation import fake_quantize_activation
 from fbqat_hub.quantization.fake_quantize import quantize

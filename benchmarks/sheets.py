@@ -1,0 +1,49 @@
+"""Picture sheets of the four tiny families: teacher, PTQ and this project's default, from the same prompts and seeds.
+
+    python -m benchmarks.sheets                    # docs/images/sheet-FAMILY.png, about two minutes a family
+    python -m benchmarks.sheets --families flux
+
+The runs are kept in runs/sheets/ and continued, not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.method.runs import RECIPES
+from fbqat_hub.evaluation.pictures import comparison_sheet
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.training.distill import train
+from fbqat_hub.training.evaluate import draw
+from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.teachers import resolve_teacher
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"ptq-mse": "PTQ W4A8", "ptq-gptq": "PTQ W4A8, compensated", "fbqat": "FB-QAT W4A8 (ours)"}
+
+
+def sheet(family: str, runs: Path) -> Path:
+    """Train what is not there yet and draw the sheet of one family."""
+    recipe = load_recipe(RECIPES[family])
+    sources = {"teacher": Path(resolve_teacher(recipe.teacher))}
+    for method, label in METHODS.items():
+        folder = runs / family / method
+        sources[label] = train(load_recipe(RECIPES[family], method=method), folder, resume=True)
+    columns = {label: draw(load_pipeline(folder), recipe.prompts, recipe) for label, folder in sources.items()}
+    path = ROOT / "docs" / "images" / f"sheet-{family}.png"
+    comparison_sheet(columns, recipe.prompts).save(path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sheets")
+    options = parser.parse_args()
+    for family in options.families:
+        print(sheet(family, options.runs))
+
+
+if __name__ == "__main__":
+    main()
