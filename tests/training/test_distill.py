@@ -37,7 +37,7 @@ def recipe_of(recipe_fields: dict[str, Any]) -> Callable[..., Recipe]:
         return Recipe(**{**recipe_fields, **METHODS[changes.get("method", "fbqat")], **changes})
 
     # a method's presets are applied by the recipe itself, except for its steps
-    return lambda **changes: make(**{"quantization": {}, "schedule": {}, **changes})
+    return lambda **changes: make(**{"quantization": {}, "schedule": {}, "start": "", **changes})
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
@@ -414,7 +414,7 @@ def test_killed_run_resumes_to_the_bit(recipe_of, recipe_fields: dict[str, Any],
 
 
 def test_ctrl_c_says_how_to_go_on(recipe_fields: dict[str, Any], tmp_path: Path) -> None:
-    fields = {**recipe_fields, **LONG}
+    fields = {**recipe_fields, **LONG, "steps": 2000}
     process = start(write_recipe(tmp_path / "recipe.yaml", fields), tmp_path / "run", until="step-00000003")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
