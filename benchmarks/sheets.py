@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from PIL import Image
+
 from benchmarks.method.runs import RECIPES
 from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.integrations.diffusers import load_pipeline
@@ -30,7 +32,10 @@ def sheet(family: str, runs: Path) -> Path:
     for method, label in METHODS.items():
         folder = runs / family / method
         sources[label] = train(load_recipe(RECIPES[family], method=method), folder, resume=True)
-    columns = {label: draw(load_pipeline(folder), recipe.prompts, recipe) for label, folder in sources.items()}
+    columns = {}
+    for label, folder in sources.items():
+        pictures = draw(load_pipeline(folder), recipe.prompts, recipe)
+        columns[label] = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     path = ROOT / "docs" / "images" / f"sheet-{family}.png"
     comparison_sheet(columns, recipe.prompts).save(path)
     return path

@@ -36,11 +36,11 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2510.14823 as published
     "fbqat-paper": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "paper"}},
     # this project's default: the 4-bit grid throughout, started from compensated codes; fractions by the annealed soft
-    # staircase; learned clip
+    # staircase, no softer at first than twice compensation.margin, so that training starts on the grid; learned clip
     "fbqat": {
         "start": "compensated",
         "quantization": {"weight_clip": "learned"},
-        "schedule": {"preset": "constant", "softness": 0.3, "soft_until": 0.9},
+        "schedule": {"preset": "constant", "softness": 0.1, "soft_until": 0.9},
     },
 }
 

@@ -87,7 +87,10 @@ METHODS: dict[str, Method] = {
 }
 # Forms of this project's method that were tried; each differs from "fbqat" in what its name says.
 VARIANTS: dict[str, Method] = {
-    "fbqat nearest": replace(_OURS, fields={"start": "nearest"}),
+    "fbqat nearest 0.3/0.9": replace(
+        _OURS,
+        fields={"start": "nearest", "schedule": {"preset": "constant", "softness": 0.3, "soft_until": 0.9}},
+    ),
     "lsq-qat compensated": Method("lsq-qat", {"start": "compensated"}),
     "fbqat slope": replace(_OURS, fields={"rounding": {"slope": True}}),
     "fbqat ewgs": replace(_OURS, fields={"rounding": {"ewgs": 0.2}}),
@@ -103,7 +106,7 @@ VARIANTS: dict[str, Method] = {
     "fbqat-paper lsq": Method("fbqat-paper", {"quantization": {"weight_clip": "learned"}}),
     "fbqat 15 levels": replace(_OURS, fields={"quantization": {"weight_clip": "learned", "weight_narrow": True}}),
 }
-for _share in (0.15, 0.3, 0.5, 0.8, 1.0):
+for _share in (0.05, 0.1, 0.2, 0.3, 0.5, 1.0):
     for _until in (0.6, 0.8, 0.9):
         VARIANTS[f"fbqat {_share:g}/{_until:g}"] = replace(
             _OURS, fields={"schedule": {"preset": "constant", "softness": _share, "soft_until": _until}}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.method.__main__ import RESULTS, append, installed, main, read, run_method
-from benchmarks.method.report import Results, page, paired, table
+from benchmarks.method.report import Results, forms, page, paired, table
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Remembered, Setting
 from fbqat_hub.evaluation.results import METHODS as TITLES
 from fbqat_hub.families import FAMILIES, get_family
@@ -118,14 +118,22 @@ def test_table_has_mean_spread_and_rate_and_the_best_is_bold() -> None:
     assert lines[0] == "| method | Sana |"
     assert [line.split("|")[2].strip() for line in lines[2:]] == [
         "50.00",
-        "20.00 ± 1.41 (0.0002)",
-        "**18.00 ± 1.27 (0.0001)**",
+        "20.00 ± 1.41 (2e-04↑)",
+        "**18.00 ± 1.27 (1e-04↕)**",
     ]
 
 
 def test_paired_differences_are_seed_by_seed_against_the_strongest() -> None:
     text = paired(Results(ROWS))  # -10% at both seeds
     assert "| distillation loss | Sana | QAT, learned step size (LSQ) | -10.0 (-10.0 to -10.0) | -10.0, -10.0 |" in text
+
+
+def test_forms_are_compared_at_the_same_seeds() -> None:
+    rows = [*ROWS, row("lsq-qat compensated", 1e-4, 1, 0.0189 * 1.05), row("lsq-qat compensated", 1e-4, 3, 9.0)]
+    lines = forms(Results(rows)).splitlines()
+    assert lines[-1] == "| lsq-qat compensated | +5.0 (1) |"
+    assert lines[-2] == "| lsq-qat | +11.1 (2) |"  # 21 over 18.9 and 19 over 17.1
+    assert forms(Results(ROWS)) == ""
 
 
 def test_page_of_no_results_and_of_some() -> None:
