@@ -82,8 +82,8 @@ command, versions, machine, seed and date. The rows are made by `python -m bench
 Each family is the tiny teacher that ships. Every trained method has the same number of steps of 8 samples. A method's
 learning rate is the one with the least loss on the *validation* split at the first seed. The numbers are of the *test*
 split: mean ± standard deviation over seeds, and in parentheses the learning rate, with ↑ or ↓ where no higher or lower
-one was tried (↕: no other), so that it may not be the method's best. The Fréchet distance is on the small extractor that
-ships, over 192 pictures from equal seeds, not on Inception.
+one was tried (↕: no other), so that it may not be the method's best. The Fréchet distance is on the small extractor
+that ships, over 192 pictures from equal seeds, not on Inception.
 """
 _TRACK_TITLES = {
     "w4a8": "W4A8, dynamic activations, annealed learning rate",
@@ -100,6 +100,12 @@ _PLOTS = """
 ![loss of each method](images/benchmark-methods.png)
 
 ![loss against learning rate](images/benchmark-rates.png)
+
+## Pictures
+
+Teacher, PTQ (MSE clip), PTQ with compensated codes and this project's default, from the same prompts and seeds, by
+`python -m benchmarks.sheets`: [Sana](images/sheet-sana.png), [PixArt-Sigma](images/sheet-pixart-sigma.png),
+[SD3.5](images/sheet-sd3.png), [FLUX.1-schnell](images/sheet-flux.png).
 """
 
 
