@@ -45,10 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--short", action="store_true", help="2 steps, one rate, one seed, no pictures")
+    parser.add_argument("--no-pictures", action="store_true", help="losses only; no Fréchet distance, no PSNR")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results, one file a family")
     options = parser.parse_args(arguments)
     if options.short:
         options.rates, options.fixed_rates, options.seeds, options.steps = [1e-4], True, [1], 2
+        options.no_pictures = True
     options.methods = installed(options.methods)
     for family in options.families:
         bench = Bench(family)
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             found = [row for row in read(file) if all(row[name] == getattr(setting, name) for name in _KEY)]
             if found:
                 return found[0]
-            row = bench.measure(setting, pictures=not options.short)
+            row = bench.measure(setting, pictures=not options.no_pictures)
             append(file, row)
             print(json.dumps({key: row[key] for key in (*_KEY, "validation", "test", "fd", "seconds") if key in row}))
             return row
