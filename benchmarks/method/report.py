@@ -45,6 +45,10 @@ class Results:
         """The values of one field among these rows, in order of appearance."""
         return list(dict.fromkeys(row[name] for row in self.of(**fields)))
 
+    def named(self, track: str = "w4a8", steps: int = 400) -> Results:
+        """Of one track and budget: the methods, without the forms that were tried."""
+        return Results(row for row in self.of(track=track) if row["steps"] in (0, steps) and row["method"] in TITLES)
+
     def at_best_rate(self, **fields: Any) -> list[Row]:
         """Of one method and budget: its rows at the rate with the least validation loss at the first seed."""
         rows = self.of(**fields)
@@ -62,7 +66,7 @@ def page(results: Results) -> str:
         title = _TRACK_TITLES.get(track, track)
         parts.append(f"## {title}, {steps} steps\n")
         rows = [row for row in results.of(track=track) if row["steps"] in (0, steps)]
-        chosen = Results(row for row in rows if row["method"] in TITLES)
+        chosen = results.named(track, steps)
         parts.append("Held-out distillation loss ×1e-3 (test split):\n")
         parts.append(table(chosen, "test", 1e3, "{:.2f}"))
         if any("fd" in row for row in rows):
@@ -90,6 +94,7 @@ _TRACK_TITLES = {
     "constant": "W4A8, dynamic activations, constant learning rate",
     "static": "W4A8, static activations (one range a layer), annealed learning rate",
     "w3a8": "W3A8, dynamic activations, annealed learning rate",
+    "outliers": "W4A8, dynamic activations, annealed learning rate, a teacher with outlier channels",
     "train-blocks": "W4A8, training the blocks only",
     "train-attention": "W4A8, training attention only",
     "train-feed_forward": "W4A8, training the feed-forward layers only",
@@ -118,10 +123,7 @@ def _tracks(results: Results) -> list[tuple[str, int]]:
 def table(results: Results, metric: str, factor: float, form: str) -> str:
     """One row a method, one column a family; the best of each column in bold."""
     families = [family for family in FAMILIES if results.of(family=family)]
-    order = list(TITLES)
-    methods = sorted(
-        results.distinct("method"), key=lambda name: (order.index(name.split()[0]), name)
-    )  # a variant after its method
+    methods = [name for name in TITLES if results.of(method=name)]
     cells: dict[tuple[str, str], str] = {}
     for family in families:
         means = {}
@@ -144,8 +146,8 @@ def table(results: Results, metric: str, factor: float, form: str) -> str:
     ]
     for method in methods:
         if any((method, family) in cells for family in families):
-            title = TITLES.get(method, method)
-            lines.append(f"| {title} | " + " | ".join(cells.get((method, family), "–") for family in families) + " |")
+            shown = [cells.get((method, family), "–") for family in families]
+            lines.append(f"| {TITLES[method]} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -226,7 +228,7 @@ def plots(results: Results, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    main = Results(row for row in results.of(track="w4a8") if row["steps"] in (0, 400) and row["method"] in TITLES)
+    main = results.named()
     families = [family for family in FAMILIES if main.of(family=family)]
     figure, axes = pyplot.subplots(
         1, len(families), figsize=(4 * len(families), 4), squeeze=False, layout="constrained"

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
 from benchmarks.method.dynamics import Dynamics
+from benchmarks.method.outliers import outlier_channels
 from benchmarks.method.variants import FeatureDraws, Freezing, weight_average
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr
@@ -117,6 +119,7 @@ TRACKS: dict[str, dict[str, Any]] = {
     "constant": {"learning_rate_schedule": "constant"},
     "static": {"quantization": {"activation_range": "static"}, "calibration": {"rule": "min_max"}},
     "w3a8": {"quantization": {"weight_bits": 3}},
+    "outliers": {},  # the student starts from a teacher with outlier channels
     **{f"train-{group}": {"train_layers": group} for group in ("blocks", "attention", "feed_forward")},
 }
 
@@ -208,7 +211,8 @@ class Bench:
             self._draws = {setting.seed: draws}
         began = time.monotonic()
         torch.manual_seed(setting.seed)
-        student = method.prepare(recipe, self.teacher, self.splits["train"], draws)
+        with outlier_channels(self.teacher) if setting.track == "outliers" else nullcontext():
+            student = method.prepare(recipe, self.teacher, self.splits["train"], draws)
         bits = recipe.config().weight_bits
         if method.widths_by_curve:
             curve = loss_against_width(student, self.teacher, self.splits["validation"], draws, widths_to(bits))
