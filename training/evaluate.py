@@ -28,10 +28,8 @@ from fbqat_hub.evaluation.suite import (
     SINGLE,
     Measurement,
     features_of,
+    measure,
     measure_distance,
-    measure_pairs,
-    measure_prompted,
-    measure_single,
     of_samples,
     of_timesteps,
 )
@@ -286,31 +284,26 @@ def _student_pictures(models: _Models, texts: Sequence[str], progress: bool) -> 
 
 def _of_pictures(metric: str, drawn: _Drawn, device: str, seed: int) -> Measurement | None:
     """None for what the pictures do not give: psnr of equal pairs, and a distance to fewer than two."""
-    if metric in PAIRED:
-        return measure_pairs(metric, drawn.student, drawn.original, device=device, seed=seed)
-    if metric in TO_TEACHER:
-        name = metric.removesuffix("_teacher")
-        features = [features_of(name, files, device=device) for files in (drawn.student, drawn.original)]
-        return measure_distance(name, *features) if len(features[0]) > 1 else None
+    name = metric.removesuffix("_teacher").removesuffix("_real")
+    if name in DISTANCES and min(len(drawn.student), len(drawn.real if metric in TO_REAL else drawn.original)) < 2:
+        return None
     if metric in TO_REAL:
-        name = metric.removesuffix("_real")
-        if min(len(drawn.real), len(drawn.student)) < 2:
-            return None
         real, student, original = (
             features_of(name, files, device=device) for files in (drawn.real, drawn.student, drawn.original)
         )
         return _beside_teacher(measure_distance(name, student, real), measure_distance(name, original, real))
 
-    def of(files: Sequence[Path]) -> Measurement:
-        if metric in PROMPTED:
-            return measure_prompted(metric, files, drawn.texts, device=device, seed=seed)
-        return measure_single(metric, files, device=device, seed=seed)
+    def of(files: Sequence[Path]) -> Measurement | None:
+        return measure(name, files, references=drawn.original, prompts=drawn.texts, device=device, seed=seed)
 
-    return _beside_teacher(of(drawn.student), of(drawn.original))
+    found = of(drawn.student)
+    return found if metric in PAIRED or metric in TO_TEACHER else _beside_teacher(found, of(drawn.original))
 
 
-def _beside_teacher(student: Measurement, teacher: Measurement) -> Measurement:
+def _beside_teacher(student: Measurement | None, teacher: Measurement | None) -> Measurement | None:
     """The student's number, with the teacher's own in ``extra``: alone it says little."""
+    if student is None or teacher is None:
+        return None
     interval = list(teacher.interval) if teacher.interval else None
     return replace(student, extra={**student.extra, "teacher_value": teacher.value, "teacher_interval": interval})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +21,7 @@ from fbqat_hub.evaluation.suite import (
     PROMPTED,
     SINGLE,
     Measurement,
-    features_of,
-    measure_distance,
-    measure_pairs,
-    measure_prompted,
-    measure_single,
+    measure,
 )
 
 COMPARABLE = (*PAIRED, *DISTANCES, *PROMPTED, *SINGLE)
@@ -75,20 +72,14 @@ def compare(
         )
     rows = []
     for metric in tqdm(metrics, desc="compare", unit="metric"):
-        if metric in PAIRED:
-            paired = measure_pairs(metric, files, references, device=device, seed=seed)
-            rows.append(_row(metric, "a to b", paired) if paired else _equal(metric, len(names)))
-        elif metric in DISTANCES:
-            features = [features_of(metric, each, device=device) for each in (files, references)]
-            rows.append(_row(metric, "a to b", measure_distance(metric, *features)))
+        if metric in PAIRED or metric in DISTANCES:
+            found = measure(metric, files, references=references, device=device, seed=seed)
+            rows.append(_row(metric, "a to b", found, len(names)))
         else:
+            texts = [prompts.get(name, "") for name in names]
             for of, each in (("a", files), ("b", references)):
-                if metric in PROMPTED:
-                    texts = [prompts[name] for name in names]
-                    found = measure_prompted(metric, each, texts, device=device, seed=seed)
-                else:
-                    found = measure_single(metric, each, device=device, seed=seed)
-                rows.append(_row(metric, of, found))
+                found = measure(metric, each, prompts=texts, device=device, seed=seed)
+                rows.append(_row(metric, of, found, len(names)))
     if output:
         labels = {"a": a.resolve().name, "b": b.resolve().name}
         left_out = {"a": len(first.files) - len(names), "b": len(second.files) - len(names)}
@@ -116,23 +107,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _row(metric: str, of: str, found: Measurement) -> dict[str, Any]:
+def _row(metric: str, of: str, found: Measurement | None, n: int) -> dict[str, Any]:
+    """Without a measurement all ``n`` pairs are equal."""
     about = METRICS[metric if metric in METRICS else f"{metric}_teacher"]
+    known = found or Measurement(math.inf, n, extra={"equal": n})
     return {
         "metric": metric,
         "of": of,
-        "value": found.value,
+        "value": found.value if found else None,
         "unit": about.unit,
         "better": about.better,
-        "n": found.n,
-        "spread": found.spread,
-        "interval": found.interval,
-        **found.extra,
+        "n": known.n,
+        "spread": known.spread,
+        "interval": known.interval,
+        **known.extra,
     }
-
-
-def _equal(metric: str, n: int) -> dict[str, Any]:
-    return {**_row(metric, "a to b", Measurement(0.0, n, extra={"equal": n})), "value": None}
 
 
 def _write(output: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:

@@ -49,19 +49,40 @@ class Measurement:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def measure_pairs(
-    metric: str, files: Sequence[Path], references: Sequence[Path], *, device: str = "cpu", seed: int = 0
+def measure(
+    metric: str,
+    files: Sequence[Path],
+    *,
+    references: Sequence[Path] = (),
+    prompts: Sequence[str] = (),
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Measurement | None:
-    """A metric of `PAIRED`, over pictures and their references in the same order.
+    """A metric by name over pictures.
 
     A pair of equal pictures has no PSNR (it is infinite): it is left out, and ``extra["equal"]`` says how many were.
+
+    Args:
+        metric: of `PAIRED`, `DISTANCES`, `PROMPTED` or `SINGLE`.
+        files: the pictures.
+        references: for `PAIRED`, of the same size and in the same order; for `DISTANCES`, any.
+        prompts: for `PROMPTED`, in the order of ``files``.
+        device: where networks run.
+        seed: of the bootstrap.
 
     Returns:
         None for psnr where all pairs are equal.
 
     Raises:
-        ValueError: no pairs, or one of two sizes.
+        ValueError: no pictures, a pair of two sizes, or fewer than 2 pictures for a distance.
     """
+    if metric in DISTANCES:
+        return measure_distance(metric, *(features_of(metric, each, device=device) for each in (files, references)))
+    if metric in PROMPTED:
+        scores = {"clip_score": learned.clip_scores, "image_reward": learned.image_rewards}[metric]
+        return of_samples(scores(files, prompts, device), seed=seed)
+    if metric == "clip_iqa":
+        return of_samples(learned.clip_iqa_scores(files, device), seed=seed)
     if metric == "lpips":
         return of_samples(learned.lpips_distances(files, references, device), seed=seed)
     function = {"psnr": psnr, "ssim": ssim}[metric]
@@ -71,19 +92,6 @@ def measure_pairs(
         return None
     equal = len(values) - len(finite)
     return of_samples(finite, seed=seed, extra={"equal": equal} if equal else {})
-
-
-def measure_prompted(
-    metric: str, files: Sequence[Path], prompts: Sequence[str], *, device: str = "cpu", seed: int = 0
-) -> Measurement:
-    """A metric of `PROMPTED`, over pictures and their prompts in the same order."""
-    function = {"clip_score": learned.clip_scores, "image_reward": learned.image_rewards}[metric]
-    return of_samples(function(files, prompts, device), seed=seed)
-
-
-def measure_single(metric: str, files: Sequence[Path], *, device: str = "cpu", seed: int = 0) -> Measurement:
-    """A metric of `SINGLE`, over pictures."""
-    return of_samples({"clip_iqa": learned.clip_iqa_scores}[metric](files, device), seed=seed)
 
 
 def features_of(distance: str, files: Sequence[Path], *, device: str = "cpu") -> Tensor:

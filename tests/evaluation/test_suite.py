@@ -9,7 +9,7 @@ from PIL import Image
 from fbqat_hub.evaluation.features import EXTRACTOR, OpenMojiFeatures, extract
 from fbqat_hub.evaluation.folders import read_picture
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr, ssim
-from fbqat_hub.evaluation.suite import features_of, measure_distance, measure_pairs, of_samples, of_timesteps
+from fbqat_hub.evaluation.suite import features_of, measure, measure_distance, of_samples, of_timesteps
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def stacked(files: list[Path]) -> torch.Tensor:
 
 def test_paired_metrics_are_means_over_the_pairs_and_equal_pairs_have_no_psnr(noisy) -> None:
     a, b = map(stacked, noisy)
-    found = measure_pairs("psnr", *noisy)
+    found = measure("psnr", noisy[0], references=noisy[1])
     assert (found.n, found.extra) == (43, {"equal": 1})
     assert found.value == pytest.approx(psnr(a, b)[1:].mean().item())
     assert found.interval[0] < found.value < found.interval[1]
-    similar = measure_pairs("ssim", *noisy)
+    similar = measure("ssim", noisy[0], references=noisy[1])
     assert (similar.n, similar.extra) == (44, {})
     assert similar.value == pytest.approx(ssim(a, b).mean().item())
-    assert measure_pairs("psnr", noisy[0], noisy[0]) is None
+    assert measure("psnr", noisy[0], references=noisy[0]) is None
 
 
 def test_distance_is_on_the_named_extractor_and_says_how_many_references(noisy) -> None:

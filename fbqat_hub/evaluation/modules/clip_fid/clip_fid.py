@@ -1,28 +1,20 @@
 """CLIP-FID, as a module of Hugging Face `evaluate`."""
 
-from typing import Any
-
 import datasets
 import evaluate
 
-from fbqat_hub.evaluation.modules import answer, saved
-from fbqat_hub.evaluation.suite import features_of, measure_distance
+from fbqat_hub.evaluation.modules import base
 
 
-class CLIPFID(evaluate.Metric):
+class CLIPFID(base.PictureMetric):
     """Fréchet distance on CLIP ViT-B/32 image embeddings."""
+
+    metric = "clip_fid"
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Fréchet distance on CLIP ViT-B/32 image embeddings.",
+            description=self.__doc__ or "",
             citation="Kynkäänniemi et al. 2023, arXiv 2203.06026",
             inputs_description="predictions, references: two sets of PIL pictures or paths, as many of each.",
-            features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
+            features=datasets.Features(base.TWO_SETS),
         )
-
-    def _compute(
-        self, predictions: list[Any], references: list[Any], device: str = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        with saved(predictions, references) as (files, others):
-            features = [features_of("clip_fid", each, device=device) for each in (files, others)]
-        return answer("clip_fid", measure_distance("clip_fid", *features))

@@ -1,27 +1,20 @@
 """Structural similarity, as a module of Hugging Face `evaluate`."""
 
-from typing import Any
-
 import datasets
 import evaluate
 
-from fbqat_hub.evaluation.modules import answer, saved
-from fbqat_hub.evaluation.suite import measure_pairs
+from fbqat_hub.evaluation.modules import base
 
 
-class SSIM(evaluate.Metric):
+class SSIM(base.PictureMetric):
     """Mean over the pairs, in [-1, 1]."""
+
+    metric = "ssim"
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Mean over the pairs, in [-1, 1].",
+            description=self.__doc__ or "",
             citation="Wang et al. 2004, 10.1109/TIP.2003.819861",
             inputs_description="predictions, references: PIL pictures or paths, in one order and of one size.",
-            features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
+            features=datasets.Features(base.TWO_SETS),
         )
-
-    def _compute(
-        self, predictions: list[Any], references: list[Any], device: str = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        with saved(predictions, references) as (files, others):
-            return answer("ssim", measure_pairs("ssim", files, others, device=device, seed=seed))
