@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from tqdm.auto import tqdm
 
 from fbqat_hub.config import unknown_key_error
 from fbqat_hub.families import Family
+from fbqat_hub.files import whole
 from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.pictures import pixels
 
@@ -138,23 +137,12 @@ def _build_split(
             part["latents"] = family.encode_images(pipeline, pixels(images).float() / 127.5 - 1)
             parts.append(part)
         tensors = {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
-        with _whole(_shard_path(folder, start)) as partial:
+        with whole(_shard_path(folder, start)) as partial:
             save_file(tensors, partial)
     if not captions.exists():
-        with _whole(captions) as partial:
+        with whole(captions) as partial:
             partial.write_text(json.dumps(list(data["caption"])))
     return CachedSplit(folder)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed afterwards: what has the name is whole."""
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _shard_path(folder: Path, start: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -34,6 +33,7 @@ from fbqat_hub.evaluation.suite import (
     of_timesteps,
 )
 from fbqat_hub.families import get_family
+from fbqat_hub.files import whole
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.quantization import stored_bits_per_weight
 from fbqat_hub.training.cache import CachedSplit, cache_key, load_pictures
@@ -167,7 +167,8 @@ def draw_folder(
             pictures = draw(pipeline(), prompts[first : first + size], recipe, first_seed=first, progress=False)
             # The first of a batch last: that it is there says that all of them are.
             for name, picture in reversed(list(zip(names[first : first + size], pictures, strict=True))):
-                _save(Image.fromarray(picture.permute(1, 2, 0).numpy()), unfinished / name)
+                with whole(unfinished / name) as partial:
+                    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="PNG")
         rows = [{"file_name": n, "prompt": p, "seed": i} for i, (n, p) in enumerate(zip(names, prompts, strict=True))]
         (unfinished / METADATA).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         unfinished.rename(folder)
@@ -341,21 +342,14 @@ def _real_of_recipe(data: Any, texts: Sequence[str]) -> list[Image.Image]:
 def _real_folder(pictures: Any, folder: Path) -> list[Path]:
     """The middle squares of real pictures as PNG, not resized, kept for the next evaluation."""
     if not folder.exists():
-        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-        partial.mkdir(parents=True)
-        for index, picture in enumerate(pictures):
-            square = (min(picture.size),) * 2
-            ImageOps.fit(picture.convert("RGB"), square).save(partial / f"{index:05d}.png")
-        partial.rename(folder)
+        with whole(folder) as partial:
+            partial.mkdir()
+            for index, picture in enumerate(pictures):
+                square = (min(picture.size),) * 2
+                ImageOps.fit(picture.convert("RGB"), square).save(partial / f"{index:05d}.png")
     return sorted(folder.glob("*.png"))
 
 
 def _key(model: str, recipe: Recipe, prompts: Sequence[str]) -> str:
     """Of the pictures that a model draws."""
     return cache_key(model, {"prompts": list(prompts), **recipe.evaluation_settings()}, 0, recipe.generation)
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    picture.save(partial, format="PNG")
-    os.replace(partial, path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from fbqat_hub.evaluation.features import DIMENSIONS, EXTRACTOR, WEIGHTS, OpenMojiFeatures, extract
+from fbqat_hub.files import whole
 from fbqat_hub.training.openmoji import ATTRIBUTION, LICENSE, load_openmoji
 
 _TEMPERATURE = 0.1
@@ -150,10 +150,9 @@ def main(argv: list[str] | None = None) -> None:
         "command": "python -m fbqat_hub.training.features",
     }
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    partial = options.output.with_name(f"{options.output.name}.partial-{os.getpid()}")
-    save_file(tensors, partial, metadata={"fbqat_hub": json.dumps(figures, sort_keys=True)})
-    partial.chmod(0o644)  # safetensors writes 0600
-    os.replace(partial, options.output)
+    with whole(options.output) as partial:
+        save_file(tensors, partial, metadata={"fbqat_hub": json.dumps(figures, sort_keys=True)})
+        partial.chmod(0o644)  # safetensors writes 0600
     print(json.dumps(figures, indent=1))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from fbqat_hub.config import unknown_key_error
 from fbqat_hub.evaluation.pictures import grid
+from fbqat_hub.files import whole
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.recipe import load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
@@ -43,11 +43,6 @@ def generate(
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     images = pipeline(list(prompts), generator=generators, **arguments).images
     picture = images[0] if len(images) == 1 else grid(images, min(8, len(images)))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.stem}.partial-{os.getpid()}.png")
-    try:
-        picture.save(partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(output) as partial:
+        picture.save(partial, format="PNG")
     return output

@@ -11,13 +11,14 @@ import hashlib
 import io
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from PIL import Image
+
+from fbqat_hub.files import whole
 
 ATTRIBUTION = (
     "All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 "
@@ -148,12 +149,9 @@ def _rasterise_all(svg_dir: Path, size: int, folder: Path) -> None:
     for name, columns in rows.items():
         about = {"description": "OpenMoji with CLDR captions", "citation": ATTRIBUTION, "license": LICENSE}
         splits[name] = datasets.Dataset.from_dict(columns, info=datasets.DatasetInfo(**about, features=features))
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
-        splits.save_to_disk(str(partial))
-        partial.rename(folder)  # atomic
+        with whole(folder) as partial:
+            splits.save_to_disk(str(partial))
     except OSError:
         if not folder.exists():  # else another process was first, and its copy is the same
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 
 from fbqat_hub.evaluation.results import command_line, machine, versions
 from fbqat_hub.families import get_family
+from fbqat_hub.files import whole
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 from fbqat_hub.training.distill import Draws, cached_splits, load_teacher, prepare_student
@@ -121,10 +121,11 @@ class Plan:
 
     def save(self, folder: Path) -> None:
         """Write ``plan.json`` and ``curve.png`` into ``folder``, which may exist."""
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        _write(folder / "plan.json", lambda path: path.write_text(text))
-        _write(folder / "curve.png", lambda path: draw_curve(self.curve, self.schedule, path))
+        with whole(folder / "plan.json") as partial:
+            partial.write_text(text)
+        with whole(folder / "curve.png") as partial:
+            draw_curve(self.curve, self.schedule, partial)
 
     def _layers(self) -> dict[str, dict[str, Any]]:
         """group -> its row of the table. ``removed`` is the share of the untrained student's loss that is gone."""
@@ -205,16 +206,6 @@ def draw_curve(curve: Mapping[float, Estimate], schedule: BitSchedule, path: Pat
     axis.legend(loc="upper left")
     with path.open("wb") as file:
         canvas.print_png(file, metadata={"Software": None})
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside and rename: what has the name is whole."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
+from fbqat_hub.files import whole
 from fbqat_hub.quantization import BitSchedule, Rounding
 from fbqat_hub.quantization.observer import RangeRule
 
@@ -207,9 +208,8 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write the recipe, every field, as YAML."""
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
 
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator drops higher bits: two seeds would be the same

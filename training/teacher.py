@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fbqat_hub.families import Family, get_family
+from fbqat_hub.files import whole
 from fbqat_hub.integrations.diffusers import save_pipeline
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.openmoji import default_cache_dir, group_of, load_openmoji
@@ -99,9 +99,8 @@ def _tokenizer(kind: str, texts: list[str], recipe: dict[str, Any], folder: Path
         return getattr(transformers, kind).from_pretrained(folder)
     tokenizer = train_tokenizer(kind, texts, recipe["vocabulary"], recipe["max_tokens"])
     if folder:
-        partial = folder.with_name(f"{folder.name}.partial")
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        with whole(folder) as partial:
+            tokenizer.save_pretrained(partial)
     return tokenizer
 
 
@@ -198,15 +197,12 @@ def _autoencoder(recipe: dict[str, Any], images: Tensor) -> Any:
 
     _fit("autoencoder", model, training, loss_at, None, "")
     model = model.to(memory_format=torch.contiguous_format)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
-        model.save_pretrained(partial)
-        partial.rename(folder)
+        with whole(folder) as partial:
+            model.save_pretrained(partial)
     except OSError:
         if not folder.exists():  # else another process was first, and its autoencoder is as good
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return kind.from_pretrained(folder)
 
 

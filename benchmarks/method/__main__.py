@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.method.runs import METHODS, RECIPES, TORCHAO_NEEDED, TRACKS, VARIANTS, Bench, Setting, method_of
+from fbqat_hub.files import whole
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
 RATES = (5e-5, 1e-4)
@@ -125,10 +125,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add a row; the file is written beside and renamed. One process writes a file at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    partial.write_text(json.dumps([*read(path), row], indent=1) + "\n")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps([*read(path), row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fbqat_hub.evaluation.suite import (
     Measurement,
     measure,
 )
+from fbqat_hub.files import whole
 
 COMPARABLE = (*PAIRED, *DISTANCES, *PROMPTED, *SINGLE)
 DEFAULT = ("psnr", "ssim", "fd")
@@ -125,12 +125,7 @@ def _row(metric: str, of: str, found: Measurement | None, n: int) -> dict[str, A
 
 
 def _write(output: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     made = {"command": command_line(), "versions": versions(), "machine": machine(), "date": now()}
     text = json.dumps({**about, "metrics": list(rows), **made}, indent=1, ensure_ascii=False, allow_nan=False)
-    partial = output / f"comparison.json.partial-{os.getpid()}"
-    try:
+    with whole(output / "comparison.json") as partial:
         partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, output / "comparison.json")
-    finally:
-        partial.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fbqat_hub.files import whole
+
 _INK, _MUTED, _LINE, _PAPER = "#1d2433", "#667085", "#e4e7ec", "#ffffff"
 _TILE, _GAP = 144, 10  # 64 px pictures at 2.25 times their size
 _LOSS, _WIDTH, _SOFT = "#3355c8", "#d1671f", "#1f8a5b"
@@ -153,13 +155,8 @@ def training_curve(log: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     shown.legend(handles, names, loc="upper right", frameon=True, framealpha=0.9, edgecolor=_LINE)
 
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            canvas.print_png(file, metadata={"Software": None})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, partial.open("wb") as file:
+        canvas.print_png(file, metadata={"Software": None})
     return path
 
 

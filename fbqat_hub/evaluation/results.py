@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fbqat_hub.files import whole
 from fbqat_hub.version import __version__
 
 
@@ -269,13 +270,8 @@ def write_records(
     merged = {record.key: record for record in present if not drop(record)}
     merged.update({record.key: record for record in records})
     text = json.dumps([record.to_dict() for record in merged.values()], indent=1, ensure_ascii=False, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    with whole(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -1,0 +1,35 @@
+"""What the modules of pictures share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from fbqat_hub.evaluation.modules import answer, saved
+from fbqat_hub.evaluation.suite import PROMPTED, SINGLE, measure
+
+ALONE = {"predictions": datasets.Image()}
+TWO_SETS = {"predictions": datasets.Image(), "references": datasets.Image()}
+WITH_PROMPTS = {"predictions": datasets.Image(), "references": datasets.Value("string")}
+
+
+class PictureMetric(evaluate.Metric):
+    """A metric of `suite`; a module says its name, its source and what it takes.
+
+    Attributes:
+        metric: its name in `fbqat_hub.evaluation.suite`.
+    """
+
+    metric: str
+
+    def _compute(
+        self, predictions: Sequence[Any], references: Sequence[Any] = (), device: str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        if self.metric in PROMPTED or self.metric in SINGLE:
+            with saved(predictions) as (files,):
+                return answer(self.metric, measure(self.metric, files, prompts=references, device=device, seed=seed))
+        with saved(predictions, references) as (files, others):
+            return answer(self.metric, measure(self.metric, files, references=others, device=device, seed=seed))

@@ -1,0 +1,39 @@
+"""Files and folders that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Write beside, then rename: neither a reader nor an interruption meets half of what has the name.
+
+    Yields:
+        A path beside ``path`` for a file, or a folder to make. It replaces ``path`` when the block ends, and is removed
+        when the block fails.
+
+    Raises:
+        OSError: ``path`` is a folder with something in it.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with whole(folder / "settings.json") as partial:
+    ...     _ = partial.write_text("{}")
+    >>> [file.name for file in folder.iterdir()]
+    ['settings.json']
+    """
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
