@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, PackedLinear, WeightScheme, calibrate
-from fbqat_hub.quantization.convert import matches, quantizable, scheme_for
+from fbqat_hub.quantization.convert import matches, observed_inputs, quantizable, scheme_for
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.distill import Draws
 from fbqat_hub.training.recipe import Recipe
@@ -247,28 +247,21 @@ def _layer_inputs(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of each layer to quantize, on the float model's calibration samples: random tokens [n, in], and max|x| [in]."""
     teacher = teacher.to(draws.device)
-    samples = _samples(recipe)
+    layers, samples = _chosen(recipe, teacher), _samples(recipe)
     random = generator(recipe.seed, "calibration tokens")
     kept: dict[str, list[Tensor]] = {}
     largest: dict[str, Tensor] = {}
 
-    def observe(name: str, layer: nn.Module, x: Tensor) -> None:
-        tokens = (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2).float()
+    def observe(name: str, x: Tensor) -> None:
+        tokens = (x.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x).flatten(0, -2).float()
         most = tokens.abs().amax(0)
         largest[name] = torch.maximum(largest.get(name, most), most)
         chosen = torch.randperm(len(tokens), generator=random)[: math.ceil(TOKENS / samples)]
         kept.setdefault(name, []).append(tokens[chosen.to(tokens.device)])
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: observe(name, layer, inputs[0]))
-        for name, layer in _chosen(recipe, teacher).items()
-    ]
-    try:
+    with observed_inputs(layers, observe):
         for batch in draws.calibration(train_split, samples):
             teacher(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: torch.cat(tokens) for name, tokens in kept.items()}, largest
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.quantization.convert import named_layers, quantization_disabled
+from fbqat_hub.quantization.convert import named_layers, observed_inputs, quantization_disabled
 from fbqat_hub.quantization.fake_quantize import grid, symmetric_scale
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, FakeQuantizedPointwiseConv2d
 
@@ -134,31 +134,23 @@ def _second_moments(
     model: nn.Module, layers: Sequence[tuple[str, FakeQuantizedLinear]], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Tensor]:
     """Mean of x x^T over the inputs x of each layer in the float model, [in, in] fp32."""
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys((name for name, _ in layers), 0)
+    of_name = dict(layers)
+    sums = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in layers}
+    counts = dict.fromkeys(of_name, 0)
 
-    def observe(name: str, layer: FakeQuantizedLinear, x: Tensor) -> None:
+    def observe(name: str, x: Tensor) -> None:
+        layer = of_name[name]
         if isinstance(layer, FakeQuantizedPointwiseConv2d):
             x = x.movedim(1, -1)
         rows = x.reshape(-1, layer.in_features).float()
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(f"the input of {name} is not finite; check the model in float32.")
-        if name not in sums:
-            sums[name] = rows.new_zeros(layer.in_features, layer.in_features)
-        sums[name].addmm_(rows.T, rows)
+        sums[name] = sums[name].to(rows.device).addmm_(rows.T, rows)
         counts[name] += len(rows)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: observe(name, module, inputs[0]))
-        for name, layer in layers
-    ]
-    try:
-        with quantization_disabled(model):
-            for batch in batches:
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed_inputs(of_name, observe), quantization_disabled(model):
+        for batch in batches:
+            model(**batch)
     if missed := [name for name, count in counts.items() if not count]:
         raise ValueError(f"no input of {missed[0]} was seen; give batches that run through the whole model.")
     return {name: total / counts[name] for name, total in sums.items()}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fbqat_hub.quantization.fake_quantize import HARD, Rounding
 from fbqat_hub.quantization.linear import (
@@ -46,6 +46,20 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def named_layers(model: nn.Module, kind: type[Layer]) -> Iterator[tuple[str, Layer]]:
     """The layers of one kind by full name, in order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
+
+
+@contextmanager
+def observed_inputs(layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within, ``observe(name, x)`` gets the first argument x of each of the ``layers`` whenever it is about to run."""
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: observe(name, inputs[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def scheme_for(name: str, scheme: ActivationScheme, overrides: Mapping[str, Mapping[str, Any]]) -> ActivationScheme:
@@ -138,17 +152,9 @@ def calibrate(
         if layer.activation_scheme.range == "static" and layer.activation_scheme.bits < 32
     }
     observers = {name: RangeObserver(name) for name in layers}
-    hooks = [
-        layers[name].register_forward_pre_hook(lambda _, inputs, observer=observer: observer.observe(inputs[0]))
-        for name, observer in observers.items()
-    ]
-    try:
-        with quantization_disabled(model):
-            for batch in batches:
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed_inputs(layers, lambda name, x: observers[name].observe(x)), quantization_disabled(model):
+        for batch in batches:
+            model(**batch)
     ranges = {name: observer.range(rule, percentile) for name, observer in observers.items()}
     for name, layer in layers.items():
         layer.set_input_range(*affine_parameters(*ranges[name], layer.activation_scheme.bits))

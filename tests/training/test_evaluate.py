@@ -104,19 +104,19 @@ def test_an_interrupted_drawing_goes_on_where_it_stopped(run_folder: Path, tmp_p
     pipeline = module.load_pipeline(run_folder)
     whole = draw_folder(lambda: pipeline, prompts, recipe, tmp_path / "whole", progress=False)
 
-    save, saved = module._save, []
+    save, saved = Image.Image.save, []
 
-    def interrupted(picture: Image.Image, path: Path) -> None:
+    def interrupted(picture: Image.Image, path: Path, format: str) -> None:
         if len(saved) == 3:
             raise KeyboardInterrupt
         saved.append(path)
-        save(picture, path)
+        save(picture, path, format)
 
-    monkeypatch.setattr(module, "_save", interrupted)
+    monkeypatch.setattr(Image.Image, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw_folder(lambda: pipeline, prompts, recipe, tmp_path / "parts", progress=False)
     assert not (tmp_path / "parts").exists()
-    monkeypatch.setattr(module, "_save", save)
+    monkeypatch.setattr(Image.Image, "save", save)
     drawn.clear()
     parts = draw_folder(lambda: pipeline, prompts, recipe, tmp_path / "parts", progress=False)
     assert drawn == [["blue", "mint"], ["sky"]]

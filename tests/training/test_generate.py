@@ -60,7 +60,7 @@ def test_refused_and_nothing_written(arguments: dict[str, Any], message: str, ru
 def test_full_disk_leaves_the_older_picture(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out.png").write_bytes(b"older")
 
-    def full(self: Any, path: Path) -> None:
+    def full(self: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
