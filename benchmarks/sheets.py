@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from PIL import Image
-
 from benchmarks.method.runs import RECIPES
+from fbqat_hub.evaluation.folders import as_image
 from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.distill import train
@@ -35,7 +34,7 @@ def sheet(family: str, runs: Path) -> Path:
     columns = {}
     for label, folder in sources.items():
         pictures = draw(load_pipeline(folder), recipe.prompts, recipe)
-        columns[label] = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+        columns[label] = [as_image(picture) for picture in pictures]
     path = ROOT / "docs" / "images" / f"sheet-{family}.png"
     comparison_sheet(columns, recipe.prompts).save(path)
     return path

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fbqat_hub.evaluation.folders import METADATA, SAMPLES
+from fbqat_hub.evaluation.folders import METADATA, SAMPLES, as_image
 from fbqat_hub.evaluation.pictures import comparison_sheet, training_curve
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.evaluation.suite import (
@@ -168,7 +168,7 @@ def draw_folder(
             # The first of a batch last: that it is there says that all of them are.
             for name, picture in reversed(list(zip(names[first : first + size], pictures, strict=True))):
                 with whole(unfinished / name) as partial:
-                    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="PNG")
+                    as_image(picture).save(partial, format="PNG")
         rows = [{"file_name": n, "prompt": p, "seed": i} for i, (n, p) in enumerate(zip(names, prompts, strict=True))]
         (unfinished / METADATA).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         unfinished.rename(folder)

@@ -91,7 +91,7 @@ def untrained_pipeline(
     parts["transformer"] = _made(recipe["transformer"])
     parts["scheduler"] = _made(recipe["scheduler"])
     pipeline_class = getattr(diffusers, get_family(recipe["family"]).pipeline_class)
-    return pipeline_class(**parts, **dict.fromkeys(recipe.get("without", ())))
+    return pipeline_class(**parts)
 
 
 def _tokenizer(kind: str, texts: list[str], recipe: dict[str, Any], folder: Path | None) -> Any:

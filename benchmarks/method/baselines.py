@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fbqat_hub.families import get_family
-from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, PackedLinear, WeightScheme, calibrate
+from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, WeightScheme, calibrate
 from fbqat_hub.quantization.convert import matches, observed_inputs, quantizable, scheme_for
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.distill import Draws
@@ -198,18 +198,14 @@ def bits_per_weight(student: nn.Module) -> float:
         ValueError: a model with no quantized layer.
     """
     stored = weights = 0
-    residuals = {layer.residual for layer in student.modules() if isinstance(layer, LowRankLinear)}
     for layer in student.modules():
-        if isinstance(layer, FakeQuantizedLinear) and layer not in residuals:
+        if isinstance(layer, FakeQuantizedLinear):  # a branch's residual among them
             scale, codes = layer.scale_and_codes()
             stored += 4 * codes.numel() + 32 * scale.numel()
             weights += codes.numel()
-        if isinstance(layer, LowRankLinear):
-            packed = PackedLinear.from_fake_quantized(layer.residual)
+        elif isinstance(layer, LowRankLinear):
             smoothing = 0 if layer.smoothing is None else layer.smoothing.numel()
-            stored += 8 * (packed.weight_packed.nbytes + packed.weight_scale.nbytes)
             stored += 16 * (layer.down.numel() + layer.up.numel() + smoothing)
-            weights += layer.residual.weight.numel()
         elif isinstance(layer, nn.Linear) and hasattr(layer, "weight_fake_quantizer"):  # torchao's, not imported here
             quantizer: Any = layer.weight_fake_quantizer
             group_size = getattr(quantizer.config.granularity, "group_size", layer.in_features)

@@ -195,6 +195,7 @@ class Bench:
         self.pipeline = load_pipeline(resolve_teacher(recipe.teacher))
         self.teacher = self.pipeline.transformer.eval().requires_grad_(False)
         self.splits = cached_splits(recipe, self.pipeline)
+        self.extractor = OpenMojiFeatures.load()
         self._draws: dict[int, Remembered] = {}
         self._original: tuple[Tensor, Tensor] | None = None
 
@@ -271,14 +272,14 @@ class Bench:
         prompts = self._prompts()
         if self._original is None:
             original = draw(self.pipeline, prompts, recipe, progress=False).float() / 255
-            self._original = original, extract(OpenMojiFeatures.load(), original)
+            self._original = original, extract(self.extractor, original)
         original, features = self._original
         self.pipeline.transformer = student
         try:
             drawn = draw(self.pipeline, prompts, recipe, progress=False).float() / 255
         finally:
             self.pipeline.transformer = self.teacher
-        distance = frechet_distance(features, extract(OpenMojiFeatures.load(), drawn))
+        distance = frechet_distance(features, extract(self.extractor, drawn))
         ratios = psnr(original, drawn)
         return {
             "fd": distance,

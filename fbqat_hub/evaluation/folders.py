@@ -95,6 +95,11 @@ def as_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
+def as_image(picture: Tensor) -> Image.Image:
+    """A uint8 [3, H, W] picture as PIL's."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
 def batches(files: Sequence[Path], batch_size: int = 32) -> Iterator[Tensor]:
     """Pictures in order as float32 [B, 3, H, W] in [0, 1]; a batch ends early where the size changes."""
     batch: list[Tensor] = []
