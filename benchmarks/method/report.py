@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def page(results: Results) -> str:
             parts.append("\nFréchet distance to the teacher's pictures:\n")
             parts.append(table(chosen, "fd", 1, "{:.3f}"))
         parts.append(paired(chosen))
+        parts.append(changes(chosen))
         parts.append(forms(Results(rows)))
     parts.append(_PLOTS)
     return "\n".join(parts).rstrip() + "\n"
@@ -122,33 +123,30 @@ def _tracks(results: Results) -> list[tuple[str, int]]:
 
 def table(results: Results, metric: str, factor: float, form: str) -> str:
     """One row a method, one column a family; the best of each column in bold."""
-    families = [family for family in FAMILIES if results.of(family=family)]
-    methods = [name for name in TITLES if results.of(method=name)]
-    cells: dict[tuple[str, str], str] = {}
-    for family in families:
+    cells: dict[str, dict[str, str]] = {TITLES[method]: {} for method in TITLES}
+    for family in FAMILIES:
         means = {}
-        for method in methods:
+        for method in TITLES:
             rows = [row for row in results.at_best_rate(family=family, method=method) if metric in row]
             values = [factor * row[metric] for row in rows]
             if values:
                 means[method] = statistics.fmean(values)
                 spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-                rate = (
-                    f" ({_rate(results.of(family=family, method=method), rows[0]['rate'])})" if rows[0]["rate"] else ""
-                )
-                cells[method, family] = f"{form.format(means[method])}{spread}{rate}"
+                tried = results.of(family=family, method=method)
+                rate = f" ({_rate(tried, rows[0]['rate'])})" if rows[0]["rate"] else ""
+                cells[TITLES[method]][family] = f"{form.format(means[method])}{spread}{rate}"
         if means:
-            best = min(means, key=means.__getitem__)
-            cells[best, family] = f"**{cells[best, family]}**"
-    lines = [
-        "| method | " + " | ".join(FAMILIES[family] for family in families) + " |",
-        "|---" * (len(families) + 1) + "|",
-    ]
-    for method in methods:
-        if any((method, family) in cells for family in families):
-            shown = [cells.get((method, family), "–") for family in families]
-            lines.append(f"| {TITLES[method]} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+            best = TITLES[min(means, key=means.__getitem__)]
+            cells[best][family] = f"**{cells[best][family]}**"
+    return _by_family("method", cells)
+
+
+def _by_family(first: str, cells: Mapping[str, Mapping[str, str]]) -> str:
+    """A Markdown table: row title -> family -> text, without the rows and columns that are empty."""
+    families = [family for family in FAMILIES if any(family in row for row in cells.values())]
+    lines = [[first, *(FAMILIES[family] for family in families)], ["---"] * (len(families) + 1)]
+    lines += [[title, *(row.get(family, "–") for family in families)] for title, row in cells.items() if row]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _rate(rows: list[Row], best: float) -> str:
@@ -189,27 +187,42 @@ def paired(results: Results) -> str:
     return "\n".join([*head, *lines, ""])
 
 
+def changes(results: Results) -> str:
+    """What training did to weights and codes."""
+    cells: dict[str, dict[str, str]] = {TITLES[method]: {} for method in TITLES}
+    for family in FAMILIES:
+        for method in TITLES:
+            rows = [row for row in results.at_best_rate(family=family, method=method) if "moved" in row]
+            if rows:
+                moved, changed, flips = (
+                    statistics.fmean(row[name] for row in rows) for name in ("moved", "codes_changed", "flips")
+                )
+                cells[TITLES[method]][family] = f"{moved:.3f} / {changed:.1%} / {flips:.2%}"
+    if not any(cells.values()):
+        return ""
+    return (
+        "\nWhat training did: mean distance of a weight from its start in steps of the final grid / codes that are not "
+        f"those of the start / codes that change in one of the last 20 steps:\n\n{_by_family('method', cells)}"
+    )
+
+
 def forms(results: Results) -> str:
     """Forms that were tried: their test loss against the default's, seed by seed, in % (above 0: worse than it)."""
-    families = [family for family in FAMILIES if results.of(family=family)]
     names = sorted(name for name in results.distinct("method") if name not in TITLES)
     if not names:
         return ""
-    lines = [
-        "\nForms that were tried: test loss against the default's at the same seeds, in % (above 0 is worse), and the "
-        "number of seeds:\n",
-        "| form | " + " | ".join(FAMILIES[family] for family in families) + " |",
-        "|---" * (len(families) + 1) + "|",
-    ]
-    for name in ["lsq-qat", *names]:
-        cells = []
-        for family in families:
+    cells: dict[str, dict[str, str]] = {name: {} for name in ["lsq-qat", *names]}
+    for name, row in cells.items():
+        for family in FAMILIES:
             ours = {row["seed"]: row["test"] for row in results.at_best_rate(family=family, method=OURS)}
             tried = {row["seed"]: row["test"] for row in results.at_best_rate(family=family, method=name)}
-            changes = [100 * (tried[seed] / ours[seed] - 1) for seed in sorted(set(ours) & set(tried))]
-            cells.append(f"{statistics.fmean(changes):+.1f} ({len(changes)})" if changes else "–")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+            differences = [100 * (tried[seed] / ours[seed] - 1) for seed in sorted(set(ours) & set(tried))]
+            if differences:
+                row[family] = f"{statistics.fmean(differences):+.1f} ({len(differences)})"
+    return (
+        "\nForms that were tried: test loss against the default's at the same seeds, in % (above 0 is worse), and the "
+        f"number of seeds:\n\n{_by_family('form', cells)}"
+    )
 
 
 def _interval(values: Sequence[float]) -> str:
