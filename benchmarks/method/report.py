@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.method.__main__ import RESULTS, read
+from benchmarks.method.runs import PICTURES
 from fbqat_hub.evaluation.results import METHODS as TITLES
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,8 @@ class Results:
 
 def page(results: Results) -> str:
     """The whole page, Markdown."""
-    parts = [_HEAD]
+    counts = [f"{count} pictures ({FAMILIES[family]})" for family, count in PICTURES.items()]
+    parts = [_HEAD.format(pictures=", ".join(counts))]
     for track, steps in _tracks(results):
         title = _TRACK_TITLES.get(track, track)
         parts.append(f"## {title}, {steps} steps\n")
@@ -88,7 +90,7 @@ Each family is the tiny teacher that ships. Every trained method has the same nu
 learning rate is the one with the least loss on the *validation* split at the first seed. The numbers are of the *test*
 split: mean ± standard deviation over seeds, and in parentheses the learning rate, with ↑ or ↓ where no higher or lower
 one was tried (↕: no other), so that it may not be the method's best. The Fréchet distance is on the small extractor
-that ships, over 192 pictures from equal seeds, not on Inception.
+that ships, not on Inception, over {pictures} from equal seeds.
 """
 _TRACK_TITLES = {
     "w4a8": "W4A8, dynamic activations, annealed learning rate",
