@@ -13,6 +13,7 @@ from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import BitSchedule, Rounding
 from fbqat_hub.quantization.observer import RangeRule
+from fbqat_hub.untrusted import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -139,8 +140,9 @@ class Recipe:
             raise ValueError(f"recipe: prompts are {self.prompts}; each must be a text that is not empty.")
         for name, value in self.evaluation.items():
             _number(f"evaluation.{name}", value, 1, whole=True)
-        if "height" in self.generation:
-            _number("generation.height", self.generation["height"], 1, whole=True)
+        for name, most in GENERATION.items():
+            if name in self.generation:
+                _number(f"generation.{name}", self.generation[name], 1, most, whole=True)
         _check_calibration(self.calibration)
         settings = self.compensation_settings()
         _number("compensation.samples", settings["samples"], 1, whole=True)
@@ -215,6 +217,8 @@ class Recipe:
 MAX_SEED = 2**32 - 1  # torch's CPU generator drops higher bits: two seeds would be the same
 COMPENSATION = {"samples": 100, "damping": 0.01, "margin": 0.05}
 EVALUATION = {"images": 128, "inference_steps": 20, "draws": 4, "batch_size": 32}
+# A recipe that came with a model must not fill the memory of who draws with it.
+GENERATION = {"height": 8192, "width": 8192, "num_inference_steps": 1000, "num_images_per_prompt": 64}
 _SCHEDULE_KEYS = {"preset", "bits", "stages", "ramp", "softness", "soft_until"}
 
 
@@ -230,10 +234,7 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
         ValueError: an unknown key (the error names the nearest) or a value out of range.
     """
     path = _find(source)
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path.name} is not YAML: {error}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"recipe {path.name} is not a mapping of keys to values.")
     data.update(changes)

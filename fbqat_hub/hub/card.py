@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
@@ -29,6 +28,7 @@ from fbqat_hub.hub.tables import (
     results_table,
     unit_suffix,
 )
+from fbqat_hub.untrusted import read_json, read_yaml
 
 TEMPLATE = Path(__file__).with_name("card_template.md")  # a link to model_cards/template.md
 
@@ -80,10 +80,7 @@ def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> P
 def _recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; training saves it. Run: fbqat train RECIPE --output {path.parent}")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    recipe = read_yaml(path)
     missing = [key for key in _NEEDED if not (isinstance(recipe, dict) and recipe.get(key))]
     if missing:
         raise ValueError(
@@ -97,10 +94,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 def _certificate(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        certificate = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); export again.") from error
+    certificate = read_json(path)
     if not isinstance(certificate, dict):
         raise ValueError(f"{path} holds a JSON {type(certificate).__name__}; an object is needed: export again.")
     return certificate

@@ -134,7 +134,7 @@ def test_training_free_method_takes_no_steps() -> None:
         ("name: x\nfamily: sana", "recipe bad.yaml lacks teacher"),
         ("- name", "recipe bad.yaml is not a mapping"),
         ("", "recipe bad.yaml is not a mapping"),
-        ("name: [x", "recipe bad.yaml is not YAML"),
+        ("name: [x", "bad.yaml is not YAML"),
         ("1: 2", "unknown key in recipe bad.yaml: '1'"),
     ],
 )
