@@ -55,7 +55,8 @@ class Recipe:
         family: "sana", ...
         teacher: Hub id or folder of the full-precision pipeline.
         method: a key of ``METHODS``.
-        dataset: {"path": "openmoji"} or arguments of ``datasets.load_dataset`` with image_column, caption_column.
+        dataset: {"path": "openmoji"}, {"path": "ye-pop"} or another set of ``training.prompts``, or arguments of
+            ``datasets.load_dataset`` with image_column, caption_column.
         quantization: fields of ``FBQATConfig`` that differ from the method's.
         schedule: fields of ``BitSchedule``, or {"preset": ...}.
         rounding: fields of ``Rounding`` other than softness: slope, ewgs, dampening (gradient compensation).
@@ -74,7 +75,8 @@ class Recipe:
         evaluation: {"images", "inference_steps", "draws", "batch_size"}.
         prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.
         generation: arguments of the pipeline call.
-        license, license_link, attribution: of the base model and data, for the card.
+        license, license_link, attribution: of the base model and data, for the card. license_name: where license is
+            "other", which the Hub then asks for. dataset_license: where the attribution does not say it.
     """
 
     name: str
@@ -106,7 +108,9 @@ class Recipe:
     prompts: list[str] = field(default_factory=list)
     generation: dict[str, Any] = field(default_factory=dict)
     license: str = ""
+    license_name: str = ""
     license_link: str = ""
+    dataset_license: str = ""
     attribution: str = ""
 
     def __post_init__(self) -> None:
