@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
+from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.quantization.convert import matches, named_layers, quantizable, scheme_for
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, PackedLinear, PackedPointwiseConv2d
 
@@ -64,7 +65,8 @@ def check_source(source: str | Path) -> None:
 
     Raises:
         FileNotFoundError: neither a folder nor in the form of a Hub id.
-        ValueError: a folder without ``model_index.json``, or a damaged safetensors file, named.
+        ValueError: a folder without ``model_index.json``, a damaged safetensors file, or one of another size than
+            published (``fbqat.json``), named.
     """
     folder, text = Path(source), str(source)
     if not folder.is_dir():
@@ -73,6 +75,8 @@ def check_source(source: str | Path) -> None:
         return
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{source} is not a diffusers pipeline: it has no model_index.json. Give a pipeline's folder.")
+    for component in sorted({path.parent for path in folder.glob("*/*.json")}):
+        check_component(component)
     for path in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(path, framework="pt"):  # reads the header and compares it with the file's length
@@ -141,6 +145,8 @@ class FBQATQuantizer(DiffusersQuantizer):
         return CustomDtype.INT4
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        if checkpoint_files:
+            check_component(Path(checkpoint_files[0]).parent)
         self._loaded_keys = set(loaded_keys)
         return loaded_keys
 
