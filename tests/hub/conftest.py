@@ -52,6 +52,7 @@ def point_client_at(hub: LoopbackHub, home: Path, patch: pytest.MonkeyPatch) -> 
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     patch.setenv("HF_TOKEN", TOKEN)
+    patch.setenv("HF_XET_CACHE", str(home / "xet"))
     clock = SimpleNamespace(sleep=slept.append)
     patch.setattr("huggingface_hub.utils._http.time", clock)
     patch.setattr("huggingface_hub.file_download.time", clock)

@@ -2,8 +2,9 @@
 
 It answers what huggingface_hub asks to publish, list and download models: whoami, repositories, trees, preupload, the
 LFS batch protocol with uploads and downloads at a "CDN" (the same server under another host name, so that a client
-that sends its token there is caught), NDJSON commits, resolve with Range, YAML validation and collections. Small files
-are kept by git, others in large-file storage, as on the Hub.
+that sends its token there is caught), or a Xet store in a folder that hf_xet writes and reads itself, NDJSON commits,
+resolve with Range, YAML validation and collections. Small files are kept by git, others in large-file storage, as on
+the Hub.
 
 https://huggingface.co/docs/hub/api, https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md
 """
@@ -20,9 +21,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import hf_xet
 import yaml
 
 # an HTTP status; "slow"; "cut" in the middle of a body; "reset" before an answer; "lost": done, but without an answer
@@ -38,6 +41,7 @@ ROUTES: dict[str, str] = {  # step -> METHOD path
     "preupload": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)",
     "commit": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)",
     "info": r"GET /api/models/(?P<repo>[^/]+/[^/]+?)(/revision/(?P<revision>[^/]+))?",
+    "xet-token": r"GET /api/models/(?P<repo>[^/]+/[^/]+)/xet-(read|write)-token/(?P<revision>[^/]+)",
     "batch": r"POST /(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
     "resolve": r"(GET|HEAD) /(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
     "collection": r"POST /api/collections",
@@ -107,6 +111,8 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.collections: dict[str, dict[str, Any]] = {}
+        self.xet: Path | None = None  # folder of a content-addressed store; None refuses Xet
+        self.xet_hashes: dict[str, str] = {}  # SHA-256 -> Xet's hash, which the Hub reads off the uploaded shards
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # (step, path, headers) of every request
         self._faults: list[tuple[str, Fault, list[int], str]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -192,6 +198,7 @@ class LoopbackHub:
             row: dict[str, Any] = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid}
             if blob.lfs:
                 row["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 134}
+                row |= {"xetHash": self.xet_hashes[blob.sha256]} if blob.sha256 in self.xet_hashes else {}
             rows.append(row)
         return rows
 
@@ -239,13 +246,29 @@ class LoopbackHub:
             if operation["key"] == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
             elif operation["key"] == "lfsFile":
-                if value["oid"] not in self.objects:
+                if value["oid"] not in self.objects and not self._from_xet(value["oid"], value["size"]):
                     raise RefusedError(400, message=f"LFS pointer of {value['path']} points to nothing")
                 files[value["path"]] = Blob(self.objects[value["oid"]], lfs=True)
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
         oid = repository.commit(files)
         return {"commitUrl": f"{self.url}/{at['repo']}/commit/{oid}", "commitOid": oid, "success": True}
+
+    def xet_token(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
+        if self.xet is None:
+            raise RefusedError(404, message="no Xet here")
+        self._files(user, at)
+        return {"casUrl": f"local://{self.xet}", "accessToken": "short-lived", "exp": int(time.time()) + 3600}
+
+    def _from_xet(self, oid: str, size: int) -> bool:
+        """Take a file that was uploaded to the Xet store over to the objects."""
+        if self.xet is None or oid not in self.xet_hashes:
+            return False
+        path = self.xet / oid
+        wanted = hf_xet.PyXetDownloadInfo(str(path), self.xet_hashes[oid], size)
+        hf_xet.download_files([wanted], f"local://{self.xet}", None, None, None)
+        self.objects[oid] = path.read_bytes()
+        return hashlib.sha256(self.objects[oid]).hexdigest() == oid
 
     def collection(self, user: dict[str, Any] | None, _: Any, body: bytes, *__: Any) -> Any:
         asked = json.loads(body)
