@@ -265,8 +265,8 @@ class LoopbackHub:
         if self.xet is None or oid not in self.xet_hashes:
             return False
         path = self.xet / oid
-        wanted = hf_xet.PyXetDownloadInfo(str(path), self.xet_hashes[oid], size)
-        hf_xet.download_files([wanted], f"local://{self.xet}", None, None, None)
+        with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{self.xet}") as group:
+            group.start_download_file(hf_xet.XetFileInfo(self.xet_hashes[oid], size), str(path))
         self.objects[oid] = path.read_bytes()
         return hashlib.sha256(self.objects[oid]).hexdigest() == oid
 
@@ -356,7 +356,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 if step in ("resolve", "cdn"):
                     return self._file(step, user, at, fault)
                 answer = getattr(hub, step.replace("-", "_"))(user, at, body, parse_qs(address.query))
-                self._send(200, json.dumps(answer).encode(), fault=fault)
+                self._send(200, json.dumps(answer).encode(), _xet_headers(answer) if step == "xet-token" else {}, fault)
             except RefusedError as refused:
                 self._refuse(refused, fault)
 
@@ -434,6 +434,12 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 super().handle()
 
     return Handler
+
+
+def _xet_headers(answer: dict[str, Any]) -> dict[str, str]:
+    """The token's answer once more, as hf_xet reads the body and huggingface_hub the headers."""
+    names = {"X-Xet-Cas-Url": "casUrl", "X-Xet-Access-Token": "accessToken", "X-Xet-Token-Expiration": "exp"}
+    return {name: str(answer[key]) for name, key in names.items()}
 
 
 @contextlib.contextmanager
