@@ -21,6 +21,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
+from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.quantization.convert import matches, named_layers, quantizable, scheme_for
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.untrusted import PICKLES, check_pipeline, is_model
@@ -106,7 +107,8 @@ def check_source(source: str | Path) -> None:
 
     Raises:
         FileNotFoundError: neither a folder nor in the form of a Hub id.
-        ValueError: a folder without ``model_index.json``, or as ``check_pipeline``.
+        ValueError: a folder without ``model_index.json``, one with a file of another size than published
+            (``fbqat.json``), or as ``check_pipeline``.
     """
     folder, text = Path(source), str(source)
     if not folder.is_dir():
@@ -115,6 +117,8 @@ def check_source(source: str | Path) -> None:
         return
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{source} is not a diffusers pipeline: it has no model_index.json. Give a pipeline's folder.")
+    for component in sorted({path.parent for path in folder.glob("*/*.json")}):
+        check_component(component)
     check_pipeline(folder)
 
 
@@ -183,6 +187,8 @@ class FBQATQuantizer(DiffusersQuantizer):
         others = [file for file in checkpoint_files if not str(file).endswith(".safetensors")]
         if self.pre_quantized and others:
             raise ValueError(f"{others[0]} is no safetensors file; format 1 is stored in these only.")
+        if checkpoint_files:
+            check_component(Path(checkpoint_files[0]).parent)
         self._loaded_keys = set(loaded_keys)
         return loaded_keys
 

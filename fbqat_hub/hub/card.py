@@ -18,7 +18,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
-from fbqat_hub.hub.names import is_local, public_name, strings_of
+from fbqat_hub.hub.names import public_name, without_local_paths
 from fbqat_hub.hub.tables import (
     SUITE_TITLES,
     by_metric,
@@ -252,11 +252,7 @@ def _code(facts: Facts) -> str:
 
 def _recipe_text(text: str, recipe: Mapping[str, Any]) -> str:
     """The recipe as written, local paths cut to their last part."""
-    text = text.rstrip()
-    for value in strings_of(recipe):
-        if is_local(value):
-            text = text.replace(value, public_name(value))
-    return text
+    return without_local_paths(text.rstrip(), recipe)
 
 
 def _dataset_names(recipe: Mapping[str, Any]) -> list[str]:
