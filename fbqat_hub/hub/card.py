@@ -18,6 +18,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
+from fbqat_hub.files import whole
 from fbqat_hub.hub.names import public_name, without_local_paths
 from fbqat_hub.hub.tables import (
     SUITE_TITLES,
@@ -95,12 +96,8 @@ def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> P
     if not facts.records:
         raise ValueError(f"{run / 'results.json'} holds no records. Run: fbqat evaluate {run}")
     path = run / "README.md"
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    with whole(path) as partial:
         partial.write_text(card(replace(facts, source=repo_id or facts.source)), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
