@@ -23,6 +23,9 @@ _EXAMPLES = """examples:
   fbqat evaluate runs/tiny && fbqat card runs/tiny
   fbqat compare runs/tiny runs/other --output compared
   fbqat export runs/tiny --soc sm8750                 compile for the Snapdragon 8 Elite's NPU
+  fbqat publish runs/tiny --repo me/tiny --dry-run    check everything, show what would go to the Hub
+  fbqat pull me/tiny --for diffusers                  download whole, verified by its manifest
+  fbqat list --author me                              published, downloaded and local models
 """
 
 
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         full = getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
         hint = " Free some space, then repeat the command (training: with --resume)." if full else ""
         print(f"fbqat: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        print(*(f"{note}\n" for note in getattr(error, "__notes__", ())), sep="", end="", file=sys.stderr)
         return 1
     return 0
 
@@ -129,6 +133,38 @@ def _export(options: argparse.Namespace) -> None:
     for name in ("emulator_vs_cpu_qdq", "emulator_vs_torch_packed", "cpu_qdq_vs_torch_packed"):
         print(f"{name.replace('_', ' '):26s} SQNR {certificate['parity'][name]['sqnr_db']:.1f} dB")
     print(f"saved {output}. Ran on: x86 emulator. Never ran on: a phone.")
+
+
+def _publish(options: argparse.Namespace) -> None:
+    from fbqat_hub.hub.publish import publish
+
+    publish(
+        options.run_folder,
+        options.repo,
+        private=options.private,
+        device_repo=options.device_repo,
+        collection=options.collection,
+        dry_run=options.dry_run,
+    )
+
+
+def _pull(options: argparse.Namespace) -> None:
+    from fbqat_hub.hub.pull import pull, verify
+
+    if options.verify:
+        verify(options.model, use=options.use, revision=options.revision)
+    else:
+        pull(options.model, options.output, use=options.use, revision=options.revision, offline=options.offline)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from fbqat_hub.hub.listing import downloaded, published, runs, table
+
+    models = [*runs(options.runs), *downloaded()]
+    try:
+        models = models if options.local else [*published(options.author), *models]
+    finally:
+        print(table(models))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,6 +258,37 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("b", metavar="B", type=Path, help="the same; the reference")
     sub.add_argument("--output", type=Path, help="folder for comparison.json and comparison.png")
     _measuring(sub, "fd, fid, clip_fid")
+
+    sub = verb(
+        "publish",
+        _publish,
+        "publish a run on the Hub: checked first, one commit, verified after",
+        "fbqat publish runs/tiny --repo me/Sana-tiny-FBQAT-W4A8 --dry-run",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run with its card")
+    sub.add_argument("--repo", required=True, help="Hub id, owner/name")
+    sub.add_argument("--private", action="store_true", help="make a private repository")
+    sub.add_argument("--device-repo", action="store_true", help="put htp/ into REPO-QNN-SM8750 (default: a subfolder)")
+    sub.add_argument("--collection", metavar="TITLE", help="add it to this collection, by title or slug")
+    sub.add_argument("--dry-run", action="store_true", help="do everything but the upload")
+
+    sub = verb(
+        "pull",
+        _pull,
+        "download a published model, complete and verified by its manifest",
+        "fbqat pull me/Sana-tiny-FBQAT-W4A8 --for diffusers --output sana",
+    )
+    sub.add_argument("model", help="Hub id; with --verify also a folder")
+    sub.add_argument("--output", type=Path, help="folder for the files (default: the Hub's cache)")
+    sub.add_argument("--for", dest="use", choices=("diffusers", "htp"), help="only what this needs (default: all)")
+    sub.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
+    sub.add_argument("--offline", action="store_true", help="take what is on this machine, and verify it")
+    sub.add_argument("--verify", action="store_true", help="download nothing; verify what is on this machine")
+
+    sub = verb("list", _list, "list published, downloaded and local models", "fbqat list --author me --runs runs")
+    sub.add_argument("--author", help="only this user's or organization's on the Hub")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    sub.add_argument("--local", action="store_true", help="do not ask the Hub")
 
     for name, run, text in (
         ("card", _card, "write a run's model card from what was measured"),

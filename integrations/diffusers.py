@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,13 @@ from accelerate.utils import CustomDtype
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
+from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.quantization.convert import matches, named_layers, quantizable, scheme_for
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.untrusted import PICKLES, check_pipeline, is_model
 
 _BUFFERS = ("weight_scale", "input_scale", "input_zero_point")
 
@@ -43,28 +47,68 @@ def attach(model: Any, config: FBQATConfig) -> None:
     model.quantization_method = config.quant_method
 
 
-def load_pipeline(source: str | Path, **options: Any) -> Any:
-    """``DiffusionPipeline.from_pretrained`` in float32, after ``check_source``.
+def load_pipeline(source: str | Path, **components: Any) -> Any:
+    """A whole pipeline in float32, from safetensors only, after ``check_source``.
+
+    Unlike plain ``from_pretrained``, which fills in random numbers with a warning, it refuses a component that lacks
+    tensors.
 
     Args:
-        source: folder, or Hub id.
-        options: further arguments of ``from_pretrained``.
+        source: folder, or Hub id, which is downloaded first.
+        components: parts that are at hand, by name; they are not loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``check_source``.
+        ValueError: a component that its class cannot load, named.
     """
     from diffusers import DiffusionPipeline  # takes seconds, and `import fbqat_hub` must not
 
     check_source(source)
-    return DiffusionPipeline.from_pretrained(str(source), **{"dtype": torch.float32, **options})
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(DiffusionPipeline.download(str(source), use_safetensors=True, **components))
+    for name, (library, class_name) in check_pipeline(folder).items():
+        if name not in components and is_model(folder / name):
+            components[name] = _load_model(folder / name, library, class_name)
+    with _refused(folder):
+        return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **components)
+
+
+def _load_model(folder: Path, library: str, class_name: str) -> Any:
+    with _refused(folder):
+        kind = getattr(importlib.import_module(library), class_name)
+        model, found = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{folder} lacks tensors of a {class_name}: {', '.join(missing[:5])}{_more(missing)}. "
+            "Download or convert it again."
+        )
+    return model
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Whatever a class of another library says of files that do not fit it, as one ValueError that names them."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error}). Download or convert it again."
+        ) from error
 
 
 def check_source(source: str | Path) -> None:
-    """Refuse what cannot be a pipeline, and a local one whose weights are cut short, before anything is loaded.
+    """Refuse what cannot be a pipeline, and a local one that is damaged or hostile, before anything is loaded.
 
     Args:
         source: folder, or Hub id (owner/name; only its form is checked).
 
     Raises:
         FileNotFoundError: neither a folder nor in the form of a Hub id.
-        ValueError: a folder without ``model_index.json``, or a damaged safetensors file, named.
+        ValueError: a folder without ``model_index.json``, one with a file of another size than published
+            (``fbqat.json``), or as ``check_pipeline``.
     """
     folder, text = Path(source), str(source)
     if not folder.is_dir():
@@ -73,12 +117,9 @@ def check_source(source: str | Path) -> None:
         return
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{source} is not a diffusers pipeline: it has no model_index.json. Give a pipeline's folder.")
-    for path in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):  # reads the header and compares it with the file's length
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}). Download or convert it again.") from None
+    for component in sorted({path.parent for path in folder.glob("*/*.json")}):
+        check_component(component)
+    check_pipeline(folder)
 
 
 def save_pipeline(pipeline: Any, folder: Path, source: str | Path | None = None) -> None:
@@ -99,7 +140,9 @@ def save_pipeline(pipeline: Any, folder: Path, source: str | Path | None = None)
             original = Path(source or partial) / component.name
             if source and original.is_dir() and not getattr(getattr(pipeline, component.name), "is_quantized", False):
                 shutil.rmtree(component)
-                shutil.copytree(original, component)
+                shutil.copytree(
+                    original, component, ignore=shutil.ignore_patterns("*.py", *(f"*{end}" for end in PICKLES))
+                )
         for path in [partial / "model_index.json", *partial.glob("*/*config.json")]:
             config = json.loads(path.read_text())
             if {"_name_or_path", "name_or_path"} & set(config):
@@ -141,6 +184,11 @@ class FBQATQuantizer(DiffusersQuantizer):
         return CustomDtype.INT4
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        others = [file for file in checkpoint_files if not str(file).endswith(".safetensors")]
+        if self.pre_quantized and others:
+            raise ValueError(f"{others[0]} is no safetensors file; format 1 is stored in these only.")
+        if checkpoint_files:
+            check_component(Path(checkpoint_files[0]).parent)
         self._loaded_keys = set(loaded_keys)
         return loaded_keys
 

@@ -15,7 +15,20 @@ from PIL import Image
 from fbqat_hub import __version__, cli
 from tests.conftest import write_recipe
 
-VERBS = ("demo", "train", "plan", "convert", "generate", "evaluate", "compare", "card", "export")
+VERBS = (
+    "demo",
+    "train",
+    "plan",
+    "convert",
+    "generate",
+    "evaluate",
+    "compare",
+    "card",
+    "export",
+    "publish",
+    "pull",
+    "list",
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -61,7 +74,7 @@ def test_version(capsys) -> None:
         (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "schedule={preset"], "schedule: '{preset' is not YAML"),
         (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "teacher={tmp}/t"], "{tmp}/t is no folder"),
         (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "steps"], "--set takes KEY=VALUE, got 'steps'"),
-        (["train", "{tmp}/broken.yaml", "--output", "{tmp}/o"], "recipe broken.yaml is not YAML"),
+        (["train", "{tmp}/broken.yaml", "--output", "{tmp}/o"], "{tmp}/broken.yaml is not YAML"),
         (["train", "sana-tiny", "--output", "{tmp}"], "{tmp} exists and is not empty; give another --output"),
         (["plan", "sana-tiny", "--set", "method=ptq-mse"], "method ptq-mse does not train, so there is nothing"),
         (["convert", "{tmp}", "--output", "{tmp}/o"], "{tmp} is not a diffusers pipeline: it has no model_index.json"),

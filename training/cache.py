@@ -25,6 +25,7 @@ from fbqat_hub.families import Family
 from fbqat_hub.files import whole
 from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.pictures import pixels
+from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
 
 SHARD = 256
 SPLITS = ("train", "validation", "test")
@@ -56,9 +57,10 @@ def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict
     """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``.
 
     Args:
-        dataset: {"path": "openmoji"}, perhaps with "groups" (see ``load_openmoji``), or arguments of
-            ``datasets.load_dataset`` and the names of its columns, ``image_column`` and ``caption_column``. Splits that
-            it lacks are cut from train, 2.5% each, seed 1234.
+        dataset: {"path": "openmoji"}, perhaps with "groups" (see ``load_openmoji``); {"path": "ye-pop"} or another set
+            of `prompts.PROMPT_SETS`, perhaps with "count", of pictures; or arguments of ``datasets.load_dataset`` and
+            the names of its columns, ``image_column`` and ``caption_column``. Splits that it lacks are cut from train,
+            2.5% each, seed 1234.
         size: side of the square pictures, in pixels.
 
     Raises:
@@ -70,8 +72,14 @@ def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict
         if options:
             raise unknown_key_error("dataset (openmoji)", options, {"path", "groups"})
         return load_openmoji(size, groups)
-    image_column, caption_column = options.pop("image_column", "image"), options.pop("caption_column", "caption")
-    data = datasets.load_dataset(dataset["path"], **options)
+    if dataset["path"] in PROMPT_SETS:
+        image_column, caption_column, count = "image", "prompt", options.pop("count", None)
+        if options:
+            raise unknown_key_error(f"dataset ({dataset['path']})", options, {"path", "count"})
+        data = load_prompts(dataset["path"], count, images=True)
+    else:
+        image_column, caption_column = options.pop("image_column", "image"), options.pop("caption_column", "caption")
+        data = datasets.load_dataset(dataset["path"], **options)
     if isinstance(data, datasets.Dataset):
         data = datasets.DatasetDict(train=data)
     if "train" not in data:

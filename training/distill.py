@@ -75,7 +75,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     torch.manual_seed(recipe.seed)
     pipeline = load_teacher(recipe)
-    splits = cached_splits(recipe, pipeline)
+    splits = cached_splits(recipe, pipeline.to(accelerator.device))
+    pipeline.to("cpu")  # its encoders make room for the training
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, accelerator.device)
     student = prepare_student(recipe, pipeline.transformer, splits["train"], draws)
     output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good

@@ -67,6 +67,9 @@ PROMPT_SETS: dict[str, HubPrompts | None] = {
 }
 
 
+_LARGEST_PICTURE = 2**28  # bytes, as unpacked
+
+
 def load_prompts(name: str, count: int | None = None, *, seed: int = 0, images: bool = False) -> datasets.Dataset:
     """Prompts of a set, in an order that the seed gives.
 
@@ -132,6 +135,10 @@ def _with_pictures(archive: str, rows: list[list[tuple[str, str]]]) -> Iterator[
             for prompt, stem in part:
                 if stem not in members:
                     raise ValueError(f"{Path(archive).name} has no picture {stem!r}; delete it and download it again.")
+                if (size := pictures.getinfo(members[stem]).file_size) > _LARGEST_PICTURE:
+                    raise ValueError(
+                        f"{Path(archive).name}: {members[stem]} unpacks to {size} bytes; it is no picture."
+                    )
                 yield {"prompt": prompt, "image": {"path": None, "bytes": pictures.read(members[stem])}}
 
 

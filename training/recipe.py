@@ -14,6 +14,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
 from fbqat_hub.quantization import BitSchedule, Rounding
 from fbqat_hub.quantization.observer import RangeRule
+from fbqat_hub.untrusted import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -55,7 +56,8 @@ class Recipe:
         family: "sana", ...
         teacher: Hub id or folder of the full-precision pipeline.
         method: a key of ``METHODS``.
-        dataset: {"path": "openmoji"} or arguments of ``datasets.load_dataset`` with image_column, caption_column.
+        dataset: {"path": "openmoji"}, {"path": "ye-pop"} or another set of ``training.prompts``, or arguments of
+            ``datasets.load_dataset`` with image_column, caption_column.
         quantization: fields of ``FBQATConfig`` that differ from the method's.
         schedule: fields of ``BitSchedule``, or {"preset": ...}.
         rounding: fields of ``Rounding`` other than softness: slope, ewgs, dampening (gradient compensation).
@@ -74,7 +76,8 @@ class Recipe:
         evaluation: {"images", "inference_steps", "draws", "batch_size"}.
         prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.
         generation: arguments of the pipeline call.
-        license, license_link, attribution: of the base model and data, for the card.
+        license, license_link, attribution: of the base model and data, for the card. license_name: where license is
+            "other", which the Hub then asks for. dataset_license: where the attribution does not say it.
     """
 
     name: str
@@ -106,7 +109,9 @@ class Recipe:
     prompts: list[str] = field(default_factory=list)
     generation: dict[str, Any] = field(default_factory=dict)
     license: str = ""
+    license_name: str = ""
     license_link: str = ""
+    dataset_license: str = ""
     attribution: str = ""
 
     def __post_init__(self) -> None:
@@ -140,8 +145,9 @@ class Recipe:
             raise ValueError(f"recipe: prompts are {self.prompts}; each must be a text that is not empty.")
         for name, value in self.evaluation.items():
             _number(f"evaluation.{name}", value, 1, whole=True)
-        if "height" in self.generation:
-            _number("generation.height", self.generation["height"], 1, whole=True)
+        for name, most in GENERATION.items():
+            if name in self.generation:
+                _number(f"generation.{name}", self.generation[name], 1, most, whole=True)
         _check_calibration(self.calibration)
         settings = self.compensation_settings()
         _number("compensation.samples", settings["samples"], 1, whole=True)
@@ -215,6 +221,8 @@ class Recipe:
 MAX_SEED = 2**32 - 1  # torch's CPU generator drops higher bits: two seeds would be the same
 COMPENSATION = {"samples": 100, "damping": 0.01, "margin": 0.05}
 EVALUATION = {"images": 128, "inference_steps": 20, "draws": 4, "batch_size": 32}
+# A recipe that came with a model must not fill the memory of who draws with it.
+GENERATION = {"height": 8192, "width": 8192, "num_inference_steps": 1000, "num_images_per_prompt": 64}
 _SCHEDULE_KEYS = {"preset", "bits", "stages", "ramp", "softness", "soft_until"}
 
 
@@ -230,10 +238,7 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
         ValueError: an unknown key (the error names the nearest) or a value out of range.
     """
     path = _find(source)
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path.name} is not YAML: {error}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"recipe {path.name} is not a mapping of keys to values.")
     data.update(changes)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
+_FORMATS = ("PNG", "JPEG", "WEBP")  # whatever the ending: PIL knows others, some of which run programs
+_LARGEST = 2**26  # pixels, 8192 x 8192: 200 MB of RGB
 # Where `fbqat evaluate` leaves a run's pictures.
 SAMPLES = Path("images") / "samples"
 
@@ -132,9 +134,12 @@ def pairs(files: Sequence[Path], references: Sequence[Path], batch_size: int = 3
 @contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=_FORMATS) as picture:
+            width, height = picture.size
+            if width * height > _LARGEST:
+                raise ValueError(f"{width} x {height} pixels; at most {_LARGEST} are read")
             yield picture
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a picture ({error}).") from error
 
 

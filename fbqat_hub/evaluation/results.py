@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fbqat_hub.files import whole
+from fbqat_hub.untrusted import read_json
 from fbqat_hub.version import __version__
 
 
@@ -237,10 +238,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         ValueError: not a JSON list of valid records; names the file and the position.
     """
     path = Path(path)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it and measure again.") from error
+    rows = read_json(path, 2**28)
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a JSON {type(rows).__name__}; a list of records is needed.")
     records = []

@@ -9,30 +9,67 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jinja2
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
-from fbqat_hub.hub.names import is_local, public_name, strings_of
+from fbqat_hub.files import whole
+from fbqat_hub.hub.names import public_name, without_local_paths
 from fbqat_hub.hub.tables import (
     SUITE_TITLES,
     by_metric,
     certificate_tables,
     checks_table,
+    files_of,
     files_table,
     number,
     results_table,
     unit_suffix,
 )
+from fbqat_hub.untrusted import read_json, read_yaml
 
 TEMPLATE = Path(__file__).with_name("card_template.md")  # a link to model_cards/template.md
 
+HUB = "https://huggingface.co"
+OWN = "fbqat-hub/"
+# Where a recipe names a data set by a short name of this project.
+PROMPT_DATA = {
+    "ye-pop": "Ejafa/ye-pop",
+    "mjhq-30k": "playgroundai/MJHQ-30K",
+    "pixart-eval-30k": "PixArt-alpha/PixArt-Eval30K",
+}
 _NEEDED = ("name", "family", "teacher", "method", "license")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a card is made from.
+
+    Attributes:
+        recipe, recipe_text: of the run, parsed and as written.
+        records: what was measured; empty for a model that was not run.
+        certificate: of the export, if there was one.
+        images: names of the pictures in ``images/`` beside the card.
+        files: (path, bytes, what for) of what is worth downloading.
+        source: what ``from_pretrained`` takes: a Hub id or a folder.
+        made_by: the command that makes ``source``, where it is not published.
+        notes: title -> what there is to say besides, e.g. of the access to the base model.
+    """
+
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    records: Sequence[Record]
+    certificate: Mapping[str, Any] | None = None
+    images: Sequence[str] = ()
+    files: Sequence[tuple[str, int, str]] = ()
+    source: str = "."
+    made_by: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> Path:
@@ -55,35 +92,50 @@ def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> P
         ValueError: a file is broken, or the recipe lacks a key that the card needs.
     """
     run = Path(run_dir)
-    recipe = _recipe(run / "recipe.yaml")
-    results = run / "results.json"
-    if not results.is_file():
-        raise FileNotFoundError(f"{results} is missing; a card shows measured numbers only. Run: fbqat evaluate {run}")
-    records = read_records(results)
-    if not records:
-        raise ValueError(f"{results} holds no records. Run: fbqat evaluate {run}")
-    certificate = _certificate(run / "htp" / "certificate.json")
-
-    card = ModelCard(
-        f"---\n{_front_matter(recipe, records).to_yaml()}\n---\n\n{_body(run, recipe, records, certificate, repo_id)}"
-    )
+    facts = facts_of_run(run)
+    if not facts.records:
+        raise ValueError(f"{run / 'results.json'} holds no records. Run: fbqat evaluate {run}")
     path = run / "README.md"
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(card.content, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial:
+        partial.write_text(card(replace(facts, source=repo_id or facts.source)), encoding="utf-8")
     return path
 
 
-def _recipe(path: Path) -> dict[str, Any]:
+def facts_of_run(run: Path) -> Facts:
+    """What a run's folder holds for its card.
+
+    Raises:
+        FileNotFoundError, ValueError: as `write_card`.
+    """
+    recipe = read_recipe(run / "recipe.yaml")
+    results = run / "results.json"
+    if not results.is_file():
+        raise FileNotFoundError(f"{results} is missing; a card shows measured numbers only. Run: fbqat evaluate {run}")
+    return Facts(
+        recipe=recipe,
+        recipe_text=(run / "recipe.yaml").read_text(encoding="utf-8"),
+        records=read_records(results),
+        certificate=_certificate(run / "htp" / "certificate.json"),
+        images=sorted(path.name for path in (run / "images").glob("*.png")),
+        files=files_of(run),
+        source="." if (run / "model_index.json").is_file() or not (run / "pipeline").is_dir() else "./pipeline",
+    )
+
+
+def card(facts: Facts) -> str:
+    """The card as Markdown with front matter.
+
+    Raises:
+        ValueError: the licence is "other" without the name and the link that the Hub then asks for.
+    """
+    return ModelCard(f"---\n{_front_matter(facts).to_yaml()}\n---\n\n{_body(facts)}").content
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe with the keys that a card needs."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; training saves it. Run: fbqat train RECIPE --output {path.parent}")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    recipe = read_yaml(path)
     missing = [key for key in _NEEDED if not (isinstance(recipe, dict) and recipe.get(key))]
     if missing:
         raise ValueError(
@@ -97,17 +149,16 @@ def _recipe(path: Path) -> dict[str, Any]:
 def _certificate(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        certificate = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); export again.") from error
+    certificate = read_json(path)
     if not isinstance(certificate, dict):
         raise ValueError(f"{path} holds a JSON {type(certificate).__name__}; an object is needed: export again.")
     return certificate
 
 
-def _front_matter(recipe: Mapping[str, Any], records: Sequence[Record]) -> ModelCardData:
-    datasets = _dataset_names(recipe)
+def _front_matter(facts: Facts) -> ModelCardData:
+    recipe, datasets = facts.recipe, _dataset_names(facts.recipe)
+    if recipe["license"] == "other" and not (recipe.get("license_name") and recipe.get("license_link")):
+        raise ValueError("the recipe's license is 'other'; the Hub then asks for license_name and license_link too.")
     measured = [
         EvalResult(
             task_type="text-to-image",
@@ -118,10 +169,10 @@ def _front_matter(recipe: Mapping[str, Any], records: Sequence[Record]) -> Model
             metric_value=statistics.fmean(record.value for record in group),
         )
         for metric, group in by_metric(
-            r for r in records if r.method == recipe["method"] and r.suite == "method"
+            r for r in facts.records if r.method == recipe["method"] and r.suite == "method"
         ).items()
     ]
-    extra = {"license_name": recipe.get("license_name"), "datasets": datasets or None}
+    extra = {"license_name": recipe.get("license_name"), "datasets": datasets}
     return ModelCardData(
         base_model=public_name(str(recipe["teacher"])),
         base_model_relation="quantized",
@@ -129,34 +180,34 @@ def _front_matter(recipe: Mapping[str, Any], records: Sequence[Record]) -> Model
         pipeline_tag="text-to-image",
         tags=["fbqat", "4-bit", "w4a8", "quantization-aware-training", str(recipe["family"])],
         license=str(recipe["license"]),
-        license_link=recipe.get("license_link"),
+        license_link=recipe.get("license_link") or None,
         model_name=str(recipe["name"]) if measured else None,
         eval_results=measured or None,
-        **{key: value for key, value in extra.items() if value is not None},
+        **{key: value for key, value in extra.items() if value},
     )
 
 
-def _body(
-    run: Path,
-    recipe: Mapping[str, Any],
-    records: Sequence[Record],
-    certificate: Mapping[str, Any] | None,
-    repo_id: str | None,
-) -> str:
+def _body(facts: Facts) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    images = sorted(path.name for path in (run / "images").glob("*.png")) if (run / "images").is_dir() else []
+    recipe, records, images = facts.recipe, facts.records, facts.images
     comparison = [name for name in images if name.startswith("comparison")]
-    licence = recipe.get("license_name") or recipe["license"]
     curves = [name for name in images if name.startswith("curve")]
+    licence = recipe.get("license_name") or recipe["license"]
+    teacher = public_name(str(recipe["teacher"]))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         recipe=recipe,
-        teacher=public_name(str(recipe["teacher"])),
+        teacher=teacher,
+        # those that ship have the form of a Hub id and are not on the Hub
+        teacher_link=teacher if "/" not in teacher or teacher.startswith(OWN) else f"[{teacher}]({HUB}/{teacher})",
         method_title=METHODS[recipe["method"]],
         license=f"[{licence}]({recipe['license_link']})" if recipe.get("license_link") else licence,
-        datasets=_dataset_names(recipe),
-        code=_code(run, recipe, repo_id),
+        datasets=[f"[{name}]({HUB}/datasets/{name})" if "/" in name else name for name in _dataset_names(recipe)],
+        code=_code(facts),
+        made_by=facts.made_by,
+        source=facts.source,
+        notes=facts.notes,
         comparison=[quote(name) for name in comparison],
         curves=[quote(name) for name in curves],
         pictures=[quote(name) for name in images if name not in (*comparison, *curves)],
@@ -165,47 +216,45 @@ def _body(
             for suite, title in SUITE_TITLES.items()
             if any(r.suite == suite for r in records)
         ],
+        with_intervals=any(record.interval for record in records),
         extractors=sorted({str(r.extra["extractor"]) for r in records if "extractor" in r.extra}),
-        sizes=files_table(run),
+        sizes=files_table(facts.files),
         bits=[number(r.value) for r in records if r.metric == "bits_per_weight" and r.method == recipe["method"]][:1],
-        checks=checks_table(records, certificate),
-        certificate=certificate_tables(certificate) if certificate else None,
-        recipe_text=_recipe_text(run / "recipe.yaml", recipe),
+        checks=checks_table(records, facts.certificate),
+        certificate=certificate_tables(facts.certificate) if facts.certificate else None,
+        recipe_text=_recipe_text(facts.recipe_text, recipe),
         commands=list(dict.fromkeys(r.command for r in records)),
-        versions=records[-1].versions,
+        versions=records[-1].versions if records else {},
     )
 
 
-def _code(run: Path, recipe: Mapping[str, Any], repo_id: str | None) -> str:
+def _code(facts: Facts) -> str:
     """The snippet of the card: loads the pipeline and draws one picture as the recipe says."""
+    recipe = facts.recipe
     generation = dict(recipe.get("generation") or {})
     prompts = recipe.get("prompts") or ["red heart"]
     prompt = generation.pop("prompt", None) or recipe.get("prompt") or prompts[0]
     seed = int(recipe.get("seed") or 0)
-    folder = "." if (run / "model_index.json").is_file() or not (run / "pipeline").is_dir() else "./pipeline"
     call = "".join(f"    {name}={value!r},\n" for name, value in generation.items())
     return (
         "import fbqat_hub  # teaches diffusers the W4A8 format\n"
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(repo_id or folder)}, dtype=torch.float32)\n"
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(facts.source)}, dtype=torch.float32)\n"
         f"image = pipe(\n    {json.dumps(prompt, ensure_ascii=False)},\n{call}"
         f"    generator=torch.Generator().manual_seed({seed}),\n).images[0]\n"
         'image.save("picture.png")'
     )
 
 
-def _recipe_text(path: Path, recipe: Mapping[str, Any]) -> str:
+def _recipe_text(text: str, recipe: Mapping[str, Any]) -> str:
     """The recipe as written, local paths cut to their last part."""
-    text = path.read_text(encoding="utf-8").rstrip()
-    for value in strings_of(recipe):
-        if is_local(value):
-            text = text.replace(value, public_name(value))
-    return text
+    return without_local_paths(text.rstrip(), recipe)
 
 
 def _dataset_names(recipe: Mapping[str, Any]) -> list[str]:
     given = recipe.get("dataset")
     if isinstance(given, Mapping):
         given = given.get("name") or given.get("path")
-    return [public_name(str(name)) for name in (given if isinstance(given, list) else [given]) if name]
+    names = [public_name(str(name)) for name in (given if isinstance(given, list) else [given]) if name]
+    return [PROMPT_DATA.get(name, name) for name in names]

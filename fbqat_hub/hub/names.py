@@ -40,3 +40,22 @@ def strings_of(tree: Any) -> Iterable[str]:
     elif isinstance(tree, list):
         for value in tree:
             yield from strings_of(value)
+
+
+def without_local_paths(text: str, tree: Any) -> str:
+    """A text in which every local path that is a value of ``tree`` is cut to its last part."""
+    for value in strings_of(tree):
+        if is_local(value):
+            text = text.replace(value, public_name(value))
+    return text
+
+
+def size_text(size: int) -> str:
+    """Bytes for people.
+
+    >>> size_text(512), size_text(4_200_000), size_text(7_500_000_000)
+    ('0.5 KiB', '4.0 MiB', '6.98 GiB')
+    """
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

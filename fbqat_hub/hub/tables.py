@@ -43,10 +43,13 @@ def results_table(records: Sequence[Record], own: str) -> dict[str, Any]:
 
 
 def _cell(records: Sequence[Record], with_n: bool) -> str:
-    """``mean ± spread``: over the seeds where there are several, else the record's own; empty if not measured."""
+    """The mean; of one record with its interval or else spread, of several seeds with the spread over them."""
     if not records:
         return ""
     values = [record.value for record in records]
+    if len(values) == 1 and records[0].interval:
+        low, high = (number(bound, 3) for bound in records[0].interval)
+        return f"{number(values[0])} [{low}, {high}]" + f" (n = {records[0].n})" * with_n
     spread = statistics.stdev(values) if len(values) > 1 else records[0].spread
     notes = [f"n = {records[0].n}"] * with_n + [f"{len(values)} seeds"] * (len(values) > 1)
     shown = number(statistics.fmean(values)) + (f" ± {number(spread, 2)}" if spread is not None else "")
@@ -66,6 +69,8 @@ def checks_table(records: Sequence[Record], certificate: Mapping[str, Any] | Non
             device = last.machine.get("gpu") or last.machine.get("cpu", "")
             where = f"{device}, {last.machine.get('cores', '?')} cores; {stack}; {last.date[:10]}"
             checks.append((title, where, "verified"))
+    if not records:
+        checks.append(("Training and evaluation", "anywhere", "never run"))
     if not any(record.machine.get("gpu") for record in records):
         checks.append(("Any of it on a GPU", "CUDA", "never run"))
     emulated = "verified" if certificate else "never run"
@@ -74,8 +79,8 @@ def checks_table(records: Sequence[Record], certificate: Mapping[str, Any] | Non
     return checks
 
 
-def files_table(run: Path) -> list[tuple[str, str, str]]:
-    """The files worth downloading: (path, size, what it is for), a component's shards summed.
+def files_of(run: Path) -> list[tuple[str, int, str]]:
+    """The files of a run worth downloading: (path, bytes, what it is for), a component's shards summed.
 
     A component is a folder with both ``config.json`` and safetensors.
     """
@@ -84,12 +89,21 @@ def files_table(run: Path) -> list[tuple[str, str, str]]:
     for folder in sorted(path.parent for path in root.glob("*/config.json")):
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if weights:
-            rows.append((f"{folder.relative_to(run).as_posix()}/", _mebibytes(weights), "diffusers, CPU or GPU"))
-    rows += [
-        (file.relative_to(run).as_posix(), _mebibytes(file.stat().st_size), "HTP context binary, phone")
+            rows.append((f"{folder.relative_to(run).as_posix()}/", weights, "diffusers, CPU or GPU"))
+    return rows + [
+        (file.relative_to(run).as_posix(), file.stat().st_size, "HTP context binary, phone")
         for file in sorted((run / "htp").rglob("*.bin"))
     ]
-    return rows
+
+
+def files_table(files: Iterable[tuple[str, int, str]]) -> list[tuple[str, str, str]]:
+    """(path, size, what it is for), and what each use takes altogether where it is of several files."""
+    rows: list[tuple[str, str, str]] = []
+    uses: dict[str, list[int]] = {}
+    for path, size, use in files:
+        rows.append((f"`{path}`", _mebibytes(size), use))
+        uses.setdefault(use, []).append(size)
+    return rows + [("together", _mebibytes(sum(sizes)), use) for use, sizes in uses.items() if len(sizes) > 1]
 
 
 def certificate_tables(certificate: Mapping[str, Any]) -> dict[str, Any]:

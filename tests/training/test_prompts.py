@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fbqat_hub.training import prompts
+from fbqat_hub.training.cache import load_pictures
 from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
 
 COLOURS = {"aa": (255, 0, 0), "bb": (0, 255, 0), "cc": (0, 0, 255)}
@@ -99,3 +100,14 @@ def test_shard_without_the_picture_is_named(hub, tmp_path: Path) -> None:
     load_prompts("mjhq-30k", images=True)
     with pytest.raises(ValueError, match=r"mjhq30k_imgs.zip has no picture 'dd'"):
         list(prompts._with_pictures(str(tmp_path / "mjhq30k_imgs.zip"), [[("p", "dd")]]))
+
+
+def test_a_prompt_set_is_a_recipes_data(hub) -> None:
+    data = load_pictures({"path": "ye-pop"}, 8)
+    assert {split: data[split].num_rows for split in data} == {"train": 1, "validation": 1, "test": 1}
+    rows = {row["caption"]: row["image"] for split in data.values() for row in split}
+    assert {caption: picture.convert("RGB").getpixel((0, 0)) for caption, picture in rows.items()} == {
+        f"prompt {key}": colour for key, colour in COLOURS.items()
+    }
+    with pytest.raises(ValueError, match=r"unknown key in dataset \(ye-pop\): 'cuont' \(did you mean 'count'"):
+        load_pictures({"path": "ye-pop", "cuont": 2}, 8)

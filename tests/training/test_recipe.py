@@ -28,6 +28,27 @@ def test_shipped_recipe_loads_by_name_and_by_path(path: Path, tmp_path: Path) ->
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "batch_size"),
+    [
+        ("sana-600m", 1e-7, 128),
+        ("pixart-sigma", 1e-6, 128),
+        ("sd3.5-medium", 1e-6, 256),
+        ("flux-schnell", 1e-6, 128),
+    ],
+)
+def test_recipes_of_real_models_are_the_papers(name: str, rate: float, batch_size: int) -> None:
+    """25 epochs of 45 600 pictures at the paper's widths: 14 of them at 4 bits."""
+    recipe = load_recipe(name)
+    assert (recipe.learning_rate, recipe.batch_size, recipe.seed) == (rate, batch_size, 1234)
+    epoch = 45_600 // batch_size
+    assert recipe.steps == 25 * epoch
+    schedule = recipe.bit_schedule()
+    at = [schedule.bit_width((number * epoch + 1) / recipe.steps) for number in range(25)]
+    assert at == [8, 7, 6, 5.5, 5, *[4.75] * 2, *[4.5] * 2, *[4.25] * 2, *[4] * 14]
+    assert recipe.license_link.startswith("https://")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_method_presets(method: str) -> None:
     """A method changed on the command line brings its own steps, clip and schedule."""
@@ -134,7 +155,7 @@ def test_training_free_method_takes_no_steps() -> None:
         ("name: x\nfamily: sana", "recipe bad.yaml lacks teacher"),
         ("- name", "recipe bad.yaml is not a mapping"),
         ("", "recipe bad.yaml is not a mapping"),
-        ("name: [x", "recipe bad.yaml is not YAML"),
+        ("name: [x", "bad.yaml is not YAML"),
         ("1: 2", "unknown key in recipe bad.yaml: '1'"),
     ],
 )

@@ -1,0 +1,198 @@
+"""What of a run's folder is published: which files, and nothing private in them."""
+
+from __future__ import annotations
+
+import getpass
+import io
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+from huggingface_hub import get_token
+
+from fbqat_hub.hub.manifest import CARD, check_path
+from fbqat_hub.hub.names import without_local_paths
+
+# at the top of a run; LICENSE, NOTICE and ATTRIBUTION with any ending
+_TOP = re.compile(
+    r"model_index\.json|recipe\.yaml|results\.json|training_log\.jsonl|(LICEN[CS]E|NOTICE|ATTRIBUTION)(\.\w+)?"
+)
+# in a component: configurations, weights without pickle, vocabularies
+_COMPONENT = re.compile(r".+\.(json|safetensors|txt|model|jinja)")
+_PICTURE = re.compile(r"images/[^/]+\.(png|jpg|webp)")
+# Qualcomm's libraries may not be passed on; pickles and programs have no business in a bundle
+_NEVER_IN_BUNDLE = re.compile(r".+\.(so(\.\d+)*|dll|dylib|exe|cat|pt|pth|ckpt|pkl|pickle|py|tmp)|.*partial.*")
+_TEXT = re.compile(r".+\.(json|jsonl|yaml|yml|md|txt|csv|jinja|sh)|LICEN[CS]E|NOTICE|ATTRIBUTION")
+
+_TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[A-Z0-9]{16})\b")
+_ABSOLUTE = re.compile(
+    r"""(?:^|(?<=[\s"'`(=\[,:]))(?:/([\w.@+-]+)(?:/[\w.@+-]+)+|~/[\w.@+-]+|[A-Za-z]:\\\\?\w[^\s"']*)"""
+)
+_HOMES = {"home", "Users", "root", "mnt", "media", "tmp", "private", "scratch", "workspace"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file to publish: its path in the repository, and where the content is."""
+
+    path: str
+    source: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    def open(self) -> BinaryIO:
+        """The content, for reading."""
+        return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb")
+
+
+def collect(run: Path, repo: str) -> tuple[list[Item], list[str]]:
+    """The files of a run's folder that are published, and those that stay.
+
+    Published are the pipeline, its card, recipe, results and log, the pictures of the card, licence texts and the HTP
+    bundle. Checkpoints, caches, samples, hidden and partial files stay. The card's code block is made to load
+    ``repo``; local paths in the recipe are cut to their last part.
+
+    Args:
+        run: the folder.
+        repo: Hub id it will have.
+
+    Returns:
+        (items sorted by path, paths that stay).
+    """
+    components = component_names(run)
+    items, stay = [], []
+    for path in _files(run):
+        name = path.relative_to(run).as_posix()
+        if name == CARD:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            items.append(
+                Item(name, text.replace('from_pretrained("."', f"from_pretrained({json.dumps(repo)}").encode())
+            )
+        elif name == "recipe.yaml":
+            text = path.read_text(encoding="utf-8", errors="replace")
+            items.append(Item(name, without_local_paths(text, recipe_of(run)).encode()))
+        elif _belongs(name, components):
+            items.append(Item(name, path))
+        else:
+            stay.append(name)
+    return items, stay
+
+
+def component_names(run: Path) -> list[str]:
+    """The components that ``model_index.json`` names with a class, sorted; none where there is no such file."""
+    index = read_json(run / "model_index.json")
+    named = index.items() if isinstance(index, dict) else ()
+    return sorted(key for key, value in named if isinstance(value, list) and len(value) == 2 and all(value))
+
+
+def recipe_of(run: Path) -> dict[str, Any]:
+    """The run's recipe as it stands in recipe.yaml; empty where there is none that can be read."""
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def private_things(items: list[Item]) -> list[str]:
+    """What must not be published of the files' contents, one line each; a secret itself is not repeated.
+
+    Looked for in every file: tokens (of the Hub in use, of GitHub, of AWS) and this user's home folder. In text files
+    also: absolute paths of this machine and of homes, the user's name and the machine's name.
+    """
+    words = _own_words()
+    token = (get_token() or "").encode()
+    home = str(Path.home()).encode() + b"/"
+    problems: list[str] = []
+    for item in items:
+        if _TEXT.fullmatch(item.path.rpartition("/")[2]):
+            with item.open() as file:
+                problems += _private_text(item.path, file.read().decode(errors="replace"), words, token)
+        else:
+            problems += _private_bytes(item, token, home)
+    return problems
+
+
+def _private_text(path: str, text: str, words: list[str], token: bytes) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if _TOKEN.search(line.encode()) or (token and token in line.encode()):
+            yield f"{path}, line {number}: holds a token; take it out, and revoke it if it is yours."
+        for match in _ABSOLUTE.finditer(line):
+            top = match[1]
+            if top is None or top in _HOMES or os.path.isdir(f"/{top}"):
+                yield f"{path}, line {number}: local path {match[0]!r:.80}; write a Hub id or a name instead."
+        for word in words:
+            if re.search(rf"\b{re.escape(word)}\b", line):
+                yield f"{path}, line {number}: holds {word!r}, the name of this user or machine; take it out."
+
+
+def _private_bytes(item: Item, token: bytes, home: bytes) -> Iterator[str]:
+    tail = b""
+    with item.open() as file:
+        while chunk := file.read(2**20):
+            window = tail + chunk
+            if _TOKEN.search(window) or (token and token in window):
+                yield f"{item.path}: holds a token; make the file again without it, and revoke it if it is yours."
+                return
+            if home in window:
+                yield f"{item.path}: holds a path of this user's home folder; make the file again from another folder."
+                return
+            tail = window[-256:]
+
+
+def _own_words() -> list[str]:
+    """Names of this user and this machine that are long enough to be told from words of a text."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without an entry in the password database
+        user = ""
+    return [
+        word for word in (user, socket.gethostname()) if len(word) > 3 and word not in ("root", "user", "localhost")
+    ]
+
+
+def _belongs(name: str, components: list[str]) -> bool:
+    folder, slash, rest = name.partition("/")
+    if not slash:
+        return bool(_TOP.fullmatch(name))
+    if folder == "htp":
+        return not _NEVER_IN_BUNDLE.fullmatch(rest)
+    return bool(_PICTURE.fullmatch(name) or (folder in components and _COMPONENT.fullmatch(rest)))
+
+
+def _files(run: Path) -> Iterator[Path]:
+    """Every file of the folder that is not hidden, sorted; folders that are links are not entered.
+
+    Raises:
+        ValueError: a file is a link out of the folder, or has a name that cannot be published.
+    """
+    root = run.resolve()
+    for folder, folders, files in os.walk(run):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder) / name
+            if name.startswith("."):
+                continue
+            if not path.resolve().is_relative_to(root):
+                raise ValueError(
+                    f"{path} is a link to a file outside the run; put the file itself there, or remove it."
+                )
+            check_path(path.relative_to(run).as_posix(), str(run))
+            yield path
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,193 @@
+"""Everything that can be known to be wrong before a byte is uploaded, found in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import HfApi, get_token, metadata_load
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, names, step, whoami
+from fbqat_hub.hub.contents import Item, component_names, private_things, read_json, recipe_of
+from fbqat_hub.hub.manifest import CARD, MANIFEST
+from fbqat_hub.hub.names import public_name
+
+_MAX_FILE = 50 * 10**9  # what huggingface_hub downloads over plain HTTP; a larger file needs hf_xet at every reader
+_CARD_KEYS = ("license", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags")
+# under these a gated base model may be passed on without a copy of further terms
+_OPEN = frozenset({"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "bsd-3-clause"})
+
+
+class Remote(NamedTuple):
+    """A repository as it is now: newest commit, the files there, whether it is private."""
+
+    commit: str
+    files: frozenset[str]
+    private: bool
+
+
+def remote_state(api: HfApi, repo: str) -> Remote | None:
+    """The repository on the Hub, None if there is none that the token may see."""
+    with step(f"look up {repo}"):
+        try:
+            info = api.model_info(repo)
+        except RepositoryNotFoundError:
+            return None
+        return Remote(info.sha, frozenset(file.rfilename for file in info.siblings or ()), bool(info.private))
+
+
+def local_problems(run: Path, items: list[Item]) -> list[str]:
+    """What is wrong with the files: layout, card, licence, sizes, privacy. One line each, with what to do."""
+    paths = {item.path for item in items}
+    made = {"model_index.json": "train or convert", CARD: "card", "recipe.yaml": "train or convert"}
+    missing = [f"{run / name} is missing. Run: fbqat {verb}" for name, verb in made.items() if name not in paths]
+    if missing:
+        return missing
+    return [
+        *_component_problems(run, paths),
+        *_card_problems(run / CARD),
+        *_recipe_problems(recipe_of(run), paths),
+        *_size_problems(items),
+        *private_things(items),
+    ]
+
+
+def remote_problems(
+    api: HfApi, repo: str, recipe: Mapping[str, Any], paths: set[str], private: bool
+) -> tuple[list[str], Remote | None]:
+    """What the Hub would refuse, or should not be done there: token, name, base model.
+
+    Args:
+        repo: Hub id to publish as.
+        recipe: the run's.
+        paths: files that go up.
+        private: whether a private repository is asked for.
+
+    Returns:
+        (one line a problem, the repository as it is).
+
+    Raises:
+        HubError: the Hub cannot be reached or fails.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        return [f"--repo {repo}: {error}"], None
+    if repo.count("/") != 1:
+        return [f"--repo {repo}: give owner/name, e.g. me/{repo}."], None
+    if not get_token():
+        return ["no token: log in with `hf auth login`, or set HF_TOKEN, with a token that may write."], None
+    user = whoami(api)
+    problems = list(_scope_problems(user, repo))
+    problems += _base_problems(api, recipe, paths)
+    state = remote_state(api, repo)
+    if state is not None:
+        if state.files - {GIT_ATTRIBUTES, CARD} and MANIFEST not in state.files:
+            held = names(sorted(state.files))
+            problems.append(f"{repo} exists and was not published by fbqat ({held}); choose another name.")
+        if private and not state.private:
+            problems.append(f"{repo} is public already; make it private in its settings first, or leave --private out.")
+    return problems, state
+
+
+def _component_problems(run: Path, paths: set[str]) -> Iterator[str]:
+    for component in component_names(run):
+        inside = {path for path in paths if path.startswith(f"{component}/")}
+        if not inside:
+            yield f"{run / component} is missing, and model_index.json names it; convert or train again."
+        is_model = f"{component}/config.json" in inside
+        if component == "transformer" and "quantization_config" not in (
+            read_json(run / component / "config.json") or {}
+        ):
+            yield f"{run / component} is not quantized; publish a packed pipeline (fbqat train, fbqat convert)."
+        if is_model and not any(path.endswith(".safetensors") for path in inside):
+            yield f"{run / component} has no safetensors; only these are published: save it with save_pretrained."
+    for path in sorted(path for path in paths if path.endswith(".safetensors")):
+        try:
+            with safe_open(run / path, framework="np"):  # compares the header with the file's length
+                pass
+        except SafetensorError as error:
+            yield f"{run / path} is damaged or cut short ({error}); make it again."
+
+
+def _card_problems(card: Path) -> Iterator[str]:
+    remedy = f"Run: fbqat card {card.parent}"
+    try:
+        front = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        yield f"{card}: the front matter is no YAML ({' '.join(str(error).split())[:100]}). {remedy}"
+        return
+    if lacking := [key for key in _CARD_KEYS if not front.get(key)]:
+        yield f"{card}: the front matter lacks {', '.join(lacking)}. {remedy}"
+    if front.get("base_model_relation", "quantized") != "quantized":
+        yield f"{card}: base_model_relation is {front['base_model_relation']!r}; it must be quantized. {remedy}"
+    if "fbqat" not in (front.get("tags") or ["fbqat"]):
+        yield f"{card}: tags lack fbqat, by which `fbqat list` finds the model. {remedy}"
+
+
+def _recipe_problems(recipe: Mapping[str, Any], paths: set[str]) -> Iterator[str]:
+    """What the recipe lacks, and what the licence it gives for the base model asks for."""
+    if lacking := [key for key in ("name", "family", "teacher", "method") if not recipe.get(key)]:
+        yield f"recipe.yaml lacks {', '.join(lacking)}; it must be the recipe that the run was made with."
+    licence, link = str(recipe.get("license") or ""), recipe.get("license_link")
+    if not licence or licence == "unknown":
+        yield "recipe.yaml: license is empty; write the base model's, as its page has it (apache-2.0, other, ...)."
+    elif licence == "other" and not link:
+        yield "recipe.yaml: license is other without license_link; give the address of the licence's text."
+    elif "-nd" in licence:
+        yield f"recipe.yaml: license {licence} forbids passing on changed versions; a quantized model is one."
+    if licence == "other" and not _has_licence_text(paths):
+        yield "license is other: such licences ask for a copy of their text; put it beside recipe.yaml as LICENSE.md."
+
+
+def _size_problems(items: list[Item]) -> Iterator[str]:
+    for item in items:
+        if item.size > _MAX_FILE:
+            yield f"{item.path} has {item.size / 1e9:.1f} GB; the limit is 50: save it in shards (max_shard_size)."
+        elif item.size == 0:
+            yield f"{item.path} is empty; make it again, or remove it."
+
+
+def _scope_problems(user: Mapping[str, Any], repo: str) -> Iterator[str]:
+    """Whether the token may write to the owner's repositories, by what whoami says of it."""
+    owner = repo.partition("/")[0]
+    organisations = {each["name"]: each.get("roleInOrg") for each in user.get("orgs", ())}
+    if owner != user["name"] and owner not in organisations:
+        own = names([user["name"], *organisations])
+        yield f"--repo {repo}: the token is of {user['name']}, who may publish under: {own}."
+    elif organisations.get(owner) == "read":
+        yield f"--repo {repo}: {user['name']} may only read in {owner}; ask an administrator for the write role."
+    token = user.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        yield "the token may only read; make one that may write at https://huggingface.co/settings/tokens."
+    elif token.get("role") == "fineGrained":
+        scopes = token.get("fineGrained", {}).get("scoped", ())
+        allowed = {each["entity"]["name"] for each in scopes if "repo.write" in each.get("permissions", ())}
+        if not allowed & {owner, repo}:
+            yield f"the fine-grained token has no write permission (repo.write) for {owner}; add it, or use another."
+
+
+def _base_problems(api: HfApi, recipe: Mapping[str, Any], paths: set[str]) -> Iterator[str]:
+    """What the base model's own page says against the recipe; nothing where it is not on the Hub."""
+    base = public_name(str(recipe.get("teacher", "")))
+    if base.count("/") != 1:
+        return
+    with step(f"look up the base model {base}"):
+        try:
+            info = api.model_info(base)
+        except RepositoryNotFoundError:
+            return
+    licence = card_value(info.card_data, "license")
+    if licence and licence != recipe.get("license"):
+        yield f"recipe.yaml: license is {recipe.get('license')!r}; the base model's page says {licence!r}: write that."
+    if info.gated and licence not in _OPEN and not _has_licence_text(paths):
+        yield f"{base} is gated with licence {licence!r}: put the licence's text beside recipe.yaml as LICENSE.md."
+
+
+def _has_licence_text(paths: set[str]) -> bool:
+    return any(path.upper().startswith(("LICENSE", "LICENCE")) for path in paths)

@@ -1,0 +1,129 @@
+"""Every fault at every step of publish and pull: what comes of it. The table of docs/publishing.md is made here.
+
+python -m tests.hub.faults          # run all and rewrite the table; takes about two minutes
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fbqat_hub.hub.client import HubError
+from fbqat_hub.hub.publish import publish
+from fbqat_hub.hub.pull import pull, verify
+from tests.hub.conftest import PUBLISHED, TOKENS, point_client_at, write_run
+from tests.hub.server import Fault, LoopbackHub, loopback_hub
+
+PAGE = Path(__file__).parents[2] / "docs" / "publishing.md"
+STEPS = {
+    "publish": (
+        "whoami", "info", "create", "validate", "preupload", "batch", "put", "lfs-verify", "commit", "tree",
+    ),
+    "pull": ("info", "resolve", "tree", "cdn"),
+}  # fmt: skip
+FAULTS: tuple[Fault, ...] = (401, 403, 404, 409, 412, 429, 500, 503, "cut", "reset", "lost", "slow")
+NAMES = {
+    "whoami": "check the token", "info": "look up the repository", "create": "make the repository",
+    "validate": "validate the card", "preupload": "ask how to upload", "batch": "ask where to (LFS)",
+    "put": "send a large file", "lfs-verify": "confirm a large file", "commit": "commit", "tree": "list the files",
+    "resolve": "ask for a file", "cdn": "receive a large file",
+}  # fmt: skip
+_OF_REPOSITORY = {"info", "preupload", "batch", "commit", "tree", "resolve"}
+START, END = "<!-- faults -->", "<!-- /faults -->"
+
+
+def outcome(hub: LoopbackHub, verb: str, step: str, fault: Fault, folder: Path) -> str:
+    """Run a verb with one fault at one step, then, if it stopped, once more without.
+
+    Asserts what must hold whatever the fault: an error names the step, nothing is there that looks whole and is not,
+    and the second run completes.
+
+    Returns:
+        "goes on", or "stops".
+    """
+    repo = f"me/{verb}-{step}-{fault}"
+    write_run(folder / "run", seed=len(hub.repositories))
+    if verb == "pull":
+        publish(folder / "run", repo, say=_quiet)
+    hub.fail(step, fault, path=repo if step in _OF_REPOSITORY else "")
+    stopped = None
+    try:
+        _run(verb, folder, repo)
+    except HubError as error:
+        stopped = str(error)
+    hub.heal()
+    if stopped is not None:
+        assert re.match(r"(check the token|look up|make|list|upload|verify|download|read|me/)", stopped), stopped
+        _assert_not_half(hub, verb, folder, repo)
+        _run(verb, folder, repo)
+    assert sorted(hub.repositories[repo].files) == sorted([".gitattributes", *PUBLISHED])
+    if verb == "pull":
+        verify(str(folder / "pulled"), say=_quiet)
+    return "goes on" if stopped is None else "stops"
+
+
+def _run(verb: str, folder: Path, repo: str) -> None:
+    if verb == "publish":
+        publish(folder / "run", repo, say=_quiet)
+    else:
+        pull(repo, folder / "pulled", say=_quiet)
+
+
+def _assert_not_half(hub: LoopbackHub, verb: str, folder: Path, repo: str) -> None:
+    if verb == "publish":
+        held = set(hub.repositories[repo].files) if repo in hub.repositories else set()
+        assert held <= {".gitattributes"} or held == {".gitattributes", *PUBLISHED}
+    elif (folder / "pulled").exists():
+        with pytest.raises((ValueError, FileNotFoundError)):
+            verify(str(folder / "pulled"), say=_quiet)
+
+
+def _quiet(_: str) -> None:
+    """No lines for the user."""
+
+
+def table(outcomes: dict[tuple[str, str, Fault], str]) -> str:
+    """The outcomes as Markdown, a row a step."""
+    head = ["step", *(f"{fault}" for fault in FAULTS)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for verb, steps in STEPS.items():
+        for step in steps:
+            cells = [outcomes[verb, step, fault] for fault in FAULTS]
+            lines.append(f"| {verb}: {NAMES[step]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def on_page() -> dict[tuple[str, str, Fault], str]:
+    """The outcomes that the page's table states."""
+    rows = re.search(f"{START}\n(.*?)\n{END}", PAGE.read_text(), re.DOTALL)
+    assert rows is not None
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows[1].splitlines()[2:]]
+    stated = {row[0]: row[1:] for row in cells}
+    return {
+        (verb, step, fault): stated[f"{verb}: {NAMES[step]}"][column]
+        for verb, steps in STEPS.items()
+        for step in steps
+        for column, fault in enumerate(FAULTS)
+    }
+
+
+def main() -> None:
+    """Run everything and rewrite the page's table."""
+    outcomes = {}
+    with loopback_hub(TOKENS) as hub, pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as home:
+        point_client_at(hub, Path(home), patch)
+        for verb, steps in STEPS.items():
+            for step in steps:
+                for fault in FAULTS:
+                    folder = Path(home, f"{verb}-{step}-{fault}")
+                    outcomes[verb, step, fault] = outcome(hub, verb, step, fault, folder)
+    text = PAGE.read_text()
+    block = f"{START}\n{table(outcomes)}\n{END}"
+    PAGE.write_text(re.sub(f"{START}.*{END}", lambda _: block, text, flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()

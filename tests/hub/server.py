@@ -1,0 +1,452 @@
+"""A Hub on the loopback interface that the real client talks to over HTTP, with faults on demand.
+
+It answers what huggingface_hub asks to publish, list and download models: whoami, repositories, trees, preupload, the
+LFS batch protocol with uploads and downloads at a "CDN" (the same server under another host name, so that a client
+that sends its token there is caught), or a Xet store in a folder that hf_xet writes and reads itself, NDJSON commits,
+resolve with Range, YAML validation and collections. Small files are kept by git, others in large-file storage, as on
+the Hub.
+
+https://huggingface.co/docs/hub/api, https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import hf_xet
+import yaml
+
+# an HTTP status; "slow"; "cut" in the middle of a body; "reset" before an answer; "lost": done, but without an answer
+Fault = int | str
+
+LFS = re.compile(r".+\.(safetensors|bin|onnx|png)")
+ROUTES: dict[str, str] = {  # step -> METHOD path
+    "whoami": r"GET /api/whoami-v2",
+    "create": r"POST /api/repos/create",
+    "validate": r"POST /api/validate-yaml",
+    "models": r"GET /api/models",
+    "tree": r"GET /api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)",
+    "preupload": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)",
+    "commit": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)",
+    "info": r"GET /api/models/(?P<repo>[^/]+/[^/]+?)(/revision/(?P<revision>[^/]+))?",
+    "xet-token": r"GET /api/models/(?P<repo>[^/]+/[^/]+)/xet-(read|write)-token/(?P<revision>[^/]+)",
+    "batch": r"POST /(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
+    "resolve": r"(GET|HEAD) /(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+    "collection": r"POST /api/collections",
+    "collection-held": r"GET /api/collections/(?P<slug>[^/]+/[^/]+)",
+    "collection-item": r"POST /api/collections/(?P<slug>[^/]+/[^/]+)/items",
+    "put": r"PUT /cdn/(?P<oid>[0-9a-f]{64})",
+    "lfs-verify": r"POST /cdn/verify",
+    "cdn": r"GET /cdn/(?P<oid>[0-9a-f]{64})",
+}
+
+
+@dataclass(frozen=True)
+class Blob:
+    content: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        """Git's name of what git keeps: the content, or the pointer to it."""
+        kept = self.content
+        if self.lfs:
+            lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{self.sha256}", f"size {len(kept)}", "")
+            kept = "\n".join(lines).encode()
+        return hashlib.sha1(b"blob %d\0" % len(kept) + kept).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.lfs else self.oid
+
+
+@dataclass
+class Repository:
+    private: bool = False
+    gated: str | bool = False
+    head: str = ""
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+
+    def commit(self, files: dict[str, Blob]) -> str:
+        """Make these the files of main; returns the commit."""
+        names = "".join(f"{path} {blob.oid}\n" for path, blob in sorted(files.items()))
+        self.head = hashlib.sha1(f"{self.head}\n{names}".encode()).hexdigest()
+        self.commits[self.head] = files
+        return self.head
+
+    @property
+    def files(self) -> dict[str, Blob]:
+        return self.commits[self.head]
+
+
+class RefusedError(Exception):
+    """An answer other than 200: status, X-Error-Code, message."""
+
+    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+        super().__init__(status)
+        self.status, self.code, self.message = status, code, message or code
+
+
+class LoopbackHub:
+    """The server's state and its faults. ``tokens`` maps a token to what whoami answers for it."""
+
+    def __init__(self, tokens: dict[str, dict[str, Any]]) -> None:
+        self.tokens = tokens
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
+        self.xet: Path | None = None  # folder of a content-addressed store; None refuses Xet
+        self.xet_hashes: dict[str, str] = {}  # SHA-256 -> Xet's hash, which the Hub reads off the uploaded shards
+        self.requests: list[tuple[str, str, dict[str, str]]] = []  # (step, path, headers) of every request
+        self._faults: list[tuple[str, Fault, list[int], str]] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def cdn(self) -> str:
+        return f"http://localhost:{self._server.server_port}/cdn"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fail(self, step: str, fault: Fault, times: int = 1, path: str = "") -> None:
+        """Answer the next ``times`` requests of a step, whose address holds ``path``, with a fault."""
+        assert step in ROUTES
+        self._faults.append((step, fault, [times], path))
+
+    def heal(self) -> None:
+        """No more faults."""
+        self._faults.clear()
+
+    def add(self, repo: str, files: dict[str, bytes], **settings: Any) -> Repository:
+        """A repository that is there already."""
+        made = self.repositories[repo] = Repository(**settings)
+        made.commit({path: Blob(content, bool(LFS.fullmatch(path))) for path, content in files.items()})
+        self.objects |= {blob.sha256: blob.content for blob in made.files.values() if blob.lfs}
+        return made
+
+    def count(self, step: str) -> int:
+        """How many requests of a step came."""
+        return sum(request[0] == step for request in self.requests)
+
+    def fault_of(self, step: str, path: str) -> Fault | None:
+        for wanted, fault, left, part in self._faults:
+            if wanted == step and part in path and left[0] > 0:
+                left[0] -= 1
+                return fault
+        return None
+
+    # one method a step: (user or None, path groups, body) -> JSON
+
+    def whoami(self, user: dict[str, Any] | None, *_: Any) -> Any:
+        if user is None:
+            raise RefusedError(401, message="Invalid credentials in Authorization header")
+        return user
+
+    def create(self, user: dict[str, Any] | None, _: Any, body: bytes, *__: Any) -> Any:
+        asked = json.loads(body)
+        repo = f"{asked.get('organization') or (user or {}).get('name')}/{asked['name']}"
+        self._writer(user, repo)
+        if repo in self.repositories:
+            raise RefusedError(409, message="You already created this model repo")
+        self.add(repo, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=asked.get("visibility") == "private")
+        return {"url": f"{self.url}/{repo}", "name": repo, "id": repo}
+
+    def validate(self, _: Any, __: Any, body: bytes, *___: Any) -> Any:
+        front = json.loads(body)["content"].split("---")
+        try:
+            yaml.safe_load(front[1])
+        except (IndexError, yaml.YAMLError) as error:
+            raise RefusedError(400, message=str(error)) from None
+        return {"errors": [], "warnings": []}
+
+    def models(self, user: dict[str, Any] | None, _: Any, __: Any, query: dict[str, list[str]]) -> Any:
+        found = [self._describe(repo) for repo, held in self.repositories.items() if not held.private or user]
+        tags, owner = query.get("filter", []), query.get("author", [""])[0]
+        return [each for each in found if set(tags) <= set(each["tags"]) and each["id"].startswith(owner)]
+
+    def info(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
+        repository, _files = self._files(user, at)
+        named = at.get("revision") or "main"
+        return self._describe(at["repo"], repository.head if named == "main" else named)
+
+    def tree(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
+        rows = []
+        for path, blob in sorted(self._files(user, at)[1].items()):
+            row: dict[str, Any] = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid}
+            if blob.lfs:
+                row["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 134}
+                row |= {"xetHash": self.xet_hashes[blob.sha256]} if blob.sha256 in self.xet_hashes else {}
+            rows.append(row)
+        return rows
+
+    def preupload(self, user: dict[str, Any] | None, at: dict[str, str], body: bytes, *_: Any) -> Any:
+        self._writer(user, at["repo"])
+        there = self._files(user, at)[1]
+        rows = []
+        for file in json.loads(body)["files"]:
+            mode = "lfs" if LFS.fullmatch(file["path"]) or file["size"] > 10 * 2**20 else "regular"
+            row = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            rows.append(row | ({"oid": there[file["path"]].etag} if file["path"] in there else {}))
+        return {"files": rows}
+
+    def batch(self, user: dict[str, Any] | None, at: dict[str, str], body: bytes, *_: Any) -> Any:
+        self._writer(user, at["repo"])
+        rows = []
+        for asked in json.loads(body)["objects"]:
+            row = dict(asked)
+            if asked["oid"] not in self.objects:
+                upload = {"href": f"{self.cdn}/{asked['oid']}?X-Amz-Signature=secret-signature"}
+                row["actions"] = {"upload": upload, "verify": {"href": f"{self.url}/cdn/verify"}}
+            rows.append(row)
+        return {"transfer": "basic", "objects": rows}
+
+    def put(self, _: Any, at: dict[str, str], body: bytes, *__: Any) -> Any:
+        if hashlib.sha256(body).hexdigest() != at["oid"]:
+            raise RefusedError(400, message="SHA-256 does not match")
+        self.objects[at["oid"]] = body
+        return {}
+
+    def lfs_verify(self, _: Any, __: Any, body: bytes, *___: Any) -> Any:
+        if json.loads(body)["oid"] not in self.objects:
+            raise RefusedError(404, message="no such object")
+        return {}
+
+    def commit(self, user: dict[str, Any] | None, at: dict[str, str], body: bytes, *_: Any) -> Any:
+        self._writer(user, at["repo"])
+        repository = self.repositories[at["repo"]]
+        files = dict(repository.files)
+        for line in body.decode().splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "header" and value.get("parentCommit", repository.head) != repository.head:
+                raise RefusedError(412, message="A commit has happened since. Please refresh and try again.")
+            if operation["key"] == "file":
+                files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
+            elif operation["key"] == "lfsFile":
+                if value["oid"] not in self.objects and not self._from_xet(value["oid"], value["size"]):
+                    raise RefusedError(400, message=f"LFS pointer of {value['path']} points to nothing")
+                files[value["path"]] = Blob(self.objects[value["oid"]], lfs=True)
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
+        oid = repository.commit(files)
+        return {"commitUrl": f"{self.url}/{at['repo']}/commit/{oid}", "commitOid": oid, "success": True}
+
+    def xet_token(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
+        if self.xet is None:
+            raise RefusedError(404, message="no Xet here")
+        self._files(user, at)
+        return {"casUrl": f"local://{self.xet}", "accessToken": "short-lived", "exp": int(time.time()) + 3600}
+
+    def _from_xet(self, oid: str, size: int) -> bool:
+        """Take a file that was uploaded to the Xet store over to the objects."""
+        if self.xet is None or oid not in self.xet_hashes:
+            return False
+        path = self.xet / oid
+        with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{self.xet}") as group:
+            group.start_download_file(hf_xet.XetFileInfo(self.xet_hashes[oid], size), str(path))
+        self.objects[oid] = path.read_bytes()
+        return hashlib.sha256(self.objects[oid]).hexdigest() == oid
+
+    def collection(self, user: dict[str, Any] | None, _: Any, body: bytes, *__: Any) -> Any:
+        asked = json.loads(body)
+        slug = f"{asked['namespace']}/{asked['title'].lower().replace(' ', '-')}-{'0' * 24}"
+        self._writer(user, slug)
+        if slug in self.collections:
+            raise RefusedError(409, message=json.dumps({"slug": slug}))
+        self.collections[slug] = {
+            "slug": slug, "title": asked["title"], "owner": {"name": asked["namespace"]}, "items": [], "position": 0,
+            "lastUpdated": "2026-11-23T00:00:00.000Z", "private": asked["private"], "theme": "blue", "upvotes": 0,
+        }  # fmt: skip
+        return self.collections[slug]
+
+    def collection_held(self, _: Any, at: dict[str, str], *__: Any) -> Any:
+        return self.collections[at["slug"]]
+
+    def collection_item(self, user: dict[str, Any] | None, at: dict[str, str], body: bytes, *_: Any) -> Any:
+        self._writer(user, at["slug"])
+        items, asked = self.collections[at["slug"]]["items"], json.loads(body)["item"]
+        if asked["id"] not in [item["id"] for item in items]:
+            items.append({"_id": str(len(items)), **asked, "position": len(items)})
+        return self.collections[at["slug"]]
+
+    def _writer(self, user: dict[str, Any] | None, name: str) -> None:
+        if user is None:
+            raise RefusedError(401, message="Invalid username or password.")
+        if name.partition("/")[0] not in {user["name"], *(org["name"] for org in user.get("orgs", ()))}:
+            raise RefusedError(403, message="You don't have the rights to create a model under this namespace")
+        if user["auth"]["accessToken"]["role"] == "read":
+            raise RefusedError(403, message="This token is read-only")
+
+    def _files(self, user: dict[str, Any] | None, at: dict[str, str]) -> tuple[Repository, dict[str, Blob]]:
+        repository = self.repositories.get(at["repo"])
+        if repository is None or (repository.private and user is None):
+            raise RefusedError(404 if user else 401, "RepoNotFound", "Repository not found")
+        revision = at.get("revision") or "main"
+        commit = repository.head if revision == "main" else revision
+        if commit not in repository.commits:
+            raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repository, repository.commits[commit]
+
+    def _describe(self, repo: str, commit: str = "") -> dict[str, Any]:
+        repository = self.repositories[repo]
+        files = repository.commits[commit or repository.head]
+        front: dict[str, Any] = {}
+        if "README.md" in files and files["README.md"].content.startswith(b"---"):
+            front = yaml.safe_load(files["README.md"].content.split(b"---")[1]) or {}
+        return {
+            "_id": repo, "id": repo, "modelId": repo, "sha": commit or repository.head,
+            "private": repository.private, "gated": repository.gated, "tags": list(front.get("tags", [])),
+            "cardData": front, "siblings": [{"rfilename": path} for path in sorted(files)],
+            "usedStorage": sum(len(blob.content) for blob in files.values()),
+        }  # fmt: skip
+
+
+def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+        def _serve(self) -> None:
+            address = urlsplit(self.path)
+            path = unquote(address.path)
+            matches = {step: re.fullmatch(pattern, f"{self.command} {path}") for step, pattern in ROUTES.items()}
+            step, at = next(((step, match.groupdict()) for step, match in matches.items() if match), ("", {}))
+            hub.requests.append((step, self.path, {key.lower(): value for key, value in self.headers.items()}))
+            if not step:
+                return self._send(404, b'{"error": "no such route on the loopback Hub"}')
+            fault = hub.fault_of(step, path)
+            length = int(self.headers.get("Content-Length", 0))
+            if fault == "reset" or (fault == "cut" and self.command != "GET"):
+                self.rfile.read(length // 2)
+                self.close_connection = True
+                return self.connection.close()
+            body = self._body(length)
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            try:
+                if isinstance(fault, int):
+                    raise RefusedError(fault, message="injected")
+                user = hub.tokens.get(token)
+                if token and user is None:
+                    raise RefusedError(401, message="Invalid credentials in Authorization header")
+                if step in ("resolve", "cdn"):
+                    return self._file(step, user, at, fault)
+                answer = getattr(hub, step.replace("-", "_"))(user, at, body, parse_qs(address.query))
+                self._send(200, json.dumps(answer).encode(), _xet_headers(answer) if step == "xet-token" else {}, fault)
+            except RefusedError as refused:
+                self._refuse(refused, fault)
+
+        do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
+
+        def _body(self, length: int) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(length)
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def _refuse(self, refused: RefusedError, fault: Fault | None) -> None:
+            headers = {"X-Error-Message": refused.message}
+            if refused.code:
+                headers["X-Error-Code"] = refused.code
+            if refused.status == 429:
+                headers["Retry-After"] = "7"
+            body = refused.message if refused.message[:1] == "{" else json.dumps({"error": refused.message})
+            self._send(refused.status, body.encode(), headers, fault)
+
+        def _file(self, step: str, user: Any, at: dict[str, str], fault: Fault | None) -> None:
+            if step == "cdn":
+                if at["oid"] not in hub.objects:
+                    raise RefusedError(404, message="no such object")
+                return self._send_range(hub.objects[at["oid"]], {}, fault)
+            repository, files = hub._files(user, at)
+            if repository.gated and user is None:
+                raise RefusedError(401, "GatedRepo", "Access to this model is restricted")
+            commit = repository.head if at["revision"] == "main" else at["revision"]
+            if at["path"] not in files:
+                raise RefusedError(404, "EntryNotFound", "Entry not found")
+            blob = files[at["path"]]
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{blob.etag}"'}
+            if not blob.lfs:
+                return self._send_range(blob.content, headers, fault)
+            headers |= {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
+            self._send(302, b"", {**headers, "Location": f"{hub.cdn}/{blob.sha256}?X-Amz-Signature=secret-signature"})
+
+        def _send_range(self, content: bytes, headers: dict[str, str], fault: Fault | None) -> None:
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if asked is None:
+                return self._send(200, content, headers, fault)
+            first = int(asked[1])
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+            self._send(206, content[first:], headers, fault)
+
+        def _send(
+            self, status: int, body: bytes, headers: dict[str, str] | None = None, fault: Fault | None = None
+        ) -> None:
+            if fault == "lost":  # done, but the answer does not arrive
+                self.close_connection = True
+                return self.connection.close()
+            self.send_response(status)
+            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            if fault == "slow":
+                self.wfile.flush()
+                time.sleep(0.3)
+            if fault == "cut":
+                self.close_connection = True
+                return self.connection.close()
+            self.wfile.write(body[half:])
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError, ValueError):  # a client that went away; a connection cut by us
+                super().handle()
+
+    return Handler
+
+
+def _xet_headers(answer: dict[str, Any]) -> dict[str, str]:
+    """The token's answer once more, as hf_xet reads the body and huggingface_hub the headers."""
+    names = {"X-Xet-Cas-Url": "casUrl", "X-Xet-Access-Token": "accessToken", "X-Xet-Token-Expiration": "exp"}
+    return {name: str(answer[key]) for name, key in names.items()}
+
+
+@contextlib.contextmanager
+def loopback_hub(tokens: dict[str, dict[str, Any]]) -> Iterator[LoopbackHub]:
+    """A Hub that is closed at the end."""
+    hub = LoopbackHub(tokens)
+    try:
+        yield hub
+    finally:
+        hub.close()
