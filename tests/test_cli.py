@@ -90,6 +90,8 @@ def test_version(capsys) -> None:
         (["compare", "{tmp}", "{tmp}", "--metrics", "fidd"], "unknown metrics fidd; known: psnr, ssim"),
         (["card", "{tmp}"], "recipe.yaml"),
         (["export", "{tmp}"], "recipe.yaml"),
+        (["publish", "{tmp}/missing", "--repo", "me/x"], "{tmp}/missing is no folder; give the folder of a run"),
+        (["pull", "{tmp}", "--verify"], "{tmp} has no fbqat.json, so what belongs into it is not known"),
     ],
 )
 def test_error_is_one_line_that_names_the_thing(arguments: list[str], message: str, tmp_path: Path, capsys) -> None:

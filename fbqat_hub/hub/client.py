@@ -18,7 +18,9 @@ class HubError(RuntimeError):
     """Something that the Hub or the way to it refused; the text says at what step and what to do."""
 
 
-_ADVICE = {
+AGAIN = "run the same command again: what was done is kept"
+OTHERWISE = f"the Hub does not answer as it should; {AGAIN}"
+ADVICE = {  # HTTP status -> what to do
     401: "the token is not valid: log in with `hf auth login`, or set HF_TOKEN to a valid one",
     403: "the token may not do this: it needs write access to this repository (https://huggingface.co/settings/tokens)",
     404: "there is no such repository or file, or the token may not see it",
@@ -28,7 +30,6 @@ _ADVICE = {
     413: "it is too large for the Hub",
     429: "the Hub asks for a pause (rate limit); run the same command again in a few minutes",
 }
-_AGAIN = "run the same command again: what was done is kept"
 
 
 @contextlib.contextmanager
@@ -60,13 +61,13 @@ def _what(error: BaseException) -> str:
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
             said = f" ({' '.join(str(cause.server_message).split())[:200]})" if cause.server_message else ""
-            advice = _ADVICE.get(status, f"the Hub does not answer as it should; {_AGAIN}")
+            advice = ADVICE.get(status, OTHERWISE)
             return f"HTTP {status}{said}: {advice}."
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
         return "offline mode is on (HF_HUB_OFFLINE); unset it and run again."
     if any(isinstance(cause, HTTPError) for cause in chain):
-        return f"the connection was lost ({type(chain[-1]).__name__}); {_AGAIN}."
-    return f"{' '.join(str(error).split())[:300]} If this is no mistake of the input, {_AGAIN}."
+        return f"the connection was lost ({type(chain[-1]).__name__}); {AGAIN}."
+    return f"{' '.join(str(error).split())[:300]} If this is no mistake of the input, {AGAIN}."
 
 
 class RemoteFile(NamedTuple):

@@ -29,11 +29,14 @@ _PICTURE = re.compile(r"images/[^/]+\.(png|jpg|webp)")
 # Qualcomm's libraries may not be passed on; pickles and programs have no business in a bundle
 _NEVER_IN_BUNDLE = re.compile(r".+\.(so(\.\d+)*|dll|dylib|exe|cat|pt|pth|ckpt|pkl|pickle|py|tmp)|.*partial.*")
 _TEXT = re.compile(r".+\.(json|jsonl|yaml|yml|md|txt|csv|jinja|sh)|LICEN[CS]E|NOTICE|ATTRIBUTION")
+# of the base model, and full of pieces of paths and names
+_VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|.+\.model")
 
 _TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[A-Z0-9]{16})\b")
 _ABSOLUTE = re.compile(
     r"""(?:^|(?<=[\s"'`(=\[,:]))(?:/([\w.@+-]+)(?:/[\w.@+-]+)+|~/[\w.@+-]+|[A-Za-z]:\\\\?\w[^\s"']*)"""
 )
+_COMMON = {"root", "user", "admin", "ubuntu", "debian", "runner", "docker", "localhost"}  # tell nobody who it is
 _HOMES = {"home", "Users", "root", "mnt", "media", "tmp", "private", "scratch", "workspace"}
 
 
@@ -54,7 +57,7 @@ class Item:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb")
 
 
-def collect(run: Path, repo: str) -> tuple[list[Item], list[str]]:
+def collect(run: Path, repo: str) -> tuple[list[Item], list[str], list[str]]:
     """The files of a run's folder that are published, and those that stay.
 
     Published are the pipeline, its card, recipe, results and log, the pictures of the card, licence texts and the HTP
@@ -66,13 +69,15 @@ def collect(run: Path, repo: str) -> tuple[list[Item], list[str]]:
         repo: Hub id it will have.
 
     Returns:
-        (items sorted by path, paths that stay).
+        (items sorted by path, paths that stay, files that cannot be published: one line each).
     """
     components = component_names(run)
-    items, stay = [], []
+    items, stay, problems = [], [], []
     for path in _files(run):
         name = path.relative_to(run).as_posix()
-        if name == CARD:
+        if problem := _problem_of(path, run):
+            problems.append(problem)
+        elif name == CARD:
             text = path.read_text(encoding="utf-8", errors="replace")
             items.append(
                 Item(name, text.replace('from_pretrained("."', f"from_pretrained({json.dumps(repo)}").encode())
@@ -84,7 +89,7 @@ def collect(run: Path, repo: str) -> tuple[list[Item], list[str]]:
             items.append(Item(name, path))
         else:
             stay.append(name)
-    return items, stay
+    return items, stay, problems
 
 
 def component_names(run: Path) -> list[str]:
@@ -103,18 +108,25 @@ def recipe_of(run: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def private_things(items: list[Item]) -> list[str]:
+def private_things(items: list[Item], owner: str) -> list[str]:
     """What must not be published of the files' contents, one line each; a secret itself is not repeated.
 
-    Looked for in every file: tokens (of the Hub in use, of GitHub, of AWS) and this user's home folder. In text files
-    also: absolute paths of this machine and of homes, the user's name and the machine's name.
+    Looked for in every file: tokens (of the Hub in use, of GitHub, of AWS). In every file but vocabularies: this user's
+    home folder. In text files but vocabularies also: absolute paths of this machine and of homes, the user's name
+    (unless it is the owner's) and the machine's name.
+
+    Args:
+        owner: the name before the slash of the repository.
     """
-    words = _own_words()
+    words = [word for word in _own_words() if word.lower() != owner.lower()]
     token = (get_token() or "").encode()
     home = str(Path.home()).encode() + b"/"
     problems: list[str] = []
     for item in items:
-        if _TEXT.fullmatch(item.path.rpartition("/")[2]):
+        name = item.path.rpartition("/")[2]
+        if _VOCABULARY.fullmatch(name):
+            problems += _private_bytes(item, token, b"")
+        elif _TEXT.fullmatch(name):
             with item.open() as file:
                 problems += _private_text(item.path, file.read().decode(errors="replace"), words, token)
         else:
@@ -143,7 +155,7 @@ def _private_bytes(item: Item, token: bytes, home: bytes) -> Iterator[str]:
             if _TOKEN.search(window) or (token and token in window):
                 yield f"{item.path}: holds a token; make the file again without it, and revoke it if it is yours."
                 return
-            if home in window:
+            if home and home in window:
                 yield f"{item.path}: holds a path of this user's home folder; make the file again from another folder."
                 return
             tail = window[-256:]
@@ -170,24 +182,21 @@ def _belongs(name: str, components: list[str]) -> bool:
 
 
 def _files(run: Path) -> Iterator[Path]:
-    """Every file of the folder that is not hidden, sorted; folders that are links are not entered.
-
-    Raises:
-        ValueError: a file is a link out of the folder, or has a name that cannot be published.
-    """
-    root = run.resolve()
+    """Every file of the folder that is not hidden, sorted; folders that are links are not entered."""
     for folder, folders, files in os.walk(run):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(folder) / name
-            if name.startswith("."):
-                continue
-            if not path.resolve().is_relative_to(root):
-                raise ValueError(
-                    f"{path} is a link to a file outside the run; put the file itself there, or remove it."
-                )
-            check_path(path.relative_to(run).as_posix(), str(run))
-            yield path
+        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
+
+
+def _problem_of(path: Path, run: Path) -> str:
+    """Why a file cannot be published, whatever it holds; empty if it can."""
+    if not path.resolve().is_relative_to(run.resolve()):
+        return f"{path} is a link to a file outside the run; put the file itself there, or remove it."
+    try:
+        check_path(path.relative_to(run).as_posix())
+    except ValueError:
+        return f"{path} has a name that not every system can hold; rename it."
+    return ""
 
 
 def read_json(path: Path) -> Any:

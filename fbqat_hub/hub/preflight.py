@@ -41,8 +41,13 @@ def remote_state(api: HfApi, repo: str) -> Remote | None:
         return Remote(info.sha, frozenset(file.rfilename for file in info.siblings or ()), bool(info.private))
 
 
-def local_problems(run: Path, items: list[Item]) -> list[str]:
-    """What is wrong with the files: layout, card, licence, sizes, privacy. One line each, with what to do."""
+def local_problems(run: Path, items: list[Item], owner: str) -> list[str]:
+    """What is wrong with the files: layout, card, licence, sizes, privacy. One line each, with what to do.
+
+    Args:
+        items: what is to be published of the run.
+        owner: the name before the slash of the repository.
+    """
     paths = {item.path for item in items}
     made = {"model_index.json": "train or convert", CARD: "card", "recipe.yaml": "train or convert"}
     missing = [f"{run / name} is missing. Run: fbqat {verb}" for name, verb in made.items() if name not in paths]
@@ -53,7 +58,7 @@ def local_problems(run: Path, items: list[Item]) -> list[str]:
         *_card_problems(run / CARD),
         *_recipe_problems(recipe_of(run), paths),
         *_size_problems(items),
-        *private_things(items),
+        *private_things(items, owner),
     ]
 
 

@@ -74,8 +74,8 @@ def publish(
     run, api = Path(run_dir), HfApi()
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no folder; give the folder of a run.")
-    items, stay = collect(run, repo)
-    problems = local_problems(run, items)
+    items, stay, problems = collect(run, repo)
+    problems += local_problems(run, items, repo.partition("/")[0])
     targets = {repo: items}
     if device_repo and not problems:
         targets = _divided(run, repo, items)

@@ -1,6 +1,6 @@
 """Every fault at every step of publish and pull: what comes of it. The table of docs/publishing.md is made here.
 
-python -m tests.hub.faults          # run all and rewrite the table; takes about two minutes
+python -m tests.hub.faults          # run all and rewrite the tables; takes minutes
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fbqat_hub.hub.client import HubError
+from fbqat_hub.hub.client import ADVICE, OTHERWISE, HubError
 from fbqat_hub.hub.publish import publish
 from fbqat_hub.hub.pull import pull, verify
 from tests.hub.conftest import PUBLISHED, TOKENS, point_client_at, write_run
@@ -32,7 +32,6 @@ NAMES = {
     "resolve": "ask for a file", "cdn": "receive a large file",
 }  # fmt: skip
 _OF_REPOSITORY = {"info", "preupload", "batch", "commit", "tree", "resolve"}
-START, END = "<!-- faults -->", "<!-- /faults -->"
 
 
 def outcome(hub: LoopbackHub, verb: str, step: str, fault: Fault, folder: Path) -> str:
@@ -87,20 +86,33 @@ def _quiet(_: str) -> None:
 
 def table(outcomes: dict[tuple[str, str, Fault], str]) -> str:
     """The outcomes as Markdown, a row a step."""
-    head = ["step", *(f"{fault}" for fault in FAULTS)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = [["step", *map(str, FAULTS)], ["---"] * (len(FAULTS) + 1)]
     for verb, steps in STEPS.items():
         for step in steps:
-            cells = [outcomes[verb, step, fault] for fault in FAULTS]
-            lines.append(f"| {verb}: {NAMES[step]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([f"{verb}: {NAMES[step]}", *(outcomes[verb, step, fault] for fault in FAULTS)])
+    return _markdown(rows)
+
+
+def advice_table() -> str:
+    """What errors say to do, as Markdown, a row a status."""
+    rows = [["HTTP status", "what the error says"], ["---", "---"]]
+    return _markdown([*rows, *([str(status), advice] for status, advice in ADVICE.items()), ["others", OTHERWISE]])
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def block(name: str) -> str:
+    """What stands on the page between the markers of a name."""
+    found = re.search(f"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", PAGE.read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def on_page() -> dict[tuple[str, str, Fault], str]:
     """The outcomes that the page's table states."""
-    rows = re.search(f"{START}\n(.*?)\n{END}", PAGE.read_text(), re.DOTALL)
-    assert rows is not None
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows[1].splitlines()[2:]]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in block("faults").splitlines()[2:]]
     stated = {row[0]: row[1:] for row in cells}
     return {
         (verb, step, fault): stated[f"{verb}: {NAMES[step]}"][column]
@@ -111,7 +123,7 @@ def on_page() -> dict[tuple[str, str, Fault], str]:
 
 
 def main() -> None:
-    """Run everything and rewrite the page's table."""
+    """Run everything and rewrite the page's tables."""
     outcomes = {}
     with loopback_hub(TOKENS) as hub, pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as home:
         point_client_at(hub, Path(home), patch)
@@ -121,8 +133,10 @@ def main() -> None:
                     folder = Path(home, f"{verb}-{step}-{fault}")
                     outcomes[verb, step, fault] = outcome(hub, verb, step, fault, folder)
     text = PAGE.read_text()
-    block = f"{START}\n{table(outcomes)}\n{END}"
-    PAGE.write_text(re.sub(f"{START}.*{END}", lambda _: block, text, flags=re.DOTALL))
+    for name, made in {"faults": table(outcomes), "advice": advice_table()}.items():
+        marked = f"<!-- {name} -->\n{made}\n<!-- /{name} -->"
+        text = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, marked=marked: marked, text, flags=re.DOTALL)
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

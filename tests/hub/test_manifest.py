@@ -31,7 +31,7 @@ def parsed(**changes: Any) -> Manifest:
 def test_of_a_run(run: Path) -> None:
     """Sizes and hashes are those of the files, the rest is the recipe's; what is read is what was written."""
     (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + f"dataset: {{path: {run}}}\n")
-    items, _ = collect(run, "me/x")
+    items, _, _ = collect(run, "me/x")
     manifest = manifest_of(run, items)
     weights = (run / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     entry = manifest.files["transformer/diffusion_pytorch_model.safetensors"]
@@ -139,7 +139,7 @@ def test_uses() -> None:
 
 
 def test_a_folder_is_compared_file_by_file(run: Path) -> None:
-    items, _ = collect(run, "me/x")
+    items, _, _ = collect(run, "me/x")
     manifest = manifest_of(run, items)
     paths = sorted(set(manifest.files) - {"README.md"})  # in the run it loads the folder itself
     assert check_files(run, manifest, paths).bad == []

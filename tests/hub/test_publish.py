@@ -258,7 +258,7 @@ def test_base_model_and_visibility(hub: LoopbackHub, run: Path) -> None:
         ("a/config.json", b'{\n "p": "C:\\\\Users\\\\ada"}', "line 2: local path"),
         ("README.md", b"see ~/models/sana", "local path '~/models'"),
         ("README.md", f"cd {Path(__file__).parent}".encode(), "local path"),
-        ("x/tokenizer.json", b'"hf_' + b"A" * 34 + b'"', "x/tokenizer.json, line 1: holds a token"),
+        ("x/tokenizer.json", b'"hf_' + b"A" * 34 + b'"', "x/tokenizer.json: holds a token"),
         ("README.md", b"as ada_lovelace did", "holds 'ada_lovelace', the name of this user"),
         ("htp/t.bin", b"\0" * (2**20 - 5) + b"hf_" + b"a" * 34 + b"\0", "htp/t.bin: holds a token"),
         ("htp/t.onnx", b"\0" + str(Path.home()).encode() + b"/x.py", "a path of this user's home folder"),
@@ -266,24 +266,30 @@ def test_base_model_and_visibility(hub: LoopbackHub, run: Path) -> None:
 )
 def test_private_things_are_found(path: str, content: bytes, message: str, monkeypatch) -> None:
     monkeypatch.setattr("getpass.getuser", lambda: "ada_lovelace")
-    found = private_things([Item(path, content)])
+    found = private_things([Item(path, content)], "ada")
     assert len(found) == 1
     assert message in found[0]
     assert "AAAA" not in found[0]
 
 
 def test_public_things_pass(monkeypatch) -> None:
-    """Addresses, names of graph nodes, fractions and closing tags are no paths."""
-    text = "https://huggingface.co/a/b </details> /transformer_blocks.0/attn1/MatMul and/or 1/2 (images/x.png) hf_hub"
-    assert private_things([Item("README.md", text.encode())]) == []
+    """Addresses, names of graph nodes, fractions, closing tags, vocabularies, and the name one publishes under."""
+    monkeypatch.setattr("getpass.getuser", lambda: "ada_lovelace")
+    text = (
+        "https://huggingface.co/ada_lovelace/b </details> /transformer_blocks.0/attn1/MatMul and/or 1/2 (images/x.png)"
+    )
+    vocabulary = b'{"/usr/bin": 1, "/home/": 2, "~/x": 3}'
+    items = [Item("README.md", text.encode()), Item("tokenizer/tokenizer.json", vocabulary)]
+    assert private_things(items, "Ada_Lovelace") == []
 
 
 def test_a_link_out_of_the_run_is_refused(hub: LoopbackHub, run: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("{}")
     (run / "transformer" / "secret.json").symlink_to(tmp_path / "secret.json")
-    with pytest.raises(ValueError, match=r"secret.json is a link to a file outside the run"):
-        publish(run, REPO)
-    assert hub.requests == []
+    (run / "transformer" / "a:b.json").write_text("{}")
+    problems = problems_of(run)
+    assert "secret.json is a link to a file outside the run" in problems
+    assert "a:b.json has a name that not every system can hold" in problems
 
 
 def test_tokens_are_never_shown_or_stored(hub: LoopbackHub, run: Path, tmp_path: Path, capfd, caplog) -> None:
