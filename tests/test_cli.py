@@ -15,7 +15,7 @@ from PIL import Image
 from fbqat_hub import __version__, cli
 from tests.conftest import write_recipe
 
-VERBS = ("demo", "train", "plan", "convert", "generate", "evaluate", "compare", "card", "export")
+VERBS = ("demo", "train", "plan", "convert", "generate", "evaluate", "compare", "card", "export", "doctor")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
