@@ -25,6 +25,7 @@ VERBS = (
     "compare",
     "card",
     "export",
+    "doctor",
     "publish",
     "pull",
     "list",

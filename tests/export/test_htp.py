@@ -27,9 +27,9 @@ def test_reciprocal_is_silently_wrong_and_division_is_right(tmp_path: Path) -> N
     """The cure of `rewrite.reciprocal_to_div`, and proof that the op gate would catch its absence."""
     model = one_op("Reciprocal", {"x": [1, 64]})
     with pytest.raises(ExportError, match="Reciprocal at 8 bits is silently wrong"):
-        op_parity.gate_ops(emulated_op_errors(model, small_values(), tmp_path, Precision(elementwise=8)))
+        op_parity.gate_ops(emulated_op_errors(model, small_values(), tmp_path, Precision(a16_ops=())))
     rewrite.rewrite(model)
-    op_parity.gate_ops(emulated_op_errors(model, small_values(), tmp_path, Precision(elementwise=8)))
+    op_parity.gate_ops(emulated_op_errors(model, small_values(), tmp_path, Precision(a16_ops=())))
 
 
 def test_mixed_matmul_keeps_one_side_at_8_bits(tmp_path: Path) -> None:
