@@ -18,7 +18,7 @@ from fbqat_hub.hub.names import size_text
 
 TAG = "fbqat"
 _EVERY_CARD = {TAG, "4-bit", "w4a8", "quantization-aware-training"}  # the tag that is left is the family
-_SHOWN = ("kd_loss", "fd_teacher", "psnr")  # the first that was measured
+_SHOWN = ("kd_loss", "fd_teacher", "psnr", "bits_per_weight")  # the first that was measured
 
 
 @dataclass(frozen=True)

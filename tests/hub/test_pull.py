@@ -157,6 +157,9 @@ def test_errors_say_what_to_do(published: LoopbackHub, run: Path, tmp_path: Path
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="look up me/secret: HTTP 401"):
         pull("me/secret")
+    published.repositories[REPO].gated = "auto"
+    with pytest.raises(HubError, match="the repository is gated: ask for access on its page"):
+        pull(REPO)
     published.close()
     point_client_at(published, tmp_path / "home", monkeypatch)
     with pytest.raises(HubError, match=r"look up me/Tiny.*the connection was lost \(ConnectError\); run the same"):
