@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from fbqat_hub import cli
 from fbqat_hub.hub.client import HubError
@@ -42,6 +43,9 @@ def test_everything_then_from_the_cache(published: LoopbackHub, tmp_path: Path, 
     folder = verify(REPO).folder
     assert files_in(folder) == PUBLISHED
     assert pull(REPO, offline=True).folder == folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert pull(REPO).folder == folder
     assert published.requests == []
     assert pull(REPO).folder == folder
     assert published.count("cdn") == 0  # the large files are there already
