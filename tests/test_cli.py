@@ -15,7 +15,7 @@ from PIL import Image
 from fbqat_hub import __version__, cli
 from tests.conftest import write_recipe
 
-VERBS = ("demo", "train", "plan", "convert", "generate", "evaluate", "compare", "card", "export")
+VERBS = ("demo", "train", "plan", "convert", "generate", "evaluate", "compare", "space", "card", "export")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -75,6 +75,7 @@ def test_version(capsys) -> None:
         (["compare", "{tmp}", "{tmp}/missing"], "{tmp} holds no pictures"),
         (["compare", "{tmp}/broken.yaml", "{tmp}"], "{tmp}/broken.yaml is not a folder; give a folder of pictures"),
         (["compare", "{tmp}", "{tmp}", "--metrics", "fidd"], "unknown metrics fidd; known: psnr, ssim"),
+        (["space", "{tmp}/missing"], "{tmp}/missing is no folder, nor a Hub id"),
         (["card", "{tmp}"], "recipe.yaml"),
         (["export", "{tmp}"], "recipe.yaml"),
     ],
