@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   fbqat generate runs/tiny "red heart" --output heart.png
   fbqat evaluate runs/tiny && fbqat card runs/tiny
   fbqat compare runs/tiny runs/other --output compared
+  fbqat space runs/tiny                               a page: teacher beside W4A8, same prompt and seed
   fbqat export runs/tiny --soc sm8750                 compile for the Snapdragon 8 Elite's NPU
   fbqat doctor runs/tiny/htp --log logcat.txt         what would fail on a phone, and what its errors mean
   fbqat publish runs/tiny --repo me/tiny --dry-run    check everything, show what would go to the Hub
@@ -124,6 +125,17 @@ def _card(options: argparse.Namespace) -> None:
     from fbqat_hub.hub.card import write_card
 
     print(f"saved {write_card(options.run_folder, options.repo)}")
+
+
+def _space(options: argparse.Namespace) -> None:
+    from fbqat_hub.integrations.gradio import app, open_pair
+    from fbqat_hub.training.teachers import resolve_teacher
+
+    sources = options.models or sorted(str(path.parent) for path in Path("runs").glob("*/model_index.json"))
+    if not sources:
+        raise ValueError("no model given, and none in runs/; make one: fbqat train sana-tiny --output runs/sana-tiny")
+    page = app([open_pair(source, resolve_teacher) for source in sources])
+    page.launch(server_name=options.host, server_port=options.port, share=False)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -319,6 +331,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--author", help="only this user's or organization's on the Hub")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     sub.add_argument("--local", action="store_true", help="do not ask the Hub")
+
+    sub = verb(
+        "space",
+        _space,
+        "serve a page that draws with teacher and W4A8 side by side",
+        "fbqat space runs/tiny --port 7860",
+    )
+    sub.add_argument("models", metavar="MODEL", nargs="*", help="folder or Hub id of a run (default: all in runs/)")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    sub.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
 
     for name, run, text in (
         ("card", _card, "write a run's model card from what was measured"),
