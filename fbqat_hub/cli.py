@@ -358,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--precision",
                 default="w4a8",
                 choices=("w4a8", "w4a16", "w8a8", "w8a16", "auto"),
-                help="weights and activations (default: w4a8; auto: 16 bits where they buy most)",
+                help="weights and activations (default: w4a8; auto: 8 bits where they cost least)",
             )
             sub.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
             sub.add_argument(

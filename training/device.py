@@ -40,7 +40,7 @@ def export_run(
 
     Args:
         run: folder of a run, or a folder or Hub id of any packed pipeline.
-        precision: a key of ``PRESETS``, or "auto": W4A8, and 16 bits bought up to an SQNR of `TARGET_DB`.
+        precision: a key of ``PRESETS``, or "auto": 8 bits wherever the output's SQNR keeps `TARGET_DB`.
         a16: patterns of further layers at 16 bits.
         prompts: to calibrate on and to draw; the recipe's if there are none.
         pictures: drawn with the emulator in the loop, of the first prompts.

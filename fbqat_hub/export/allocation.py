@@ -1,14 +1,15 @@
-"""Where 16 activation bits buy most: measured on the exact CPU reference, op kind by op kind and layer by layer.
+"""Where 8 activation bits are enough: measured on the exact CPU reference, op kind by op kind and layer by layer.
 
-Start from 8 bits everywhere but in the last layer. Each candidate alone is given 16 bits, and the noise that leaves the
-output is divided by what it costs; in that order they are bought until the target is met. Noise powers of independent
-roundings add up, so what one candidate removes hardly depends on the others.
+Start from 16 bits everywhere. Each candidate alone is given 8 bits, and the noise that appears in the output is divided
+by what the 8 bits save. In that order candidates are lowered as far as the target allows. Noise powers of independent
+roundings add up on a clean background; the other way round, from 8 bits up, a layer's 16 bits show nothing while the
+op before it still rounds to 8.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +23,15 @@ from fbqat_hub.export.precision import VIEW_OPS, Precision, op_kind
 from fbqat_hub.export.qdq import insert_qdq
 from fbqat_hub.export.reference import exact_session
 from fbqat_hub.export.rewrite import static_shapes
+from fbqat_hub.quantization.convert import matches
 
-#: SQNR of the exact CPU reference to the packed torch model up to which 16 bits are bought.
-TARGET_DB = 30.0
+#: SQNR of the exact CPU reference to the packed torch model that must be kept.
+TARGET_DB = 25.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What can be given 16 bits at once.
+    """What can be given 8 bits at once.
 
     Attributes:
         name: a kind of `OP_KINDS`, or a pattern of layer names.
@@ -40,12 +42,6 @@ class Candidate:
     name: str
     is_layers: bool
     cost: float
-
-    def at_16_bits(self, precision: Precision) -> Precision:
-        """`precision` with this candidate at 16 bits."""
-        if self.is_layers:
-            return replace(precision, a16_layers=(*precision.a16_layers, self.name))
-        return replace(precision, a16_ops=(*precision.a16_ops, self.name))
 
 
 def layer_pattern(name: str) -> str:
@@ -90,48 +86,57 @@ def allocate(
     *,
     start: Precision,
     target_db: float = TARGET_DB,
-    on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Precision, dict[str, Any]]:
-    """The cheapest precision found that reaches `target_db`, and how it was found.
+    """The cheapest precision found that keeps `target_db`, and how it was found.
 
     Args:
         graph, ranges: as `insert_qdq` takes them.
-        feeds: a few inputs that are not held out.
+        feeds: a few inputs, other than those that set the ranges and than the held-out ones.
         expected: the packed torch model's output for each.
-        start: its `a16_layers` are kept; ops start at 8 bits.
-        on_step: called with (done, total) after each measurement of a candidate.
+        start: its weight storage, and its `a16_layers`, are kept.
 
     Returns:
-        The precision, and a report: `target_db`, `start_db`, `reached_db`, and `candidates`, most noise for the cost
-        first: `name`, `cost`, `alone_db` (all else at 8 bits), `bought`, `then_db` (with all bought before it).
+        The precision, and a report: `target_db`, `all_at_16_db`, `reached_db`, `share_at_16` (of the cost of all
+        candidates), and `candidates`, most noise for the cost first: `name`, `cost`, `alone_db` (the SQNR with 8 bits
+        there and 16 elsewhere), `bits`. Where even 16 bits everywhere miss the target, nothing is lowered.
     """
 
-    def measured(precision: Precision) -> float:
-        session = exact_session(insert_qdq(graph, ranges, precision))
+    def with_low(low: Sequence[Candidate]) -> Precision:
+        names = {candidate.name for candidate in low}
+        layers = [each.name for each in found if each.is_layers and each.name not in names]
+        ops = tuple(each.name for each in found if not each.is_layers and each.name not in names)
+        return replace(start, activation_bits=8, a16_layers=(*start.a16_layers, *layers), a16_ops=ops)
+
+    def measured(low: Sequence[Candidate]) -> float:
+        session = exact_session(insert_qdq(graph, ranges, with_low(low)))
         return sqnr_db(expected, [session.run(None, feed)[0] for feed in feeds])
 
-    precision = replace(start, a16_ops=())
-    reached = start_db = measured(precision)
-    found = candidates(graph)
-    rows = []
-    for done, candidate in enumerate(found):
-        alone = measured(candidate.at_16_bits(precision))
-        removed = 10 ** (-start_db / 10) - 10 ** (-alone / 10)
-        rows.append((removed / candidate.cost, alone, candidate))
-        if on_step:
-            on_step(done + 1, len(found))
-    report = []
-    for worth, alone, candidate in sorted(rows, key=lambda row: -row[0]):
-        row: dict[str, Any] = {"name": candidate.name, "cost": round(candidate.cost, 5), "alone_db": round(alone, 3)}
-        row["bought"] = reached < target_db and worth > 0
-        if row["bought"]:
-            precision = candidate.at_16_bits(precision)
-            reached = measured(precision)
-            row["then_db"] = round(reached, 3)
-        report.append(row)
-    return precision, {
+    found = [each for each in candidates(graph) if not (each.is_layers and matches(each.name, start.a16_layers))]
+    ceiling = measured([])
+    alone = {candidate: measured([candidate]) for candidate in found}
+    order = sorted(found, key=lambda each: (10 ** (-alone[each] / 10) - 10 ** (-ceiling / 10)) / each.cost)
+    # The noise grows with the number lowered: the most that keep the target, by bisection.
+    least, most, reached = 0, len(order), ceiling
+    while least < most:
+        middle = (least + most + 1) // 2
+        value = measured(order[:middle])
+        if value >= target_db:
+            least, reached = middle, value
+        else:
+            most = middle - 1
+    low = order[:least]
+    return with_low(low), {
         "target_db": target_db,
-        "start_db": round(start_db, 3),
+        "all_at_16_db": round(ceiling, 3),
         "reached_db": round(reached, 3),
-        "candidates": report,
+        "share_at_16": round(1 - sum(each.cost for each in low) / sum(each.cost for each in found), 4),
+        "candidates": [
+            {
+                "name": candidate.name,
+                "cost": round(candidate.cost, 5),
+                "alone_db": round(alone[candidate], 3),
+                "bits": 8 if candidate in low else 16,
+            }
+            for candidate in reversed(order)
+        ],
     }

@@ -237,7 +237,7 @@ def _build_decoder(
         held_out=feeds,
         expected=[as_feed({"picture": picture}) for picture in pictures],
     )
-    section = compile_graph(source, folder, target, PRESETS["w8a16"], bar)
+    section, _ = compile_graph(source, folder, target, PRESETS["w8a16"], bar)
     section["model"] = {"class": type(vae).__name__, "packed_layers": 0}
     section["audit"]["rewrites"] = rewrites
     certificate.gate(section["parity"])

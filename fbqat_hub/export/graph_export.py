@@ -87,7 +87,7 @@ def compile_graph(
     progress: Progress,
     *,
     check_ops: bool = True,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Feed]]:
     """QDQ, audits, context binary, and every comparison, into `folder`.
 
     Writes `<name>.qdq.onnx`, `<name>.bin` and `<name>.onnx` (the EPContext node).
@@ -97,7 +97,8 @@ def compile_graph(
             tensor of the graph in memory.
 
     Returns:
-        What was read back, audited and measured, for the certificate. The parity gates are the caller's.
+        What was read back, audited and measured, for the certificate (the parity gates are the caller's), and all
+        outputs of the emulator, by name, for each of `held_out`. `parity` is of the first output that torch has too.
 
     Raises:
         ExportError: a failed step, a failed audit, or an op that the HTP computes wrongly.
@@ -114,7 +115,8 @@ def compile_graph(
         qdq = insert_qdq(source.graph, source.ranges, precision)
         audited = audit.audit_qdq(qdq, source.layers, precision.weight_bits)
         onnx.save(qdq, qdq_path)
-    output = qdq.graph.output[0].name
+    outputs = [value.name for value in qdq.graph.output]
+    output = next(name for name in outputs if name in source.expected[0])
     made = op_parity.made_tensors(qdq)
     compared = [tensor for tensor in made if tensor.float_name in (output, *source.graph.block_outputs)]
     probed = made if check_ops else compared
@@ -130,7 +132,7 @@ def compile_graph(
         read_back = audit.audit_context(onnx.load(context), target)
         audited_compiled = audit.audit_compiled(scratch / "qnn_graph", list(source.layers), precision.weight_bits)
     with progress.step(f"{name}: emulate"), htp.emulator(context, target) as emulator:
-        emulated = [emulator.run(feed)[0] for feed in source.held_out]
+        emulated = [dict(zip(outputs, emulator.run(feed), strict=True)) for feed in source.held_out]
     with progress.step(f"{name}: probe"):
         onnx.save(op_parity.probe_graph(qdq, probed), scratch / "probe.onnx")
         values = htp.run_probe(scratch / "probe.onnx", source.held_out[:PROBED], target)
@@ -144,10 +146,8 @@ def compile_graph(
         )
         for block in source.graph.block_outputs
     }
-    measured = certificate.comparisons(
-        emulated, [each[output] for each in cpu], [each[output] for each in source.expected]
-    )
-    return {
+    measured = certificate.comparisons(*([each[output] for each in run] for run in (emulated, cpu, source.expected)))
+    section = {
         "read_back": read_back,
         "precision": vars(precision),
         "tensors": certificate.describe_tensors(qdq),
@@ -167,6 +167,7 @@ def compile_graph(
             "peak_rss_mib": round(emulator.peak_rss_mib, 1),
         },
     }
+    return section, emulated
 
 
 def _by_float_name(made: Sequence[Any], values: Sequence[np.ndarray]) -> Feed:

@@ -18,10 +18,11 @@ from fbqat_hub.export.errors import ExportError, require_htp
 from fbqat_hub.export.float_graph import GraphWrapper, as_feed, block_outputs, packed_layers
 from fbqat_hub.export.graph_export import STEPS, Feed, GraphSource, Progress, compile_graph, trace_graph
 from fbqat_hub.export.precision import Precision
+from fbqat_hub.export.split import split_graph
 from fbqat_hub.export.targets import Target, target_for
 from fbqat_hub.export.wrappers import POSITIONS, Item, blocks_of, wrap
 
-#: Calibration inputs on which `allocate` measures.
+#: Calibration inputs that are kept apart for `allocate`.
 ALLOCATION_INPUTS = 4
 
 
@@ -107,6 +108,7 @@ def export_htp(
     soc: str = "sm8750",
     precision: Precision | None = None,
     target_db: float | None = None,
+    graphs: int = 1,
     check_ops: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -125,8 +127,12 @@ def export_htp(
         soc: a key of `fbqat_hub.export.targets.TARGETS`.
         precision: which ops compute at how many activation bits; the default is W4A8 with 16 bits between the
             layers, in the last layer and on the timestep's path.
-        target_db: buy 16 bits where they remove most noise for their cost until the exact CPU reference has this SQNR
-            to torch (`allocation.allocate`; the kinds of ops at 16 bits are then measured, not `precision`'s).
+        target_db: start from 16 bits everywhere and give 8 where that saves most for its noise, while the exact CPU
+            reference keeps this SQNR to torch (`allocation.allocate`; `precision` then gives the weights' storage and
+            the layers that stay at 16 in any case).
+        graphs: into how many graphs to split the model along its blocks, `transformer_0` and so on, run in order.
+            The certificate's `parity` is then that of the whole chain on the emulator against torch (against the CPU
+            reference: of the last graph); `parts` has each graph's own.
         check_ops: see `compile_graph`.
         progress: show a bar.
 
@@ -141,7 +147,7 @@ def export_htp(
     target = target_for(soc)
     check_items("calibration", calibration)
     check_items("held_out", held_out)
-    bar = Progress(2 + len(STEPS), progress)
+    bar = Progress(2 + graphs * len(STEPS), progress)
     try:
         with staging(output_dir) as folder:
             section, _ = build_transformer(
@@ -153,6 +159,7 @@ def export_htp(
                 precision or Precision(),
                 bar,
                 target_db=target_db,
+                graphs=graphs,
                 check_ops=check_ops,
             )
             return write_certificate(folder, target, section, bar)
@@ -170,6 +177,7 @@ def build_transformer(
     progress: Progress,
     *,
     target_db: float | None = None,
+    graphs: int = 1,
     check_ops: bool = True,
 ) -> tuple[dict[str, Any], GraphWrapper]:
     """The transformer's graph, into `folder`; its part of the certificate, gated, and its wrapper."""
@@ -181,29 +189,45 @@ def build_transformer(
         layers = packed_layers(transformer)
         wrapper = wrap(transformer, calibration[0])
         graph, rewrites = trace_graph(wrapper, calibration[0], layers)
+    feeds = [as_feed(wrapper.host_inputs(item)) for item in calibration]
+    # what precision is chosen on must not have set the ranges: a range fits the inputs it was taken from too well
+    apart = range(0, len(calibration), max(2, len(calibration) // ALLOCATION_INPUTS))[:ALLOCATION_INPUTS]
+    chosen_on = apart if target_db is not None else range(0)
     with progress.step("transformer: calibrate"):
-        ranges = calibrate(graph.model, [as_feed(wrapper.host_inputs(item)) for item in calibration])
+        ranges = calibrate(graph.model, [feed for index, feed in enumerate(feeds) if index not in chosen_on])
     report = None
     if target_db is not None:
         with progress.step("transformer: allocate"):
-            some = calibration[:: max(1, len(calibration) // ALLOCATION_INPUTS)][:ALLOCATION_INPUTS]
+            some = [calibration[index] for index in chosen_on]
             precision, report = allocate(
                 graph,
                 ranges,
-                [as_feed(wrapper.host_inputs(item)) for item in some],
+                [feeds[index] for index in chosen_on],
                 [each["sample"] for each in torch_outputs(transformer, some, ())],
                 start=precision,
                 target_db=target_db,
             )
-    source = GraphSource(
-        name="transformer",
-        graph=graph,
-        layers=layers,
-        ranges=ranges,
-        held_out=[as_feed(wrapper.host_inputs(item)) for item in held_out],
-        expected=torch_outputs(transformer, held_out, blocks_of(transformer)),
-    )
-    section = compile_graph(source, folder, target, precision, progress, check_ops=check_ops)
+    held = [as_feed(wrapper.host_inputs(item)) for item in held_out]
+    expected = torch_outputs(transformer, held_out, blocks_of(transformer))
+    parts = {"transformer": graph}
+    if graphs > 1:
+        parts = {f"transformer_{index}": part for index, part in enumerate(split_graph(graph, graphs))}
+    sections = {}
+    for name, part in parts.items():
+        source = GraphSource(
+            name=name,
+            graph=part,
+            layers={part.module_names[key]: layer for key, layer in part.layers.items()},
+            ranges=ranges,
+            held_out=[{value.name: feed[value.name] for value in part.model.graph.input} for feed in held],
+            expected=expected,
+        )
+        sections[name], emulated = compile_graph(source, folder, target, precision, progress, check_ops=check_ops)
+        for feed, outputs in zip(held, emulated, strict=True):
+            feed.update(outputs)  # the next part runs on what the emulator made of this one
+    section = sections[name]
+    if graphs > 1:
+        section = {**section, "parts": sections}
     section["model"] = {"class": type(transformer).__name__, "packed_layers": len(layers)}
     section["allocation"] = report
     section["calibration_inputs"] = len(calibration)

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     import onnx
 
 #: Ops that move values without changing them: output and input share one encoding. ReLU is among them because a
-#: tensor that only feeds a ReLU is quantized over [0, max] already: the clip of its codes *is* the ReLU.
+#: tensor that only feeds a ReLU is quantized over [0, max] already: the clip of its codes *is* the ReLU. Resize is
+#: nearest (an autoencoder's upsampling).
 VIEW_OPS = frozenset(
-    {"Reshape", "Transpose", "Slice", "Split", "Unsqueeze", "Squeeze", "Flatten", "DepthToSpace", "Expand", "Relu"}
+    {"Reshape", "Transpose", "Slice", "Split", "Unsqueeze", "Squeeze", "Flatten", "DepthToSpace", "Expand"}
+    | {"Relu", "Resize"}
 )
 
 #: What is not a packed layer, by kind. `matmul` is an activation x activation product, whose second operand is always
