@@ -22,7 +22,9 @@ _EXAMPLES = """examples:
   fbqat generate runs/tiny "red heart" --output heart.png
   fbqat evaluate runs/tiny && fbqat card runs/tiny
   fbqat compare runs/tiny runs/other --output compared
+  fbqat space runs/tiny                               a page: teacher beside W4A8, same prompt and seed
   fbqat export runs/tiny --soc sm8750                 compile for the Snapdragon 8 Elite's NPU
+  fbqat doctor runs/tiny/htp --log logcat.txt         what would fail on a phone, and what its errors mean
   fbqat publish runs/tiny --repo me/tiny --dry-run    check everything, show what would go to the Hub
   fbqat pull me/tiny --for diffusers                  download whole, verified by its manifest
   fbqat list --author me                              published, downloaded and local models
@@ -125,14 +127,54 @@ def _card(options: argparse.Namespace) -> None:
     print(f"saved {write_card(options.run_folder, options.repo)}")
 
 
+def _space(options: argparse.Namespace) -> None:
+    from fbqat_hub.integrations.gradio import app, open_pair
+    from fbqat_hub.training.teachers import resolve_teacher
+
+    sources = options.models or sorted(str(path.parent) for path in Path("runs").glob("*/model_index.json"))
+    if not sources:
+        raise ValueError("no model given, and none in runs/; make one: fbqat train sana-tiny --output runs/sana-tiny")
+    page = app([open_pair(source, resolve_teacher) for source in sources])
+    page.launch(server_name=options.host, server_port=options.port, share=False)
+
+
 def _export(options: argparse.Namespace) -> None:
     from fbqat_hub.training.device import export_run
 
-    output = options.output or options.run_folder / "htp"
-    certificate = export_run(options.run_folder, output, soc=options.soc)
+    certificate = export_run(
+        options.run_folder,
+        options.output or Path(options.run_folder) / "htp",
+        soc=options.soc,
+        precision=options.precision,
+        a16=options.a16,
+        prompts=_lines(options.prompts) if options.prompts else (),
+        pictures=options.images,
+    )
     for name in ("emulator_vs_cpu_qdq", "emulator_vs_torch_packed", "cpu_qdq_vs_torch_packed"):
         print(f"{name.replace('_', ' '):26s} SQNR {certificate['parity'][name]['sqnr_db']:.1f} dB")
-    print(f"saved {output}. Ran on: x86 emulator. Never ran on: a phone.")
+    print(f"{'pictures vs torch':26s} PSNR {certificate['pictures']['mean_psnr_db']:.1f} dB")
+    print(f"saved {options.output or Path(options.run_folder) / 'htp'}. Ran on: x86 emulator. Never ran on: a phone.")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from fbqat_hub.export import doctor
+    from fbqat_hub.export.targets import target_for
+
+    target, findings = target_for(options.soc), []
+    if options.model and (Path(options.model) / "manifest.json").is_file():
+        findings += doctor.diagnose_bundle(Path(options.model), target)
+    elif options.model:
+        from fbqat_hub.integrations.diffusers import load_pipeline
+
+        findings += doctor.diagnose_model(load_pipeline(options.model).transformer, target)
+    if options.log:
+        findings += doctor.diagnose_log(options.log.read_text(errors="replace"))
+    if not options.model and not options.log:
+        raise ValueError("give a bundle or a packed pipeline to look at, or --log FILE of a device.")
+    for finding in findings:
+        print(f"{finding.level:8s} {finding.what}" + (f"\n         -> {finding.cure}" if finding.cure else ""))
+    if errors := sum(finding.level == "error" for finding in findings):
+        raise ValueError(f"{errors} {'error' if errors == 1 else 'errors'} found, see above.")
 
 
 def _publish(options: argparse.Namespace) -> None:
@@ -290,17 +332,48 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     sub.add_argument("--local", action="store_true", help="do not ask the Hub")
 
+    sub = verb(
+        "space",
+        _space,
+        "serve a page that draws with teacher and W4A8 side by side",
+        "fbqat space runs/tiny --port 7860",
+    )
+    sub.add_argument("models", metavar="MODEL", nargs="*", help="folder or Hub id of a run (default: all in runs/)")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    sub.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
+
     for name, run, text in (
         ("card", _card, "write a run's model card from what was measured"),
         ("export", _export, "compile a run for a Snapdragon's NPU (QNN HTP) and certify it"),
     ):
         sub = verb(name, run, text, f"fbqat {name} runs/tiny")
-        sub.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
+        kind = "folder of a run" + (", or a packed pipeline's folder or Hub id" if name == "export" else "")
+        sub.add_argument("run_folder", metavar="RUN", type=Path if name == "card" else str, help=kind)
         if name == "card":
             sub.add_argument("--repo", help="Hub id it will be published as, for the code block")
         if name == "export":
             sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
             sub.add_argument("--output", type=Path, help="new folder (default: RUN/htp)")
+            sub.add_argument(
+                "--precision",
+                default="w4a8",
+                choices=("w4a8", "w4a16", "w8a8", "w8a16", "auto"),
+                help="weights and activations (default: w4a8; auto: 8 bits where they cost least)",
+            )
+            sub.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
+            sub.add_argument(
+                "--prompts", type=Path, help="text file to calibrate on and draw (default: the recipe's data)"
+            )
+            sub.add_argument("--images", type=int, default=2, metavar="N", help="drawn on the emulator (default: 2)")
+    sub = verb(
+        "doctor",
+        _doctor,
+        "say what will fail before it is compiled, whether a bundle is whole, what a device's error means",
+        "fbqat doctor runs/tiny --soc sm8750 --log logcat.txt",
+    )
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="folder of a bundle, or a packed pipeline")
+    sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
+    sub.add_argument("--log", type=Path, help="text file of a device's log")
     return parser
 
 

@@ -25,9 +25,11 @@ VERBS = (
     "compare",
     "card",
     "export",
+    "doctor",
     "publish",
     "pull",
     "list",
+    "space",
 )
 
 
@@ -88,6 +90,7 @@ def test_version(capsys) -> None:
         (["compare", "{tmp}", "{tmp}/missing"], "{tmp} holds no pictures"),
         (["compare", "{tmp}/broken.yaml", "{tmp}"], "{tmp}/broken.yaml is not a folder; give a folder of pictures"),
         (["compare", "{tmp}", "{tmp}", "--metrics", "fidd"], "unknown metrics fidd; known: psnr, ssim"),
+        (["space", "{tmp}/missing"], "{tmp}/missing is no folder, nor a Hub id"),
         (["card", "{tmp}"], "recipe.yaml"),
         (["export", "{tmp}"], "recipe.yaml"),
         (["publish", "{tmp}/missing", "--repo", "me/x"], "{tmp}/missing is no folder; give the folder of a run"),

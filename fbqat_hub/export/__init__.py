@@ -5,7 +5,16 @@ Importing this package imports neither onnx nor onnxruntime; `export_htp` does, 
 
 from fbqat_hub.export.errors import ExportError, HTPUnavailableError, htp_available
 from fbqat_hub.export.htp_export import export_htp
-from fbqat_hub.export.precision import Precision
+from fbqat_hub.export.precision import PRESETS, Precision
 from fbqat_hub.export.targets import TARGETS, Target
 
-__all__ = ["TARGETS", "ExportError", "HTPUnavailableError", "Precision", "Target", "export_htp", "htp_available"]
+__all__ = [
+    "PRESETS",
+    "TARGETS",
+    "ExportError",
+    "HTPUnavailableError",
+    "Precision",
+    "Target",
+    "export_htp",
+    "htp_available",
+]

@@ -51,11 +51,12 @@ def _fail(what: str) -> ExportError:
     return ExportError(f"the export's own audit failed: {what}. This is a bug in the exporter, not in your model")
 
 
-def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear]) -> dict[str, Any]:
+def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight_bits: int = 4) -> dict[str, Any]:
     """Check the QDQ graph against the packed layers (by module name), bit for bit.
 
-    Every packed layer's weight must be INT4 with the layer's codes, scales and zero points of 0; a static input
-    encoding must be the layer's; every float tensor must come from a DequantizeLinear and go to a QuantizeLinear.
+    Every packed layer's weight must be stored in `weight_bits` bits with the layer's codes, scales and zero points of
+    0; a static input encoding must be the layer's; every float tensor must come from a DequantizeLinear and go to a
+    QuantizeLinear.
 
     Returns:
         Counts for the certificate.
@@ -76,7 +77,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear]) -> dic
         codes_name = f"{TWIN}.{name}.weight/codes"
         if codes_name not in readers or codes_name not in constants:
             raise _fail(f"no Gemm or Conv reads the codes of packed layer {name!r}")
-        _audit_weight(name, layer, constants, producer[readers[codes_name].input[1]])
+        _audit_weight(name, layer, constants, producer[readers[codes_name].input[1]], weight_bits)
         if layer.input_scale is not None:
             _audit_input(name, layer, readers[codes_name], producer, constants)
             static += 1
@@ -105,15 +106,23 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear]) -> dic
 
 
 def _audit_weight(
-    name: str, layer: PackedLinear, constants: Mapping[str, onnx.TensorProto], dequantize: onnx.NodeProto
+    name: str,
+    layer: PackedLinear,
+    constants: Mapping[str, onnx.TensorProto],
+    dequantize: onnx.NodeProto,
+    weight_bits: int,
 ) -> None:
     stored, scale, zero_point = (constants[item] for item in dequantize.input)
-    if stored.data_type != TensorProto.INT4:
-        raise _fail(f"weight of {name!r} is {TensorProto.DataType.Name(stored.data_type)}, not INT4")
+    kind = TensorProto.INT4 if weight_bits == 4 else TensorProto.INT8
+    if stored.data_type != kind:
+        raise _fail(f"weight of {name!r} is {TensorProto.DataType.Name(stored.data_type)}, not INT{weight_bits}")
     if helper.get_node_attr_value(dequantize, "axis") != 0 or stored.dims[0] != layer.out_features:
         raise _fail(f"weight of {name!r} is not scaled along its outputs")
-    codes = unpack_int4(stored.raw_data, int(np.prod(stored.dims))).reshape(layer.out_features, -1)
-    if not np.array_equal(codes, layer.codes().cpu().numpy()):
+    if weight_bits == 4:
+        codes = unpack_int4(stored.raw_data, int(np.prod(stored.dims)))
+    else:
+        codes = np.frombuffer(stored.raw_data, np.int8)
+    if not np.array_equal(codes.reshape(layer.out_features, -1), layer.codes().cpu().numpy()):
         raise _fail(f"codes of {name!r} differ from the packed layer's")
     if numpy_helper.to_array(scale).tobytes() != layer.weight_scale.detach().cpu().numpy().tobytes():
         raise _fail(f"scales of {name!r} differ from the packed layer's")
@@ -146,14 +155,14 @@ def _audit_input(
     raise _fail(f"the input of {name!r} is not quantized with the layer's trained scale and zero point")
 
 
-def audit_compiled(graph_folder: Path, layer_names: list[str]) -> dict[str, Any]:
+def audit_compiled(graph_folder: Path, layer_names: list[str], weight_bits: int = 4) -> dict[str, Any]:
     """Check the data types the compiler gave its tensors, from its JSON dump (the file that is not `_tensor_log`).
 
     Returns:
         Tensors by data type (weights of a 4-bit encoding as `sfixed4`), ops by type.
 
     Raises:
-        ExportError: no dump, more than one graph, a packed weight that is not 4-bit, or a float tensor inside.
+        ExportError: no dump, more than one graph, a packed weight of other bits, or a float tensor inside.
     """
     dumps = [path for path in graph_folder.glob("*.json") if not path.stem.endswith("_tensor_log")]
     if len(dumps) != 1:
@@ -169,8 +178,8 @@ def audit_compiled(graph_folder: Path, layer_names: list[str]) -> dict[str, Any]
         kinds[kind] += 1
     for layer in layer_names:
         weight = graph["tensors"].get(f"{TWIN}.{layer}.weight/codes")
-        if weight is None or weight["type"] != _STATIC or _stored_bits(weight) != 4:
-            raise _fail(f"the compiler did not keep the weight of {layer!r} at 4 bits")
+        if weight is None or weight["type"] != _STATIC or (_stored_bits(weight) == 4) != (weight_bits == 4):
+            raise _fail(f"the compiler did not keep the weight of {layer!r} at {weight_bits} bits")
     ops = Counter(node["type"] for node in graph["nodes"].values())
     return {
         "tensors_by_type": dict(sorted(kinds.items())),

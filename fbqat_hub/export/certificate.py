@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from onnx import numpy_helper
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.parity import compare
+from fbqat_hub.export.rewrite import static_shapes
 from fbqat_hub.export.targets import Target
 from fbqat_hub.version import __version__
 
@@ -64,15 +65,64 @@ def describe_tensors(model: onnx.ModelProto) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def parity(
+def cost(qdq: onnx.ModelProto) -> dict[str, int]:
+    """What the graph asks of a device, counted and not timed: no latency can be measured without one.
+
+    Returns:
+        `macs` (multiply-accumulates of Gemm, Conv and MatMul), `macs_a16` (those that read 16-bit activations),
+        `constant_bytes` (weights, biases, scales, tables as stored in the QDQ file), `io_bytes` (quantized inputs and
+        outputs).
+    """
+    inferred = onnx.shape_inference.infer_shapes(qdq)
+    shapes = static_shapes(inferred)
+    constants = {item.name: item for item in qdq.graph.initializer}
+    producer = {name: node for node in qdq.graph.node for name in node.output}
+    macs = wide = 0
+    for node in qdq.graph.node:
+        if node.op_type not in ("Gemm", "Conv", "MatMul"):
+            continue
+        made, second = int(np.prod(shapes[node.output[0]])), shapes[node.input[1]]
+        # the inner dimension: rows of the second matrix; of a transposed Gemm and a Conv everything but the outputs
+        inner = second[-2] if node.op_type == "MatMul" else int(np.prod(second[1:]))
+        macs += made * inner
+        zero_point = constants[producer[node.input[0]].input[2]]
+        wide += made * inner if zero_point.data_type == onnx.TensorProto.UINT16 else 0
+    boundary = describe_tensors(qdq)
+    return {
+        "macs": macs,
+        "macs_a16": wide,
+        "constant_bytes": sum(len(item.raw_data) or numpy_helper.to_array(item).nbytes for item in constants.values()),
+        "io_bytes": sum(
+            int(np.prod(tensor["shape"])) * np.dtype(tensor["quantized_dtype"]).itemsize
+            for tensor in [*boundary["inputs"], *boundary["outputs"]]
+        ),
+    }
+
+
+def comparisons(
     emulator: Sequence[np.ndarray], cpu: Sequence[np.ndarray], torch_packed: Sequence[np.ndarray]
 ) -> dict[str, Any]:
-    """The three comparisons of the held-out outputs; the first of each name is compared with the second."""
+    """One tensor over the held-out inputs, three ways; the first of each name is compared with the second."""
     return {
-        "held_out_inputs": len(emulator),
-        "emulator_vs_cpu_qdq": compare(cpu, emulator) | {"threshold_db": MIN_SQNR_EMULATOR_CPU_DB},
-        "emulator_vs_torch_packed": compare(torch_packed, emulator) | {"threshold_db": MIN_SQNR_EMULATOR_TORCH_DB},
+        "emulator_vs_cpu_qdq": compare(cpu, emulator),
+        "emulator_vs_torch_packed": compare(torch_packed, emulator),
         "cpu_qdq_vs_torch_packed": compare(torch_packed, cpu),
+    }
+
+
+_ADVICE = {
+    "emulator_vs_cpu_qdq": "the compiled graph does not compute its own QDQ graph: an op is silently wrong on the HTP "
+    "(see the table of known ones in fbqat_hub/export/rewrite.py), or an activation needs 16 bits",
+    "emulator_vs_torch_packed": "the exported graph does not compute the packed model: calibrate on more and on "
+    "typical inputs, or give layers 16 bits (--precision auto, --a16 PATTERN)",
+}
+
+
+def thresholds() -> dict[str, float]:
+    """What `gate` asks for, in dB."""
+    return {
+        "emulator_vs_cpu_qdq": MIN_SQNR_EMULATOR_CPU_DB,
+        "emulator_vs_torch_packed": MIN_SQNR_EMULATOR_TORCH_DB,
     }
 
 
@@ -80,19 +130,14 @@ def gate(measured: dict[str, Any]) -> None:
     """Refuse a graph that does not compute the model.
 
     Raises:
-        ExportError: an SQNR of `parity` is under its threshold.
+        ExportError: an SQNR of `comparisons` is under its threshold.
     """
-    advice = {
-        "emulator_vs_cpu_qdq": "the compiled graph does not compute its own QDQ graph: an op is silently wrong on the "
-        "HTP (see the table of known ones in fbqat_hub/export/rewrite.py), or an activation needs 16 bits",
-        "emulator_vs_torch_packed": "the exported graph does not compute the packed model: calibrate on more and on "
-        "typical inputs, or keep the layers with outliers at activation_bits=16",
-    }
-    for name, advised in advice.items():
-        value, threshold = measured[name]["sqnr_db"], measured[name]["threshold_db"]
+    for name, threshold in thresholds().items():
+        value = measured[name]["sqnr_db"]
         if not value >= threshold:
             raise ExportError(
-                f"{name.replace('_', ' ')}: SQNR is {value:.2f} dB, at least {threshold:.0f} dB is needed; {advised}"
+                f"{name.replace('_', ' ')}: SQNR is {value:.2f} dB, at least {threshold:.0f} dB is needed; "
+                f"{_ADVICE[name]}"
             )
 
 
@@ -130,3 +175,48 @@ def provenance() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def markdown(certificate: Mapping[str, Any]) -> str:
+    """The certificate for a person: what was asked, how far the three computations are apart, by output and block."""
+    asked, cost_of = certificate["asked"], certificate["cost"]
+    lines = [
+        "# Parity certificate",
+        "",
+        f"{certificate['model']['class']} for the {asked['title']} ({asked['soc']}, HTP {asked['htp_arch']}, "
+        f"{asked['vtcm_mb']} MiB of VTCM), compiled by QNN {certificate['read_back']['qnn_sdk_build']}.",
+        "",
+        f"Ran on: {certificate['ran_on']}. Never ran on: {certificate['never_ran_on']}.",
+        "",
+        "SQNR in dB (cosine) over the held-out inputs; the second of each pair is the reference.",
+        "",
+        "| tensor | " + " | ".join(name.replace("_", " ") for name in _PAIRS) + " |",
+        "|---|" + "---|" * len(_PAIRS),
+        _row("**output**", certificate["parity"]),
+        *(_row(name, compared) for name, compared in certificate["blocks"].items()),
+        *(_row(f"**{name}**", part["parity"]) for name, part in certificate.get("graphs", {}).items()),
+    ]
+    if timesteps := certificate["parity"].get("timesteps"):
+        values = zip(*(certificate["parity"][name]["sqnr_db_of_each"] for name in _PAIRS), strict=True)
+        rows = sorted(zip(timesteps, values, strict=True))
+        lines += ["", "| timestep | " + " | ".join(name.replace("_", " ") for name in _PAIRS) + " |"]
+        lines += ["|---|" + "---|" * len(_PAIRS)]
+        lines += [f"| {time:g} | " + " | ".join(f"{value:.1f}" for value in each) + " |" for time, each in rows]
+    if pictures := certificate.get("pictures"):
+        lines += ["", "| picture, emulator in the loop against torch | PSNR (dB) |", "|---|---|"]
+        lines += [f"| {item['prompt']} | {item['psnr_db']:.1f} |" for item in pictures["each"]]
+    lines += [
+        "",
+        f"{cost_of['macs']:,} multiply-accumulates a forward, {cost_of['macs_a16']:,} of them on 16-bit activations; "
+        f"{cost_of['constant_bytes']:,} bytes of constants, {cost_of['binary_bytes']:,} bytes of binary. No latency is "
+        "given: the emulator's time says nothing of a device's.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_PAIRS = ("emulator_vs_cpu_qdq", "emulator_vs_torch_packed", "cpu_qdq_vs_torch_packed")
+
+
+def _row(name: str, compared: Mapping[str, Any]) -> str:
+    cells = (f"{compared[pair]['sqnr_db']:.1f} ({compared[pair]['cosine']:.5f})" for pair in _PAIRS)
+    return f"| {name} | " + " | ".join(cells) + " |"

@@ -16,7 +16,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -99,7 +99,8 @@ class GraphWrapper:
     """A module of positional tensors around a twin, and how a person's inputs become its inputs.
 
     Attributes:
-        module: forward takes the tensors of `host_inputs` in order, returns one tensor; holds the twin as `.twin`.
+        module: forward takes the tensors of `host_inputs` in order. A `TwinModule`, whose blocks' outputs keep their
+            names in the graph, so that they can be compared and the graph be cut there; or any module of one output.
         host_inputs: keyword arguments of the transformer's forward -> the graph's inputs, float32, batch 1
             (what is cheap or impossible on the HTP, such as sin/cos of the timestep, happens here).
         output_name: the name of the graph's one output.
@@ -110,6 +111,63 @@ class GraphWrapper:
     output_name: str = "sample"
 
 
+def block_output_name(block: str, place: int) -> str:
+    """The graph's name of a block's output; `place` counts where a block has several, 0 is the picture's stream."""
+    return f"{block}/output_{place}"
+
+
+@contextlib.contextmanager
+def block_outputs(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Within the block of code, every forward of `model` fills the yielded mapping with its blocks' outputs by name.
+
+    A block of two streams returns (text, picture); the picture's comes first here. Absent ones (None) are left out.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook(block: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            streams = reversed(output) if isinstance(output, tuple) else [output]
+            found.update(
+                {block_output_name(block, place): item for place, item in enumerate(streams) if item is not None}
+            )
+
+        return keep
+
+    handles = [model.get_submodule(block).register_forward_hook(hook(block)) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TwinModule(nn.Module):
+    """A twin, a forward of positional tensors (`compute`), and the outputs of some of the twin's blocks behind its own.
+
+    Args:
+        blocks: names of submodules of `twin`.
+    """
+
+    def __init__(self, twin: nn.Module, blocks: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.twin, self.blocks = twin, blocks
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """The graph's output."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with block_outputs(self.twin, self.blocks) as found:
+            output = self.compute(*inputs)
+        return (output, *found.values())
+
+    def block_output_names(self, *inputs: Tensor) -> list[str]:
+        """Names of what `forward` returns behind its first output."""
+        with block_outputs(self.twin, self.blocks) as found, torch.no_grad():
+            self.compute(*inputs)
+        return list(found)
+
+
 @dataclass(frozen=True)
 class FloatGraph:
     """A float ONNX graph with provenance.
@@ -118,11 +176,13 @@ class FloatGraph:
         model: ONNX model, float32, static shapes, opset 23.
         layers: initializer name of a weight -> the packed layer it came from.
         module_names: initializer name of a weight -> module name (of every parameter named `*.weight`).
+        block_outputs: names of the tensors that are outputs of blocks (`block_output_name`), in order.
     """
 
     model: onnx.ModelProto
     layers: dict[str, PackedLinear]
     module_names: dict[str, str]
+    block_outputs: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -144,7 +204,10 @@ def trace(wrapper: GraphWrapper, example: Mapping[str, Tensor], layers: Mapping[
     Raises:
         ExportError: torch's exporter failed, or the weight of a packed layer is not in the graph under its name.
     """
+    from onnxscript.optimizer import remove_unused_nodes
+
     inputs = wrapper.host_inputs(example)
+    named = wrapper.module.block_output_names(*inputs.values()) if isinstance(wrapper.module, TwinModule) else []
     try:
         with _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
@@ -154,14 +217,18 @@ def trace(wrapper: GraphWrapper, example: Mapping[str, Tensor], layers: Mapping[
                 opset_version=OPSET,
                 verbose=False,
                 input_names=list(inputs),
-                output_names=[wrapper.output_name],
+                output_names=[wrapper.output_name, *named],
                 external_data=False,
             )
     except Exception as error:
         raise ExportError(f"torch.onnx.export failed: {type(error).__name__}: {error}") from error
     assert program is not None
     model = program.model_proto
+    model.graph.value_info.extend(model.graph.output[1:])
+    del model.graph.output[1:]
+    remove_unused_nodes(model)  # the last block's text stream ends in nothing
     used = {name for node in model.graph.node for name in node.input}
+    named = [name for name in named if name in used]
     missing = [name for name in layers if f"{TWIN}.{name}.weight" not in used]
     if missing:
         raise ExportError(
@@ -174,7 +241,7 @@ def trace(wrapper: GraphWrapper, example: Mapping[str, Tensor], layers: Mapping[
         if item.name.endswith(".weight")
     }
     by_initializer = {f"{TWIN}.{name}.weight": layer for name, layer in layers.items()}
-    return FloatGraph(model=model, layers=by_initializer, module_names=module_names)
+    return FloatGraph(model=model, layers=by_initializer, module_names=module_names, block_outputs=tuple(named))
 
 
 def as_feed(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -1,29 +1,30 @@
 """Compile a QDQ graph to a QNN HTP context binary, and run a context binary on the x86 emulator.
 
-Both happen in a child process (`htp_worker`). Nothing here ran on a phone.
+Both happen in a child process (`runtime/worker.py`). Nothing here ran on a phone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import onnx
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.export.htp_worker import peak_rss_mib
 from fbqat_hub.export.targets import Target
 
-__all__ = ["compile_context", "emulate", "peak_rss_mib", "provider_options", "rename_binary", "run_probe"]
-
-_WORKER = Path(__file__).with_name("htp_worker.py")
+_WORKER = Path(__file__).parent / "runtime" / "worker.py"
+_ANSWER = "fbqat-answer "
 
 
 def provider_options(target: Target) -> dict[str, str]:
@@ -37,72 +38,135 @@ def provider_options(target: Target) -> dict[str, str]:
     }
 
 
-def _call_worker(job: dict[str, Any], model: Path, folder: Path, timeout: float) -> dict[str, Any]:
-    """Run one job in a child and return its result.
+class Worker:
+    """A child process with one session; loading compiles where the model is a QDQ graph.
+
+    Attributes:
+        loaded: the child's answer to loading: `seconds`, `providers`, `peak_rss_mib`.
+        seconds: what all runs so far took.
+        peak_rss_mib: of the child so far.
 
     Raises:
-        ExportError: the child failed, crashed (signal named) or ran past `timeout` seconds; ends with its last words.
+        ExportError: the child failed or crashed (signal named); ends with its last words.
     """
-    job_path, result_path = folder / f"{job['action']}.job.json", folder / f"{job['action']}.result.json"
-    job_path.write_text(json.dumps(job | {"model": model.name, "result": str(result_path.resolve())}))
-    # The model goes by its bare name: ONNX Runtime hashes the path it is given into the graph's name, and the same
-    # graph must compile to the same bytes in any folder. The child finds what the parent finds, and starts as a bare
-    # script (-P: its folder is not put on the path): it loads ONNX Runtime and nothing of ours, torch or diffusers.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(_WORKER), str(job_path.resolve())],
+
+    def __init__(
+        self, action: str, model: Path, options: dict[str, str], entries: dict[str, str] | None = None
+    ) -> None:
+        self.action, self.seconds = action, 0.0
+        self._folder = tempfile.TemporaryDirectory(prefix="fbqat-htp-")
+        scratch = Path(self._folder.name)
+        # The model goes by its bare name: ONNX Runtime hashes the path it is given into the graph's name, and the
+        # same graph must compile to the same bytes in any folder.
+        job = {"model": model.name, "provider_options": options, "session_entries": entries or {}}
+        (scratch / "job.json").write_text(json.dumps(job))
+        # The child finds what the parent finds, and loads ONNX Runtime and nothing of ours, torch or diffusers.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
+        self._words = (scratch / "stderr.txt").open("w+", errors="replace")
+        self._child = subprocess.Popen(
+            [sys.executable, str(_WORKER), str(scratch / "job.json")],
             env=environment,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
             text=True,
             errors="replace",
-            timeout=timeout,
-            check=False,
             cwd=model.resolve().parent,
         )
-    except subprocess.TimeoutExpired:
-        raise ExportError(f"HTP {job['action']} was stopped after {timeout:.0f} s; give it more time") from None
-    if done.returncode == 0 and result_path.exists():
-        result: dict[str, Any] = json.loads(result_path.read_text())
-        return result
-    # what stands at the left margin: the messages, not the frames of a traceback
-    words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip() and not line.startswith(" ")]
-    how = f"exit status {done.returncode}"
-    if done.returncode < 0:
-        how = f"killed by {signal.Signals(-done.returncode).name}"
-    raise ExportError(
-        f"HTP {job['action']} failed ({how}). Its last words:\n" + "\n".join(words[-8:]) + "\n"
-        "(a message about CPU fallback means an op QNN refused, or a soc_model it does not know)"
-    )
+        self._said: list[str] = []
+        try:
+            self.loaded = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            if line.startswith(_ANSWER):
+                found: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
+                self.peak_rss_mib = float(found["peak_rss_mib"])
+                return found
+            self._said.append(line.rstrip())
+        raise self._failure(self._child.wait())
+
+    def _failure(self, status: int) -> ExportError:
+        self._words.seek(0)
+        # what stands at the left margin: the messages, not the frames of a traceback
+        lines = [*self._words.read().splitlines(), *self._said]
+        words = [line for line in lines if line.strip() and not line.startswith(" ")]
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return ExportError(
+            f"HTP {self.action} failed ({how}). Its last words:\n" + "\n".join(words[-8:]) + "\n"
+            "(a message about CPU fallback means an op QNN refused, or a soc_model it does not know)"
+        )
+
+    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """All outputs for one feed (graph inputs by name, float32)."""
+        assert self._child.stdin is not None
+        path = Path(self._folder.name) / "feed.npz"
+        np.savez(path, **feed)  # type: ignore[arg-type]
+        try:
+            self._child.stdin.write(f"{path}\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure(self._child.wait()) from None
+        self.seconds += self._answer()["seconds"]
+        with np.load(path.with_suffix(".out.npz")) as outputs:
+            return [outputs[name] for name in outputs.files]
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it is gone already
+                self._child.stdin.close()
+        self._child.wait()
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+        self._words.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._child.kill()
+        self.close()
 
 
-def compile_context(
-    qdq: Path, context: Path, target: Target, scratch: Path, *, timeout: float = 3600
-) -> dict[str, Any]:
+def emulator(context: Path, target: Target) -> Worker:
+    """The x86 emulator with a compiled context (the ONNX file with the EPContext node) loaded from its files."""
+    return Worker("run", context, provider_options(target))
+
+
+def compile_context(qdq: Path, context: Path, target: Target, scratch: Path) -> dict[str, Any]:
     """Compile `qdq` for `target`.
 
     Writes `context` (an ONNX file with one EPContext node), the binary beside it (named `<stem>_qnn.bin`), and the
     compiler's own JSON description of the graph under `scratch/qnn_graph`.
 
     Returns:
-        `load_seconds` (the compilation), `peak_rss_mib`, `providers` of the child.
+        `seconds` (the compilation), `peak_rss_mib`, `providers` of the child.
 
     Raises:
-        ExportError: see `_call_worker`.
+        ExportError: see `Worker`.
     """
     graphs = scratch / "qnn_graph"
     graphs.mkdir(parents=True, exist_ok=True)
-    job = {
-        "action": "compile",
-        "provider_options": provider_options(target)
-        | {"dump_json_qnn_graph": "1", "json_qnn_graph_dir": str(graphs.resolve())},
-        "session_entries": {
-            "ep.context_enable": "1",
-            "ep.context_file_path": str(context.resolve()),
-            "ep.context_embed_mode": "0",
-        },
+    options = provider_options(target) | {
+        "dump_json_qnn_graph": "1",
+        "json_qnn_graph_dir": str(graphs.resolve()),
     }
-    return _call_worker(job, qdq, scratch, timeout)
+    entries = {
+        "ep.context_enable": "1",
+        "ep.context_file_path": str(context.resolve()),
+        "ep.context_embed_mode": "0",
+    }
+    with Worker("compile", qdq, options, entries) as worker:
+        return worker.loaded
 
 
 def rename_binary(context: Path) -> Path:
@@ -120,51 +184,11 @@ def rename_binary(context: Path) -> Path:
     return wanted
 
 
-def run_probe(
-    probe: Path, feed: dict[str, np.ndarray], target: Target, scratch: Path, *, timeout: float = 3600
-) -> list[np.ndarray]:
-    """Compile `probe` in memory and run it once on the emulator; returns all its outputs in order.
+def run_probe(probe: Path, feeds: Sequence[dict[str, np.ndarray]], target: Target) -> list[list[np.ndarray]]:
+    """Compile `probe` in memory and run it on the emulator; all its outputs, in order, for each feed.
 
     Raises:
-        ExportError: see `_call_worker`.
+        ExportError: see `Worker`.
     """
-    return _run(probe, [feed], target, scratch, timeout)[0][0]
-
-
-def emulate(
-    context: Path, feeds: Sequence[dict[str, np.ndarray]], target: Target, scratch: Path, *, timeout: float = 3600
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Run the compiled context on the x86 emulator, from the file, in a process of its own.
-
-    Args:
-        context: the ONNX file with the EPContext node.
-        feeds: graph inputs by name, float32.
-
-    Returns:
-        The first output for each feed, and `load_seconds`, `run_seconds`, `peak_rss_mib` of the child.
-
-    Raises:
-        ExportError: see `_call_worker`.
-    """
-    outputs, result = _run(context, feeds, target, scratch, timeout)
-    return [arrays[0] for arrays in outputs], result
-
-
-def _run(
-    model: Path, feeds: Sequence[dict[str, np.ndarray]], target: Target, scratch: Path, timeout: float
-) -> tuple[list[list[np.ndarray]], dict[str, Any]]:
-    """Run `model` in a child; all outputs of each feed."""
-    inputs, outputs = scratch / "inputs.npz", scratch / "outputs.npz"
-    np.savez(inputs, **{f"{index}/{name}": value for index, feed in enumerate(feeds) for name, value in feed.items()})  # type: ignore[arg-type]
-    job = {
-        "action": "run",
-        "provider_options": provider_options(target),
-        "session_entries": {},
-        "inputs": str(inputs.resolve()),
-        "outputs": str(outputs.resolve()),
-        "count": len(feeds),
-    }
-    result = _call_worker(job, model, scratch, timeout)
-    with np.load(outputs) as file:
-        count = len(file.files) // len(feeds)
-        return [[file[f"{index}/{place}"] for place in range(count)] for index in range(len(feeds))], result
+    with Worker("probe", probe, provider_options(target)) as worker:
+        return [worker.run(feed) for feed in feeds]

@@ -7,6 +7,7 @@ CPU from the *emulator's* inputs of that op. What is left is the op's own error,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,11 @@ MAX_OP_ERROR = 2 / 255
 
 @dataclass(frozen=True)
 class MadeTensor:
-    """A quantized tensor as its op makes it: the op, the DequantizeLinear's output, and its range's width."""
+    """A quantized tensor as its op makes it: the DequantizeLinear's output, the tensor's name in the float graph, the
+    op, and its range's width."""
 
     name: str
+    float_name: str
     op_type: str
     bits: int
     width: float
@@ -46,23 +49,24 @@ def made_tensors(qdq: onnx.ModelProto) -> list[MadeTensor]:
             continue
         bits = 8 * numpy_helper.to_array(constants[node.input[2]]).itemsize
         width = float(numpy_helper.to_array(constants[node.input[1]])) * (2**bits - 1)
-        made.append(MadeTensor(dequantized[node.output[0]], op.op_type, bits, width))
+        float_name = node.input[0].removesuffix("/float")
+        made.append(MadeTensor(dequantized[node.output[0]], float_name, op.op_type, bits, width))
     return made
 
 
-def probe_graph(qdq: onnx.ModelProto) -> onnx.ModelProto:
-    """The QDQ graph with every made tensor among its outputs, in the order of `made_tensors`."""
+def probe_graph(qdq: onnx.ModelProto, tensors: Sequence[MadeTensor]) -> onnx.ModelProto:
+    """The QDQ graph with `tensors` (of `made_tensors`) as its outputs, in that order."""
     probe = onnx.ModelProto()
     probe.CopyFrom(qdq)
     del probe.graph.output[:]
-    for tensor in made_tensors(qdq):
+    for tensor in tensors:
         probe.graph.output.append(helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, None))
     return onnx.shape_inference.infer_shapes(probe)
 
 
 def local_graph(qdq: onnx.ModelProto) -> onnx.ModelProto:
     """The QDQ graph cut at every made tensor: readers take `<name>/given`, an input, instead of what was made."""
-    local = probe_graph(qdq)
+    local = probe_graph(qdq, made_tensors(qdq))
     shapes = {value.name: value for value in local.graph.output}
     for node in local.graph.node:
         for index, name in enumerate(node.input):
@@ -83,7 +87,7 @@ def op_errors(qdq: onnx.ModelProto, feed: dict[str, np.ndarray], emulated: list[
     Args:
         qdq: the graph.
         feed: the graph's inputs.
-        emulated: what the emulator returned for `probe_graph(qdq)` on `feed`.
+        emulated: what the emulator returned for a probe of all `made_tensors` on `feed`.
 
     Returns:
         One record a tensor: `tensor`, `op`, `bits`, `error` (root mean square over the range's width).
@@ -120,6 +124,8 @@ def gate_ops(records: list[dict[str, Any]]) -> None:
     Raises:
         ExportError: the largest error is over `MAX_OP_ERROR`; names the op and its tensor.
     """
+    if not records:
+        return
     worst = records[0]
     if not worst["error"] <= MAX_OP_ERROR:
         raise ExportError(

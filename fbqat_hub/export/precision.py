@@ -1,55 +1,118 @@
-"""Which op computes at 8 and which at 16 activation bits on the device."""
+"""Which op computes at 8 and which at 16 activation bits on the device, and how weights are stored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from fbqat_hub.export.errors import ExportError
 from fbqat_hub.quantization.linear import PackedLinear
 
 if TYPE_CHECKING:
     import onnx
 
 #: Ops that move values without changing them: output and input share one encoding. ReLU is among them because a
-#: tensor that only feeds a ReLU is quantized over [0, max] already: the clip of its codes *is* the ReLU.
+#: tensor that only feeds a ReLU is quantized over [0, max] already: the clip of its codes *is* the ReLU. Resize is
+#: nearest (an autoencoder's upsampling).
 VIEW_OPS = frozenset(
-    {"Reshape", "Transpose", "Slice", "Split", "Unsqueeze", "Squeeze", "Flatten", "DepthToSpace", "Expand", "Relu"}
+    {"Reshape", "Transpose", "Slice", "Split", "Unsqueeze", "Squeeze", "Flatten", "DepthToSpace", "Expand"}
+    | {"Relu", "Resize"}
 )
+
+#: What is not a packed layer, by kind. `matmul` is an activation x activation product, whose second operand is always
+#: 8 bits wide (the HTP would make it so unasked); `depthwise` a convolution with float weights of its own (W8);
+#: `float_layer` any other layer that was left in float (W8); `other` concatenations, sums, maxima.
+OP_KINDS = ("norm", "add", "product", "softmax", "activation", "matmul", "depthwise", "float_layer", "other")
+_KIND_OF_OP = {
+    "LayerNormalization": "norm", "RMSNormalization": "norm", "InstanceNormalization": "norm", "Add": "add",
+    "Sub": "add", "Mul": "product", "Div": "product", "Softmax": "softmax", "Gelu": "activation",
+    "Sigmoid": "activation", "Tanh": "activation", "MatMul": "matmul",
+}  # fmt: skip
+
+#: The last layer, as in arXiv 2510.14823, and what has one row in a graph: the timestep's path and the modulations.
+DEFAULT_A16_LAYERS = (
+    "proj_out", "time_embed.*", "adaln_single.*", "time_text_embed.*", "norm_out.linear",
+    "transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear",
+    "single_transformer_blocks.*.norm.linear",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Activation bits by kind of op.
+    """Weight storage and activation bits.
 
     The layers that hold the weights' mass compute at the activation bits they were trained with (8); what lies
     between them costs little and is kept at 16, and so are a few layers named here.
 
     Attributes:
-        a16_layers: fnmatch patterns of packed layers that compute W4A16 though trained at A8. The last layer, as
-            in arXiv 2510.14823; and the timestep's path, one row of a matrix product.
-        matmul_first: bits of the first operand and the result of an activation x activation product. The second
-            is always 8: the HTP would make it so unasked.
-        elementwise: bits of adds, products, norms, softmax, activation functions.
-        depthwise: bits of convolutions with their own float weights (W8). At 16 they raise a trained tiny Sana by
-            1-2 dB for under 2% of its products (3 x 3 against some 2,500 a value in the layers around them).
-        float_linear: bits of layers that were left in float (W8 on the device).
+        weight_bits: 4, or 8 to store the same 4-bit codes one to a byte: equal numbers, twice the bytes.
+        activation_bits: of packed layers trained at A8: 8, or 16 for W4A16 and W8A16.
+        a16_layers: fnmatch patterns of layers that compute at A16 though trained at A8.
+        a16_ops: kinds of `OP_KINDS` that compute at 16 bits; the others at 8.
     """
 
-    a16_layers: tuple[str, ...] = ("proj_out", "time_embed.*")
-    matmul_first: int = 16
-    elementwise: int = 16
-    depthwise: int = 16
-    float_linear: int = 16
+    weight_bits: int = 4
+    activation_bits: int = 8
+    a16_layers: tuple[str, ...] = DEFAULT_A16_LAYERS
+    a16_ops: tuple[str, ...] = OP_KINDS
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in (4, 8):
+            raise ExportError(f"weight_bits is {self.weight_bits}; allowed: 4, or 8")
+        if self.activation_bits not in (8, 16):
+            raise ExportError(f"activation_bits is {self.activation_bits}; allowed: 8, or 16")
+        if unknown := set(self.a16_ops) - set(OP_KINDS):
+            raise ExportError(f"unknown kinds of ops {sorted(unknown)}; known: {', '.join(OP_KINDS)}")
 
     def layer_bits(self, name: str, layer: PackedLinear | None) -> int:
-        """Activation bits at which the linear layer called `name` computes (float activations, 32, become 16)."""
-        if layer is None:
-            return self.float_linear
-        if layer.activation_bits != 8 or any(fnmatchcase(name, pattern) for pattern in self.a16_layers):
+        """Activation bits at which the layer called `name` computes (float activations, 32, become 16)."""
+        if any(fnmatchcase(name, pattern) for pattern in self.a16_layers):
             return 16
-        return 8
+        if layer is None:
+            return self.op_bits("float_layer")
+        return self.activation_bits if layer.activation_bits == 8 else 16
+
+    def op_bits(self, kind: str) -> int:
+        """Activation bits of one kind of op."""
+        return 16 if kind in self.a16_ops else 8
+
+
+PRESETS = {
+    "w4a8": Precision(),
+    "w4a16": Precision(activation_bits=16),
+    "w8a8": Precision(weight_bits=8),
+    "w8a16": Precision(weight_bits=8, activation_bits=16),
+}
+
+
+def precision_named(name: str, a16: Sequence[str] = ()) -> Precision:
+    """A preset, with further layers at A16.
+
+    Args:
+        name: a key of `PRESETS`.
+        a16: fnmatch patterns of layer names, e.g. "transformer_blocks.0.*".
+
+    Raises:
+        ExportError: another name.
+    """
+    if name not in PRESETS:
+        raise ExportError(f"unknown precision {name!r}; known: {', '.join(PRESETS)}")
+    return replace(PRESETS[name], a16_layers=(*DEFAULT_A16_LAYERS, *a16))
+
+
+def op_kind(
+    node: onnx.NodeProto, layers: Mapping[str, PackedLinear], constants: Mapping[str, onnx.TensorProto]
+) -> str | None:
+    """The kind of `node` among `OP_KINDS`; None for a packed layer."""
+    if node.op_type in ("Gemm", "Conv") and node.input[1] in constants:
+        if node.input[1] in layers:
+            return None
+        weight = constants[node.input[1]]
+        depthwise = node.op_type == "Conv" and weight.dims[1] == 1 and max(weight.dims[2:]) > 1
+        return "depthwise" if depthwise else "float_layer"
+    return "matmul" if node.op_type == "Gemm" else _KIND_OF_OP.get(node.op_type, "other")
 
 
 @dataclass(frozen=True)
@@ -68,14 +131,11 @@ def node_bits(
     constants: Mapping[str, onnx.TensorProto],
 ) -> NodeBits:
     """The bits at which `node` (not a view op) reads and writes its activations."""
-    count = len(node.input)
-    if node.op_type in ("Gemm", "Conv") and node.input[1] in constants:
-        weight = constants[node.input[1]]
-        if node.op_type == "Conv" and node.input[1] not in layers and weight.dims[1] == 1 and max(weight.dims[2:]) > 1:
-            bits = precision.depthwise
-        else:
-            bits = precision.layer_bits(module_names[node.input[1]], layers.get(node.input[1]))
-        return NodeBits([bits] * count, bits)
-    if node.op_type in ("MatMul", "Gemm"):
-        return NodeBits([precision.matmul_first, 8] + [0] * (count - 2), precision.matmul_first)
-    return NodeBits([precision.elementwise] * count, precision.elementwise)
+    count, kind = len(node.input), op_kind(node, layers, constants)
+    if kind in (None, "float_layer"):
+        bits = precision.layer_bits(module_names[node.input[1]], layers.get(node.input[1]))
+    else:
+        bits = precision.op_bits(kind)
+    if kind == "matmul":
+        return NodeBits([bits, 8] + [0] * (count - 2), bits)
+    return NodeBits([bits] * count, bits)

@@ -23,7 +23,7 @@ from fbqat_hub.export.precision import VIEW_OPS, Precision, node_bits
 from fbqat_hub.quantization.linear import PackedLinear
 
 _UNSIGNED: dict[int, type[np.unsignedinteger]] = {8: np.uint8, 16: np.uint16}
-_NORMS = ("LayerNormalization", "RMSNormalization")
+_NORMS = ("LayerNormalization", "RMSNormalization", "InstanceNormalization")
 
 
 def relu_ranges(model: onnx.ModelProto, ranges: Ranges) -> Ranges:
@@ -156,12 +156,13 @@ class _Inserter:
         return output
 
     def _weight(self, name: str, layer: PackedLinear | None) -> tuple[str, np.ndarray]:
-        """A weight [out, ...] with one scale a row: the packed layer's INT4 codes, or INT8 max-abs where left float."""
+        """A weight [out, ...] with one scale a row: the packed layer's own codes, or INT8 max-abs where left float."""
         output = f"{name}/dq"
         dims = list(self.constants[name].dims)
         if layer is not None:
             scale = layer.weight_scale.detach().cpu().numpy().astype(np.float32)
-            kind, codes = TensorProto.INT4, layer.codes().cpu().numpy()
+            kind = TensorProto.INT4 if self.precision.weight_bits == 4 else TensorProto.INT8
+            codes = layer.codes().cpu().numpy()
         else:
             values = numpy_helper.to_array(self.constants[name]).astype(np.float32)
             scale = np.maximum(np.abs(values).reshape(dims[0], -1).max(1) / 127, 1e-8).astype(np.float32)
@@ -271,7 +272,7 @@ class _Inserter:
         In an encoding of its own a floor of 1e-15 would round to 0 on the way out, and guard no division.
         """
         copied, (tensor, constant) = self._copy(node), node.input
-        copied.input[0], encoding = self._read(tensor, self.precision.elementwise)
+        copied.input[0], encoding = self._read(tensor, self.precision.op_bits("other"))
         value = float(numpy_helper.to_array(self.constants[constant]))
         steps = max(round(value / encoding.scale), 1 if value > 0 else 0)
         output = f"{node.output[0]}/floor"

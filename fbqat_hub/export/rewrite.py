@@ -44,10 +44,10 @@ def _consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
 
 def _replace(graph: onnx.GraphProto, old: list[onnx.NodeProto], new: list[onnx.NodeProto]) -> None:
     """Put `new` where the last of `old` stood (everything `new` reads is made before that point)."""
-    position = max(index for index, node in enumerate(graph.node) if any(node is item for item in old))
+    gone = {item.output[0] for item in old}  # by name: every replacement copies the nodes
+    position = max(index for index, node in enumerate(graph.node) if node.output[0] in gone)
     nodes = list(graph.node)
-    nodes[position + 1 : position + 1] = new
-    kept = [node for node in nodes if not any(node is item for item in old)]
+    kept = [node for node in nodes[: position + 1] if node.output[0] not in gone] + new + nodes[position + 1 :]
     del graph.node[:]
     graph.node.extend(kept)
 
@@ -70,18 +70,37 @@ def reciprocal_to_div(model: onnx.ModelProto) -> int:
 def drop_same_shape(model: onnx.ModelProto) -> int:
     """Remove Squeeze, Expand and Reshape nodes that change no shape (some exporters leave invalid ones)."""
     graph, shapes, removed = model.graph, static_shapes(model), 0
-    outputs = {value.name for value in graph.output}
     for node in list(graph.node):
         same = shapes.get(node.input[0]) is not None and shapes.get(node.input[0]) == shapes.get(node.output[0])
-        if node.op_type not in ("Squeeze", "Expand", "Reshape") or not same or node.output[0] in outputs:
-            continue
-        for user in graph.node:
-            for index, name in enumerate(user.input):
-                if name == node.output[0]:
-                    user.input[index] = node.input[0]
-        graph.node.remove(node)
-        removed += 1
+        if node.op_type in ("Squeeze", "Expand", "Reshape") and same and _bypass(graph, node, node.input[0]):
+            removed += 1
     return removed
+
+
+def drop_zero_bias(model: onnx.ModelProto) -> int:
+    """Remove additions of a constant that is all 0: behind an RMSNormalization the HTP gets it wrong by a fifth."""
+    graph, shapes, removed = model.graph, static_shapes(model), 0
+    constants = {item.name: item for item in graph.initializer}
+    for node in list(graph.node):
+        zeros = [name for name in node.input if name in constants and not numpy_helper.to_array(constants[name]).any()]
+        if node.op_type != "Add" or len(zeros) != 1:
+            continue
+        kept = next(name for name in node.input if name != zeros[0])
+        if shapes.get(kept) == shapes.get(node.output[0]) and _bypass(graph, node, kept):
+            removed += 1
+    return removed
+
+
+def _bypass(graph: onnx.GraphProto, node: onnx.NodeProto, source: str) -> bool:
+    """Let the readers of `node` read `source`, and remove it; not where it makes an output of the graph."""
+    if any(value.name == node.output[0] for value in graph.output):
+        return False
+    for user in graph.node:
+        for index, name in enumerate(user.input):
+            if name == node.output[0]:
+                user.input[index] = source
+    graph.node.remove(node)
+    return True
 
 
 def unpatchify(model: onnx.ModelProto) -> int:
@@ -133,13 +152,79 @@ def unpatchify(model: onnx.ModelProto) -> int:
     return changed
 
 
+def group_norm_to_instance_norm(model: onnx.ModelProto) -> int:
+    """GroupNormalization, which the HTP does not take, as InstanceNormalization of [1, groups, C / groups * H, W].
+
+    The scale and bias of each channel follow as a product and a sum.
+    """
+    graph, shapes = model.graph, static_shapes(model)
+    found = [node for node in graph.node if node.op_type == "GroupNormalization"]
+    for node in found:
+        (source, scale, bias), name = node.input, node.output[0]
+        batch, channels, height, width = shapes[source]
+        attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        groups = attributes["num_groups"]
+        grouped = np.array([batch, groups, channels // groups * height, width], np.int64)
+        steps = [
+            ("Reshape", [source, _constant(graph, f"{name}/grouped_shape", grouped)], {}),
+            (
+                "InstanceNormalization",
+                [
+                    f"{name}/0",
+                    _constant(graph, f"{name}/ones", np.ones(groups, np.float32)),
+                    _constant(graph, f"{name}/zeros", np.zeros(groups, np.float32)),
+                ],
+                {"epsilon": attributes.get("epsilon", 1e-5)},
+            ),
+            ("Reshape", [f"{name}/1", _constant(graph, f"{name}/shape", np.array(shapes[source], np.int64))], {}),
+            ("Mul", [f"{name}/2", _per_channel(graph, scale)], {}),
+            ("Add", [f"{name}/3", _per_channel(graph, bias)], {}),
+        ]
+        outputs = [f"{name}/{index}" for index in range(len(steps) - 1)] + [name]
+        _replace(
+            graph,
+            [node],
+            [
+                helper.make_node(op, inputs, [output], name=f"{node.name}/{op}_{index}", **options)
+                for index, ((op, inputs, options), output) in enumerate(zip(steps, outputs, strict=True))
+            ],
+        )
+    return len(found)
+
+
+def _per_channel(graph: onnx.GraphProto, name: str) -> str:
+    """The constant [C] called `name` as [1, C, 1, 1]."""
+    value = next(numpy_helper.to_array(item) for item in graph.initializer if item.name == name)
+    return _constant(graph, f"{name}/per_channel", value.reshape(1, -1, 1, 1))
+
+
+def resize_to_sizes(model: onnx.ModelProto) -> int:
+    """Nearest Resize by float factors -> by whole sizes: a factor would be quantized like an activation."""
+    shapes, changed = static_shapes(model), 0
+    for node in model.graph.node:
+        if node.op_type == "Resize" and len(node.input) == 3:
+            sizes = np.array(shapes[node.output[0]], np.int64)
+            size = _constant(model.graph, f"{node.output[0]}/size", sizes)
+            node.input[:] = [node.input[0], "", "", size]
+            changed += 1
+    return changed
+
+
 def rewrite(model: onnx.ModelProto) -> dict[str, int]:
     """All rewrites, then fresh shapes; returns how many places each changed.
 
     Raises:
         ExportError: an op of `FORBIDDEN` is still there.
     """
-    counts = {step.__name__: step(model) for step in (reciprocal_to_div, unpatchify, drop_same_shape)}
+    steps = (
+        reciprocal_to_div,
+        unpatchify,
+        drop_same_shape,
+        drop_zero_bias,
+        group_norm_to_instance_norm,
+        resize_to_sizes,
+    )
+    counts = {step.__name__: step(model) for step in steps}
     for node in model.graph.node:
         if node.op_type in FORBIDDEN:
             raise ExportError(f"ONNX op {node.op_type} ({node.name or node.output[0]}) {FORBIDDEN[node.op_type]}")

@@ -18,6 +18,7 @@ class Target:
             targets an old default (architecture 68), and with it `htp_arch` is ignored.
         htp_arch: the Hexagon tensor processor's version (79 = v79).
         vtcm_mb: on-chip memory the graph may plan with, in MiB (the compiler's own default is 4).
+        compiled: whether graphs were compiled for it here, and run on the emulator. None ever ran on a device.
     """
 
     name: str
@@ -25,10 +26,20 @@ class Target:
     soc_model: int
     htp_arch: int
     vtcm_mb: int
+    compiled: bool = False
 
 
+#: Numbers as in ExecuTorch's public table (backends/qualcomm/serialization/qc_schema.py) and QNN's list of supported
+#: devices.
 TARGETS: dict[str, Target] = {
-    "sm8750": Target(name="sm8750", title="Snapdragon 8 Elite", soc_model=69, htp_arch=79, vtcm_mb=8),
+    target.name: target
+    for target in (
+        Target(name="sm8850", title="Snapdragon 8 Elite Gen 5", soc_model=87, htp_arch=81, vtcm_mb=8),
+        Target(name="sm8750", title="Snapdragon 8 Elite", soc_model=69, htp_arch=79, vtcm_mb=8, compiled=True),
+        Target(name="sm8650", title="Snapdragon 8 Gen 3", soc_model=57, htp_arch=75, vtcm_mb=8),
+        Target(name="sm8550", title="Snapdragon 8 Gen 2", soc_model=43, htp_arch=73, vtcm_mb=8),
+        Target(name="sc8380xp", title="Snapdragon X Elite", soc_model=60, htp_arch=73, vtcm_mb=8),
+    )
 }
 
 

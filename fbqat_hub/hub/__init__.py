@@ -1,1 +1,1 @@
-"""The Hub: model cards made from results."""
+"""The Hub: model cards made from results; publish, pull, verify, list."""

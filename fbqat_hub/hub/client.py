@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own, in every repository
@@ -21,8 +21,8 @@ class HubError(RuntimeError):
 AGAIN = "run the same command again: what was done is kept"
 OTHERWISE = f"the Hub does not answer as it should; {AGAIN}"
 ADVICE = {  # HTTP status -> what to do
-    401: "the token is not valid: log in with `hf auth login`, or set HF_TOKEN to a valid one",
-    403: "the token may not do this: it needs write access to this repository (https://huggingface.co/settings/tokens)",
+    401: "log in with `hf auth login`, or set HF_TOKEN; without a valid token a missing repository looks the same",
+    403: "the token may not do this; publishing needs write access (https://huggingface.co/settings/tokens)",
     404: "there is no such repository or file, or the token may not see it",
     408: "the Hub waited too long; run the same command again",
     409: "something else changes this repository now; run the same command again",
@@ -53,11 +53,13 @@ def step(doing: str) -> Iterator[None]:
 
 
 def _what(error: BaseException) -> str:
-    """The innermost cause that says something: an HTTP status, else a lost connection, else the client's own words."""
+    """What the chain of causes says: an HTTP status, else a lost connection, else the client's own words."""
     chain: list[BaseException] = [error]
     while following := chain[-1].__cause__:
         chain.append(following)
     for cause in chain:
+        if isinstance(cause, GatedRepoError):
+            return "the repository is gated: ask for access on its page, log in with `hf auth login`, and run again."
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
             said = f" ({' '.join(str(cause.server_message).split())[:200]})" if cause.server_message else ""

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import yaml
 from huggingface_hub import get_token
 
+from fbqat_hub.config import FBQATConfig
 from fbqat_hub.hub.manifest import CARD, check_path
 from fbqat_hub.hub.names import without_local_paths
 
@@ -106,6 +107,15 @@ def recipe_of(run: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
+
+
+def packed_config(run: Path) -> FBQATConfig | None:
+    """How the run's denoiser is quantized; None where it is not, or its config.json cannot be read."""
+    config = read_json(run / "transformer" / "config.json")
+    try:
+        return FBQATConfig(**config["quantization_config"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def private_things(items: list[Item], owner: str) -> list[str]:

@@ -12,13 +12,13 @@ from huggingface_hub.hf_api import ModelInfo
 
 from fbqat_hub.evaluation.results import METRICS, read_records
 from fbqat_hub.hub.client import card_value, step
-from fbqat_hub.hub.contents import read_json, recipe_of
+from fbqat_hub.hub.contents import packed_config, recipe_of
 from fbqat_hub.hub.manifest import MANIFEST, read_manifest
 from fbqat_hub.hub.names import size_text
 
 TAG = "fbqat"
 _EVERY_CARD = {TAG, "4-bit", "w4a8", "quantization-aware-training"}  # the tag that is left is the family
-_SHOWN = ("kd_loss", "fd_teacher", "psnr")  # the first that was measured
+_SHOWN = ("kd_loss", "fd_teacher", "psnr", "bits_per_weight")  # the first that was measured
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def runs(folder: Path) -> list[Model]:
     models = []
     for index in sorted(folder.glob("*/model_index.json")):
         run = index.parent
-        config = (read_json(run / "transformer" / "config.json") or {}).get("quantization_config")
-        if config and (run / "recipe.yaml").is_file():
-            bits = f"W{config.get('weight_bits')}A{config.get('activation_bits')}"
+        config = packed_config(run)
+        if config is not None and (run / "recipe.yaml").is_file():
+            bits = f"W{config.weight_bits}A{config.activation_bits}"
             size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
             models.append(Model(str(run), "run", str(recipe_of(run).get("family", "")), bits, size, _measured(run)))
     return models

@@ -19,14 +19,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal
 
 from fbqat_hub.version import __version__
 
 MANIFEST = "fbqat.json"
 MANIFEST_VERSION = 1
 Use = Literal["diffusers", "htp"]
-USES: tuple[str, ...] = get_args(Use)
 CARD = "README.md"  # edited on the Hub by hand; a card that differs is told, not refused
 
 _MAX_BYTES = 16 * 2**20  # 100,000 files x ~160 bytes each

@@ -13,7 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, names, step, whoami
-from fbqat_hub.hub.contents import Item, component_names, private_things, read_json, recipe_of
+from fbqat_hub.hub.contents import Item, component_names, packed_config, private_things, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST
 from fbqat_hub.hub.names import public_name
 
@@ -101,15 +101,13 @@ def remote_problems(
 
 
 def _component_problems(run: Path, paths: set[str]) -> Iterator[str]:
+    if packed_config(run) is None:
+        yield f"{run / 'transformer'} is not quantized by fbqat; publish what fbqat train or fbqat convert made."
     for component in component_names(run):
         inside = {path for path in paths if path.startswith(f"{component}/")}
         if not inside:
             yield f"{run / component} is missing, and model_index.json names it; convert or train again."
         is_model = f"{component}/config.json" in inside
-        if component == "transformer" and "quantization_config" not in (
-            read_json(run / component / "config.json") or {}
-        ):
-            yield f"{run / component} is not quantized; publish a packed pipeline (fbqat train, fbqat convert)."
         if is_model and not any(path.endswith(".safetensors") for path in inside):
             yield f"{run / component} has no safetensors; only these are published: save it with save_pretrained."
     for path in sorted(path for path in paths if path.endswith(".safetensors")):

@@ -6,6 +6,7 @@ the large files that arrived; a commit is all or nothing; where nothing changed,
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, names, remote_files, step
-from fbqat_hub.hub.contents import Item, collect, read_json, recipe_of
-from fbqat_hub.hub.manifest import CARD, MANIFEST, FileEntry, Manifest, hash_file, read_manifest, serves
+from fbqat_hub.hub.contents import Item, collect, packed_config, read_json, recipe_of
+from fbqat_hub.hub.manifest import CARD, MANIFEST, FileEntry, Manifest, hash_file, parse_manifest, read_manifest, serves
 from fbqat_hub.hub.names import is_local, public_name, size_text
 from fbqat_hub.hub.preflight import Remote, local_problems, remote_problems
 
@@ -77,8 +78,10 @@ def publish(
     items, stay, problems = collect(run, repo)
     problems += local_problems(run, items, repo.partition("/")[0])
     targets = {repo: items}
-    if device_repo and not problems:
-        targets = _divided(run, repo, items)
+    if device_repo and not (soc := _soc_of(run)):
+        problems.append(f"{run} has no HTP bundle for --device-repo. Run: fbqat export {run}")
+    elif device_repo and not problems:
+        targets = _divided(repo, soc, items)
     states: dict[str, Remote | None] = {}
     for target, files in targets.items():
         found, states[target] = remote_problems(api, target, recipe_of(run), {item.path for item in files}, private)
@@ -112,7 +115,9 @@ def manifest_of(run: Path, items: list[Item], progress: Callable[[int], object] 
     """
     recipe = recipe_of(run)
     records = read_records(run / "results.json") if (run / "results.json").is_file() else []
-    config = read_json(run / "transformer" / "config.json")["quantization_config"]
+    config = packed_config(run)
+    if config is None:
+        raise ValueError(f"{run / 'transformer'} is not quantized by fbqat; only packed pipelines have a manifest.")
     entries: dict[str, FileEntry] = {}
     for item in items:
         with item.open() as file:
@@ -121,12 +126,12 @@ def manifest_of(run: Path, items: list[Item], progress: Callable[[int], object] 
         name=str(recipe["name"]),
         family=str(recipe["family"]),
         method=str(recipe["method"]),
-        weight_bits=config["weight_bits"],
-        activation_bits=config["activation_bits"],
+        weight_bits=config.weight_bits,
+        activation_bits=config.activation_bits,
         base_model=public_name(str(recipe["teacher"])),
         license=str(recipe["license"]),
         recipe=_public(recipe),
-        versions=dict(records[-1].versions) if records else {"fbqat_hub": config["fbqat_version"]},
+        versions=dict(records[-1].versions) if records else {"fbqat_hub": config.fbqat_version},
         provenance={
             "commands": list(dict.fromkeys(record.command for record in records)),
             "date": max((record.date for record in records), default=""),
@@ -136,20 +141,27 @@ def manifest_of(run: Path, items: list[Item], progress: Callable[[int], object] 
 
 
 def _public(tree: Any) -> Any:
-    """A tree of mappings and lists with local paths cut to their last part."""
+    """A tree of YAML as one of JSON, local paths cut to their last part."""
     if isinstance(tree, dict):
         return {str(key): _public(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_public(value) for value in tree]
-    return public_name(tree) if isinstance(tree, str) and is_local(tree) else tree
+    if isinstance(tree, str):
+        return public_name(tree) if is_local(tree) else tree
+    if tree is None or isinstance(tree, int) or (isinstance(tree, float) and math.isfinite(tree)):
+        return tree
+    return str(tree)  # a date, an infinity
 
 
-def _divided(run: Path, repo: str, items: list[Item]) -> dict[str, list[Item]]:
-    """The files by repository: the pipeline's, and the HTP bundle's with a card that points to the pipeline."""
+def _soc_of(run: Path) -> str:
+    """The SoC that the run's HTP bundle is for, as the certificate says; empty where there is no bundle."""
     certificate = read_json(run / "htp" / "certificate.json")
-    soc = certificate["asked"]["soc"] if isinstance(certificate, dict) and "asked" in certificate else ""
-    if not soc:
-        raise ValueError(f"{run} has no HTP bundle for --device-repo. Run: fbqat export {run}")
+    asked = certificate.get("asked") if isinstance(certificate, dict) else None
+    return str(asked.get("soc", "")) if isinstance(asked, dict) else ""
+
+
+def _divided(repo: str, soc: str, items: list[Item]) -> dict[str, list[Item]]:
+    """The files by repository: the pipeline's, and the HTP bundle's with a card that points to the pipeline."""
     card = ModelCard(next(item for item in items if item.path == CARD).open().read().decode())
     card.data.base_model, card.data.library_name = repo, "onnxruntime"
     card.data.model_name = card.data.eval_results = None  # measured on the pipeline
@@ -167,7 +179,9 @@ def _divided(run: Path, repo: str, items: list[Item]) -> dict[str, list[Item]]:
 def _plan(api: HfApi, run: Path, repo: str, items: list[Item], remote: Remote | None) -> Plan:
     with tqdm(total=sum(item.size for item in items), desc=f"hash {repo}", unit="B", unit_scale=True) as bar:
         manifest = manifest_of(run, items, bar.update)
-    items = [*items, Item(MANIFEST, manifest.to_bytes())]
+    content = manifest.to_bytes()
+    parse_manifest(content)  # what nobody could pull is not published
+    items = [*items, Item(MANIFEST, content)]
     if remote is None:
         return Plan(repo, items, manifest, None, [], {item.path for item in items})
     with step(f"list the files of {repo}"):

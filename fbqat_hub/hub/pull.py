@@ -50,7 +50,7 @@ def pull(
         HubError: the Hub refused or failed, or a file is still not right; says what to do.
         ValueError: the repository has no manifest, or one that cannot be followed.
     """
-    if offline or constants.is_offline_mode():
+    if offline or constants.HF_HUB_OFFLINE:
         return verify(str(output or repo), use=use, revision=revision, say=say)
     before = _manifest_before(output)
     with step(f"look up {repo}"):

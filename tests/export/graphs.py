@@ -40,6 +40,6 @@ def quantized(model: onnx.ModelProto, feeds: list[Feed], precision: Precision | 
 def emulated_op_errors(model: onnx.ModelProto, feeds: list[Feed], folder: Path, precision: Precision | None = None):
     """The op errors of `model` on the emulator, for the first feed."""
     qdq = quantized(model, feeds, precision)
-    onnx.save(op_parity.probe_graph(qdq), folder / "probe.onnx")
-    outputs = htp.run_probe(folder / "probe.onnx", feeds[0], target_for("sm8750"), folder)
-    return op_parity.op_errors(qdq, feeds[0], outputs)
+    onnx.save(op_parity.probe_graph(qdq, op_parity.made_tensors(qdq)), folder / "probe.onnx")
+    outputs = htp.run_probe(folder / "probe.onnx", feeds[:1], target_for("sm8750"))
+    return op_parity.op_errors(qdq, feeds[0], outputs[0])

@@ -19,13 +19,13 @@ from fbqat_hub.export.precision import Precision
 from fbqat_hub.export.qdq import insert_qdq
 from fbqat_hub.export.reference import exact_session
 from fbqat_hub.export.rewrite import rewrite
-from fbqat_hub.export.sana import sana_wrapper
+from fbqat_hub.export.wrappers import wrap
 from tests.export.conftest import Item, float_sana, make_items, pack
 from tests.export.graphs import one_op, quantized
 
 
 def qdq_of(model: nn.Module, items: list[Item], precision: Precision | None = None) -> onnx.ModelProto:
-    wrapper = sana_wrapper(model)
+    wrapper = wrap(model, items[0])
     graph = trace(wrapper, items[0], packed_layers(model))
     rewrite(graph.model)
     ranges = calibrate(graph.model, [as_feed(wrapper.host_inputs(item)) for item in items])
@@ -141,7 +141,7 @@ def test_a_divisor_that_rounds_to_zero_divides_nothing_by_zero() -> None:
 def test_a_dead_head_of_linear_attention_stays_silent(held_out: list[Item]) -> None:
     model = pack(float_sana())
     model.get_submodule("transformer_blocks.0.attn1.to_k").weight_packed.data[:32] = 0  # head 0: 0 / 0
-    wrapper = sana_wrapper(model)
+    wrapper = wrap(model, held_out[0])
     session = exact_session(qdq_of(model, make_items(8, seed=1)))
     for item in held_out:
         output = session.run(None, as_feed(wrapper.host_inputs(item)))[0]
@@ -169,7 +169,7 @@ def test_the_reference_does_not_saturate() -> None:
     model = one_op("Gemm", {"x": [1, 8]}, {"weight": np.full((4, 8), 1.0, np.float32)}, transB=1)
     graph = FloatGraph(model, {}, {"weight": "layer"})
     feed = {"x": np.full((1, 8), 255.0, np.float32)}
-    qdq = insert_qdq(graph, calibrate(model, [feed]), Precision(float_linear=8))
+    qdq = insert_qdq(graph, calibrate(model, [feed]), Precision(a16_ops=()))
     np.testing.assert_allclose(exact_session(qdq).run(None, feed)[0], np.full((1, 4), 2040.0), rtol=1e-6)
 
 

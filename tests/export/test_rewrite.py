@@ -55,6 +55,47 @@ def test_a_squeeze_that_squeezes_nothing_is_dropped() -> None:
     assert list(model.graph.node[0].input) == ["x"]
 
 
+def norm_and_bias(bias: float) -> onnx.ModelProto:
+    """RMSNormalization over 8 channels, then a bias."""
+    constants = {"weight": np.ones(8, np.float32)}
+    model = one_op("RMSNormalization", {"x": [1, 4, 4, 8]}, constants, axis=-1, epsilon=1e-5)
+    model.graph.node[0].output[0] = "normed"
+    model.graph.node.append(helper.make_node("Add", ["normed", "bias"], ["biased"]))
+    model.graph.node.append(helper.make_node("Sigmoid", ["biased"], ["y"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(8, bias, np.float32), "bias"))
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def test_a_bias_of_zero_is_dropped_and_no_other() -> None:
+    model, other = norm_and_bias(0.0), norm_and_bias(0.5)
+    x = np.random.default_rng(0).normal(size=(1, 4, 4, 8)).astype(np.float32)
+    before = run(model, x=x)
+    assert rewrites.rewrite(model)["drop_zero_bias"] == 1
+    assert rewrites.rewrite(other)["drop_zero_bias"] == 0
+    np.testing.assert_array_equal(run(model, x=x), before)
+
+
+def test_group_norm_becomes_instance_norm() -> None:
+    """[N, C, H, W] in two groups, each channel with its own scale and bias; two in a row, as in an autoencoder."""
+    norm = torch.nn.GroupNorm(2, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    module = torch.nn.Sequential(norm, norm)
+    x = torch.randn(1, 6, 4, 4)
+    model = trace(GraphWrapper(module, lambda item: dict(item)), {"x": x}, {}).model
+    assert rewrites.rewrite(model)["group_norm_to_instance_norm"] == 2
+    assert "InstanceNormalization" in {node.op_type for node in model.graph.node}
+    np.testing.assert_allclose(run(model, x=x.numpy()), module(x).detach().numpy(), atol=1e-5)
+
+
+def test_upsampling_is_by_whole_sizes() -> None:
+    x = torch.randn(1, 2, 3, 4)
+    module = torch.nn.Upsample(scale_factor=2.0, mode="nearest")
+    model = trace(GraphWrapper(module, lambda item: dict(item)), {"x": x}, {}).model
+    assert rewrites.rewrite(model)["resize_to_sizes"] == 1
+    np.testing.assert_array_equal(run(model, x=x.numpy()), module(x).numpy())
+
+
 def test_attention_is_refused_because_it_would_run_in_float() -> None:
     class Fused(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

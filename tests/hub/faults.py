@@ -15,7 +15,8 @@ from fbqat_hub.hub.client import ADVICE, OTHERWISE, HubError
 from fbqat_hub.hub.publish import publish
 from fbqat_hub.hub.pull import pull, verify
 from tests.hub.conftest import PUBLISHED, TOKENS, point_client_at, write_run
-from tests.hub.server import Fault, LoopbackHub, loopback_hub
+from tests.hub.handler import Fault
+from tests.hub.server import LoopbackHub, loopback_hub
 
 PAGE = Path(__file__).parents[2] / "docs" / "publishing.md"
 STEPS = {

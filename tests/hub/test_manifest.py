@@ -30,7 +30,9 @@ def parsed(**changes: Any) -> Manifest:
 
 def test_of_a_run(run: Path) -> None:
     """Sizes and hashes are those of the files, the rest is the recipe's; what is read is what was written."""
-    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + f"dataset: {{path: {run}}}\n")
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text() + f"dataset: {{path: {run}}}\nday: 2026-11-23\nclip: .inf\n"
+    )
     items, _, _ = collect(run, "me/x")
     manifest = manifest_of(run, items)
     weights = (run / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -38,6 +40,7 @@ def test_of_a_run(run: Path) -> None:
     assert (entry.size, entry.sha256) == (len(weights), hashlib.sha256(weights).hexdigest())
     assert (manifest.family, manifest.weight_bits, manifest.base_model) == ("sana", 4, "somebody/base")
     assert manifest.recipe["dataset"] == {"path": run.name}
+    assert (manifest.recipe["day"], manifest.recipe["clip"]) == ("2026-11-23", "inf")
     assert str(run) not in manifest.to_bytes().decode()
     assert manifest.to_bytes() == manifest_of(run, items).to_bytes()
     assert parse_manifest(manifest.to_bytes()) == manifest

@@ -158,6 +158,11 @@ def test_bundle_in_a_repository_of_its_own(hub: LoopbackHub, run: Path) -> None:
     assert len(hub.collections) == 1
 
 
+def test_no_bundle_for_a_device_repository(hub: LoopbackHub, run: Path) -> None:
+    shutil.rmtree(run / "htp")
+    assert "has no HTP bundle for --device-repo. Run: fbqat export" in problems_of(run, device_repo=True)
+
+
 def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
     change(run / "recipe.yaml", lambda recipe: recipe.update(license="other"))
     (run / "README.md").write_text("---\nlicense: other\ntags: [art]\n---\n")
@@ -189,7 +194,13 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
         (lambda run: (run / "README.md").unlink(), "README.md is missing. Run: fbqat card"),
         (lambda run: (run / "README.md").write_text("---\na: [\n---\n"), "the front matter is no YAML"),
         (lambda run: shutil.rmtree(run / "scheduler"), "scheduler is missing, and model_index.json names it"),
-        (lambda run: (run / "transformer/config.json").write_text("{}"), "transformer is not quantized"),
+        (lambda run: (run / "transformer/config.json").write_text("{}"), "transformer is not quantized by fbqat"),
+        (
+            lambda run: change(
+                run / "transformer/config.json", lambda it: it["quantization_config"].update(weight_bits=9)
+            ),
+            "transformer is not quantized by fbqat",
+        ),
         (
             lambda run: (run / "transformer/diffusion_pytorch_model.safetensors").unlink(),
             "transformer has no safetensors; only these are published",

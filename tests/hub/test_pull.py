@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from fbqat_hub import cli
 from fbqat_hub.hub.client import HubError
@@ -42,6 +43,9 @@ def test_everything_then_from_the_cache(published: LoopbackHub, tmp_path: Path, 
     folder = verify(REPO).folder
     assert files_in(folder) == PUBLISHED
     assert pull(REPO, offline=True).folder == folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert pull(REPO).folder == folder
     assert published.requests == []
     assert pull(REPO).folder == folder
     assert published.count("cdn") == 0  # the large files are there already
@@ -157,6 +161,9 @@ def test_errors_say_what_to_do(published: LoopbackHub, run: Path, tmp_path: Path
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="look up me/secret: HTTP 401"):
         pull("me/secret")
+    published.repositories[REPO].gated = "auto"
+    with pytest.raises(HubError, match="the repository is gated: ask for access on its page"):
+        pull(REPO)
     published.close()
     point_client_at(published, tmp_path / "home", monkeypatch)
     with pytest.raises(HubError, match=r"look up me/Tiny.*the connection was lost \(ConnectError\); run the same"):

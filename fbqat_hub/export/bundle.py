@@ -1,0 +1,329 @@
+"""A pipeline as what an Android developer ships: graphs, manifest, golden values, host parts and a runner."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fbqat_hub.export.errors import ExportError, require_htp
+from fbqat_hub.export.float_graph import GraphWrapper, as_feed
+from fbqat_hub.export.graph_export import STEPS, GraphSource, Progress, compile_graph, trace_graph
+from fbqat_hub.export.htp_export import build_transformer, check_items, staging, write_certificate
+from fbqat_hub.export.pipeline import Item, denoiser_replaced, record_inputs
+from fbqat_hub.export.precision import PRESETS, Precision
+from fbqat_hub.export.sampler import sampler_matrix
+from fbqat_hub.export.targets import Target, target_for
+from fbqat_hub.export.wrappers import wrap_decoder
+
+FORMAT_VERSION = 1
+_RUNTIME = Path(__file__).parent / "runtime"
+
+#: Pictures drawn with the emulator in the loop against those of the packed pipeline in torch, the mean of their PSNR.
+#: A wrong graph leaves noise or another picture: under 10 dB. Rounding that 20 steps amplify costs more than one
+#: forward shows, so this gate is for gross faults.
+MIN_PICTURE_PSNR_DB = 12.0
+#: Largest difference of the host's own sampler to the pipeline's latents, over the latents' largest value.
+MAX_SAMPLER_ERROR = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One prompt as the packed pipeline drew it in torch.
+
+    Attributes:
+        prompt: the text.
+        items: the denoiser's inputs, one a step and branch (without the prompt, with it).
+        outputs: the denoiser's outputs for them.
+        latents: after the last step, as the sampler leaves them.
+        picture: uint8 [H, W, 3].
+    """
+
+    prompt: str
+    items: list[Item]
+    outputs: list[Tensor]
+    latents: Tensor
+    picture: np.ndarray
+
+
+@torch.no_grad()
+def draw(pipeline: Any, prompt: str, call: Mapping[str, Any], seed: int, denoise: Any = None) -> Drawn:
+    """Draw one prompt, with `denoise` (an item -> the denoiser's output) in the transformer's place if it is given."""
+    own = pipeline.transformer.forward
+    items: list[Item] = []
+    outputs: list[Tensor] = []
+    last: list[Tensor] = []
+
+    def recorded(item: Item) -> Tensor:
+        items.append(item)
+        outputs.append(denoise(item) if denoise else own(**item, return_dict=False)[0])
+        return outputs[-1]
+
+    def keep(_pipeline: Any, _step: int, _time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        last[:] = [values["latents"]]
+        return values
+
+    arguments = {**call, "output_type": "np"}
+    if "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters:
+        arguments["callback_on_step_end"] = keep
+    else:  # PixArt-Sigma
+        arguments["callback"] = lambda _step, _time, latents: last.__setitem__(slice(None), [latents])
+    pipeline.set_progress_bar_config(disable=True)
+    with denoiser_replaced(pipeline, recorded):
+        images = pipeline([prompt], generator=torch.Generator().manual_seed(seed), **arguments).images
+    picture = (255 * images[0]).round().astype(np.uint8)
+    return Drawn(prompt=prompt, items=items, outputs=outputs, latents=last[0], picture=picture)
+
+
+def psnr_db(first: np.ndarray, second: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in dB; 99 where they are equal."""
+    error = float(np.mean(np.square(first.astype(np.float64) - second)))
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def host_parts(
+    drawn: Sequence[Drawn], pipeline: Any, wrapper: GraphWrapper, call: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the host computes or stores, checked against what the pipeline did.
+
+    Returns:
+        Tensors (`sampler` [steps, 1 + steps], `timestep_embedding` [steps, 256], for each prompt `noise.<i>` and
+        `prompt.<i>.<branch>.<input>`), and the manifest's `sampler`: steps, branches, guidance_scale, token_grid
+        (height and width of FLUX's latents; null where they are no tokens).
+
+    Raises:
+        ExportError: the sampler is not linear, or its matrix does not reproduce the pipeline's latents.
+    """
+    matrix = sampler_matrix(pipeline.scheduler)
+    steps = len(matrix)
+    branches = len(drawn[0].items) // steps
+    default = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
+    scale = 1.0 if branches == 1 else float(call.get("guidance_scale", default))
+    tensors = {"sampler": torch.from_numpy(matrix)}
+    for index, each in enumerate(drawn):
+        inputs = [wrapper.host_inputs(item) for item in each.items]
+        noise = inputs[0]["hidden_states"]
+        tensors[f"noise.{index}"] = noise
+        tensors["timestep_embedding"] = torch.cat([item["timestep_embedding"] for item in inputs[::branches]])
+        for branch in range(branches):
+            for name, value in inputs[branch].items():
+                if name not in ("hidden_states", "timestep_embedding"):
+                    tensors[f"prompt.{index}.{branch}.{name}"] = value
+        terms = [noise]
+        for step in range(steps):
+            outputs = [value[:, : noise.shape[1]].float() for value in each.outputs[step * branches :][:branches]]
+            terms.append(outputs[0] if branches == 1 else outputs[0] + scale * (outputs[1] - outputs[0]))
+        latents = torch.tensordot(tensors["sampler"][-1], torch.stack(terms), dims=1)
+        error = float((latents - each.latents).abs().max() / each.latents.abs().max())
+        if not error <= MAX_SAMPLER_ERROR:
+            raise ExportError(
+                f"the host's sampler is off by {error:.2g} of the pipeline's latents (at most {MAX_SAMPLER_ERROR:g}); "
+                f"does {type(pipeline).__name__} change latents or guidance between steps?"
+            )
+    tokens = drawn[0].latents.ndim == 3
+    grid = [side // pipeline.vae_scale_factor for side in drawn[0].picture.shape[:2]] if tokens else None
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    return contiguous, {"steps": steps, "branches": branches, "guidance_scale": scale, "token_grid": grid}
+
+
+def unpack_tokens(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """FLUX's tokens [1, h/2 * w/2, 4 C] as latents [1, C, h, w]."""
+    height, width = grid
+    squares = tokens.view(1, height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return squares.reshape(1, -1, height, width)
+
+
+def export_bundle(
+    pipeline: Any,
+    output_dir: str | os.PathLike[str],
+    *,
+    prompts: Sequence[str],
+    call: Mapping[str, Any],
+    calibration: Sequence[Item] | None = None,
+    held_out: Sequence[Item] | None = None,
+    soc: str = "sm8750",
+    precision: Precision | None = None,
+    target_db: float | None = None,
+    pictures: int = 2,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Export a packed pipeline: transformer and decoder as context binaries, and all that a phone needs beside them.
+
+    Beside what `export_htp` makes, the folder has the decoder's graph (W8A16), `manifest.json` (SHA-256 and size of
+    every file, target, tensors of every graph, the sampler), `host.safetensors` (timestep embeddings, the sampler's
+    matrix, noise and text embeddings of the bundle's prompts), `golden.safetensors` (inputs and outputs), a runner
+    without torch (`generate.py`) and a README.
+
+    Args:
+        pipeline: a pipeline of one of the four families with a packed transformer; as it was after the call.
+        prompts: the first `pictures` are drawn with the emulator in the loop and go into the bundle.
+        call: arguments of the pipeline call, e.g. height, width, num_inference_steps, guidance_scale.
+        calibration, held_out: as `export_htp`; what the pipeline feeds its denoiser while it draws `prompts` if None
+            (the last prompt is held out).
+        soc, precision, target_db, progress: as `export_htp`.
+        pictures: how many, at least 1.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        HTPUnavailableError: a needed package cannot be imported; says what to install.
+        ExportError: bad input, a failed step, a failed audit or a gate not met; nothing is left at `output_dir`.
+    """
+    require_htp()
+    target, precision = target_for(soc), precision or PRESETS["w4a8"]
+    if not 1 <= pictures <= len(prompts):
+        raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
+    bar = Progress(2 * (2 + len(STEPS)) + 3, progress)
+    try:
+        with staging(output_dir) as folder:
+            with bar.step("draw in torch"):
+                drawn = [draw(pipeline, prompt, call, seed) for seed, prompt in enumerate(prompts[:pictures])]
+            if calibration is None or held_out is None:
+                if len(prompts) < 2:
+                    raise ExportError("calibration needs at least 2 prompts: the last one is held out")
+                with bar.step("record inputs"):
+                    calibration = record_inputs(pipeline, prompts[:-1], call)
+                    held_out = record_inputs(pipeline, prompts[-1:], call, seed=len(prompts))[::5][:8]
+            check_items("calibration", calibration)
+            check_items("held_out", held_out)
+            section, wrapper = build_transformer(
+                pipeline.transformer, calibration, held_out, folder, target, precision, bar, target_db=target_db
+            )
+            host, settings = host_parts(drawn, pipeline, wrapper, call)
+            section["graphs"] = {"decoder": _build_decoder(pipeline.vae, drawn, settings, folder, target, bar)}
+            with bar.step("pictures"):
+                section["pictures"] = _pictures(pipeline, drawn, call, wrapper, folder, target)
+            _write_parts(folder, host, held_out, wrapper, target)
+            section["golden_inputs"] = len(held_out)
+            certificate = write_certificate(folder, target, section, bar)
+            _write_manifest(folder, certificate, settings, [each.prompt for each in drawn], target)
+            return certificate
+    finally:
+        bar.bar.close()
+
+
+def _build_decoder(
+    vae: nn.Module, drawn: Sequence[Drawn], settings: Mapping[str, Any], folder: Path, target: Target, bar: Progress
+) -> dict[str, Any]:
+    """The decoder's graph at W8A16, calibrated on and compared for the latents of the pictures drawn."""
+    from fbqat_hub.export import certificate
+    from fbqat_hub.export.calibration import calibrate
+
+    wrapper = wrap_decoder(vae)
+    grid = settings["token_grid"]
+    items = [{"latents": unpack_tokens(each.latents, grid) if grid else each.latents} for each in drawn]
+    with bar.step("decoder: trace"):
+        graph, rewrites = trace_graph(wrapper, items[0], {})
+    feeds = [as_feed(wrapper.host_inputs(item)) for item in items]
+    with bar.step("decoder: calibrate"):
+        ranges = calibrate(graph.model, feeds)
+    with torch.no_grad():
+        pictures = [wrapper.module(*wrapper.host_inputs(item).values())[0] for item in items]
+    source = GraphSource(
+        name="decoder",
+        graph=graph,
+        layers={},
+        ranges=ranges,
+        held_out=feeds,
+        expected=[as_feed({"picture": picture}) for picture in pictures],
+    )
+    section, _ = compile_graph(source, folder, target, PRESETS["w8a16"], bar)
+    section["model"] = {"class": type(vae).__name__, "packed_layers": 0}
+    section["audit"]["rewrites"] = rewrites
+    certificate.gate(section["parity"])
+    return section
+
+
+def _pictures(
+    pipeline: Any, drawn: Sequence[Drawn], call: Mapping[str, Any], wrapper: GraphWrapper, folder: Path, target: Target
+) -> dict[str, Any]:
+    """Draw the same pictures with the emulator in the denoiser's place; saved in `pictures/`, compared, gated."""
+    from PIL import Image
+
+    from fbqat_hub.export import htp
+
+    (folder / "pictures").mkdir()
+    rows: list[dict[str, Any]] = []
+    with htp.emulator(folder / "transformer.onnx", target) as emulator:
+
+        def denoise(item: Item) -> Tensor:
+            return torch.from_numpy(emulator.run(as_feed(wrapper.host_inputs(item)))[0])
+
+        for seed, each in enumerate(drawn):
+            emulated = draw(pipeline, each.prompt, call, seed, denoise).picture
+            for name, picture in (("torch", each.picture), ("emulator", emulated)):
+                Image.fromarray(picture).save(folder / "pictures" / f"{seed}-{name}.png")
+            rows.append({"prompt": each.prompt, "seed": seed, "psnr_db": round(psnr_db(each.picture, emulated), 3)})
+    mean = sum(row["psnr_db"] for row in rows) / len(rows)
+    if not mean >= MIN_PICTURE_PSNR_DB:
+        raise ExportError(
+            f"pictures drawn with the emulator in the loop: mean PSNR to torch's is {mean:.1f} dB, at least "
+            f"{MIN_PICTURE_PSNR_DB:g} dB is needed; give layers 16 bits (--precision auto, --a16 PATTERN)"
+        )
+    return {"mean_psnr_db": round(mean, 3), "threshold_db": MIN_PICTURE_PSNR_DB, "each": rows}
+
+
+def _write_parts(
+    folder: Path, host: Mapping[str, Tensor], held_out: Sequence[Item], wrapper: GraphWrapper, target: Target
+) -> None:
+    """`host.safetensors`, `golden.safetensors` (the transformer's inputs and the emulator's outputs), the runner."""
+    from safetensors.numpy import save_file as save_arrays
+    from safetensors.torch import save_file
+
+    from fbqat_hub.export import htp
+
+    save_file(dict(host), folder / "host.safetensors")
+    golden: dict[str, np.ndarray] = {}
+    with htp.emulator(folder / "transformer.onnx", target) as emulator:
+        for index, item in enumerate(held_out):
+            feed = as_feed(wrapper.host_inputs(item))
+            golden.update({f"{index}.{name}": value for name, value in feed.items()})
+            golden[f"{index}.sample"] = emulator.run(feed)[0]
+    save_arrays(golden, folder / "golden.safetensors")
+    for name in ("generate.py", "qnn_session.py"):
+        shutil.copyfile(_RUNTIME / name, folder / name)
+
+
+def _write_manifest(
+    folder: Path, certificate: Mapping[str, Any], settings: Mapping[str, Any], prompts: Sequence[str], target: Target
+) -> None:
+    """`manifest.json` and `README.md`; the manifest lists every other file."""
+    from fbqat_hub.export.certificate import sha256
+    from fbqat_hub.export.htp import provider_options
+
+    sections = {"transformer": certificate, **certificate["graphs"]}
+    readme = (_RUNTIME / "README.md.in").read_text(encoding="utf-8")
+    for key in ("title", "soc", "htp_arch"):
+        readme = readme.replace(f"@{key}@", str(certificate["asked"][key]))
+    readme = readme.replace("@sdk@", certificate["read_back"]["qnn_sdk_build"])
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "target": certificate["asked"],
+        "qnn_sdk_build": certificate["read_back"]["qnn_sdk_build"],
+        "provider_options": provider_options(target),
+        "graphs": {
+            name: {"context": f"{name}.onnx", "binary": f"{name}.bin", **section["tensors"]}
+            for name, section in sections.items()
+        },
+        "sampler": dict(settings),
+        "prompts": list(prompts),
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in files
+        },
+        "ran_on": certificate["ran_on"],
+        "never_ran_on": certificate["never_ran_on"],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""Draw a picture from this bundle alone: numpy, Pillow, safetensors and onnxruntime-qnn; no torch, no diffusers.
+
+python generate.py --prompt 0 --output picture.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from qnn_session import qnn_session  # type: ignore[import-not-found]  # beside this script
+from safetensors.numpy import load_file
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """ValueError unless every file is as it was made: a context binary with a flipped byte loads without complaint."""
+    for name, described in manifest["files"].items():
+        with (folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != described["sha256"]:
+            raise ValueError(f"{name} is damaged: SHA-256 is {found}, the manifest has {described['sha256']}")
+
+
+def open_graph(folder: Path, manifest: dict[str, Any], name: str) -> Any:
+    """The session of one graph."""
+    return qnn_session(str(folder / manifest["graphs"][name]["context"]), manifest["provider_options"])
+
+
+def sample(manifest: dict[str, Any], host: dict[str, np.ndarray], transformer: Any, prompt: int, noise: Any) -> Any:
+    """The latents after the last step. `sampler` [steps, 1 + steps] weighs the noise and all predictions so far."""
+    settings = manifest["sampler"]
+    given = [
+        {name.split(".", 3)[3]: value for name, value in host.items() if name.startswith(f"prompt.{prompt}.{branch}.")}
+        for branch in range(settings["branches"])
+    ]
+    terms, latents = [noise], noise
+    for step, weights in enumerate(host["sampler"]):
+        time = {"timestep_embedding": host["timestep_embedding"][step : step + 1]}
+        outputs = [transformer.run(None, {"hidden_states": latents, **time, **inputs})[0] for inputs in given]
+        prediction = outputs[0]
+        if len(outputs) == 2:  # without the prompt, with it
+            prediction = outputs[0] + settings["guidance_scale"] * (outputs[1] - outputs[0])
+        terms.append(prediction[:, : noise.shape[1]])  # PixArt-Sigma's second half is a variance nobody uses
+        latents = sum(weight * term for weight, term in zip(weights, terms, strict=False)).astype(np.float32)
+    return latents
+
+
+def unpack_tokens(tokens: Any, grid: list[int]) -> Any:
+    """FLUX's tokens [1, h/2 * w/2, 4 C] as latents [1, C, h, w]."""
+    height, width = grid
+    squares = tokens.reshape(1, height // 2, width // 2, -1, 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    return np.ascontiguousarray(squares.reshape(1, -1, height, width))
+
+
+def generate(folder: Path, prompt: int, seed: int | None = None) -> Image.Image:
+    """The picture of a prompt of the bundle.
+
+    Args:
+        folder: the bundle.
+        prompt: its place in the manifest's `prompts`.
+        seed: of another first noise; the bundle's own if None.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if not 0 <= prompt < len(manifest["prompts"]):
+        raise ValueError(f"prompt {prompt}: the bundle has {len(manifest['prompts'])} prompts, counted from 0")
+    check_files(folder, manifest)
+    host = load_file(folder / "host.safetensors")
+    noise = host[f"noise.{prompt}"]
+    if seed is not None:
+        noise = np.random.default_rng(seed).standard_normal(noise.shape).astype(np.float32)
+    latents = sample(manifest, host, open_graph(folder, manifest, "transformer"), prompt, noise)
+    if manifest["sampler"]["token_grid"]:
+        latents = unpack_tokens(latents, manifest["sampler"]["token_grid"])
+    picture = open_graph(folder, manifest, "decoder").run(None, {"latents": latents})[0][0]
+    pixels = np.clip(127.5 * picture.transpose(1, 2, 0) + 127.5, 0, 255).round().astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", type=int, default=0, help="place of the prompt in manifest.json (default: 0)")
+    parser.add_argument("--seed", type=int, help="draw from another noise than the bundle's own")
+    parser.add_argument("--output", type=Path, default=Path("picture.png"), help="default: picture.png")
+    options = parser.parse_args()
+    generate(Path(__file__).resolve().parent, options.prompt, options.seed).save(options.output)
+    print(f"saved {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""One graph as several along block boundaries, for models whose constants do not fit into one context (2 GiB).
+
+    graph inputs --> [ blocks 0 .. k ] --> tensors at the cut --> [ blocks k+1 .. ] --> output
+
+A part's inputs are graph inputs and what earlier parts made, by name; the parts run in order. A tensor at a cut leaves
+one part and enters the next as float32, with the same encoding on both sides.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import onnx
+from onnx import helper
+
+from fbqat_hub.export.errors import ExportError
+from fbqat_hub.export.float_graph import FloatGraph
+
+
+def block_of(output: str) -> str:
+    """The block whose output is called that.
+
+    >>> block_of("transformer_blocks.3/output_0")
+    'transformer_blocks.3'
+    """
+    return output.rpartition("/")[0]
+
+
+def split_graph(graph: FloatGraph, parts: int) -> list[FloatGraph]:
+    """`graph` (rewritten) cut behind every (number of blocks / `parts`)-th block.
+
+    Raises:
+        ExportError: fewer blocks than parts.
+    """
+    blocks = list(dict.fromkeys(block_of(name) for name in graph.block_outputs))
+    if not 1 <= parts <= len(blocks):
+        raise ExportError(
+            f"{parts} graphs were asked for; the model has {len(blocks)} blocks, so give 1 to {len(blocks)}"
+        )
+    nodes = list(graph.model.graph.node)
+    last = [blocks[len(blocks) * (part + 1) // parts - 1] for part in range(parts - 1)]
+    cuts = [
+        1 + max(place for place, node in enumerate(nodes) if any(block_of(name) == block for name in node.output))
+        for block in last
+    ]
+    edges = [0, *cuts, len(nodes)]
+    return [_part(graph, nodes, start, end) for start, end in itertools.pairwise(edges)]
+
+
+def _part(graph: FloatGraph, nodes: list[onnx.NodeProto], start: int, end: int) -> FloatGraph:
+    """Nodes `start` to `end` as a graph of their own."""
+    whole = graph.model.graph
+    inside = nodes[start:end]
+    constants = {item.name: item for item in whole.initializer}
+    described = {value.name: value for value in [*whole.value_info, *whole.input, *whole.output]}
+    made = {name for node in inside for name in node.output}
+    read = dict.fromkeys(name for node in inside for name in node.input if name)
+    read_later = {name for node in nodes[end:] for name in node.input} | {value.name for value in whole.output}
+    outputs = [name for node in inside for name in node.output if name in read_later]
+    # a block's own output first: it is the one that is compared
+    outputs.sort(key=lambda name: name not in graph.block_outputs)
+    model = helper.make_model(
+        helper.make_graph(
+            inside,
+            whole.name,
+            [described[name] for name in read if name not in made and name not in constants],
+            [described[name] for name in outputs],
+            [constants[name] for name in read if name in constants],
+            value_info=[value for name, value in described.items() if name in made and name not in outputs],
+        ),
+        opset_imports=list(graph.model.opset_import),
+    )
+    model.ir_version = graph.model.ir_version
+    return FloatGraph(
+        model=model,
+        layers={name: layer for name, layer in graph.layers.items() if name in read},
+        module_names={name: module for name, module in graph.module_names.items() if name in read},
+        block_outputs=tuple(name for name in graph.block_outputs if name in made),
+    )

@@ -1,0 +1,74 @@
+"""Automatic A16: what keeps 16 bits is worth its cost, and the target holds on other inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fbqat_hub.export.allocation import allocate, candidates
+from fbqat_hub.export.calibration import Ranges, calibrate
+from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers
+from fbqat_hub.export.graph_export import trace_graph
+from fbqat_hub.export.htp_export import torch_outputs
+from fbqat_hub.export.parity import sqnr_db
+from fbqat_hub.export.precision import DEFAULT_A16_LAYERS, OP_KINDS, PRESETS
+from fbqat_hub.export.qdq import insert_qdq
+from fbqat_hub.export.reference import exact_session
+from fbqat_hub.export.wrappers import wrap
+from tests.export.conftest import Item, float_sana, make_items, pack
+
+
+@pytest.fixture(scope="module")
+def outlier_sana() -> tuple[nn.Module, FloatGraph, Ranges, Any]:
+    """A Sana whose one layer has outliers: its input spans a hundred times what most of its values need."""
+    model = float_sana()
+    with torch.no_grad():
+        block = model.transformer_blocks[0]
+        block.attn2.to_v.weight[:4] *= 60
+        block.attn2.to_out[0].weight[:, :4] /= 60
+    pack(model, activation_range="per_token")
+    items = make_items(8, seed=1)
+    wrapper = wrap(model, items[0])
+    graph, _ = trace_graph(wrapper, items[0], packed_layers(model))
+    return model, graph, calibrate(graph.model, [as_feed(wrapper.host_inputs(item)) for item in items]), wrapper
+
+
+def run(case: Any, items: list[Item]) -> tuple[list[Any], list[Any]]:
+    model, _, _, wrapper = case
+    expected = [each["sample"] for each in torch_outputs(model, items, ())]
+    return [as_feed(wrapper.host_inputs(item)) for item in items], expected
+
+
+def test_costs_are_shares_of_everything(outlier_sana: Any) -> None:
+    found = candidates(outlier_sana[1])
+    assert sum(candidate.cost for candidate in found) == pytest.approx(2)
+    kinds = {candidate.name for candidate in found if not candidate.is_layers}
+    assert {"norm", "add", "product", "softmax", "activation", "matmul", "depthwise"} <= kinds <= set(OP_KINDS)
+    layers = {candidate.name: candidate.cost for candidate in found if candidate.is_layers}
+    assert layers["transformer_blocks.*.ff.conv_inverted"] > layers["transformer_blocks.*.attn2.to_q"]
+
+
+def test_the_layer_with_outliers_keeps_16_bits(outlier_sana: Any) -> None:
+    feeds, expected = run(outlier_sana, make_items(3, seed=1))
+    _, graph, ranges, _ = outlier_sana
+    precision, report = allocate(graph, ranges, feeds, expected, start=PRESETS["w4a8"], target_db=26.0)
+    bits = {row["name"]: row["bits"] for row in report["candidates"]}
+    assert bits["transformer_blocks.*.attn2.to_out.*"] == 16
+    assert set(bits.values()) == {8, 16}
+    assert set(precision.a16_layers) > set(DEFAULT_A16_LAYERS)
+    assert report["all_at_16_db"] > report["reached_db"] >= 26
+    held_out, truth = run(outlier_sana, make_items(3, seed=9))
+    session = exact_session(insert_qdq(graph, ranges, precision))
+    assert sqnr_db(truth, [session.run(None, feed)[0] for feed in held_out]) > 24
+
+
+def test_without_a_target_everything_is_at_8_bits(outlier_sana: Any) -> None:
+    feeds, expected = run(outlier_sana, make_items(1, seed=1))
+    _, graph, ranges, _ = outlier_sana
+    precision, report = allocate(graph, ranges, feeds, expected, start=PRESETS["w4a8"], target_db=-99.0)
+    assert precision.a16_ops == ()
+    assert precision.a16_layers == DEFAULT_A16_LAYERS
+    assert {row["bits"] for row in report["candidates"]} == {8}

@@ -1,0 +1,113 @@
+"""The bundle: a picture from its files alone, without torch; damage is seen; the host's sampler is the pipeline's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fbqat_hub.export import ExportError
+from fbqat_hub.export.bundle import export_bundle, psnr_db
+from fbqat_hub.export.certificate import sha256
+from fbqat_hub.export.sampler import sampler_matrix
+from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.training.ptq import convert_pipeline
+from tests.conftest import CALL, CAPTIONS
+
+#: Runs a script where torch, diffusers and everything of ours cannot be imported.
+WITHOUT_TORCH = (
+    "import sys, runpy; sys.modules.update(dict.fromkeys(('torch', 'diffusers', 'transformers', 'fbqat_hub')));"
+    "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]);"
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    pytest.importorskip("onnxruntime_qnn")
+    folder = tmp_path_factory.mktemp("bundle")
+    pipeline = load_pipeline(convert_pipeline(str(tiny_sana), folder / "packed"))
+    certificate = export_bundle(pipeline, folder / "out", prompts=CAPTIONS[:3], call=CALL, pictures=1, progress=False)
+    return folder / "out", certificate
+
+
+def draw(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-c", WITHOUT_TORCH, str(folder / "generate.py"), *arguments]
+    return subprocess.run(script, capture_output=True, text=True, check=False)
+
+
+def test_the_runner_draws_the_picture_without_torch(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Denoiser, sampler and decoder from the files alone: near torch's picture, and another seed's is another."""
+    folder, certificate = bundle
+    for name, options in {"same": [], "other": ["--seed", "7"]}.items():
+        done = draw(folder, "--output", str(tmp_path / f"{name}.png"), *options)
+        assert done.returncode == 0, done.stderr
+    same, other = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("same", "other"))
+    torch_picture = np.asarray(Image.open(folder / "pictures" / "0-torch.png"))
+    assert psnr_db(torch_picture, same) > 30
+    assert psnr_db(torch_picture, other) < psnr_db(torch_picture, same) - 6
+    assert certificate["pictures"]["mean_psnr_db"] > 30
+    assert certificate["graphs"]["decoder"]["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
+
+
+def test_a_flipped_byte_is_seen(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """QNN itself loads such a binary without complaint."""
+    damaged = shutil.copytree(bundle[0], tmp_path / "damaged")
+    raw = bytearray((damaged / "transformer.bin").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (damaged / "transformer.bin").write_bytes(bytes(raw))
+    done = draw(damaged, "--output", str(tmp_path / "picture.png"))
+    assert done.returncode != 0
+    assert "transformer.bin is damaged" in done.stderr
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_the_manifest_lists_every_file_and_tensor(bundle: tuple[Path, dict[str, Any]]) -> None:
+    folder, certificate = bundle
+    manifest = json.loads((folder / "manifest.json").read_text())
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(manifest["files"]) == present - {"manifest.json"}
+    assert all(sha256(folder / name) == described["sha256"] for name, described in manifest["files"].items())
+    assert manifest["target"] | {"soc_model": 69, "htp_arch": "v79", "vtcm_mb": 8} == manifest["target"]
+    assert manifest["qnn_sdk_build"] == certificate["read_back"]["qnn_sdk_build"]
+    assert [tensor["name"] for tensor in manifest["graphs"]["decoder"]["inputs"]] == ["latents"]
+    assert manifest["sampler"] == {"steps": 2, "branches": 2, "guidance_scale": 3.0, "token_grid": None}
+    golden = load_file(folder / "golden.safetensors")
+    names = [tensor["name"] for tensor in manifest["graphs"]["transformer"]["inputs"]]
+    assert {f"0.{name}" for name in [*names, "sample"]} <= set(golden)
+    assert "@" not in (folder / "README.md").read_text()
+
+
+SCHEDULERS = {
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "dpm": DPMSolverMultistepScheduler(),
+    "dpm-flow": DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_sampler_is_a_matrix(name: str) -> None:
+    """The last row alone gives the last latents; later predictions have no weight in earlier rows."""
+    scheduler = SCHEDULERS[name]
+    scheduler.set_timesteps(6)
+    matrix = sampler_matrix(scheduler)
+    assert matrix.shape == (6, 7)
+    assert np.abs(np.triu(matrix, k=2)).max() == 0
+    assert np.abs(matrix[-1]).min() > 0 or name == "flow"
+
+
+@pytest.mark.parametrize("change", [{"algorithm_type": "sde-dpmsolver++"}, {"thresholding": True}])
+def test_a_sampler_that_is_no_matrix_is_refused(change: dict[str, Any]) -> None:
+    scheduler = DPMSolverMultistepScheduler(**change)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ExportError, match="not a linear function"):
+        sampler_matrix(scheduler)

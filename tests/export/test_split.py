@@ -1,0 +1,60 @@
+"""A model in several graphs computes what it computes in one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from fbqat_hub.export import ExportError, export_htp
+from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers
+from fbqat_hub.export.graph_export import Feed, trace_graph
+from fbqat_hub.export.split import split_graph
+from fbqat_hub.export.wrappers import wrap
+from tests.export.conftest import Item, float_sana, make_items, pack
+
+
+@pytest.fixture(scope="module")
+def three_blocks() -> tuple[FloatGraph, Feed]:
+    model = pack(float_sana(blocks=3))
+    item = make_items(1, seed=3)[0]
+    wrapper = wrap(model, item)
+    return trace_graph(wrapper, item, packed_layers(model))[0], as_feed(wrapper.host_inputs(item))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_parts_in_order_are_the_whole(parts: int, three_blocks: tuple[FloatGraph, Feed]) -> None:
+    graph, feed = three_blocks
+    values = dict(feed)
+    found = split_graph(graph, parts)
+    for part in found:
+        session = onnxruntime.InferenceSession(part.model.SerializeToString())
+        names = [value.name for value in part.model.graph.output]
+        given = {value.name: values[value.name] for value in part.model.graph.input}
+        values.update(zip(names, session.run(None, given), strict=True))
+    whole = onnxruntime.InferenceSession(graph.model.SerializeToString()).run(None, feed)[0]
+    np.testing.assert_allclose(values["sample"], whole, atol=1e-5)
+    assert len(found) == parts
+    assert sum(len(part.layers) for part in found) == len(graph.layers)
+    assert sum(len(part.model.graph.node) for part in found) == len(graph.model.graph.node)
+
+
+def test_more_graphs_than_blocks_are_refused(three_blocks: tuple[FloatGraph, Feed]) -> None:
+    with pytest.raises(ExportError, match="4 graphs were asked for; the model has 3 blocks"):
+        split_graph(three_blocks[0], 4)
+
+
+@pytest.mark.slow
+def test_two_graphs_on_the_emulator(calibration: list[Item], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_qnn")
+    model = pack(float_sana(blocks=2))
+    result = export_htp(model, calibration, make_items(2, seed=3), tmp_path / "out", graphs=2, progress=False)
+    assert list(result["parts"]) == ["transformer_0", "transformer_1"]
+    assert {"transformer_0.bin", "transformer_1.bin"} <= set(result["files"])
+    layers = [part["audit"]["qdq"]["packed_weights_bit_equal"] for part in result["parts"].values()]
+    assert sum(layers) == result["model"]["packed_layers"]
+    assert result["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text()) == result
