@@ -78,11 +78,14 @@ def _load_model(folder: Path, library: str, class_name: str) -> Any:
     with _refused(folder):
         kind = getattr(importlib.import_module(library), class_name)
         model, found = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"{folder} lacks tensors of a {class_name}: {', '.join(missing[:5])}{_more(missing)}. "
-            "Download or convert it again."
-        )
+    missing = sorted(found["missing_keys"])
+    # transformers' checkpoints may hold more than one of its models takes, a decoder beside the encoder, say
+    extra = sorted(found["unexpected_keys"]) if library == "diffusers" else []
+    for names, what in ((missing, "lacks tensors of"), (extra, "has tensors that are none of")):
+        if names:
+            raise ValueError(
+                f"{folder} {what} a {class_name}: {', '.join(names[:5])}{_more(names)}. Download or convert it again."
+            )
     return model
 
 

@@ -165,7 +165,8 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
     pipeline = load_teacher(recipe)
     if output:
         output.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
-    splits = cached_splits(recipe, pipeline)
+    splits = cached_splits(recipe, pipeline.to(accelerator.device))
+    pipeline.to("cpu")
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, accelerator.device)
     teacher = pipeline.transformer.to(accelerator.device)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SanaTransformer2DModel
+from diffusers import DiffusionPipeline, SanaTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -116,6 +116,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown dtype": (header(lambda h: h[LAYER].update(dtype="PICKLE")), f"{WEIGHTS} is damaged"),
     "vae lacks a tensor": (rename("vae"), "vae lacks tensors of a AutoencoderDC"),
     "text encoder lacks a tensor": (rename("text_encoder"), "text_encoder lacks tensors of a Gemma2Model"),
+    "vae has more than its class takes": (
+        config("vae", decoder_layers_per_block=[0, 1, 1, 0]),
+        "tensors that are none of",
+    ),
     "deep model_index": (text("model_index.json", DEEP), "model_index.json is nested too deep"),
     "deep config": (text("transformer/config.json", DEEP), "transformer/config.json is nested too deep"),
     "deep scheduler": (text("scheduler/scheduler_config.json", DEEP), "cannot be loaded .RecursionError"),
@@ -152,6 +156,21 @@ def test_a_hostile_folder_is_refused_by_name(name: str, packed_folder: Path, tmp
     edit(folder)
     with pytest.raises(ValueError, match=message):
         load_pipeline(folder)
+
+
+def test_a_repository_is_downloaded_then_checked_then_loaded(packed_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    folder, asked = shutil.copytree(packed_folder, tmp_path / "snapshot"), []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(folder)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    assert type(load_pipeline("me/sana")).__name__ == "SanaPipeline"
+    assert asked == [("me/sana", {"use_safetensors": True})]
+    link_out(folder)
+    with pytest.raises(ValueError, match=r"vae/config\.json is a link out of the folder"):
+        load_pipeline("me/sana")
 
 
 def test_the_hubs_cache_may_link_to_its_blobs(packed_folder: Path, tmp_path: Path) -> None:
