@@ -81,9 +81,9 @@ def drop_zero_bias(model: onnx.ModelProto) -> int:
     """Remove additions of a constant that is all 0: behind an RMSNormalization the HTP gets it wrong by a fifth."""
     graph, shapes, removed = model.graph, static_shapes(model), 0
     constants = {item.name: item for item in graph.initializer}
-    for node in list(graph.node):
+    for node in [node for node in graph.node if node.op_type == "Add"]:
         zeros = [name for name in node.input if name in constants and not numpy_helper.to_array(constants[name]).any()]
-        if node.op_type != "Add" or len(zeros) != 1:
+        if len(zeros) != 1:
             continue
         kept = next(name for name in node.input if name != zeros[0])
         if shapes.get(kept) == shapes.get(node.output[0]) and _bypass(graph, node, kept):

@@ -10,7 +10,7 @@ from torch import nn
 
 from fbqat_hub.export.allocation import allocate, candidates
 from fbqat_hub.export.calibration import Ranges, calibrate
-from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers
+from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers, runnable
 from fbqat_hub.export.graph_export import trace_graph
 from fbqat_hub.export.htp_export import torch_outputs
 from fbqat_hub.export.parity import sqnr_db
@@ -33,7 +33,7 @@ def outlier_sana() -> tuple[nn.Module, FloatGraph, Ranges, Any]:
     items = make_items(8, seed=1)
     wrapper = wrap(model, items[0])
     graph, _ = trace_graph(wrapper, items[0], packed_layers(model))
-    return model, graph, calibrate(graph.model, [as_feed(wrapper.host_inputs(item)) for item in items]), wrapper
+    return model, graph, calibrate(runnable(graph), [as_feed(wrapper.host_inputs(item)) for item in items]), wrapper
 
 
 def run(case: Any, items: list[Item]) -> tuple[list[Any], list[Any]]:

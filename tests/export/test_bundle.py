@@ -33,6 +33,7 @@ WITHOUT_TORCH = (
 
 @pytest.fixture(scope="module")
 def bundle(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Of an untrained pipeline: its decoder's norms have biases of 0, which only `rewrite.drop_zero_bias` cures."""
     pytest.importorskip("onnxruntime_qnn")
     folder = tmp_path_factory.mktemp("bundle")
     pipeline = load_pipeline(convert_pipeline(str(tiny_sana), folder / "packed"))
