@@ -6,14 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.allocation import TARGET_DB
 from fbqat_hub.export.bundle import export_bundle
 from fbqat_hub.export.precision import precision_named
 from fbqat_hub.families import family_of
 from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.untrusted import read_yaml
 
 
 def export_qnn(
@@ -38,7 +37,7 @@ def export_qnn(
         SystemExit: with status 1 and one line that says what failed and what to do.
     """
     saved = Path(model) / "recipe.yaml"
-    recipe = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+    recipe = read_yaml(saved) if saved.is_file() else {}
     texts = [line.strip() for line in prompts.read_text().splitlines()] if prompts else recipe.get("prompts", [])
     texts = [text for text in texts if text]
     try:

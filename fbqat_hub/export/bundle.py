@@ -98,7 +98,7 @@ def host_parts(
     Returns:
         Tensors (`sampler` [steps, 1 + steps], `timestep_embedding` [steps, 256], for each prompt `noise.<i>` and
         `prompt.<i>.<branch>.<input>`), and the manifest's `sampler`: steps, branches, guidance_scale, token_grid
-        (height and width of FLUX's latents; null where they are no tokens).
+        (height and width of FLUX's latents; null where they are no tokens), picture_size (height, width).
 
     Raises:
         ExportError: the sampler is not linear, or its matrix does not reproduce the pipeline's latents.
@@ -132,7 +132,13 @@ def host_parts(
     tokens = drawn[0].latents.ndim == 3
     grid = [side // pipeline.vae_scale_factor for side in drawn[0].picture.shape[:2]] if tokens else None
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    return contiguous, {"steps": steps, "branches": branches, "guidance_scale": scale, "token_grid": grid}
+    return contiguous, {
+        "steps": steps,
+        "branches": branches,
+        "guidance_scale": scale,
+        "token_grid": grid,
+        "picture_size": list(drawn[0].picture.shape[:2]),
+    }
 
 
 def unpack_tokens(tokens: Tensor, grid: Sequence[int]) -> Tensor:

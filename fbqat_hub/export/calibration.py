@@ -16,10 +16,11 @@ Ranges = dict[str, tuple[float, float]]
 
 
 def float_tensors(model: onnx.ModelProto) -> list[str]:
-    """Names of the graph's float32 inputs and node outputs, in order (initializers are not among them)."""
+    """Names of the graph's float32 inputs and node outputs, in order; no weights, stored in float or as codes."""
     graph = model.graph
     kinds = {v.name: v.type.tensor_type.elem_type for v in [*graph.value_info, *graph.input, *graph.output]}
-    names = [value.name for value in graph.input] + [name for node in graph.node for name in node.output if name]
+    made = (name for node in graph.node if node.op_type != "DequantizeLinear" for name in node.output if name)
+    names = [*(value.name for value in graph.input), *made]
     return [name for name in dict.fromkeys(names) if kinds.get(name, TensorProto.FLOAT) == TensorProto.FLOAT]
 
 

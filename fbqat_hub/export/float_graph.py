@@ -1,10 +1,10 @@
 """From a packed transformer to a float ONNX graph whose every weight still knows which packed layer it is.
 
-The packed model is copied into a *float twin*: each packed layer becomes a float layer that holds the dequantized
-weight, written in the shape the compiler wants. Linear layers become `Reshape -> Gemm -> Reshape` (one matrix
-product with its bias, which the HTP runs as one FullyConnected; `MatMul + Add` would cost an extra
-requantization). The exporter keeps parameter names, so the ONNX initializer `twin.proj_out.weight` is the packed
-layer `proj_out`.
+The packed model is copied into a *float twin*: each packed layer becomes a float layer of the same shape, written in
+the form the compiler wants, whose weight is never filled in: the graph takes the codes instead. Linear layers become
+`Reshape -> Gemm -> Reshape` (one matrix product with its bias, which the HTP runs as one FullyConnected; `MatMul + Add`
+would cost an extra requantization). The exporter keeps parameter names, so the ONNX initializer `twin.proj_out.weight`
+is the packed layer `proj_out`.
 """
 
 from __future__ import annotations
@@ -49,12 +49,22 @@ class RowLinear(nn.Module):
         return rows.reshape(*shape[:-1], self.weight.shape[0])
 
 
-def _float_layer(layer: nn.Module) -> nn.Module | None:
-    """The float layer that stands for `layer` in the twin, or None where `layer` stays as it is."""
-    if isinstance(layer, PackedPointwiseConv2d):
-        return layer.to_float()
+def _stand_in(layer: nn.Module, number: int) -> nn.Module | None:
+    """The float layer that stands for `layer` in the twin, or None where `layer` stays as it is.
+
+    A packed layer's weight is one number, expanded to the weight's shape: the graph needs its name and shape, and what
+    runs the graph takes the codes (`runnable`). A model whose float weights fill the memory is so traced in little. The
+    numbers differ, or the exporter would make one constant of weights of one shape.
+    """
     if isinstance(layer, PackedLinear):
-        return RowLinear(layer.dequantize().float(), layer.bias)
+        weight = torch.full((), 1e-6 * (1 + number)).expand(layer.out_features, layer.in_features)
+        if not isinstance(layer, PackedPointwiseConv2d):
+            return RowLinear(weight, layer.bias)
+        convolution = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None, device="meta")
+        convolution.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)
+        if layer.bias is not None:
+            convolution.bias = nn.Parameter(layer.bias.detach().float().clone(), requires_grad=False)
+        return convolution
     if type(layer) is nn.Linear:
         return RowLinear(layer.weight.detach().float().clone(), layer.bias)
     return None
@@ -82,10 +92,10 @@ def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
 
 
 def float_twin(transformer: nn.Module) -> nn.Module:
-    """A float32 copy of `transformer` on the CPU, in eval mode, packed layers replaced by dequantized ones."""
+    """A float32 copy of `transformer` on the CPU, in eval mode, with stand-ins for packed layers: for tracing only."""
     replaced: dict[int, nn.Module] = {}
-    for module in transformer.modules():
-        float_layer = _float_layer(module)
+    for number, module in enumerate(transformer.modules()):
+        float_layer = _stand_in(module, number)
         if float_layer is not None:
             replaced[id(module)] = float_layer
     # deepcopy takes what is in `memo` as already copied: the packed layers are never copied themselves.
@@ -173,7 +183,8 @@ class FloatGraph:
     """A float ONNX graph with provenance.
 
     Attributes:
-        model: ONNX model, float32, static shapes, opset 23.
+        model: ONNX model, float32, static shapes, opset 23. The initializers of packed weights have a shape and no
+            data; `runnable` gives a model that computes.
         layers: initializer name of a weight -> the packed layer it came from.
         module_names: initializer name of a weight -> module name (of every parameter named `*.weight`).
         block_outputs: names of the tensors that are outputs of blocks (`block_output_name`), in order.
@@ -204,6 +215,7 @@ def trace(wrapper: GraphWrapper, example: Mapping[str, Tensor], layers: Mapping[
     Raises:
         ExportError: torch's exporter failed, or the weight of a packed layer is not in the graph under its name.
     """
+    from onnx import TensorProto
     from onnxscript.optimizer import remove_unused_nodes
 
     inputs = wrapper.host_inputs(example)
@@ -223,7 +235,15 @@ def trace(wrapper: GraphWrapper, example: Mapping[str, Tensor], layers: Mapping[
     except Exception as error:
         raise ExportError(f"torch.onnx.export failed: {type(error).__name__}: {error}") from error
     assert program is not None
+    by_initializer = {f"{TWIN}.{name}.weight": layer for name, layer in layers.items()}
+    constants = program.model.graph.initializers
+    empty = [
+        TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[int(side) for side in constants.pop(name).shape])
+        for name in by_initializer
+        if name in constants
+    ]
     model = program.model_proto
+    model.graph.initializer.extend(empty)
     model.graph.value_info.extend(model.graph.output[1:])
     del model.graph.output[1:]
     remove_unused_nodes(model)  # the last block's text stream ends in nothing
@@ -240,8 +260,32 @@ def trace(wrapper: GraphWrapper, example: Mapping[str, Tensor], layers: Mapping[
         for item in model.graph.initializer
         if item.name.endswith(".weight")
     }
-    by_initializer = {f"{TWIN}.{name}.weight": layer for name, layer in layers.items()}
     return FloatGraph(model=model, layers=by_initializer, module_names=module_names, block_outputs=tuple(named))
+
+
+def runnable(graph: FloatGraph) -> onnx.ModelProto:
+    """`graph.model` with the packed layers' codes, dequantized as it runs: a layer at a time is in float."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from fbqat_hub.export.encoding import pack_int4
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    shapes = {item.name: list(item.dims) for item in model.graph.initializer if item.name in graph.layers}
+    kept = [item for item in model.graph.initializer if item.name not in graph.layers]
+    nodes = []
+    for name, shape in shapes.items():
+        layer = graph.layers[name]
+        raw = pack_int4(layer.codes().cpu().numpy())
+        kept.append(helper.make_tensor(f"{name}/codes", TensorProto.INT4, shape, raw, raw=True))
+        kept.append(numpy_helper.from_array(layer.weight_scale.detach().cpu().float().numpy(), f"{name}/scale"))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}/codes", f"{name}/scale"], [name], axis=0))
+    nodes += list(model.graph.node)
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.initializer.extend(kept)
+    model.graph.node.extend(nodes)
+    return model
 
 
 def as_feed(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fbqat_hub.export.errors import ExportError, require_htp
-from fbqat_hub.export.float_graph import GraphWrapper, as_feed, block_outputs, packed_layers
+from fbqat_hub.export.float_graph import GraphWrapper, as_feed, block_outputs, packed_layers, runnable
 from fbqat_hub.export.graph_export import STEPS, Feed, GraphSource, Progress, compile_graph, trace_graph
 from fbqat_hub.export.precision import Precision
 from fbqat_hub.export.split import split_graph
@@ -194,7 +194,7 @@ def build_transformer(
     apart = range(0, len(calibration), max(2, len(calibration) // ALLOCATION_INPUTS))[:ALLOCATION_INPUTS]
     chosen_on = apart if target_db is not None else range(0)
     with progress.step("transformer: calibrate"):
-        ranges = calibrate(graph.model, [feed for index, feed in enumerate(feeds) if index not in chosen_on])
+        ranges = calibrate(runnable(graph), [feed for index, feed in enumerate(feeds) if index not in chosen_on])
     report = None
     if target_db is not None:
         with progress.step("transformer: allocate"):

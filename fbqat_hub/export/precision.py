@@ -26,7 +26,7 @@ VIEW_OPS = frozenset(
 #: `float_layer` any other layer that was left in float (W8); `other` concatenations, sums, maxima.
 OP_KINDS = ("norm", "add", "product", "softmax", "activation", "matmul", "depthwise", "float_layer", "other")
 _KIND_OF_OP = {
-    "LayerNormalization": "norm", "RMSNormalization": "norm", "InstanceNormalization": "norm", "Add": "add",
+    "LayerNormalization": "norm", "RMSNormalization": "norm", "Add": "add",
     "Sub": "add", "Mul": "product", "Div": "product", "Softmax": "softmax", "Gelu": "activation",
     "Sigmoid": "activation", "Tanh": "activation", "MatMul": "matmul",
 }  # fmt: skip

@@ -23,7 +23,7 @@ from fbqat_hub.export.precision import VIEW_OPS, Precision, node_bits
 from fbqat_hub.quantization.linear import PackedLinear
 
 _UNSIGNED: dict[int, type[np.unsignedinteger]] = {8: np.uint8, 16: np.uint16}
-_NORMS = ("LayerNormalization", "RMSNormalization", "InstanceNormalization")
+_NORMS = ("LayerNormalization", "RMSNormalization")
 
 
 def relu_ranges(model: onnx.ModelProto, ranges: Ranges) -> Ranges:

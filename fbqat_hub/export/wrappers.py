@@ -173,7 +173,7 @@ def wrap(transformer: nn.Module, example: Item) -> GraphWrapper:
 
 
 class _Decoder(TwinModule):
-    """Latents as the sampler leaves them -> picture, about [-1, 1]."""
+    """Latents as the sampler leaves them -> pixels, about [-1, 1]."""
 
     def __init__(self, twin: nn.Module, scale: float, shift: float) -> None:
         super().__init__(twin)
@@ -182,11 +182,12 @@ class _Decoder(TwinModule):
     def compute(self, *inputs: Tensor) -> Tensor:
         latents = inputs[0] * (1 / self.scale)
         output: Tensor = self.twin(latents + self.shift if self.shift else latents)
-        return output
+        # a reshape at the end: the compiler's layout change then happens on codes, before it, and not on floats
+        return output.flatten(2)
 
 
 def wrap_decoder(vae: Any) -> GraphWrapper:
-    """The graph of an autoencoder's decoder: `latents` [1, C, h, w] -> `picture` [1, 3, H, W]; scaling included.
+    """The graph of an autoencoder's decoder: `latents` [1, C, h, w] -> `picture` [1, 3, H * W]; scaling included.
 
     Raises:
         ExportError: the autoencoder is of no class that one of the four families uses.

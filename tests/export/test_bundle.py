@@ -33,6 +33,7 @@ WITHOUT_TORCH = (
 
 @pytest.fixture(scope="module")
 def bundle(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Of an untrained pipeline: its decoder's norms have biases of 0, which only `rewrite.drop_zero_bias` cures."""
     pytest.importorskip("onnxruntime_qnn")
     folder = tmp_path_factory.mktemp("bundle")
     pipeline = load_pipeline(convert_pipeline(str(tiny_sana), folder / "packed"))
@@ -80,7 +81,8 @@ def test_the_manifest_lists_every_file_and_tensor(bundle: tuple[Path, dict[str, 
     assert manifest["target"] | {"soc_model": 69, "htp_arch": "v79", "vtcm_mb": 8} == manifest["target"]
     assert manifest["qnn_sdk_build"] == certificate["read_back"]["qnn_sdk_build"]
     assert [tensor["name"] for tensor in manifest["graphs"]["decoder"]["inputs"]] == ["latents"]
-    assert manifest["sampler"] == {"steps": 2, "branches": 2, "guidance_scale": 3.0, "token_grid": None}
+    settings = {"steps": 2, "branches": 2, "guidance_scale": 3.0, "token_grid": None, "picture_size": [32, 32]}
+    assert manifest["sampler"] == settings
     golden = load_file(folder / "golden.safetensors")
     names = [tensor["name"] for tensor in manifest["graphs"]["transformer"]["inputs"]]
     assert {f"0.{name}" for name in [*names, "sample"]} <= set(golden)

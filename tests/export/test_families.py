@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fbqat_hub.export import PRESETS, ExportError, export_htp
-from fbqat_hub.export.float_graph import as_feed, block_outputs, packed_layers
+from fbqat_hub.export.float_graph import as_feed, block_outputs, packed_layers, runnable
 from fbqat_hub.export.graph_export import trace_graph
 from fbqat_hub.export.pipeline import record_inputs
 from fbqat_hub.export.wrappers import blocks_of, wrap
@@ -34,7 +34,7 @@ def test_the_graph_is_the_model_and_its_blocks(family: str, teacher_of: Callable
     items = record_inputs(pipeline, CAPTIONS[:1], call_of(family, pipeline))
     layers, wrapper = packed_layers(pipeline.transformer), wrap(pipeline.transformer, items[0])
     graph, _ = trace_graph(wrapper, items[0], layers)
-    session = onnxruntime.InferenceSession(graph.model.SerializeToString())
+    session = onnxruntime.InferenceSession(runnable(graph).SerializeToString())
     blocks = blocks_of(pipeline.transformer)
     with torch.no_grad(), block_outputs(pipeline.transformer, blocks) as found:
         expected = pipeline.transformer(**items[-1], return_dict=False)[0].numpy()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.float_graph import as_feed, packed_layers, trace
+from fbqat_hub.export.float_graph import as_feed, packed_layers, runnable, trace
 from fbqat_hub.export.rewrite import rewrite
 from fbqat_hub.export.wrappers import MASK_BIAS, wrap
 from fbqat_hub.quantization import ActivationScheme, PackedLinear, WeightScheme, convert, prepare, set_bit_width
@@ -27,7 +27,7 @@ def test_the_float_graph_is_the_model_with_its_mask(patch_size: int) -> None:
     wrapper = wrap(model, items[0])
     graph = trace(wrapper, items[0], packed_layers(model))
     rewrite(graph.model)
-    session = onnxruntime.InferenceSession(graph.model.SerializeToString())
+    session = onnxruntime.InferenceSession(runnable(graph).SerializeToString())
     for item in items:
         feed = as_feed(wrapper.host_inputs(item))
         assert set(np.unique(feed["encoder_attention_bias"])) <= {MASK_BIAS, 0.0}

@@ -13,7 +13,7 @@ from fbqat_hub.export import ExportError
 from fbqat_hub.export.audit import audit_qdq
 from fbqat_hub.export.calibration import calibrate
 from fbqat_hub.export.encoding import Encoding, encoding_for_range
-from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers, trace
+from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers, runnable, trace
 from fbqat_hub.export.parity import sqnr_db
 from fbqat_hub.export.precision import Precision
 from fbqat_hub.export.qdq import insert_qdq
@@ -28,7 +28,7 @@ def qdq_of(model: nn.Module, items: list[Item], precision: Precision | None = No
     wrapper = wrap(model, items[0])
     graph = trace(wrapper, items[0], packed_layers(model))
     rewrite(graph.model)
-    ranges = calibrate(graph.model, [as_feed(wrapper.host_inputs(item)) for item in items])
+    ranges = calibrate(runnable(graph), [as_feed(wrapper.host_inputs(item)) for item in items])
     return insert_qdq(graph, ranges, precision)
 
 

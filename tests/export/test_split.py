@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from fbqat_hub.export import ExportError, export_htp
-from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers
+from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers, runnable
 from fbqat_hub.export.graph_export import Feed, trace_graph
 from fbqat_hub.export.split import split_graph
 from fbqat_hub.export.wrappers import wrap
@@ -31,11 +31,11 @@ def test_the_parts_in_order_are_the_whole(parts: int, three_blocks: tuple[FloatG
     values = dict(feed)
     found = split_graph(graph, parts)
     for part in found:
-        session = onnxruntime.InferenceSession(part.model.SerializeToString())
+        session = onnxruntime.InferenceSession(runnable(part).SerializeToString())
         names = [value.name for value in part.model.graph.output]
         given = {value.name: values[value.name] for value in part.model.graph.input}
         values.update(zip(names, session.run(None, given), strict=True))
-    whole = onnxruntime.InferenceSession(graph.model.SerializeToString()).run(None, feed)[0]
+    whole = onnxruntime.InferenceSession(runnable(graph).SerializeToString()).run(None, feed)[0]
     np.testing.assert_allclose(values["sample"], whole, atol=1e-5)
     assert len(found) == parts
     assert sum(len(part.layers) for part in found) == len(graph.layers)

@@ -76,7 +76,8 @@ def generate(folder: Path, prompt: int, seed: int | None = None) -> Image.Image:
     latents = sample(manifest, host, open_graph(folder, manifest, "transformer"), prompt, noise)
     if manifest["sampler"]["token_grid"]:
         latents = unpack_tokens(latents, manifest["sampler"]["token_grid"])
-    picture = open_graph(folder, manifest, "decoder").run(None, {"latents": latents})[0][0]
+    picture = open_graph(folder, manifest, "decoder").run(None, {"latents": latents})[0]
+    picture = picture.reshape(3, *manifest["sampler"]["picture_size"])
     pixels = np.clip(127.5 * picture.transpose(1, 2, 0) + 127.5, 0, 255).round().astype(np.uint8)
     return Image.fromarray(pixels)
 
