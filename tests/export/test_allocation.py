@@ -57,7 +57,7 @@ def test_costs_are_shares_of_everything(outlier_sana: Any) -> None:
     assert layers["transformer_blocks.*.ff.conv_inverted"] > layers["transformer_blocks.*.attn2.to_q"]
 
 
-def test_the_outliers_are_found_and_the_target_is_kept(outlier_sana: Any) -> None:
+def test_what_costs_most_noise_keeps_16_bits_and_the_target_holds(outlier_sana: Any) -> None:
     feeds, expected = run(outlier_sana, make_items(3, seed=1))
     _, graph, ranges, _ = outlier_sana
     lowest, everything = allocate(graph, ranges, feeds, expected, start=PRESETS["w4a8"], target_db=-99.0)
@@ -70,8 +70,6 @@ def test_the_outliers_are_found_and_the_target_is_kept(outlier_sana: Any) -> Non
     assert everything["reached_db"] < target - 1
     precision, report = allocate(graph, ranges, feeds, expected, start=PRESETS["w4a8"], target_db=target)
     rows = report["candidates"]
-    worst = min((row for row in rows if "." in row["name"]), key=lambda row: row["alone_db"])
-    assert worst["name"] == "transformer_blocks.*.ff.conv_point"
     assert [row["bits"] for row in rows] == sorted((row["bits"] for row in rows), reverse=True)
     assert {row["bits"] for row in rows} == {8, 16}
     assert set(precision.a16_layers) > set(DEFAULT_A16_LAYERS)
