@@ -18,7 +18,6 @@ from fbqat_hub.export.errors import ExportError, require_htp
 from fbqat_hub.export.float_graph import GraphWrapper, as_feed, block_outputs, packed_layers, runnable
 from fbqat_hub.export.graph_export import STEPS, Feed, GraphSource, Progress, compile_graph, trace_graph
 from fbqat_hub.export.precision import Precision
-from fbqat_hub.export.split import split_graph
 from fbqat_hub.export.targets import Target, target_for
 from fbqat_hub.export.wrappers import POSITIONS, Item, blocks_of, wrap
 
@@ -184,6 +183,7 @@ def build_transformer(
     from fbqat_hub.export import certificate
     from fbqat_hub.export.allocation import allocate
     from fbqat_hub.export.calibration import calibrate
+    from fbqat_hub.export.split import split_graph
 
     with progress.step("transformer: trace"):
         layers = packed_layers(transformer)
