@@ -38,9 +38,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_wheel_holds_every_tracked_file_of_the_package(wheel: zipfile.ZipFile) -> None:
-    """Linked folders and package data included, byte for byte, and nothing else; optimum's namespace beside it."""
+    """Linked folders and package data included, byte for byte, and nothing else; the .pth file beside it."""
     sources = {f"{PACKAGE}/{path}": path for path in _git_files(*LINKED)}
-    sources = {name.partition("/optimum_namespace/")[2] or name: path for name, path in sources.items()}
+    sources = {name if not name.endswith(".pth") else Path(name).name: path for name, path in sources.items()}
     sources |= {str(path): path for path in _git_files(PACKAGE)}
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,9 @@ NAMESPACE = ROOT / "integrations" / "optimum_namespace"
 
 
 def optimum_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The real command line, with the namespace package on the path as an installed wheel has it."""
-    path = os.pathsep.join([str(ROOT), str(NAMESPACE)])
-    return subprocess.run(
-        [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The real command line in the environment of the tests, where this package is installed."""
+    code = "from optimum.commands.optimum_cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_export_qnn_is_a_command() -> None:
@@ -48,3 +41,8 @@ def test_the_namespace_has_no_init_file() -> None:
     assert [path.relative_to(NAMESPACE).as_posix() for path in NAMESPACE.rglob("*.py")] == [
         "optimum/commands/register/register_fbqat.py"
     ]
+
+
+def test_the_pth_file_of_a_wheel_names_the_namespace() -> None:
+    (line,) = (NAMESPACE / "fbqat_hub_optimum.pth").read_text().splitlines()
+    assert (ROOT / line).resolve() == NAMESPACE.resolve()
