@@ -10,7 +10,7 @@ from typing import Any
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record
 from fbqat_hub.hub.names import is_local, public_name
 
-_SUMMARY = ("asked", "read_back", "parity", "files")
+_SUMMARY = ("asked", "read_back", "parity", "pictures")
 _ARROWS = {"lower": "↓", "higher": "↑"}
 SUITE_TITLES = {
     "method": "Quality against the teacher",
@@ -110,7 +110,7 @@ def certificate_tables(certificate: Mapping[str, Any]) -> dict[str, Any]:
     """What a card shows of a certificate, whatever its keys.
 
     Returns:
-        ``summary``: rows (dotted name, value) of what was asked, read back, compared, and of the files; all rows
+        ``summary``: rows (dotted name, value) of what was asked, read back and compared; all rows
         where the certificate has none of these. ``rest``: the other rows. ``tensors``: header and rows of the
         graph's inputs and outputs, where they are described.
     """

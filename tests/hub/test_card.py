@@ -154,13 +154,17 @@ def test_a_full_certificate_is_a_summary_a_table_of_tensors_and_the_rest_folded(
     certificate = {
         "asked": {"soc": "sm8750"},
         "seconds": {"compile": 1.5},
+        "pictures": {"mean_psnr_db": 32.5},
+        "files": {"transformer.bin": {"bytes": 7}},
         "tensors": {"inputs": [], "outputs": [tensor]},
     }
     (run / "htp" / "certificate.json").write_text(json.dumps(certificate))
     summary, rest = write_card(run).read_text().split("<summary>The rest of the certificate</summary>")
     assert "| outputs | sample | 1, 16, 8, 8 | 6.60382138e-05 | -39312 |" in summary
     assert "| `asked.soc` | sm8750 |" in summary
+    assert "| `pictures.mean_psnr_db` | 32.5 |" in summary
     assert "seconds.compile" not in summary
+    assert "files.transformer.bin" not in summary
     assert "| `seconds.compile` | 1.5 |" in rest
 
 
