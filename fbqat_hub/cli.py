@@ -342,29 +342,29 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     sub.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
 
-    for name, run, text in (
-        ("card", _card, "write a run's model card from what was measured"),
-        ("export", _export, "compile a run for a Snapdragon's NPU (QNN HTP) and certify it"),
-    ):
-        sub = verb(name, run, text, f"fbqat {name} runs/tiny")
-        kind = "folder of a run" + (", or a packed pipeline's folder or Hub id" if name == "export" else "")
-        sub.add_argument("run_folder", metavar="RUN", type=Path if name == "card" else str, help=kind)
-        if name == "card":
-            sub.add_argument("--repo", help="Hub id it will be published as, for the code block")
-        if name == "export":
-            sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
-            sub.add_argument("--output", type=Path, help="new folder (default: RUN/htp)")
-            sub.add_argument(
-                "--precision",
-                default="w4a8",
-                choices=("w4a8", "w4a16", "w8a8", "w8a16", "auto"),
-                help="weights and activations (default: w4a8; auto: 8 bits where they cost least)",
-            )
-            sub.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
-            sub.add_argument(
-                "--prompts", type=Path, help="text file to calibrate on and draw (default: the recipe's data)"
-            )
-            sub.add_argument("--images", type=int, default=2, metavar="N", help="drawn on the emulator (default: 2)")
+    sub = verb("card", _card, "write a run's model card from what was measured", "fbqat card runs/tiny --repo me/tiny")
+    sub.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
+    sub.add_argument("--repo", help="Hub id it will be published as, for the code block")
+
+    sub = verb(
+        "export",
+        _export,
+        "compile a run for a Snapdragon's NPU (QNN HTP) and certify it",
+        "fbqat export runs/tiny --soc sm8750 --precision auto",
+    )
+    sub.add_argument("run_folder", metavar="RUN", help="folder of a run, or of a packed pipeline, or the Hub id of one")
+    sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
+    sub.add_argument("--output", type=Path, help="new folder (default: RUN/htp)")
+    sub.add_argument(
+        "--precision",
+        default="w4a8",
+        choices=("w4a8", "w4a16", "w8a8", "w8a16", "auto"),
+        help="weights and activations (default: w4a8; auto: 8 bits where they cost least)",
+    )
+    sub.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
+    sub.add_argument("--prompts", type=Path, help="text file to calibrate on and draw (default: the recipe's data)")
+    sub.add_argument("--images", type=int, default=2, metavar="N", help="drawn on the emulator (default: 2)")
+
     sub = verb(
         "doctor",
         _doctor,

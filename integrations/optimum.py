@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.allocation import TARGET_DB
 from fbqat_hub.export.bundle import export_bundle
-from fbqat_hub.export.precision import precision_named
 from fbqat_hub.families import family_of
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.untrusted import read_yaml
@@ -50,8 +48,8 @@ def export_qnn(
             prompts=texts,
             call=recipe.get("generation") or family_of(type(pipeline).__name__).native_size(pipeline),
             soc=soc,
-            precision=precision_named("w4a8" if precision == "auto" else precision, a16),
-            target_db=TARGET_DB if precision == "auto" else None,
+            precision=precision,
+            a16=a16,
             pictures=min(images, len(texts)),
         )
     except (ExportError, OSError, ValueError) as error:

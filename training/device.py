@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.allocation import TARGET_DB
 from fbqat_hub.export.bundle import export_bundle
-from fbqat_hub.export.precision import precision_named
 from fbqat_hub.families import family_of, get_family
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.distill import Draws, cached_splits
@@ -40,8 +38,7 @@ def export_run(
 
     Args:
         run: folder of a run, or a folder or Hub id of any packed pipeline.
-        precision: a key of ``PRESETS``, or "auto": 8 bits wherever the output's SQNR keeps `TARGET_DB`.
-        a16: patterns of further layers at 16 bits.
+        soc, precision, a16: as ``export_bundle``.
         prompts: to calibrate on and to draw; the recipe's if there are none.
         pictures: drawn with the emulator in the loop, of the first prompts.
 
@@ -69,8 +66,8 @@ def export_run(
         calibration=calibration,
         held_out=held_out,
         soc=soc,
-        precision=precision_named("w4a8" if precision == "auto" else precision, a16),
-        target_db=TARGET_DB if precision == "auto" else None,
+        precision=precision,
+        a16=a16,
         pictures=min(pictures, len(shown)),
         progress=progress,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
+from fbqat_hub.text import columns
 from fbqat_hub.training.distill import Draws, cached_splits, load_teacher, prepare_student
 from fbqat_hub.training.probe import (
     DRAWS,
@@ -82,14 +83,14 @@ class Plan:
         return "\n".join(
             [
                 f"Loss against bit width before training ({pictures} validation pictures, {DRAWS} draws of each):",
-                _table([("bit width", "loss", "± error"), *curve]),
+                columns([("bit width", "loss", "± error"), *curve], numbers_from=1),
                 "",
                 "Stages at equal steps of the loss's logarithm, to paste into a recipe:",
                 yaml.safe_dump(
                     {"start": "nearest", "schedule": self.schedule.to_dict()}, sort_keys=False, default_flow_style=None
                 ),
                 f"Groups of layers, {self.probe_steps} steps of each at the recipe's method and rate:",
-                _table([(*titles, "s/step", "peak MiB"), *layers]),
+                columns([(*titles, "s/step", "peak MiB"), *layers], numbers_from=1),
                 "",
                 f"Advice: {advise(self.probes)[1]} One seed, {self.probe_steps} steps: a lead, not a verdict.",
                 f"Time: {self.recipe.steps} steps of {own.seconds_per_step:.3g} s are "
@@ -207,13 +208,6 @@ def draw_curve(curve: Mapping[float, Estimate], schedule: BitSchedule, path: Pat
     axis.legend(loc="upper left")
     with path.open("wb") as file:
         canvas.print_png(file, metadata={"Software": None})
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first one to the left, the others to the right."""
-    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([row[0].ljust(sizes[0]), *map(str.rjust, row[1:], sizes[1:])] for row in rows)
-    return "\n".join("  ".join(line) for line in lines)
 
 
 def _text(value: float | None, form: str) -> str:

@@ -23,6 +23,7 @@ from fbqat_hub.evaluation.suite import (
     measure,
 )
 from fbqat_hub.files import whole
+from fbqat_hub.text import columns
 
 COMPARABLE = (*PAIRED, *DISTANCES, *PROMPTED, *SINGLE)
 DEFAULT = ("psnr", "ssim", "fd")
@@ -85,11 +86,11 @@ def compare(
         left_out = {"a": len(first.files) - len(names), "b": len(second.files) - len(names)}
         _write(output, rows, {**labels, "without_partner": left_out, "seed": seed})
         shown = names[:_SHOWN]
-        columns = {
+        sides = {
             f"A: {labels['a']}": [Image.open(first.files[name]) for name in shown],
             f"B: {labels['b']}": [Image.open(second.files[name]) for name in shown],
         }
-        comparison_sheet(columns, [prompts.get(name, name) for name in shown]).save(output / "comparison.png")
+        comparison_sheet(sides, [prompts.get(name, name) for name in shown]).save(output / "comparison.png")
     return rows
 
 
@@ -102,9 +103,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         interval = "–" if row["interval"] is None else "{:.4g} to {:.4g}".format(*row["interval"])
         value = "all equal" if row["value"] is None else f"{row['value']:.4g}{unit}"
         cells.append((f"{row['metric']} {arrow}", row["of"], value, interval, str(row["n"])))
-    widths = [max(len(line[column]) for line in cells) for column in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join(lines)
+    return columns(cells)
 
 
 def _row(metric: str, of: str, found: Measurement | None, n: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ ONNX's fused `Attention` op would silently run in float on the HTP. Shapes: N pi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,21 @@ class ExplicitLinearAttention:
         return attn.to_out[0](attended)
 
 
+def _joint(attn: Any, picture: Tensor, text: Tensor | None, *, text_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of picture and text tokens in one sequence, norms per head: [N, heads, tokens, d] each."""
+
+    def project(tokens: Tensor, layers: Sequence[Any], norms: Sequence[Any]) -> list[Tensor]:
+        parts = [split_heads(layer(tokens), attn.heads) for layer in layers]
+        return [normalized(norm, part) for norm, part in zip(norms, parts, strict=True)]
+
+    streams = [project(picture, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k, None))]
+    if text is not None:
+        layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+        streams.insert(0 if text_first else 1, project(text, layers, (*norms, None)))
+    query, key, value = (parts[0] if text is None else torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
+    return query, key, value
+
+
 class ExplicitJointAttention:
     """Attention of picture and text tokens together (SD3), or of picture tokens alone; norms per head."""
 
@@ -98,19 +114,7 @@ class ExplicitJointAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Any:
-        query, key, value = (
-            split_heads(layer(hidden_states), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query, key = normalized(attn.norm_q, query), normalized(attn.norm_k, key)
-        if encoder_hidden_states is not None:
-            layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text_query, text_key, text_value = (
-                split_heads(layer(encoder_hidden_states), attn.heads) for layer in layers
-            )
-            query = torch.cat([query, normalized(attn.norm_added_q, text_query)], dim=2)
-            key = torch.cat([key, normalized(attn.norm_added_k, text_key)], dim=2)
-            value = torch.cat([value, text_value], dim=2)
-        attended = attend(query, key, value)
+        attended = attend(*_joint(attn, hidden_states, encoder_hidden_states, text_first=False))
         if encoder_hidden_states is None:
             return attn.to_out[0](attended)
         if attn.context_pre_only:  # nobody reads the text's part: a split with a dead output would run in float
@@ -120,7 +124,7 @@ class ExplicitJointAttention:
 
 
 def rotate(tokens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions on [1, tokens, heads, d] -> [1, heads, tokens, d], the channels of a head in another order.
+    """Rotary positions on [1, heads, tokens, d], the channels of a head in another order.
 
     Diffusers leaves real and imaginary parts interleaved; here all real parts come first. Query and key are reordered
     alike, so their product is the same, and no 5-D tensor is needed.
@@ -128,12 +132,11 @@ def rotate(tokens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     Args:
         rotary: cos and sin, each [tokens, d], every value twice (diffusers' form).
     """
-    count, heads, width = tokens.shape[1:]
-    cosine, sine = (part[:, None, ::2] for part in rotary)  # [tokens, 1, d / 2]
-    pairs = tokens.reshape(count, heads, width // 2, 2)
+    heads, count, width = tokens.shape[1:]
+    cosine, sine = (part[:, ::2] for part in rotary)  # [tokens, d / 2]
+    pairs = tokens.reshape(heads, count, width // 2, 2)
     real, imaginary = (part.squeeze(-1) for part in pairs.split(1, dim=-1))
-    turned = torch.cat([real * cosine - imaginary * sine, imaginary * cosine + real * sine], dim=-1)
-    return turned.transpose(0, 1)[None]
+    return torch.cat([real * cosine - imaginary * sine, imaginary * cosine + real * sine], dim=-1)[None]
 
 
 class ExplicitRotaryAttention:
@@ -147,17 +150,9 @@ class ExplicitRotaryAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
-        shape = (attn.heads, attn.head_dim)
-        query, key, value = (layer(hidden_states).unflatten(2, shape) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if encoder_hidden_states is not None:
-            layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text_query, text_key, text_value = (layer(encoder_hidden_states).unflatten(2, shape) for layer in layers)
-            query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
-            key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
-            value = torch.cat([text_value, value], dim=1)
+        query, key, value = _joint(attn, hidden_states, encoder_hidden_states, text_first=True)
         assert image_rotary_emb is not None
-        attended = attend(rotate(query, image_rotary_emb), rotate(key, image_rotary_emb), value.transpose(1, 2))
+        attended = attend(rotate(query, image_rotary_emb), rotate(key, image_rotary_emb), value)
         if encoder_hidden_states is None:
             return attended
         text, picture = attended.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)

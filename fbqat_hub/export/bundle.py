@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fbqat_hub.export.allocation import TARGET_DB
 from fbqat_hub.export.errors import ExportError, require_htp
 from fbqat_hub.export.float_graph import GraphWrapper, as_feed
 from fbqat_hub.export.graph_export import STEPS, GraphSource, Progress, compile_graph, trace_graph
 from fbqat_hub.export.htp_export import build_transformer, check_items, staging, write_certificate
-from fbqat_hub.export.pipeline import Item, denoiser_replaced, record_inputs
-from fbqat_hub.export.precision import PRESETS, Precision
+from fbqat_hub.export.pipeline import denoiser_replaced, record_inputs
+from fbqat_hub.export.precision import PRESETS, precision_named
 from fbqat_hub.export.sampler import sampler_matrix
 from fbqat_hub.export.targets import Target, target_for
-from fbqat_hub.export.wrappers import wrap_decoder
+from fbqat_hub.export.wrappers import Item, wrap_decoder
+from fbqat_hub.files import listing
 
 FORMAT_VERSION = 1
 _RUNTIME = Path(__file__).parent / "runtime"
@@ -157,8 +159,8 @@ def export_bundle(
     calibration: Sequence[Item] | None = None,
     held_out: Sequence[Item] | None = None,
     soc: str = "sm8750",
-    precision: Precision | None = None,
-    target_db: float | None = None,
+    precision: str = "w4a8",
+    a16: Sequence[str] = (),
     pictures: int = 2,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -175,7 +177,9 @@ def export_bundle(
         call: arguments of the pipeline call, e.g. height, width, num_inference_steps, guidance_scale.
         calibration, held_out: as `export_htp`; what the pipeline feeds its denoiser while it draws `prompts` if None
             (the last prompt is held out).
-        soc, precision, target_db, progress: as `export_htp`.
+        soc, progress: as `export_htp`.
+        precision: a key of `PRESETS`, or "auto": 8 bits wherever the output's SQNR keeps `TARGET_DB`.
+        a16: fnmatch patterns of further layers at 16 activation bits.
         pictures: how many, at least 1.
 
     Returns:
@@ -186,7 +190,10 @@ def export_bundle(
         ExportError: bad input, a failed step, a failed audit or a gate not met; nothing is left at `output_dir`.
     """
     require_htp()
-    target, precision = target_for(soc), precision or PRESETS["w4a8"]
+    from fbqat_hub.export import htp
+
+    target, auto = target_for(soc), precision == "auto"
+    chosen = precision_named("w4a8" if auto else precision, a16)
     if not 1 <= pictures <= len(prompts):
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
     bar = Progress(2 * (2 + len(STEPS)) + 3, progress)
@@ -203,13 +210,20 @@ def export_bundle(
             check_items("calibration", calibration)
             check_items("held_out", held_out)
             section, wrapper = build_transformer(
-                pipeline.transformer, calibration, held_out, folder, target, precision, bar, target_db=target_db
+                pipeline.transformer,
+                calibration,
+                held_out,
+                folder,
+                target,
+                chosen,
+                bar,
+                target_db=TARGET_DB if auto else None,
             )
             host, settings = host_parts(drawn, pipeline, wrapper, call)
             section["graphs"] = {"decoder": _build_decoder(pipeline.vae, drawn, settings, folder, target, bar)}
-            with bar.step("pictures"):
-                section["pictures"] = _pictures(pipeline, drawn, call, wrapper, folder, target)
-            _write_parts(folder, host, held_out, wrapper, target)
+            with bar.step("pictures"), htp.emulator(folder / "transformer.onnx", target) as emulator:
+                section["pictures"] = _pictures(pipeline, drawn, call, wrapper, folder, emulator)
+                _write_parts(folder, host, held_out, wrapper, emulator)
             section["golden_inputs"] = len(held_out)
             certificate = write_certificate(folder, target, section, bar)
             _write_manifest(folder, certificate, settings, [each.prompt for each in drawn], target)
@@ -251,25 +265,21 @@ def _build_decoder(
 
 
 def _pictures(
-    pipeline: Any, drawn: Sequence[Drawn], call: Mapping[str, Any], wrapper: GraphWrapper, folder: Path, target: Target
+    pipeline: Any, drawn: Sequence[Drawn], call: Mapping[str, Any], wrapper: GraphWrapper, folder: Path, emulator: Any
 ) -> dict[str, Any]:
     """Draw the same pictures with the emulator in the denoiser's place; saved in `pictures/`, compared, gated."""
     from PIL import Image
 
-    from fbqat_hub.export import htp
+    def denoise(item: Item) -> Tensor:
+        return torch.from_numpy(emulator.run(as_feed(wrapper.host_inputs(item)))[0])
 
     (folder / "pictures").mkdir()
     rows: list[dict[str, Any]] = []
-    with htp.emulator(folder / "transformer.onnx", target) as emulator:
-
-        def denoise(item: Item) -> Tensor:
-            return torch.from_numpy(emulator.run(as_feed(wrapper.host_inputs(item)))[0])
-
-        for seed, each in enumerate(drawn):
-            emulated = draw(pipeline, each.prompt, call, seed, denoise).picture
-            for name, picture in (("torch", each.picture), ("emulator", emulated)):
-                Image.fromarray(picture).save(folder / "pictures" / f"{seed}-{name}.png")
-            rows.append({"prompt": each.prompt, "seed": seed, "psnr_db": round(psnr_db(each.picture, emulated), 3)})
+    for seed, each in enumerate(drawn):
+        emulated = draw(pipeline, each.prompt, call, seed, denoise).picture
+        for name, picture in (("torch", each.picture), ("emulator", emulated)):
+            Image.fromarray(picture).save(folder / "pictures" / f"{seed}-{name}.png")
+        rows.append({"prompt": each.prompt, "seed": seed, "psnr_db": round(psnr_db(each.picture, emulated), 3)})
     mean = sum(row["psnr_db"] for row in rows) / len(rows)
     if not mean >= MIN_PICTURE_PSNR_DB:
         raise ExportError(
@@ -280,21 +290,18 @@ def _pictures(
 
 
 def _write_parts(
-    folder: Path, host: Mapping[str, Tensor], held_out: Sequence[Item], wrapper: GraphWrapper, target: Target
+    folder: Path, host: Mapping[str, Tensor], held_out: Sequence[Item], wrapper: GraphWrapper, emulator: Any
 ) -> None:
     """`host.safetensors`, `golden.safetensors` (the transformer's inputs and the emulator's outputs), the runner."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
-    from fbqat_hub.export import htp
-
     save_file(dict(host), folder / "host.safetensors")
     golden: dict[str, np.ndarray] = {}
-    with htp.emulator(folder / "transformer.onnx", target) as emulator:
-        for index, item in enumerate(held_out):
-            feed = as_feed(wrapper.host_inputs(item))
-            golden.update({f"{index}.{name}": value for name, value in feed.items()})
-            golden[f"{index}.sample"] = emulator.run(feed)[0]
+    for index, item in enumerate(held_out):
+        feed = as_feed(wrapper.host_inputs(item))
+        golden.update({f"{index}.{name}": value for name, value in feed.items()})
+        golden[f"{index}.sample"] = emulator.run(feed)[0]
     save_arrays(golden, folder / "golden.safetensors")
     for name in ("generate.py", "qnn_session.py"):
         shutil.copyfile(_RUNTIME / name, folder / name)
@@ -304,7 +311,6 @@ def _write_manifest(
     folder: Path, certificate: Mapping[str, Any], settings: Mapping[str, Any], prompts: Sequence[str], target: Target
 ) -> None:
     """`manifest.json` and `README.md`; the manifest lists every other file."""
-    from fbqat_hub.export.certificate import sha256
     from fbqat_hub.export.htp import provider_options
 
     sections = {"transformer": certificate, **certificate["graphs"]}
@@ -313,7 +319,6 @@ def _write_manifest(
         readme = readme.replace(f"@{key}@", str(certificate["asked"][key]))
     readme = readme.replace("@sdk@", certificate["read_back"]["qnn_sdk_build"])
     (folder / "README.md").write_text(readme, encoding="utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "format_version": FORMAT_VERSION,
         "target": certificate["asked"],
@@ -325,10 +330,7 @@ def _write_manifest(
         },
         "sampler": dict(settings),
         "prompts": list(prompts),
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in files
-        },
+        "files": listing(folder),
         "ran_on": certificate["ran_on"],
         "never_ran_on": certificate["never_ran_on"],
     }

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from fbqat_hub.export import htp
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.parity import compare
 from fbqat_hub.export.rewrite import static_shapes
@@ -30,12 +29,6 @@ MIN_SQNR_EMULATOR_CPU_DB = 15.0
 #: Emulator against the packed torch model. Static ranges and 8-bit results cost something here that is no fault, so
 #: this gate only catches a wrong graph (a mask lost, a range never set), which the other gates cannot see.
 MIN_SQNR_EMULATOR_TORCH_DB = 10.0
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hex. A context binary with a flipped byte loads without complaint: compare this."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_tensors(model: onnx.ModelProto) -> dict[str, list[dict[str, Any]]]:
@@ -149,8 +142,8 @@ def asked(target: Target) -> dict[str, Any]:
         "soc_model": target.soc_model,
         "htp_arch": f"v{target.htp_arch}",
         "vtcm_mb": target.vtcm_mb,
-        "graph_finalization_optimization_mode": 3,
-        "performance_mode": "burst",
+        "graph_finalization_optimization_mode": htp.FINALIZATION_MODE,
+        "performance_mode": htp.PERFORMANCE_MODE,
     }
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fbqat_hub.export.certificate import sha256
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.targets import Target
 from fbqat_hub.export.wrappers import WRAPPERS, blocks_of
+from fbqat_hub.files import sha256
 from fbqat_hub.quantization.linear import PackedLinear
 
 #: A context binary must stay under 2 GiB: the HTP addresses it with 31 bits (qualcomm/ai-hub-models#274).

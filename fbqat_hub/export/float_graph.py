@@ -14,6 +14,7 @@ import copy
 import io
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,7 @@ def block_outputs(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[dict[st
             handle.remove()
 
 
-class TwinModule(nn.Module):
+class TwinModule(nn.Module, ABC):
     """A twin, a forward of positional tensors (`compute`), and the outputs of some of the twin's blocks behind its own.
 
     Args:
@@ -162,9 +163,9 @@ class TwinModule(nn.Module):
         super().__init__()
         self.twin, self.blocks = twin, blocks
 
+    @abstractmethod
     def compute(self, *inputs: Tensor) -> Tensor:
         """The graph's output."""
-        raise NotImplementedError
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with block_outputs(self.twin, self.blocks) as found:

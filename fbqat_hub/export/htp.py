@@ -26,12 +26,15 @@ from fbqat_hub.export.targets import Target
 _WORKER = Path(__file__).parent / "runtime" / "worker.py"
 _ANSWER = "fbqat-answer "
 
+PERFORMANCE_MODE = "burst"
+FINALIZATION_MODE = 3  # the most thorough
+
 
 def provider_options(target: Target) -> dict[str, str]:
     """Options of the QNN execution provider for `target` (an unknown one is ignored without a word: keep the list)."""
     return {
-        "htp_performance_mode": "burst",
-        "htp_graph_finalization_optimization_mode": "3",
+        "htp_performance_mode": PERFORMANCE_MODE,
+        "htp_graph_finalization_optimization_mode": str(FINALIZATION_MODE),
         "soc_model": str(target.soc_model),
         "htp_arch": str(target.htp_arch),
         "vtcm_mb": str(target.vtcm_mb),

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbqat_hub.export.wrappers import POSITIONS
-
-Item = dict[str, Tensor]
+from fbqat_hub.export.wrappers import POSITIONS, Item
 
 
 def split_batch(arguments: Mapping[str, Any]) -> list[Item]:

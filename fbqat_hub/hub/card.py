@@ -222,7 +222,7 @@ def _body(facts: Facts) -> str:
         bits=[number(r.value) for r in records if r.metric == "bits_per_weight" and r.method == recipe["method"]][:1],
         checks=checks_table(records, facts.certificate),
         certificate=certificate_tables(facts.certificate) if facts.certificate else None,
-        recipe_text=_recipe_text(facts.recipe_text, recipe),
+        recipe_text=without_local_paths(facts.recipe_text.rstrip(), recipe),
         commands=list(dict.fromkeys(r.command for r in records)),
         versions=records[-1].versions if records else {},
     )
@@ -245,11 +245,6 @@ def _code(facts: Facts) -> str:
         f"    generator=torch.Generator().manual_seed({seed}),\n).images[0]\n"
         'image.save("picture.png")'
     )
-
-
-def _recipe_text(text: str, recipe: Mapping[str, Any]) -> str:
-    """The recipe as written, local paths cut to their last part."""
-    return without_local_paths(text.rstrip(), recipe)
 
 
 def _dataset_names(recipe: Mapping[str, Any]) -> list[str]:

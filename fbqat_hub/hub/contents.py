@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
 from huggingface_hub import get_token
 
+from fbqat_hub import untrusted
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.hub.manifest import CARD, check_path
 from fbqat_hub.hub.names import without_local_paths
@@ -103,8 +103,8 @@ def component_names(run: Path) -> list[str]:
 def recipe_of(run: Path) -> dict[str, Any]:
     """The run's recipe as it stands in recipe.yaml; empty where there is none that can be read."""
     try:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        recipe = untrusted.read_yaml(run / "recipe.yaml")
+    except (OSError, ValueError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
 
@@ -177,9 +177,7 @@ def _own_words() -> list[str]:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user without an entry in the password database
         user = ""
-    return [
-        word for word in (user, socket.gethostname()) if len(word) > 3 and word not in ("root", "user", "localhost")
-    ]
+    return [word for word in (user, socket.gethostname()) if len(word) > 3 and word not in _COMMON]
 
 
 def _belongs(name: str, components: list[str]) -> bool:
@@ -212,6 +210,6 @@ def _problem_of(path: Path, run: Path) -> str:
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None where there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return untrusted.read_json(path)
+    except (OSError, ValueError):
         return None

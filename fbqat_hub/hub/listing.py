@@ -15,6 +15,7 @@ from fbqat_hub.hub.client import card_value, step
 from fbqat_hub.hub.contents import packed_config, recipe_of
 from fbqat_hub.hub.manifest import MANIFEST, read_manifest
 from fbqat_hub.hub.names import size_text
+from fbqat_hub.text import columns
 
 TAG = "fbqat"
 _EVERY_CARD = {TAG, "4-bit", "w4a8", "quantization-aware-training"}  # the tag that is left is the family
@@ -89,10 +90,7 @@ def table(models: Iterable[Model]) -> str:
     """The list as text, a line a model under a heading."""
     rows = [("model", "where", "family", "bits", "size", "measured")]
     rows += [(m.name, m.where, m.family, m.bits, size_text(m.size) if m.size else "", m.metric) for m in models]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return columns(rows)
 
 
 def _of_hub(info: ModelInfo) -> Model:

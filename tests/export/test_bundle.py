@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle import export_bundle, psnr_db
-from fbqat_hub.export.certificate import sha256
 from fbqat_hub.export.sampler import sampler_matrix
+from fbqat_hub.files import sha256
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import CALL, CAPTIONS

@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from fbqat_hub.export import ExportError, doctor
-from fbqat_hub.export.certificate import sha256
 from fbqat_hub.export.targets import TARGETS, target_for
+from fbqat_hub.files import sha256
 from fbqat_hub.quantization import PackedLinear
 from tests.export.conftest import float_sana, pack
 

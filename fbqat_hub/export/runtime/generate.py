@@ -46,7 +46,8 @@ def sample(manifest: dict[str, Any], host: dict[str, np.ndarray], transformer: A
         if len(outputs) == 2:  # without the prompt, with it
             prediction = outputs[0] + settings["guidance_scale"] * (outputs[1] - outputs[0])
         terms.append(prediction[:, : noise.shape[1]])  # PixArt-Sigma's second half is a variance nobody uses
-        latents = sum(weight * term for weight, term in zip(weights, terms, strict=False)).astype(np.float32)
+        used = zip(weights[: len(terms)], terms, strict=True)  # zeros follow
+        latents = sum(weight * term for weight, term in used).astype(np.float32)
     return latents
 
 

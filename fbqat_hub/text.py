@@ -1,0 +1,27 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def columns(rows: Sequence[Sequence[str]], *, numbers_from: int | None = None) -> str:
+    """Rows of cells as lines of aligned columns, two spaces apart.
+
+    Args:
+        rows: the heading is one of them; all of the same length.
+        numbers_from: from this column on cells stand at the right; at the left everywhere if None.
+
+    >>> print(columns([("width", "loss"), ("4", "12.5")], numbers_from=1))
+    width  loss
+    4      12.5
+    """
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = len(sizes) if numbers_from is None else numbers_from
+    return "\n".join(
+        "  ".join(
+            cell.ljust(size) if column < left else cell.rjust(size)
+            for column, (cell, size) in enumerate(zip(row, sizes, strict=True))
+        ).rstrip()
+        for row in rows
+    )
