@@ -75,6 +75,7 @@ def page(results: Results) -> str:
             parts.append("\nFréchet distance to the teacher's pictures:\n")
             parts.append(table(chosen, "fd", 1, "{:.3f}"))
         parts.append(paired(chosen))
+        parts.append(storage(chosen))
         parts.append(changes(chosen))
         parts.append(forms(Results(rows)))
     parts.append(_PLOTS)
@@ -90,13 +91,14 @@ Each family is the tiny teacher that ships. Every trained method has the same nu
 learning rate is the one with the least loss on the *validation* split at the first seed. The numbers are of the *test*
 split: mean ± standard deviation over seeds, and in parentheses the learning rate, with ↑ or ↓ where no higher or lower
 one was tried (↕: no other), so that it may not be the method's best. The Fréchet distance is on the small extractor
-that ships, not on Inception, over {pictures} from equal seeds.
+that ships, not on Inception; it and PSNR are over {pictures} from equal seeds.
 """
 _TRACK_TITLES = {
     "w4a8": "W4A8, dynamic activations, annealed learning rate",
     "constant": "W4A8, dynamic activations, constant learning rate",
     "static": "W4A8, static activations (one range a layer), annealed learning rate",
     "w3a8": "W3A8, dynamic activations, annealed learning rate",
+    "groups": "W4A8, dynamic activations, annealed learning rate, one scale for every 32 inputs",
     "outliers": "W4A8, dynamic activations, annealed learning rate, a teacher with outlier channels",
     "train-blocks": "W4A8, training the blocks only",
     "train-attention": "W4A8, training attention only",
@@ -159,34 +161,52 @@ def _rate(rows: list[Row], best: float) -> str:
 
 
 def paired(results: Results) -> str:
-    """Ours against the strongest baseline of each family, seed by seed."""
+    """Ours against the strongest baseline of each family at the seeds that both have: in %, and in dB for PSNR."""
     lines = []
-    for metric, title in (("test", "distillation loss"), ("fd", "Fréchet distance")):
+    for metric, title in (("test", "distillation loss"), ("fd", "Fréchet distance"), ("psnr", "PSNR")):
+        sign, digits, unit = (-1, 2, " dB") if metric == "psnr" else (1, 1, "%")
         for family in FAMILIES:
-            ours = {row["seed"]: row for row in results.at_best_rate(family=family, method=OURS) if metric in row}
-            rivals: dict[str, dict[int, Row]] = {}
-            for method in results.distinct("method", family=family):
-                rows = {row["seed"]: row for row in results.at_best_rate(family=family, method=method) if metric in row}
-                if method != OURS and rows and set(rows) >= set(ours):
-                    rivals[method] = rows
-            if not ours or not rivals:
+            values = {
+                method: {
+                    row["seed"]: row[metric]
+                    for row in results.at_best_rate(family=family, method=method)
+                    if metric in row
+                }
+                for method in results.distinct("method", family=family)
+            }
+            ours = values.pop(OURS, {})
+            rivals = {method: found for method, found in values.items() if set(found) & set(ours)}
+            if not rivals:
                 continue
-
-            def mean(rows: dict[int, Row], metric: str = metric) -> float:
-                return statistics.fmean(row[metric] for row in rows.values())
-
-            strongest = min(rivals, key=lambda method: mean(rivals[method]))
-            changes = [100 * (ours[seed][metric] / rivals[strongest][seed][metric] - 1) for seed in ours]
-            each = ", ".join(f"{change:+.1f}" for change in changes)
-            lines.append(f"| {title} | {FAMILIES[family]} | {TITLES[strongest]} | {_interval(changes)} | {each} |")
+            strongest = min(rivals, key=lambda method: sign * statistics.fmean(rivals[method].values()))
+            pairs = [(ours[seed], rivals[strongest][seed]) for seed in sorted(set(ours) & set(rivals[strongest]))]
+            changes = [a - b if metric == "psnr" else 100 * (a / b - 1) for a, b in pairs]
+            each = ", ".join(f"{change:+.{digits}f}" for change in changes)
+            found = f"{TITLES[strongest]} | {_interval(changes, digits, unit)} | {each}"
+            lines.append(f"| {title} | {FAMILIES[family]} | {found} |")
     if not lines:
         return ""
     head = [
         "\nThis project's default against the strongest baseline, each at its own best rate:\n",
-        "| metric | family | strongest baseline | ours, change in % (95% interval) | seed by seed |",
+        "| metric | family | strongest baseline | ours, change (95% interval) | seed by seed |",
         "|---|---|---|---|---|",
     ]
     return "\n".join([*head, *lines, ""])
+
+
+def storage(results: Results) -> str:
+    """Bits per weight as stored, scales and low-rank branches included."""
+    cells: dict[str, dict[str, str]] = {TITLES[method]: {} for method in TITLES}
+    for family in FAMILIES:
+        for method in TITLES:
+            found = [
+                row["bits_per_weight"] for row in results.of(family=family, method=method) if "bits_per_weight" in row
+            ]
+            if found:
+                cells[TITLES[method]][family] = f"{found[-1]:.2f}"
+    if not any(cells.values()):
+        return ""
+    return f"\nStored bits per weight, scales and low-rank branches included:\n\n{_by_family('method', cells)}"
 
 
 def changes(results: Results) -> str:
@@ -227,13 +247,13 @@ def forms(results: Results) -> str:
     )
 
 
-def _interval(values: Sequence[float]) -> str:
+def _interval(values: Sequence[float], digits: int, unit: str) -> str:
     """Mean and Student's t interval."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:+.1f} (one seed)"
+        return f"{mean:+.{digits}f}{unit} (one seed)"
     half = _T[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+    return f"{mean:+.{digits}f}{unit} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
 def plots(results: Results, folder: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.outliers import outlier_channels
-from benchmarks.method.variants import FeatureDraws, Freezing, weight_average
+from benchmarks.method.variants import FeatureDraws, Freezing, LearnedWidths, weight_average
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
@@ -62,6 +62,7 @@ class Method:
     average: float = 0.0
     freeze: float = 0.0
     features: float = 0.0
+    learned_widths: bool = False
 
 
 def _prepare_torchao(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws) -> nn.Module:
@@ -106,6 +107,10 @@ VARIANTS: dict[str, Method] = {
     "lsq-qat freeze": Method("lsq-qat", freeze=0.02),
     "lsq-qat features": Method("lsq-qat", features=0.1),
     "fbqat-paper auto": Method("fbqat-paper", widths_by_curve=True),
+    "fbqat-paper learned widths": Method("fbqat-paper", learned_widths=True),
+    "fbqat widths": replace(
+        _OURS, fields={"start": "nearest", "schedule": {"preset": "paper", "softness": 0.3, "soft_until": 0.9}}
+    ),
     "fbqat-paper lsq": Method("fbqat-paper", {"quantization": {"weight_clip": "learned"}}),
     "fbqat 15 levels": replace(_OURS, fields={"quantization": {"weight_clip": "learned", "weight_narrow": True}}),
 }
@@ -120,6 +125,7 @@ TRACKS: dict[str, dict[str, Any]] = {
     "constant": {"learning_rate_schedule": "constant"},
     "static": {"quantization": {"activation_range": "static"}, "calibration": {"rule": "min_max"}},
     "w3a8": {"quantization": {"weight_bits": 3}},
+    "groups": {"quantization": {"weight_granularity": "per_group", "group_size": 32}},
     "outliers": {},  # the student starts from a teacher with outlier channels
     **{f"train-{group}": {"train_layers": group} for group in ("blocks", "attention", "feed_forward")},
 }
@@ -240,6 +246,8 @@ class Bench:
     def _train(self, recipe: Recipe, method: Method, student: nn.Module, draws: Remembered, dynamics: Dynamics) -> None:
         average = weight_average(student, method.average) if method.average else None
         freezing = Freezing(student, method.freeze) if method.freeze else None
+        if method.learned_widths:
+            LearnedWidths(student, recipe.config().weight_bits)
 
         def after_step(step: int) -> None:
             dynamics.update(step)

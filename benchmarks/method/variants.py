@@ -71,6 +71,43 @@ class Freezing:
             state["frozen"] |= new
 
 
+class LearnedWidths:
+    """A width a layer around the schedule's, learned: where the schedule is above the final bits, so is their mean.
+
+    At a scheduled width B, layer l has 4 + (B - 4) exp(o_l) / m for 4 final bits, where m keeps the mean over all
+    weights at B. The offsets o_l start at 0 and get their gradient through the grid (`fake_quantize` takes a width that
+    is a tensor). Only for weights whose clip does not depend on the width (``max_abs``).
+    """
+
+    _RATE = 100.0  # the optimizer's rate is meant for weights: at 1e-4 an offset may move by 0.01 a step
+
+    def __init__(self, student: nn.Module, final_bits: float) -> None:
+        self.final_bits = final_bits
+        self._layers = [layer for _, layer in named_layers(student, FakeQuantizedLinear)]
+        sizes = torch.tensor([float(layer.weight.numel()) for layer in self._layers])
+        self._shares = sizes / sizes.sum()
+        for layer in self._layers:
+            layer.register_parameter("width_offset", nn.Parameter(torch.zeros(())))
+        self._scheduled = final_bits
+        student.register_forward_pre_hook(self._to_own)
+        student.register_forward_hook(self._to_schedule)
+
+    def widths(self, scheduled: float) -> Tensor:
+        """The layers' widths where the schedule has ``scheduled`` bits, [layers]."""
+        factors = torch.stack([self._RATE * layer.get_parameter("width_offset") for layer in self._layers]).exp()
+        widths = self.final_bits + (scheduled - self.final_bits) * factors / (self._shares * factors).sum()
+        return widths.clamp(2, 16)
+
+    def _to_own(self, *_: Any) -> None:
+        self._scheduled = self._layers[0].bit_width
+        for layer, width in zip(self._layers, self.widths(self._scheduled), strict=True):
+            layer.bit_width = width  # type: ignore[assignment]  # a tensor, so that it gets a gradient
+
+    def _to_schedule(self, *_: Any) -> None:
+        for layer in self._layers:
+            layer.bit_width = self._scheduled
+
+
 class FeatureDraws(Draws):
     """Draws whose predictions carry the blocks' outputs along, so that the loss is also feature distillation.
 
