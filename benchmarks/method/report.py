@@ -99,6 +99,7 @@ _TRACK_TITLES = {
     "static": "W4A8, static activations (one range a layer), annealed learning rate",
     "w3a8": "W3A8, dynamic activations, annealed learning rate",
     "groups": "W4A8, dynamic activations, annealed learning rate, one scale for every 32 inputs",
+    "all-emoji": "W4A8, dynamic activations, annealed learning rate, trained on four times the pictures",
     "outliers": "W4A8, dynamic activations, annealed learning rate, a teacher with outlier channels",
     "train-blocks": "W4A8, training the blocks only",
     "train-attention": "W4A8, training attention only",

@@ -126,6 +126,7 @@ TRACKS: dict[str, dict[str, Any]] = {
     "static": {"quantization": {"activation_range": "static"}, "calibration": {"rule": "min_max"}},
     "w3a8": {"quantization": {"weight_bits": 3}},
     "groups": {"quantization": {"weight_granularity": "per_group", "group_size": 32}},
+    "all-emoji": {"dataset": {"path": "openmoji", "groups": []}},  # to train on; what is held out stays
     "outliers": {},  # the student starts from a teacher with outlier channels
     **{f"train-{group}": {"train_layers": group} for group in ("blocks", "attention", "feed_forward")},
 }
@@ -173,7 +174,7 @@ class Remembered(FeatureDraws):
         self._targets: dict[tuple[int, float], Tensor] = {}
 
     def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
-        key = (step, batch_size)
+        key = (id(split), step, batch_size)
         if key not in self._batches:
             self._batches[key] = super().training(split, step, batch_size, process)
         return self._batches[key]
@@ -205,11 +206,13 @@ class Bench:
         self.extractor = OpenMojiFeatures.load()
         self._draws: dict[int, Remembered] = {}
         self._original: tuple[Tensor, Tensor] | None = None
+        self._other: CachedSplit | None = None
 
     def measure(self, setting: Setting, *, pictures: bool = True) -> dict[str, Any]:
         """Train and measure one setting; a flat row of results.
 
-        Losses are means over the split, every sample with the same noises and timesteps for every method. The Fréchet
+        Losses are means over the split (``train`` too, at noises it was not trained on), every sample with the same
+        noises and timesteps for every method. The Fréchet
         distance and PSNR are to the teacher's own pictures from the same seeds.
         """
         recipe, method = setting.recipe(), method_of(setting.method)
@@ -217,33 +220,51 @@ class Bench:
         if draws is None:  # of one seed at a time, or memory grows
             draws = Remembered(self.teacher, get_family(recipe.family), self.pipeline.scheduler, setting.seed)
             self._draws = {setting.seed: draws}
+        splits = self._splits_of(recipe)
         began = time.monotonic()
         torch.manual_seed(setting.seed)
         with outlier_channels(self.teacher) if setting.track == "outliers" else nullcontext():
-            student = method.prepare(recipe, self.teacher, self.splits["train"], draws)
+            student = method.prepare(recipe, self.teacher, splits["train"], draws)
         bits = recipe.config().weight_bits
         if method.widths_by_curve:
-            curve = loss_against_width(student, self.teacher, self.splits["validation"], draws, widths_to(bits))
+            curve = loss_against_width(student, self.teacher, splits["validation"], draws, widths_to(bits))
             stages = schedule_from_curve({width: loss.mean for width, loss in curve.items()})
             recipe = replace(recipe, schedule=stages.to_dict())
         row: dict[str, Any] = {**vars(setting), "batch_size": recipe.batch_size}
         dynamics = Dynamics(student, bits, recipe.steps)
         if recipe.steps:
-            self._train(recipe, method, student, draws, dynamics)
+            self._train(recipe, method, student, splits, draws, dynamics)
         trained = time.monotonic() - began
         set_bit_width(student, bits)
         row["bits_per_weight"] = bits_per_weight(student)
         if recipe.steps:
             row |= dynamics.summary()
         for split in ("validation", "test"):
-            losses = held_out_loss(student, self.teacher, self.splits[split], draws, repeats=REPEATS)
+            losses = held_out_loss(student, self.teacher, splits[split], draws, repeats=REPEATS)
             row[split] = statistics.fmean(losses)
+        row["train"] = statistics.fmean(held_out_loss(student, self.teacher, splits["train"], draws))
         if pictures:
             row |= self._pictures(recipe, student.eval())
         row |= {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
         return {**row, "command": command_line(), "versions": versions(), "machine": machine(), "date": now()}
 
-    def _train(self, recipe: Recipe, method: Method, student: nn.Module, draws: Remembered, dynamics: Dynamics) -> None:
+    def _splits_of(self, recipe: Recipe) -> dict[str, CachedSplit]:
+        """The splits of the family's recipe, with other training pictures where ``recipe`` has other ones."""
+        if recipe.dataset == load_recipe(RECIPES[self.family]).dataset:
+            return self.splits
+        if self._other is None:
+            self._other = cached_splits(recipe, self.pipeline)["train"]
+        return {**self.splits, "train": self._other}
+
+    def _train(
+        self,
+        recipe: Recipe,
+        method: Method,
+        student: nn.Module,
+        splits: dict[str, CachedSplit],
+        draws: Remembered,
+        dynamics: Dynamics,
+    ) -> None:
         average = weight_average(student, method.average) if method.average else None
         freezing = Freezing(student, method.freeze) if method.freeze else None
         if method.learned_widths:
@@ -262,7 +283,7 @@ class Bench:
                 recipe,
                 student,
                 self.teacher,
-                self.splits,
+                splits,
                 draws,
                 Path(folder),
                 Accelerator(),
