@@ -24,6 +24,7 @@ from fbqat_hub.config import FBQATConfig
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.quantization.convert import matches, named_layers, quantizable, scheme_for
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packing import NIBBLE, check_codes
 from fbqat_hub.untrusted import PICKLES, check_pipeline, is_model
 
 _BUFFERS = ("weight_scale", "input_scale", "input_zero_point")
@@ -39,7 +40,15 @@ def attach(model: Any, config: FBQATConfig) -> None:
     """Make a model that was just converted one that ``save_pretrained`` writes as a packed checkpoint.
 
     ``config.modules_to_not_convert`` becomes the sorted names of the quantizable layers that are not packed.
+
+    Raises:
+        ValueError: the layers were packed at another width than the config's.
     """
+    if wrong := {layer.weight_bits for _, layer in named_layers(model, PackedLinear)} - {config.weight_bits}:
+        raise ValueError(
+            f"the model's layers are packed at {', '.join(map(str, sorted(wrong)))} bits, and weight_bits is "
+            f"{config.weight_bits}; set_bit_width(model, {config.weight_bits}) before convert."
+        )
     config.modules_to_not_convert = sorted(quantizable(model))
     model.register_to_config(quantization_config=config)
     model.hf_quantizer = FBQATQuantizer(config, pre_quantized=True)
@@ -184,7 +193,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         return torch.float32 if torch_dtype is None else torch_dtype
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
-        return CustomDtype.INT4
+        return CustomDtype.INT4 if self.quantization_config.weight_bits <= NIBBLE else torch.int8
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         others = [file for file in checkpoint_files if not str(file).endswith(".safetensors")]
@@ -220,6 +229,7 @@ class FBQATQuantizer(DiffusersQuantizer):
             packed = kind(
                 in_features,
                 out_features,
+                weight_bits=config.weight_bits,
                 bias=layer.bias is not None,
                 activation_scheme=scheme_for(name, config.activation_scheme(), config.module_overrides),
                 group_size=config.group_size,
@@ -259,7 +269,8 @@ class FBQATQuantizer(DiffusersQuantizer):
             if not self.pre_quantized and tensor == "weight":
                 self._quantize(layer, name, state_dict)
             elif tensor == "weight_packed":
-                _check_tensor(key, state_dict[key], torch.uint8, layer.weight_packed.shape)
+                _check_tensor(key, state_dict[key], layer.weight_packed.dtype, layer.weight_packed.shape)
+                _check_codes(key, state_dict[key], layer.weight_bits)
             elif tensor in _BUFFERS:
                 # The loader would cast it to the model's dtype; scales stay fp32.
                 dtype = torch.int32 if tensor == "input_zero_point" else torch.float32
@@ -341,6 +352,15 @@ def _check_tensor(key: str, value: Tensor, dtype: torch.dtype, shape: torch.Size
         raise ValueError(f"{key} is {value.dtype}; format 1 stores it as {dtype}.")
     if value.shape != shape:
         raise ValueError(f"{key} has shape {tuple(value.shape)}; this model needs {tuple(shape)}.")
+
+
+def _check_codes(key: str, value: Tensor, bits: int) -> None:
+    """Two codes of four bits fill a byte, whatever they are; one code in a byte of its own can leave its grid."""
+    if value.dtype == torch.int8:
+        try:
+            check_codes(value, bits)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error} The file is damaged.") from None
 
 
 def _check_range(key: str, value: Tensor, bits: int) -> None:
