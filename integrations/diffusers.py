@@ -21,11 +21,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
+from fbqat_hub.files import whole
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.quantization.convert import matches, named_layers, quantizable, scheme_for
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import NIBBLE, check_codes
-from fbqat_hub.untrusted import PICKLES, check_pipeline, is_model
+from fbqat_hub.stages import find_stage
+from fbqat_hub.untrusted import PICKLES, check_model, check_pipeline, is_model
 
 _BUFFERS = ("weight_scale", "input_scale", "input_zero_point")
 
@@ -81,6 +83,27 @@ def load_pipeline(source: str | Path, **components: Any) -> Any:
             components[name] = _load_model(folder / name, library, class_name)
     with _refused(folder):
         return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **components)
+
+
+def load_stage(run: Path, bits: int) -> Any:
+    """A run's pipeline with the denoiser of a kept stage in place of its own, as ``load_pipeline``.
+
+    Raises:
+        FileNotFoundError: the run kept no stage of this width.
+        FileNotFoundError, ValueError: as ``load_pipeline``.
+    """
+    folder = find_stage(run, bits) / "transformer"
+    check_source(run)
+    check_model(folder)
+    return load_pipeline(run, transformer=_load_model(folder, *check_pipeline(run)["transformer"]))
+
+
+def save_stage(model: Any, folder: Path) -> None:
+    """Save a packed denoiser alone as ``folder/transformer``, in place of what has the name."""
+    with whole(folder) as partial:
+        model.save_pretrained(partial / "transformer")
+        _strip_paths(partial / "transformer" / "config.json")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _load_model(folder: Path, library: str, class_name: str) -> Any:
@@ -156,10 +179,7 @@ def save_pipeline(pipeline: Any, folder: Path, source: str | Path | None = None)
                     original, component, ignore=shutil.ignore_patterns("*.py", *(f"*{end}" for end in PICKLES))
                 )
         for path in [partial / "model_index.json", *partial.glob("*/*config.json")]:
-            config = json.loads(path.read_text())
-            if {"_name_or_path", "name_or_path"} & set(config):
-                kept = {key: value for key, value in config.items() if not key.endswith("name_or_path")}
-                path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+            _strip_paths(path)
         (folder / "model_index.json").unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
             target = folder / path.name
@@ -168,6 +188,14 @@ def save_pipeline(pipeline: Any, folder: Path, source: str | Path | None = None)
             path.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _strip_paths(path: Path) -> None:
+    """Take ``_name_or_path``, a local path, out of a component's configuration."""
+    config = json.loads(path.read_text())
+    if {"_name_or_path", "name_or_path"} & set(config):
+        kept = {key: value for key, value in config.items() if not key.endswith("name_or_path")}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 class FBQATQuantizer(DiffusersQuantizer):
