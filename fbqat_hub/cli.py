@@ -96,10 +96,12 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from fbqat_hub.stages import find_stage
     from fbqat_hub.training.evaluate import evaluate
 
     records = evaluate(
         options.run_folder,
+        stage=options.stage,
         prompts=options.prompts,
         images=options.images,
         metrics=options.metrics,
@@ -109,7 +111,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         unit = "" if record.unit == "1" else f" {record.unit}"
         interval = "" if record.interval is None else "  95% interval {:.4g} to {:.4g}".format(*record.interval)
         print(f"{record.metric:16s} {record.value:.4g}{unit}{interval}  (n = {record.n})")
-    print(f"saved {options.run_folder / 'results.json'}")
+    folder = options.run_folder if options.stage is None else find_stage(options.run_folder, options.stage)
+    print(f"saved {folder / 'results.json'}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -280,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
         "fbqat evaluate runs/tiny --prompts openmoji --images 32 --metrics psnr ssim fd_teacher",
     )
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
+    sub.add_argument("--stage", type=int, metavar="BITS", help="measure what the run kept at this width (keep_stages)")
     sub.add_argument(
         "--prompts",
         metavar="NAME",

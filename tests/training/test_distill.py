@@ -27,7 +27,7 @@ from fbqat_hub.quantization import FakeQuantizedLinear, PackedLinear, named_laye
 from fbqat_hub.training import checkpoint, distill
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.recipe import METHODS, Recipe
-from tests.conftest import subprocess_environment, write_recipe
+from tests.conftest import STAGES, subprocess_environment, write_recipe
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 
@@ -203,16 +203,8 @@ def test_three_bits_are_trained_for_and_stored_in_the_space_of_four(recipe_of, t
 # stages
 
 
-STAGES: dict[str, Any] = {"method": "integer", "steps": 10, "keep_stages": [8, 6]}  # 8 is left after step 2, 6 after 4
-
-
 def stage_tensors(run: Path, bits: int) -> dict[str, Tensor]:
     return load_file(run / "stages" / f"w{bits}" / WEIGHTS)
-
-
-@pytest.fixture(scope="module")
-def staged_run(recipe_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(Recipe(**recipe_fields | STAGES), tmp_path_factory.mktemp("staged") / "run", progress=False)
 
 
 def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sana: Path, staged_run, tmp_path: Path):

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from PIL import Image
 
+from fbqat_hub import cli
 from fbqat_hub.evaluation.folders import PictureFolder, read_picture
 from fbqat_hub.evaluation.metrics import psnr
 from fbqat_hub.evaluation.results import Record, read_records, write_records
+from fbqat_hub.hub.card import write_card
 from fbqat_hub.training import evaluate as module
 from fbqat_hub.training.distill import cache_folder
 from fbqat_hub.training.evaluate import DEFAULT, draw, draw_folder, evaluate
@@ -95,6 +98,37 @@ def test_nothing_is_drawn_again_until_the_model_or_the_prompts_change(copy: Path
     assert [len(batch) for batch in drawn[1:]] == [3, 3]
     assert len(PictureFolder.open(copy).files) == 3
     assert sorted(path.name for path in (copy / "images").iterdir()) == ["comparison.png", "curve.png", "samples"]
+
+
+def test_a_stage_is_measured_in_a_folder_of_its_own(staged_run: Path, tmp_path: Path, capsys) -> None:
+    """Losses and sizes of three models; the run's own results stay as they are; the cards have a row for each width."""
+    run = shutil.copytree(staged_run, tmp_path / "run")
+    found = {}
+    for bits, option in ((4, []), (6, ["--stage", "6"]), (8, ["--stage", "8"])):
+        metrics = ["kd_loss", "bits_per_weight", *(["psnr"] if bits == 6 else [])]
+        assert cli.main(["evaluate", str(run), *option, "--metrics", *metrics]) == 0
+        folder = run if bits == 4 else run / "stages" / f"w{bits}"
+        assert capsys.readouterr().out.endswith(f"saved {folder / 'results.json'}\n")
+        found[bits] = {record.metric: record for record in read_records(folder / "results.json")}
+        assert {record.extra["weight_bits"] for record in found[bits].values()} == {bits}
+    assert len({each["kd_loss"].value for each in found.values()}) == 3
+    stored = [found[bits]["bits_per_weight"].value for bits in (4, 6, 8)]
+    assert 4 < stored[0] < 8 < stored[1] == stored[2]
+    assert (run / "stages" / "w6" / "images" / "comparison.png").is_file()
+    assert [path.name for path in (run / "images").iterdir()] == ["curve.png"]
+    assert cli.main(["evaluate", str(run), "--stage", "7"]) == 1
+    assert "has no stage of 7 bits; it kept 8, 6" in capsys.readouterr().err
+
+    write_card(run)
+    text, of_stage = ((folder / "README.md").read_text() for folder in (run, run / "stages" / "w6"))
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    for bits, branch in ((8, "`w8`"), (6, "`w6`"), (4, "`w4` and `main`")):
+        loss = f"{found[bits]['kd_loss'].value:.4g}"
+        assert f"| {bits} bits | {branch} | {loss}" in rows[f"{bits} bits"], rows
+        assert rows[f"{bits} bits"] in of_stage
+    assert "quantized to W6A8 (6-bit weights, 8-bit activations)" in of_stage
+    assert metadata_load(run / "stages" / "w6" / "README.md")["tags"][1:3] == ["6-bit", "w6a8"]
+    assert "fbqat evaluate run --stage 6" in of_stage
 
 
 def test_an_interrupted_drawing_goes_on_where_it_stopped(run_folder: Path, tmp_path: Path, drawn, monkeypatch) -> None:
