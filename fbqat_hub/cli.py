@@ -189,6 +189,7 @@ def _publish(options: argparse.Namespace) -> None:
         private=options.private,
         device_repo=options.device_repo,
         collection=options.collection,
+        branches=options.branches,
         dry_run=options.dry_run,
     )
 
@@ -315,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--repo", required=True, help="Hub id, owner/name")
     sub.add_argument("--private", action="store_true", help="make a private repository")
     sub.add_argument("--device-repo", action="store_true", help="put htp/ into REPO-QNN-SM8750 (default: a subfolder)")
+    sub.add_argument("--branches", action="store_true", help="a branch for each width of keep_stages: w8, w6, w4")
     sub.add_argument("--collection", metavar="TITLE", help="add it to this collection, by title or slug")
     sub.add_argument("--dry-run", action="store_true", help="do everything but the upload")
 
