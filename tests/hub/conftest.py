@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import close_session
 from safetensors.numpy import save_file
 
@@ -47,6 +47,7 @@ def point_client_at(hub: LoopbackHub, home: Path, patch: pytest.MonkeyPatch) -> 
     """
     slept: list[float] = []
     patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(hf_api.api, "endpoint", hub.url)  # of the functions of the module, which diffusers calls
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)

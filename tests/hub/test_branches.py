@@ -106,6 +106,7 @@ def test_a_run_without_stages_has_no_branches(hub: LoopbackHub, run: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_pulled_and_loaded_by_its_branch(hub: LoopbackHub, staged_run: Path, tmp_path: Path, capsys) -> None:
     """A real run: published with branches; w6 pulled, and drawn with in a fresh process by from_pretrained."""
     run = shutil.copytree(staged_run, tmp_path / "run")
