@@ -110,7 +110,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     for record in records:
         unit = "" if record.unit == "1" else f" {record.unit}"
         interval = "" if record.interval is None else "  95% interval {:.4g} to {:.4g}".format(*record.interval)
-        print(f"{record.metric:16s} {record.value:.4g}{unit}{interval}  (n = {record.n})")
+        name = record.metric + (", teacher" if record.method == "teacher" else "")
+        print(f"{name:21s} {record.value:.4g}{unit}{interval}  (n = {record.n})")
     folder = options.run_folder if options.stage is None else find_stage(options.run_folder, options.stage)
     print(f"saved {folder / 'results.json'}")
 
@@ -292,7 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--images", type=int, metavar="N", help="how many pictures (default: the recipe's)")
     _measuring(
-        sub, "kd_loss, bits_per_weight, fd_teacher, fd_real, fid_teacher, fid_real, clip_fid_teacher, clip_fid_real"
+        sub,
+        "kd_loss, bits_per_weight, denoiser_mib, peak_rss_mib (not by default), fd_teacher, fd_real, fid_teacher, "
+        "fid_real, clip_fid_teacher, clip_fid_real",
     )
 
     sub = verb(

@@ -75,14 +75,26 @@ def load_pipeline(source: str | Path, **components: Any) -> Any:
     from diffusers import DiffusionPipeline  # takes seconds, and `import fbqat_hub` must not
 
     check_source(source)
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(DiffusionPipeline.download(str(source), use_safetensors=True, **components))
+    folder = downloaded(source, **components)
     for name, (library, class_name) in check_pipeline(folder).items():
         if name not in components and is_model(folder / name):
             components[name] = _load_model(folder / name, library, class_name)
     with _refused(folder):
         return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **components)
+
+
+def downloaded(source: str | Path, **components: Any) -> Path:
+    """The folder of a pipeline: ``source`` itself, or where the Hub's cache has it, downloaded if need be.
+
+    Args:
+        components: as ``load_pipeline``; they are not downloaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    return Path(DiffusionPipeline.download(str(source), use_safetensors=True, **components))
 
 
 def load_stage(run: Path, bits: int) -> Any:

@@ -34,11 +34,12 @@ from fbqat_hub.evaluation.suite import (
 )
 from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
-from fbqat_hub.integrations.diffusers import load_pipeline, load_stage
+from fbqat_hub.integrations.diffusers import downloaded, load_pipeline, load_stage
 from fbqat_hub.quantization import stored_bits_per_weight
 from fbqat_hub.stages import find_stage
 from fbqat_hub.training.cache import CachedSplit, cache_key, load_pictures
 from fbqat_hub.training.distill import Draws, cache_folder, cached_splits, held_out_loss, picture_size
+from fbqat_hub.training.memory import peak_of_a_picture
 from fbqat_hub.training.pictures import pixels
 from fbqat_hub.training.prompts import load_prompts
 from fbqat_hub.training.recipe import Recipe, load_recipe
@@ -47,9 +48,12 @@ from fbqat_hub.training.teachers import resolve_teacher
 TO_TEACHER = tuple(f"{name}_teacher" for name in DISTANCES)
 TO_REAL = tuple(f"{name}_real" for name in DISTANCES)
 OF_PICTURES = (*PAIRED, *TO_TEACHER, *TO_REAL, *PROMPTED, *SINGLE)
-METRICS = ("kd_loss", *OF_PICTURES, "bits_per_weight")
+# Of the teacher too, in the suite "loading".
+OF_LOADING = ("denoiser_mib", "peak_rss_mib")
+METRICS = ("kd_loss", *OF_PICTURES, "bits_per_weight", *OF_LOADING)
 # What runs without a download; with prompts of their own only what needs neither the training data nor real pictures.
-DEFAULT = ("kd_loss", "psnr", "ssim", "fd_teacher", "fd_real", "bits_per_weight")
+# Not the peak memory: it draws with the teacher in float32 on the CPU, which a large one may not fit.
+DEFAULT = ("kd_loss", "psnr", "ssim", "fd_teacher", "fd_real", "bits_per_weight", "denoiser_mib")
 DEFAULT_OF_PROMPTS = ("psnr", "ssim", "fd_teacher", "bits_per_weight")
 # Rows of the picture sheet.
 _SHOWN = 10
@@ -117,6 +121,7 @@ def evaluate(
         (run / "images").mkdir(exist_ok=True)
         training_curve([json.loads(line) for line in log.read_text().splitlines()], run / "images" / "curve.png")
     records = [_record(recipe, metric, measured, source, bits) for metric, measured in found.items()]
+    records += [record for metric in chosen if metric in OF_LOADING for record in _of_loading(models, metric, bits)]
 
     def of_other_prompts(record: Record) -> bool:
         own = (record.family, record.method, record.seed) == (recipe.family, recipe.method, recipe.seed)
@@ -337,6 +342,33 @@ def _record(recipe: Recipe, metric: str, measured: Measurement, source: str, bit
         interval=measured.interval,
         extra={**budget, **shown, **measured.extra},
     )
+
+
+def _of_loading(models: _Models, metric: str, bits: int) -> list[Record]:
+    """The metric of the teacher and of the student."""
+    recipe, teacher = models.recipe, str(resolve_teacher(models.recipe.teacher))
+    if metric == "denoiser_mib":
+        values = {"teacher": _stored_mib(downloaded(teacher)), recipe.method: _stored_mib(models.folder)}
+    else:
+        prompt = recipe.prompts[0] if recipe.prompts else "red heart"
+        own = peak_of_a_picture(str(models.run), recipe, prompt, models.stage)
+        values = {"teacher": peak_of_a_picture(teacher, recipe, prompt), recipe.method: own}
+    common: dict[str, Any] = {
+        "suite": "loading",
+        "family": recipe.family,
+        "metric": metric,
+        "n": 1,
+        "seed": recipe.seed,
+    }
+    return [
+        Record(**common, method=method, value=value, extra={} if method == "teacher" else {"weight_bits": bits})
+        for method, value in values.items()
+    ]
+
+
+def _stored_mib(folder: Path) -> float:
+    """Of the denoiser's weights in a pipeline's folder."""
+    return sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) / 2**20
 
 
 def _prompts_of(recipe: Recipe, seen: Sequence[str], held_out: Sequence[str]) -> list[str]:

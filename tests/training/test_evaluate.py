@@ -14,6 +14,7 @@ from fbqat_hub import cli
 from fbqat_hub.evaluation.folders import PictureFolder, read_picture
 from fbqat_hub.evaluation.metrics import psnr
 from fbqat_hub.evaluation.results import Record, read_records, write_records
+from fbqat_hub.export.runtime.qnn_session import peak_rss_mib
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.training import evaluate as module
 from fbqat_hub.training.distill import cache_folder
@@ -50,7 +51,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_records_of_the_default_metrics(run: Path) -> None:
-    records = {record.metric: record for record in read_records(run / "results.json")}
+    records = {record.metric: record for record in read_records(run / "results.json") if record.method == "fbqat"}
     assert set(records) == set(DEFAULT)
     loss, recipe = records["kd_loss"], load_recipe(run / "recipe.yaml")
     bins = loss.extra["by_timestep"]
@@ -65,6 +66,29 @@ def test_records_of_the_default_metrics(run: Path) -> None:
     assert records["fd_teacher"].extra["extractor"] == records["fd_real"].extra["extractor"] == "openmoji-cnn-1"
     assert records["fd_real"].extra["teacher_value"] > 0
     assert "prompts" not in records["bits_per_weight"].extra
+
+
+def test_sizes_of_teacher_and_student(run: Path, recipe_fields: dict) -> None:
+    records = [record for record in read_records(run / "results.json") if record.suite == "loading"]
+    found = {(record.method, record.metric): record.value for record in records}
+    for method, folder in (("teacher", Path(recipe_fields["teacher"])), ("fbqat", run)):
+        stored = (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+        assert found.pop((method, "denoiser_mib")) == stored / 2**20
+    assert found == {}
+
+
+@pytest.mark.slow
+def test_peak_memory_is_of_a_process_of_its_own(copy: Path) -> None:
+    ballast = torch.ones(2**28)  # 1 GiB of this process
+    peaks = {record.method: record for record in evaluate(copy, metrics=["peak_rss_mib"], progress=False)}
+    assert set(peaks) == {"teacher", "fbqat"}
+    for record in peaks.values():
+        assert (record.suite, record.unit) == ("loading", "MiB")
+        assert 100 < record.value < peak_rss_mib()
+    del ballast
+    (copy / "transformer" / "config.json").write_text("{")
+    with pytest.raises(RuntimeError, match=r"peak memory of .* could not be measured: ValueError: .* is not JSON"):
+        evaluate(copy, metrics=["peak_rss_mib"], progress=False)
 
 
 def test_pictures_are_kept_with_their_prompts_and_are_what_was_measured(run: Path) -> None:
@@ -163,7 +187,8 @@ def test_prompts_of_another_set_replace_the_records_of_pictures(copy: Path, draw
     records = evaluate(copy, prompts="openmoji", images=2, metrics=["ssim"], progress=False)
     assert [(record.metric, record.n, record.extra["prompts"]) for record in records] == [("ssim", 2, "openmoji")]
     kept = [(record.method, record.metric) for record in read_records(copy / "results.json")]
-    assert kept == [("fbqat", "kd_loss"), ("fbqat", "bits_per_weight"), ("vqat", "psnr"), ("fbqat", "ssim")]
+    loading = [("teacher", "denoiser_mib"), ("fbqat", "denoiser_mib")]
+    assert kept == [("fbqat", "kd_loss"), ("fbqat", "bits_per_weight"), *loading, ("vqat", "psnr"), ("fbqat", "ssim")]
     assert drawn[0] == drawn[1]
     assert list(PictureFolder.open(copy).prompts.values()) == drawn[0]
 
