@@ -270,6 +270,7 @@ def _body(facts: Facts) -> str:
             for suite, title in SUITE_TITLES.items()
             if any(r.suite == suite for r in records)
         ],
+        with_memory=any(record.suite == "loading" and record.metric == "peak_rss_mib" for record in records),
         with_intervals=any(record.interval for record in records),
         extractors=sorted({str(r.extra["extractor"]) for r in records if "extractor" in r.extra}),
         sizes=files_table(facts.files),
