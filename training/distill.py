@@ -244,7 +244,8 @@ def distill(
     optimizer = _optimizer(recipe, student)
     text = yaml.safe_dump(asdict(recipe), sort_keys=False)
     first = load_checkpoint(output / "checkpoints", student, optimizer, text) if resume else 0
-    stages = {recipe.stage_ends()[bits]: bits for bits in recipe.keep_stages}
+    ends = recipe.stage_ends()
+    stages = {ends[bits]: bits for bits in recipe.keep_stages}
     for end, bits in stages.items():
         if end <= first and not stage_folder(output, bits).exists():
             raise FileNotFoundError(

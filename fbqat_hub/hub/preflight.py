@@ -16,6 +16,7 @@ from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, names, step, whoami
 from fbqat_hub.hub.contents import Item, component_names, packed_config, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST
 from fbqat_hub.hub.names import public_name
+from fbqat_hub.stages import find_stage
 
 _MAX_FILE = 50 * 10**9  # what huggingface_hub downloads over plain HTTP; a larger file needs hf_xet at every reader
 _CARD_KEYS = ("license", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags")
@@ -47,16 +48,17 @@ def branches_of(api: HfApi, repo: str) -> set[str]:
         return {branch.name for branch in api.list_repo_refs(repo).branches}
 
 
-def local_problems(run: Path, folder: Path, items: list[Item]) -> list[str]:
+def local_problems(run: Path, items: list[Item], stage: int | None = None) -> list[str]:
     """What is wrong with the files: layout, card, licence, sizes. One line each, with what to do.
 
     Args:
-        folder: where the denoiser and its card are: the run, or a stage of it.
         items: what is to be published.
+        stage: the bit width of the run's stage that they are of; None for the run's own.
     """
     paths = {item.path for item in items}
-    measure = f"card {run}" if folder == run else f"evaluate {run} --stage {folder.name[1:]} ; fbqat card {run}"
-    made = {"model_index.json": "train or convert", CARD: measure, "recipe.yaml": "train or convert"}
+    folder = run if stage is None else find_stage(run, stage)
+    card = "card" if stage is None else f"evaluate {run} --stage {stage} ; fbqat card {run}"
+    made = {"model_index.json": "train or convert", CARD: card, "recipe.yaml": "train or convert"}
     missing = [
         f"{(folder if name == CARD else run) / name} is missing. Run: fbqat {verb}"
         for name, verb in made.items()

@@ -112,7 +112,7 @@ def publish(
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no folder; give the folder of a run.")
     items, stay, problems = collect(run, repo)
-    problems += local_problems(run, run, items)
+    problems += local_problems(run, items)
     targets = [Target(repo, MAIN, run, items)]
     if device_repo and not (soc := _soc_of(run)):
         problems.append(f"{run} has no HTP bundle for --device-repo. Run: fbqat export {run}")
@@ -125,10 +125,10 @@ def publish(
     every = list(dict.fromkeys(item for target in targets for item in target.items))
     problems += private_things(every, repo.partition("/")[0])
     states, leftovers, found = _states(api, run, targets, private)
-    problems += [problem for problem in found if problem not in problems]
+    problems += found
     if problems:
         error = ValueError(f"{run} is not ready to be published; to mend:")
-        for problem in problems:
+        for problem in dict.fromkeys(problems):  # what is wrong with the recipe is so on every branch
             error.add_note(f"  - {problem}")
         raise error
     with tqdm(total=sum(item.size for item in every), desc=f"hash {repo}", unit="B", unit_scale=True) as bar:
@@ -162,7 +162,7 @@ def _of_stages(run: Path, main: Target) -> tuple[list[Target], list[str]]:
     targets, problems = [], []
     for bits, folder in stages.items():
         items, _, found = collect(run, main.repo, bits)
-        problems += found + local_problems(run, folder, items)
+        problems += found + local_problems(run, items, bits)
         targets.append(Target(main.repo, branch_name(bits), folder, items))
     if config is not None:
         targets.append(Target(main.repo, branch_name(config.weight_bits), run, main.items))
