@@ -96,10 +96,12 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from fbqat_hub.stages import find_stage
     from fbqat_hub.training.evaluate import evaluate
 
     records = evaluate(
         options.run_folder,
+        stage=options.stage,
         prompts=options.prompts,
         images=options.images,
         metrics=options.metrics,
@@ -108,8 +110,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     for record in records:
         unit = "" if record.unit == "1" else f" {record.unit}"
         interval = "" if record.interval is None else "  95% interval {:.4g} to {:.4g}".format(*record.interval)
-        print(f"{record.metric:16s} {record.value:.4g}{unit}{interval}  (n = {record.n})")
-    print(f"saved {options.run_folder / 'results.json'}")
+        name = record.metric + (", teacher" if record.method == "teacher" else "")
+        print(f"{name:21s} {record.value:.4g}{unit}{interval}  (n = {record.n})")
+    folder = options.run_folder if options.stage is None else find_stage(options.run_folder, options.stage)
+    print(f"saved {folder / 'results.json'}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -186,6 +190,7 @@ def _publish(options: argparse.Namespace) -> None:
         private=options.private,
         device_repo=options.device_repo,
         collection=options.collection,
+        branches=options.branches,
         dry_run=options.dry_run,
     )
 
@@ -280,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         "fbqat evaluate runs/tiny --prompts openmoji --images 32 --metrics psnr ssim fd_teacher",
     )
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
+    sub.add_argument("--stage", type=int, metavar="BITS", help="measure what the run kept at this width (keep_stages)")
     sub.add_argument(
         "--prompts",
         metavar="NAME",
@@ -287,7 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--images", type=int, metavar="N", help="how many pictures (default: the recipe's)")
     _measuring(
-        sub, "kd_loss, bits_per_weight, fd_teacher, fd_real, fid_teacher, fid_real, clip_fid_teacher, clip_fid_real"
+        sub,
+        "kd_loss, bits_per_weight, denoiser_mib, peak_rss_mib (not by default), fd_teacher, fd_real, fid_teacher, "
+        "fid_real, clip_fid_teacher, clip_fid_real",
     )
 
     sub = verb(
@@ -311,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--repo", required=True, help="Hub id, owner/name")
     sub.add_argument("--private", action="store_true", help="make a private repository")
     sub.add_argument("--device-repo", action="store_true", help="put htp/ into REPO-QNN-SM8750 (default: a subfolder)")
+    sub.add_argument("--branches", action="store_true", help="a branch for each width of keep_stages: w8, w6, w4")
     sub.add_argument("--collection", metavar="TITLE", help="add it to this collection, by title or slug")
     sub.add_argument("--dry-run", action="store_true", help="do everything but the upload")
 

@@ -37,7 +37,8 @@ class FBQATConfig(QuantizationConfigMixin):
     """W4A8 for a diffusers model: written into config.json, or given to ``from_pretrained`` to quantize on load.
 
     Args:
-        weight_bits: 4, or 3 for experiments: codes of -4..3, stored in the same four bits.
+        weight_bits: 4 (two codes a byte), or 3 for experiments: codes of -4..3, stored in the same four bits. 5 to 8:
+            one code a byte.
         weight_granularity: "per_channel", "per_tensor" or "per_group".
         group_size: inputs that share a scale, for "per_group".
         weight_narrow: codes -7..7 instead of -8..7.
@@ -85,8 +86,8 @@ class FBQATConfig(QuantizationConfigMixin):
             raise unknown_key_error("FBQATConfig", unknown, allowed)
         if quant_method != FBQATMethod.FBQAT:
             raise ValueError(f"quant_method is {quant_method!r}; FBQATConfig is for 'fbqat'.")
-        if not _is_whole(weight_bits) or weight_bits not in (3, 4):
-            raise ValueError(f"weight_bits is {weight_bits}; format 1 stores 4-bit codes, or 3-bit ones as such.")
+        if not _is_whole(weight_bits) or weight_bits not in range(3, 9):
+            raise ValueError(f"weight_bits is {weight_bits}; format 1 stores codes of 3 to 8 bits.")
         if group_size is not None and not _is_whole(group_size):
             raise ValueError(f"group_size is {group_size!r}; it must be a whole number, or left out.")
         if not isinstance(weight_narrow, bool):

@@ -93,7 +93,7 @@ def check_pipeline(folder: Path) -> dict[str, tuple[str, str]]:
             raise ValueError(f"{folder / 'model_index.json'}: {name!r} is no name of a component.")
         components[name] = (value[0], value[1])
     for name in components:
-        _check_component(folder / name)
+        check_model(folder / name)
     return components
 
 
@@ -117,7 +117,12 @@ def _check_files(folder: Path) -> None:
                 raise ValueError(f"{path} is neither a file nor a folder; remove it.")
 
 
-def _check_component(folder: Path) -> None:
+def check_model(folder: Path) -> None:
+    """The part of ``check_pipeline`` that is about one component's folder.
+
+    Raises:
+        ValueError: as ``check_pipeline``.
+    """
     tensors = 0
     for path in sorted(folder.glob("*.safetensors")):
         try:

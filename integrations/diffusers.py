@@ -21,10 +21,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
+from fbqat_hub.files import whole
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.quantization.convert import matches, named_layers, quantizable, scheme_for
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, PackedLinear, PackedPointwiseConv2d
-from fbqat_hub.untrusted import PICKLES, check_pipeline, is_model
+from fbqat_hub.quantization.packing import NIBBLE, check_codes
+from fbqat_hub.stages import find_stage
+from fbqat_hub.untrusted import PICKLES, check_model, check_pipeline, is_model
 
 _BUFFERS = ("weight_scale", "input_scale", "input_zero_point")
 
@@ -39,7 +42,15 @@ def attach(model: Any, config: FBQATConfig) -> None:
     """Make a model that was just converted one that ``save_pretrained`` writes as a packed checkpoint.
 
     ``config.modules_to_not_convert`` becomes the sorted names of the quantizable layers that are not packed.
+
+    Raises:
+        ValueError: the layers were packed at another width than the config's.
     """
+    if wrong := {layer.weight_bits for _, layer in named_layers(model, PackedLinear)} - {config.weight_bits}:
+        raise ValueError(
+            f"the model's layers are packed at {', '.join(map(str, sorted(wrong)))} bits, and weight_bits is "
+            f"{config.weight_bits}; set_bit_width(model, {config.weight_bits}) before convert."
+        )
     config.modules_to_not_convert = sorted(quantizable(model))
     model.register_to_config(quantization_config=config)
     model.hf_quantizer = FBQATQuantizer(config, pre_quantized=True)
@@ -64,14 +75,47 @@ def load_pipeline(source: str | Path, **components: Any) -> Any:
     from diffusers import DiffusionPipeline  # takes seconds, and `import fbqat_hub` must not
 
     check_source(source)
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(DiffusionPipeline.download(str(source), use_safetensors=True, **components))
+    folder = downloaded(source, **components)
     for name, (library, class_name) in check_pipeline(folder).items():
         if name not in components and is_model(folder / name):
             components[name] = _load_model(folder / name, library, class_name)
     with _refused(folder):
         return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **components)
+
+
+def downloaded(source: str | Path, **components: Any) -> Path:
+    """The folder of a pipeline: ``source`` itself, or where the Hub's cache has it, downloaded if need be.
+
+    Args:
+        components: as ``load_pipeline``; they are not downloaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    return Path(DiffusionPipeline.download(str(source), use_safetensors=True, **components))
+
+
+def load_stage(run: Path, bits: int) -> Any:
+    """A run's pipeline with the denoiser of a kept stage in place of its own, as ``load_pipeline``.
+
+    Raises:
+        FileNotFoundError: the run kept no stage of this width.
+        FileNotFoundError, ValueError: as ``load_pipeline``.
+    """
+    folder = find_stage(run, bits) / "transformer"
+    check_source(run)
+    check_model(folder)
+    return load_pipeline(run, transformer=_load_model(folder, *check_pipeline(run)["transformer"]))
+
+
+def save_stage(model: Any, folder: Path) -> None:
+    """Save a packed denoiser alone as ``folder/transformer``, in place of what has the name."""
+    with whole(folder) as partial:
+        model.save_pretrained(partial / "transformer")
+        _strip_paths(partial / "transformer" / "config.json")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _load_model(folder: Path, library: str, class_name: str) -> Any:
@@ -147,10 +191,7 @@ def save_pipeline(pipeline: Any, folder: Path, source: str | Path | None = None)
                     original, component, ignore=shutil.ignore_patterns("*.py", *(f"*{end}" for end in PICKLES))
                 )
         for path in [partial / "model_index.json", *partial.glob("*/*config.json")]:
-            config = json.loads(path.read_text())
-            if {"_name_or_path", "name_or_path"} & set(config):
-                kept = {key: value for key, value in config.items() if not key.endswith("name_or_path")}
-                path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+            _strip_paths(path)
         (folder / "model_index.json").unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
             target = folder / path.name
@@ -159,6 +200,14 @@ def save_pipeline(pipeline: Any, folder: Path, source: str | Path | None = None)
             path.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _strip_paths(path: Path) -> None:
+    """Take ``_name_or_path``, a local path, out of a component's configuration."""
+    config = json.loads(path.read_text())
+    if {"_name_or_path", "name_or_path"} & set(config):
+        kept = {key: value for key, value in config.items() if not key.endswith("name_or_path")}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 class FBQATQuantizer(DiffusersQuantizer):
@@ -184,7 +233,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         return torch.float32 if torch_dtype is None else torch_dtype
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
-        return CustomDtype.INT4
+        return CustomDtype.INT4 if self.quantization_config.weight_bits <= NIBBLE else torch.int8
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         others = [file for file in checkpoint_files if not str(file).endswith(".safetensors")]
@@ -220,6 +269,7 @@ class FBQATQuantizer(DiffusersQuantizer):
             packed = kind(
                 in_features,
                 out_features,
+                weight_bits=config.weight_bits,
                 bias=layer.bias is not None,
                 activation_scheme=scheme_for(name, config.activation_scheme(), config.module_overrides),
                 group_size=config.group_size,
@@ -259,7 +309,8 @@ class FBQATQuantizer(DiffusersQuantizer):
             if not self.pre_quantized and tensor == "weight":
                 self._quantize(layer, name, state_dict)
             elif tensor == "weight_packed":
-                _check_tensor(key, state_dict[key], torch.uint8, layer.weight_packed.shape)
+                _check_tensor(key, state_dict[key], layer.weight_packed.dtype, layer.weight_packed.shape)
+                _check_codes(key, state_dict[key], layer.weight_bits)
             elif tensor in _BUFFERS:
                 # The loader would cast it to the model's dtype; scales stay fp32.
                 dtype = torch.int32 if tensor == "input_zero_point" else torch.float32
@@ -341,6 +392,15 @@ def _check_tensor(key: str, value: Tensor, dtype: torch.dtype, shape: torch.Size
         raise ValueError(f"{key} is {value.dtype}; format 1 stores it as {dtype}.")
     if value.shape != shape:
         raise ValueError(f"{key} has shape {tuple(value.shape)}; this model needs {tuple(shape)}.")
+
+
+def _check_codes(key: str, value: Tensor, bits: int) -> None:
+    """Two codes of four bits fill a byte, whatever they are; one code in a byte of its own can leave its grid."""
+    if value.dtype == torch.int8:
+        try:
+            check_codes(value, bits)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error} The file is damaged.") from None
 
 
 def _check_range(key: str, value: Tensor, bits: int) -> None:

@@ -201,6 +201,19 @@ def run_folder(recipe_fields: dict[str, Any], tmp_path_factory: pytest.TempPathF
     return train(Recipe(**recipe_fields), tmp_path_factory.mktemp("runs") / "tiny", progress=False)
 
 
+# 8 bits are left after step 2, 6 after 4
+STAGES: dict[str, Any] = {"method": "integer", "steps": 10, "keep_stages": [8, 6], "license": "apache-2.0"}
+
+
+@pytest.fixture(scope="session")
+def staged_run(recipe_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that kept stages of 8 and 6 bits. Not to be written to."""
+    from fbqat_hub.training.distill import train
+
+    recipe = Recipe(**recipe_fields | STAGES)
+    return train(recipe, tmp_path_factory.mktemp("staged") / "run", progress=False)
+
+
 def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     """A recipe file of exactly these fields."""
     path.write_text(yaml.safe_dump(recipe))

@@ -43,7 +43,8 @@ def test_written_out_whole_as_plain_data_and_read_back() -> None:
     ("given", "message"),
     [
         ({"weight_bitz": 4}, r"'weight_bitz' \(did you mean 'weight_bits'\?\)"),
-        ({"weight_bits": 2}, "weight_bits is 2"),
+        ({"weight_bits": 2}, "weight_bits is 2; format 1 stores codes of 3 to 8 bits"),
+        ({"weight_bits": 9}, "weight_bits is 9"),
         ({"weight_bits": True}, "weight_bits is True"),
         ({"weight_bits": 4.5}, "weight_bits is 4.5"),
         ({"weight_granularity": "per_row"}, "'per_row'; allowed: 'per_tensor'"),

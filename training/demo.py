@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fbqat_hub.evaluation.folders import PictureFolder
@@ -13,7 +14,7 @@ from fbqat_hub.hub.card import write_card
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.device import export_run
 from fbqat_hub.training.distill import cached_splits, train
-from fbqat_hub.training.evaluate import evaluate, evaluation_prompts, picture_sheet, teacher_pictures
+from fbqat_hub.training.evaluate import DEFAULT, evaluate, evaluation_prompts, picture_sheet, teacher_pictures
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -37,8 +38,8 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
     recipe = load_recipe("sana-tiny", **changes)
     runs = {method: load_recipe("sana-tiny", **{**changes, "method": method}) for method in BASELINES}
     for method, baseline in runs.items():
-        _run(baseline, output.parent / f"{output.name}.baselines" / method)
-    _run(recipe, output)
+        _run(baseline, output.parent / f"{output.name}.baselines" / method, DEFAULT)
+    _run(recipe, output, (*DEFAULT, "peak_rss_mib"))
     _collect(recipe, output, {method: output.parent / f"{output.name}.baselines" / method for method in runs})
     _compile(output)
     print(f"card: {write_card(output)}")
@@ -46,10 +47,10 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
     return output
 
 
-def _run(recipe: Recipe, folder: Path) -> None:
+def _run(recipe: Recipe, folder: Path, metrics: Sequence[str]) -> None:
     print(f"== {METHODS[recipe.method]}")
     train(recipe, folder, resume=True)
-    measured = {record.metric: record.value for record in evaluate(folder)}
+    measured = {record.metric: record.value for record in evaluate(folder, metrics=metrics)}
     print(
         f"   held-out distillation loss {measured['kd_loss']:.2e}, Fréchet distance {measured['fd_teacher']:.3f}, "
         f"PSNR {measured['psnr']:.1f} dB"

@@ -26,17 +26,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import Family, get_family
-from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipeline
+from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipeline, save_stage
 from fbqat_hub.quantization import (
     FakeQuantizedLinear,
     calibrate,
     compensate,
     convert,
+    converted,
     named_layers,
     prepare,
     set_bit_width,
 )
+from fbqat_hub.stages import stage_folder
 from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key, load_pictures
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.openmoji import default_cache_dir
@@ -49,7 +52,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     """Quantize the recipe's teacher and save the packed pipeline in ``output``.
 
     Leaves ``output`` as a diffusers pipeline folder with ``recipe.yaml`` and ``training_log.jsonl`` (one line a step:
-    step, loss, bit_width, softness, learning_rate). While it runs, checkpoints are in ``output/checkpoints``.
+    step, loss, bit_width, softness, learning_rate), and with ``keep_stages`` the packed denoiser of each stage
+    (``fbqat_hub.stages``). While it runs, checkpoints are in ``output/checkpoints``.
 
     Args:
         output: an empty or new folder, or with ``resume`` one of an interrupted run of the same recipe.
@@ -221,7 +225,7 @@ def distill(
     progress: bool,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Run the recipe's steps on a prepared student; writes ``output/training_log.jsonl`` and checkpoints.
+    """Run the recipe's steps on a prepared student; writes ``output/training_log.jsonl``, stages and checkpoints.
 
     Args:
         student: from ``prepare_student``; changed in place.
@@ -229,6 +233,10 @@ def distill(
         splits, draws: what is learned from.
         resume: continue from the newest checkpoint in ``output``.
         after_step: called with the number of each step when its update is done.
+
+    Raises:
+        FileNotFoundError: a stage that the checkpoint is past was taken away.
+        FloatingPointError: the loss is not finite.
     """
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
     if recipe.gradient_checkpointing:
@@ -236,6 +244,14 @@ def distill(
     optimizer = _optimizer(recipe, student)
     text = yaml.safe_dump(asdict(recipe), sort_keys=False)
     first = load_checkpoint(output / "checkpoints", student, optimizer, text) if resume else 0
+    ends = recipe.stage_ends()
+    stages = {ends[bits]: bits for bits in recipe.keep_stages}
+    for end, bits in stages.items():
+        if end <= first and not stage_folder(output, bits).exists():
+            raise FileNotFoundError(
+                f"{stage_folder(output, bits)} is missing, and the newest checkpoint is past it; put it back, or "
+                f"delete {output / 'checkpoints'} to start again."
+            )
     wrapped, prepared_optimizer = accelerator.prepare(student, optimizer)
     wrapped.train()
     schedule = recipe.bit_schedule()
@@ -271,6 +287,8 @@ def distill(
             line.validation_loss = sum(losses) / len(losses)
         if accelerator.is_main_process:
             log.write(json.dumps({key: value for key, value in asdict(line).items() if value is not None}) + "\n")
+            if step + 1 in stages:  # before the checkpoint of this step: a run that is resumed from it has the stage
+                _keep_stage(recipe, student, stages[step + 1], output)
             if recipe.save_every and (step + 1) % recipe.save_every == 0 and step + 1 < recipe.steps:
                 log.flush()
                 save_checkpoint(output / "checkpoints", step + 1, student, optimizer, text)
@@ -280,6 +298,14 @@ def distill(
     log.close()
     accelerator.free_memory()
     gc.collect()
+
+
+def _keep_stage(recipe: Recipe, student: Any, bits: int, output: Path) -> None:
+    """Save a packed copy of the student at the width that its schedule leaves now."""
+    set_bit_width(student, bits)
+    packed = converted(student).cpu()
+    attach(packed, FBQATConfig(**{**recipe.config().to_dict(), "weight_bits": bits}))
+    save_stage(packed, stage_folder(output, bits))
 
 
 def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:

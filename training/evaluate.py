@@ -34,10 +34,12 @@ from fbqat_hub.evaluation.suite import (
 )
 from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.integrations.diffusers import downloaded, load_pipeline, load_stage
 from fbqat_hub.quantization import stored_bits_per_weight
+from fbqat_hub.stages import find_stage
 from fbqat_hub.training.cache import CachedSplit, cache_key, load_pictures
 from fbqat_hub.training.distill import Draws, cache_folder, cached_splits, held_out_loss, picture_size
+from fbqat_hub.training.memory import peak_of_a_picture
 from fbqat_hub.training.pictures import pixels
 from fbqat_hub.training.prompts import load_prompts
 from fbqat_hub.training.recipe import Recipe, load_recipe
@@ -46,9 +48,12 @@ from fbqat_hub.training.teachers import resolve_teacher
 TO_TEACHER = tuple(f"{name}_teacher" for name in DISTANCES)
 TO_REAL = tuple(f"{name}_real" for name in DISTANCES)
 OF_PICTURES = (*PAIRED, *TO_TEACHER, *TO_REAL, *PROMPTED, *SINGLE)
-METRICS = ("kd_loss", *OF_PICTURES, "bits_per_weight")
+# Of the teacher too, in the suite "loading".
+OF_LOADING = ("denoiser_mib", "peak_rss_mib")
+METRICS = ("kd_loss", *OF_PICTURES, "bits_per_weight", *OF_LOADING)
 # What runs without a download; with prompts of their own only what needs neither the training data nor real pictures.
-DEFAULT = ("kd_loss", "psnr", "ssim", "fd_teacher", "fd_real", "bits_per_weight")
+# Not the peak memory: it draws with the teacher in float32 on the CPU, which a large one may not fit.
+DEFAULT = ("kd_loss", "psnr", "ssim", "fd_teacher", "fd_real", "bits_per_weight", "denoiser_mib")
 DEFAULT_OF_PROMPTS = ("psnr", "ssim", "fd_teacher", "bits_per_weight")
 # Rows of the picture sheet.
 _SHOWN = 10
@@ -57,13 +62,14 @@ _SHOWN = 10
 def evaluate(
     run: Path,
     *,
+    stage: int | None = None,
     prompts: str | None = None,
     images: int | None = None,
     metrics: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> list[Record]:
-    """Measure a run and write ``results.json`` and ``images/`` into it.
+    """Measure a run, or a stage of it, and write ``results.json`` and ``images/`` into its folder.
 
     The held-out loss is over the test split of the recipe's data, every sample with ``draws`` noises and timesteps that
     are the same for every method. Pictures are drawn from the same seeds by teacher and student; those of an earlier
@@ -72,6 +78,7 @@ def evaluate(
 
     Args:
         run: folder of a finished run, or of a converted pipeline.
+        stage: bit width of a kept stage, which is measured in place of the run's own denoiser.
         prompts: a prompt set (`fbqat_hub.training.prompts`); the recipe's own prompts and data if None.
         images: how many pictures; the recipe's ``evaluation.images`` if None.
         metrics: of `METRICS`; `DEFAULT`, or `DEFAULT_OF_PROMPTS` with prompts, if None.
@@ -82,7 +89,7 @@ def evaluate(
         The records, as merged into ``results.json``. Records of pictures of other prompts are taken out of it.
 
     Raises:
-        FileNotFoundError: ``run`` has no recipe.
+        FileNotFoundError: ``run`` has no recipe, or no such stage.
         ValueError: an unknown metric or prompt set, or one with fewer prompts than ``images``.
     """
     recipe = load_recipe(run / "recipe.yaml")
@@ -94,7 +101,8 @@ def evaluate(
     if not chosen:
         raise ValueError(f"no metrics to measure; name some of: {', '.join(METRICS)}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    models = _Models(run, recipe, device)
+    models = _Models(run, recipe, device, stage)
+    folder, bits = models.folder, stage or recipe.config().weight_bits
     found: dict[str, Measurement] = {}
     if "kd_loss" in chosen:
         found["kd_loss"] = _held_out(models)
@@ -104,20 +112,22 @@ def evaluate(
         for metric in tqdm(wanted, desc="measure", unit="metric", disable=not progress):
             if measured := _of_pictures(metric, drawn, device, recipe.seed):
                 found[metric] = measured
-        picture_sheet(run, {"teacher": drawn.original, "W4A8": drawn.student}, drawn.texts)
+        own = f"W{bits}A{recipe.config().activation_bits}"
+        picture_sheet(folder, {"teacher": drawn.original, own: drawn.student}, drawn.texts)
     if "bits_per_weight" in chosen:
         found["bits_per_weight"] = Measurement(stored_bits_per_weight(models.student.transformer), 1)
     log = run / "training_log.jsonl"
-    if log.exists() and log.stat().st_size:
+    if stage is None and log.exists() and log.stat().st_size:
         (run / "images").mkdir(exist_ok=True)
         training_curve([json.loads(line) for line in log.read_text().splitlines()], run / "images" / "curve.png")
-    records = [_record(recipe, metric, measured, source) for metric, measured in found.items()]
+    records = [_record(recipe, metric, measured, source, bits) for metric, measured in found.items()]
+    records += [record for metric in chosen if metric in OF_LOADING for record in _of_loading(models, metric, bits)]
 
     def of_other_prompts(record: Record) -> bool:
         own = (record.family, record.method, record.seed) == (recipe.family, recipe.method, recipe.seed)
         return own and bool(wanted) and record.metric in OF_PICTURES and record.extra.get("prompts") != source
 
-    write_records(run / "results.json", records, drop=of_other_prompts)
+    write_records(folder / "results.json", records, drop=of_other_prompts)
     return records
 
 
@@ -206,10 +216,17 @@ class _Models:
     run: Path
     recipe: Recipe
     device: str
+    stage: int | None
+
+    @property
+    def folder(self) -> Path:
+        """Of the denoiser that is measured."""
+        return self.run if self.stage is None else find_stage(self.run, self.stage)
 
     @cached_property
     def student(self) -> Any:
-        return load_pipeline(self.run).to(self.device)
+        pipeline = load_pipeline(self.run) if self.stage is None else load_stage(self.run, self.stage)
+        return pipeline.to(self.device)
 
     @cached_property
     def teacher(self) -> Any:
@@ -271,8 +288,8 @@ def _drawn(models: _Models, prompts: str | None, with_real: bool, exactly: bool,
 
 def _student_pictures(models: _Models, texts: Sequence[str], progress: bool) -> list[Path]:
     """In the run's folder; drawn anew when the model, the prompts or the settings are not those of ``key.txt``."""
-    folder, recipe = models.run / SAMPLES, models.recipe
-    key = _key(str(models.run / "transformer"), recipe, texts)
+    folder, recipe = models.folder / SAMPLES, models.recipe
+    key = _key(str(models.folder / "transformer"), recipe, texts)
     fresh = folder.with_name(f"samples-{key}")
     if not (folder / "key.txt").exists() or (folder / "key.txt").read_text() != key:
         draw_folder(lambda: models.student, texts, recipe, fresh, progress=progress)
@@ -309,8 +326,9 @@ def _beside_teacher(student: Measurement | None, teacher: Measurement | None) ->
     return replace(student, extra={**student.extra, "teacher_value": teacher.value, "teacher_interval": interval})
 
 
-def _record(recipe: Recipe, metric: str, measured: Measurement, source: str) -> Record:
+def _record(recipe: Recipe, metric: str, measured: Measurement, source: str, bits: int) -> Record:
     budget = {"steps": recipe.steps, "batch_size": recipe.batch_size, "learning_rate": recipe.learning_rate}
+    budget["weight_bits"] = bits
     shown = {"prompts": source} if metric in OF_PICTURES else {}
     return Record(
         suite="method",
@@ -324,6 +342,33 @@ def _record(recipe: Recipe, metric: str, measured: Measurement, source: str) -> 
         interval=measured.interval,
         extra={**budget, **shown, **measured.extra},
     )
+
+
+def _of_loading(models: _Models, metric: str, bits: int) -> list[Record]:
+    """The metric of the teacher and of the student."""
+    recipe, teacher = models.recipe, str(resolve_teacher(models.recipe.teacher))
+    if metric == "denoiser_mib":
+        values = {"teacher": _stored_mib(downloaded(teacher)), recipe.method: _stored_mib(models.folder)}
+    else:
+        prompt = recipe.prompts[0] if recipe.prompts else "red heart"
+        own = peak_of_a_picture(str(models.run), recipe, prompt, models.stage)
+        values = {"teacher": peak_of_a_picture(teacher, recipe, prompt), recipe.method: own}
+    common: dict[str, Any] = {
+        "suite": "loading",
+        "family": recipe.family,
+        "metric": metric,
+        "n": 1,
+        "seed": recipe.seed,
+    }
+    return [
+        Record(**common, method=method, value=value, extra={} if method == "teacher" else {"weight_bits": bits})
+        for method, value in values.items()
+    ]
+
+
+def _stored_mib(folder: Path) -> float:
+    """Of the denoiser's weights in a pipeline's folder."""
+    return sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) / 2**20
 
 
 def _prompts_of(recipe: Recipe, seen: Sequence[str], held_out: Sequence[str]) -> list[str]:

@@ -64,6 +64,8 @@ class Recipe:
         start: "nearest" codes, or "compensated" ones (GPTQ); the method's own if left empty.
         compensation: {"samples": 100, "damping": 0.01, "margin": 0.05}, see ``quantization.compensate``.
         calibration: {"samples": 100, "rule": "mean_3sigma"} for static activation ranges.
+        keep_stages: whole bit widths of the schedule before its last, e.g. [8, 6, 5]: at the end of each the packed
+            denoiser is kept in ``stages/w8`` and so on.
         train_layers: a group of the family, or "all"; the others are quantized and frozen.
         steps, batch_size: optimizer steps, and samples in each (on each device).
         learning_rate: peak. learning_rate_schedule: "cosine" (to 0) or "constant". warmup_steps: linear.
@@ -91,6 +93,7 @@ class Recipe:
     start: str = ""
     compensation: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    keep_stages: list[int] = field(default_factory=list)
     train_layers: str = "all"
     steps: int = 1000
     batch_size: int = 8
@@ -157,6 +160,7 @@ class Recipe:
         self.config()
         self.bit_schedule()
         self.rounding_at(0.0)
+        self._check_stages()
 
     def config(self) -> FBQATConfig:
         """The quantization this recipe trains for."""
@@ -190,6 +194,29 @@ class Recipe:
         if self.starts_compensated and len(schedule.stages) > 1:
             raise ValueError("start 'compensated' is for one width; codes of the first of several are left again.")
         return schedule
+
+    def stage_ends(self) -> dict[int, int]:
+        """Whole bit width that can be stored -> steps after which the schedule leaves it; not of its last width."""
+        schedule, ends = self.bit_schedule(), {}
+        for step in range(self.steps if schedule.ramp == "steps" else 0):
+            width = schedule.bit_width(step / self.steps)
+            if width in range(3, 9) and width != schedule.final_bits:
+                ends[int(width)] = step + 1
+        return ends
+
+    def _check_stages(self) -> None:
+        if not self.keep_stages:
+            return
+        for bits in self.keep_stages:
+            _number("each of keep_stages", bits, 3, 8, whole=True)
+        ends = self.stage_ends()
+        if missing := sorted(set(self.keep_stages) - set(ends), reverse=True):
+            there = ", ".join(map(str, ends))
+            has = f"those it holds before its last, over {self.steps} steps, are {there}" if there else "it holds none"
+            raise ValueError(
+                f"recipe: keep_stages asks for {', '.join(map(str, missing))} bits, which the schedule of method "
+                f"{self.method} does not leave; {has}. Methods with falling widths: fbqat-paper, integer, simple."
+            )
 
     def rounding_at(self, progress: float) -> Rounding:
         """Softness from the schedule, gradient compensation from the recipe."""
@@ -290,6 +317,7 @@ def _typed(name: str, value: Any, annotation: str) -> None:
         "bool": (bool, "true or false"),
         "dict[str, Any]": (dict, "a mapping of keys to values"),
         "list[str]": (list, "a list of texts"),
+        "list[int]": (list, "a list of whole numbers"),
     }
     kind, words = kinds.get(annotation, (object, ""))
     text_keys = not isinstance(value, dict) or all(isinstance(key, str) for key in value)

@@ -54,6 +54,7 @@ METRICS: dict[str, Metric] = {
     "ms_forward": Metric("ms", "lower", "one forward"),
     "ms_step": Metric("ms", "lower", "one training step"),
     "peak_rss_mib": Metric("MiB", "lower", "peak memory"),
+    "denoiser_mib": Metric("MiB", "lower", "denoiser's weights on disk"),
     "bits_per_weight": Metric("bits", "lower", "stored bits per weight"),
     "sqnr_db": Metric("dB", "higher", "SQNR"),
 }

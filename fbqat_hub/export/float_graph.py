@@ -75,7 +75,7 @@ def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
     """Every packed layer of `transformer` by its module name.
 
     Raises:
-        ExportError: there is none, or one has per-group scales.
+        ExportError: there is none, or one has per-group scales, or more than 4 bits.
     """
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
@@ -84,6 +84,11 @@ def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
             "or load a packed checkpoint"
         )
     for name, layer in layers.items():
+        if layer.weight_bits > 4:
+            raise ExportError(
+                f"layer {name!r} has weights of {layer.weight_bits} bits; the HTP export takes 4-bit ones: export "
+                "a model of 4 bits"
+            )
         if tuple(layer.weight_scale.shape) != (layer.out_features,):
             raise ExportError(
                 f"layer {name!r} has per-group weight scales {tuple(layer.weight_scale.shape)}; the HTP export takes "

@@ -1,6 +1,6 @@
 """The model card of a run: made from what the run measured and from nothing else.
 
-results.json, recipe.yaml, images/*.png, htp/certificate.json  ->  README.md
+results.json, recipe.yaml, images/*.png, htp/certificate.json  ->  README.md, and one in each stage that was measured
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fbqat_hub.files import whole
 from fbqat_hub.hub.names import public_name, without_local_paths
 from fbqat_hub.hub.tables import (
     SUITE_TITLES,
+    Width,
     by_metric,
     certificate_tables,
     checks_table,
@@ -30,7 +31,9 @@ from fbqat_hub.hub.tables import (
     number,
     results_table,
     unit_suffix,
+    widths_table,
 )
+from fbqat_hub.stages import branch_name, find_stage, stages_of
 from fbqat_hub.untrusted import read_json, read_yaml
 
 TEMPLATE = Path(__file__).with_name("card_template.md")  # a link to model_cards/template.md
@@ -59,6 +62,8 @@ class Facts:
         source: what ``from_pretrained`` takes: a Hub id or a folder.
         made_by: the command that makes ``source``, where it is not published.
         notes: title -> what there is to say besides, e.g. of the access to the base model.
+        stage: the bit width of the run's stage that the card is of; None for the run's own.
+        widths: of the run and its stages, where it kept any.
     """
 
     recipe: Mapping[str, Any]
@@ -70,10 +75,27 @@ class Facts:
     source: str = "."
     made_by: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+    stage: int | None = None
+    widths: Sequence[Width] = ()
+
+    @property
+    def weight_bits(self) -> int:
+        """Of the weights that the card is of."""
+        return self.stage or _quantization(self.recipe, "weight_bits", 4)
+
+    @property
+    def activation_bits(self) -> int:
+        """As the recipe says."""
+        return _quantization(self.recipe, "activation_bits", 8)
+
+
+def _quantization(recipe: Mapping[str, Any], key: str, default: int) -> int:
+    given = recipe.get("quantization")
+    return int(given.get(key, default)) if isinstance(given, Mapping) else default
 
 
 def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> Path:
-    """Write ``run_dir/README.md``, the model card of a finished run.
+    """Write ``run_dir/README.md``, the model card of a finished run, and one of each of its stages that was measured.
 
     Every number comes from ``results.json``, ``htp/certificate.json`` or the sizes of the files themselves; a
     metric that was not measured is not mentioned. The card is written beside and renamed.
@@ -85,7 +107,7 @@ def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> P
             itself.
 
     Returns:
-        The card.
+        The run's card.
 
     Raises:
         FileNotFoundError: ``results.json`` or ``recipe.yaml`` is missing; names the command that makes it.
@@ -95,31 +117,53 @@ def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> P
     facts = facts_of_run(run)
     if not facts.records:
         raise ValueError(f"{run / 'results.json'} holds no records. Run: fbqat evaluate {run}")
-    path = run / "README.md"
-    with whole(path) as partial:
-        partial.write_text(card(replace(facts, source=repo_id or facts.source)), encoding="utf-8")
-    return path
+    cards = {run: facts}
+    for bits, folder in stages_of(run).items():
+        if (folder / "results.json").is_file():
+            cards[folder] = facts_of_run(run, bits)
+    for folder, found in cards.items():
+        with whole(folder / "README.md") as partial:
+            partial.write_text(card(replace(found, source=repo_id or found.source)), encoding="utf-8")
+    return run / "README.md"
 
 
-def facts_of_run(run: Path) -> Facts:
-    """What a run's folder holds for its card.
+def facts_of_run(run: Path, stage: int | None = None) -> Facts:
+    """What a run's folder holds for its card, or for that of a stage.
 
     Raises:
         FileNotFoundError, ValueError: as `write_card`.
     """
     recipe = read_recipe(run / "recipe.yaml")
-    results = run / "results.json"
+    folder = run if stage is None else find_stage(run, stage)
+    results = folder / "results.json"
     if not results.is_file():
         raise FileNotFoundError(f"{results} is missing; a card shows measured numbers only. Run: fbqat evaluate {run}")
+    files = files_of(run)
+    if stage is not None:
+        files = [*files_of(folder), *(row for row in files if not row[0].startswith(("transformer/", "htp/")))]
     return Facts(
         recipe=recipe,
         recipe_text=(run / "recipe.yaml").read_text(encoding="utf-8"),
         records=read_records(results),
-        certificate=_certificate(run / "htp" / "certificate.json"),
-        images=sorted(path.name for path in (run / "images").glob("*.png")),
-        files=files_of(run),
+        certificate=_certificate(folder / "htp" / "certificate.json"),
+        images=sorted(path.name for path in (folder / "images").glob("*.png")),
+        files=files,
         source="." if (run / "model_index.json").is_file() or not (run / "pipeline").is_dir() else "./pipeline",
+        stage=stage,
+        widths=_widths(run, recipe),
     )
+
+
+def _widths(run: Path, recipe: Mapping[str, Any]) -> list[Width]:
+    """Of the run and its stages, the widest first; none where it kept no stages."""
+    stages = stages_of(run)
+    folders = {**stages, _quantization(recipe, "weight_bits", 4): run} if stages else {}
+    found = []
+    for bits, folder in folders.items():
+        results = folder / "results.json"
+        weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
+        found.append(Width(bits, read_records(results) if results.is_file() else [], weights))
+    return found
 
 
 def card(facts: Facts) -> str:
@@ -178,7 +222,13 @@ def _front_matter(facts: Facts) -> ModelCardData:
         base_model_relation="quantized",
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["fbqat", "4-bit", "w4a8", "quantization-aware-training", str(recipe["family"])],
+        tags=[
+            "fbqat",
+            f"{facts.weight_bits}-bit",
+            f"w{facts.weight_bits}a{facts.activation_bits}",
+            "quantization-aware-training",
+            str(recipe["family"]),
+        ],
         license=str(recipe["license"]),
         license_link=recipe.get("license_link") or None,
         model_name=str(recipe["name"]) if measured else None,
@@ -208,6 +258,10 @@ def _body(facts: Facts) -> str:
         made_by=facts.made_by,
         source=facts.source,
         notes=facts.notes,
+        stage=facts.stage,
+        weight_bits=facts.weight_bits,
+        activation_bits=facts.activation_bits,
+        widths=widths_table(facts.widths, recipe["method"]) if facts.widths else None,
         comparison=[quote(name) for name in comparison],
         curves=[quote(name) for name in curves],
         pictures=[quote(name) for name in images if name not in (*comparison, *curves)],
@@ -216,6 +270,7 @@ def _body(facts: Facts) -> str:
             for suite, title in SUITE_TITLES.items()
             if any(r.suite == suite for r in records)
         ],
+        with_memory=any(record.suite == "loading" and record.metric == "peak_rss_mib" for record in records),
         with_intervals=any(record.interval for record in records),
         extractors=sorted({str(r.extra["extractor"]) for r in records if "extractor" in r.extra}),
         sizes=files_table(facts.files),
@@ -236,11 +291,14 @@ def _code(facts: Facts) -> str:
     prompt = generation.pop("prompt", None) or recipe.get("prompt") or prompts[0]
     seed = int(recipe.get("seed") or 0)
     call = "".join(f"    {name}={value!r},\n" for name, value in generation.items())
+    source = json.dumps(facts.source)
+    if facts.stage is not None and facts.source != ".":
+        source += f', revision="{branch_name(facts.stage)}"'
     return (
-        "import fbqat_hub  # teaches diffusers the W4A8 format\n"
+        "import fbqat_hub  # teaches diffusers the packed format\n"
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(facts.source)}, dtype=torch.float32)\n"
+        f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.float32)\n"
         f"image = pipe(\n    {json.dumps(prompt, ensure_ascii=False)},\n{call}"
         f"    generator=torch.Generator().manual_seed({seed}),\n).images[0]\n"
         'image.save("picture.png")'

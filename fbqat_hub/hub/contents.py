@@ -19,6 +19,7 @@ from fbqat_hub import untrusted
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.hub.manifest import CARD, check_path
 from fbqat_hub.hub.names import without_local_paths
+from fbqat_hub.stages import branch_name, find_stage
 
 # at the top of a run; LICENSE, NOTICE and ATTRIBUTION with any ending
 _TOP = re.compile(
@@ -26,6 +27,8 @@ _TOP = re.compile(
 )
 # in a component: configurations, weights without pickle, vocabularies
 _COMPONENT = re.compile(r".+\.(json|safetensors|txt|model|jinja)")
+# of one bit width of a run, not of all
+_OF_DENOISER = re.compile(r"README\.md|results\.json|(transformer|images|htp|stages)/.+")
 _PICTURE = re.compile(r"images/[^/]+\.(png|jpg|webp)")
 # Qualcomm's libraries may not be passed on; pickles and programs have no business in a bundle
 _NEVER_IN_BUNDLE = re.compile(r".+\.(so(\.\d+)*|dll|dylib|exe|cat|pt|pth|ckpt|pkl|pickle|py|tmp)|.*partial.*")
@@ -58,31 +61,33 @@ class Item:
         return io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb")
 
 
-def collect(run: Path, repo: str) -> tuple[list[Item], list[str], list[str]]:
+def collect(run: Path, repo: str, stage: int | None = None) -> tuple[list[Item], list[str], list[str]]:
     """The files of a run's folder that are published, and those that stay.
 
     Published are the pipeline, its card, recipe, results and log, the pictures of the card, licence texts and the HTP
     bundle. Checkpoints, caches, samples, hidden and partial files stay. The card's code block is made to load
     ``repo``; local paths in the recipe are cut to their last part.
 
+    A stage is published as a whole pipeline too: the denoiser, card, results and pictures are the stage's, all else but
+    the HTP bundle is the run's.
+
     Args:
         run: the folder.
         repo: Hub id it will have.
+        stage: bit width of a stage that the run kept, for the branch of that width.
 
     Returns:
         (items sorted by path, paths that stay, files that cannot be published: one line each).
     """
     components = component_names(run)
+    source = json.dumps(repo) if stage is None else f'{json.dumps(repo)}, revision="{branch_name(stage)}"'
     items, stay, problems = [], [], []
-    for path in _files(run):
-        name = path.relative_to(run).as_posix()
+    for name, path in _named(run, stage).items():
         if problem := _problem_of(path, run):
             problems.append(problem)
         elif name == CARD:
             text = path.read_text(encoding="utf-8", errors="replace")
-            items.append(
-                Item(name, text.replace('from_pretrained("."', f"from_pretrained({json.dumps(repo)}").encode())
-            )
+            items.append(Item(name, text.replace('from_pretrained("."', f"from_pretrained({source}").encode()))
         elif name == "recipe.yaml":
             text = path.read_text(encoding="utf-8", errors="replace")
             items.append(Item(name, without_local_paths(text, recipe_of(run)).encode()))
@@ -187,6 +192,17 @@ def _belongs(name: str, components: list[str]) -> bool:
     if folder == "htp":
         return not _NEVER_IN_BUNDLE.fullmatch(rest)
     return bool(_PICTURE.fullmatch(name) or (folder in components and _COMPONENT.fullmatch(rest)))
+
+
+def _named(run: Path, stage: int | None) -> dict[str, Path]:
+    """Path in the repository -> file, sorted, of a run or of a stage of it."""
+    named = {path.relative_to(run).as_posix(): path for path in _files(run)}
+    if stage is None:
+        return named
+    folder = find_stage(run, stage)
+    shared = {name: path for name, path in named.items() if not _OF_DENOISER.fullmatch(name)}
+    own = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    return dict(sorted({**shared, **own}.items()))
 
 
 def _files(run: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from fbqat_hub.hub.names import size_text
 from fbqat_hub.text import columns
 
 TAG = "fbqat"
-_EVERY_CARD = {TAG, "4-bit", "w4a8", "quantization-aware-training"}  # the tag that is left is the family
+# of every card; the tag that is left is the family
+_EVERY_CARD = re.compile(rf"{TAG}|\d-bit|w\da\d+|quantization-aware-training")
 _SHOWN = ("kd_loss", "fd_teacher", "psnr", "bits_per_weight")  # the first that was measured
 
 
@@ -95,12 +97,12 @@ def table(models: Iterable[Model]) -> str:
 
 def _of_hub(info: ModelInfo) -> Model:
     tags = card_value(info.card_data, "tags") or []
-    bits = [tag.upper() for tag in tags if tag[:1] == "w" and tag[1:].replace("a", "").isdigit()]
+    bits = [tag.upper() for tag in tags if re.fullmatch(r"w\da\d+", tag)]
     metric = ""
     for entry in card_value(info.card_data, "model-index") or []:
         values = {each["type"]: each["value"] for result in entry.get("results", ()) for each in result["metrics"]}
         metric = metric or _metric(values)
-    family = [tag for tag in tags if tag not in _EVERY_CARD]
+    family = [tag for tag in tags if not _EVERY_CARD.fullmatch(tag)]
     return Model(
         info.id,
         "private" if info.private else "Hub",

@@ -13,9 +13,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, names, step, whoami
-from fbqat_hub.hub.contents import Item, component_names, packed_config, private_things, recipe_of
+from fbqat_hub.hub.contents import Item, component_names, packed_config, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST
 from fbqat_hub.hub.names import public_name
+from fbqat_hub.stages import find_stage
 
 _MAX_FILE = 50 * 10**9  # what huggingface_hub downloads over plain HTTP; a larger file needs hf_xet at every reader
 _CARD_KEYS = ("license", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags")
@@ -24,42 +25,59 @@ _OPEN = frozenset({"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", 
 
 
 class Remote(NamedTuple):
-    """A repository as it is now: newest commit, the files there, whether it is private."""
+    """A repository, or a branch of it, as it is now: newest commit, the files there, whether it is private."""
 
     commit: str
     files: frozenset[str]
     private: bool
 
 
-def remote_state(api: HfApi, repo: str) -> Remote | None:
+def remote_state(api: HfApi, repo: str, revision: str | None = None) -> Remote | None:
     """The repository on the Hub, None if there is none that the token may see."""
-    with step(f"look up {repo}"):
+    with step(f"look up {repo}" + (f", branch {revision}" if revision else "")):
         try:
-            info = api.model_info(repo)
+            info = api.model_info(repo, revision=revision)
         except RepositoryNotFoundError:
             return None
         return Remote(info.sha, frozenset(file.rfilename for file in info.siblings or ()), bool(info.private))
 
 
-def local_problems(run: Path, items: list[Item], owner: str) -> list[str]:
-    """What is wrong with the files: layout, card, licence, sizes, privacy. One line each, with what to do.
+def branches_of(api: HfApi, repo: str) -> set[str]:
+    """The names of a repository's branches."""
+    with step(f"list the branches of {repo}"):
+        return {branch.name for branch in api.list_repo_refs(repo).branches}
+
+
+def local_problems(run: Path, items: list[Item], stage: int | None = None) -> list[str]:
+    """What is wrong with the files: layout, card, licence, sizes. One line each, with what to do.
 
     Args:
-        items: what is to be published of the run.
-        owner: the name before the slash of the repository.
+        items: what is to be published.
+        stage: the bit width of the run's stage that they are of; None for the run's own.
     """
     paths = {item.path for item in items}
-    made = {"model_index.json": "train or convert", CARD: "card", "recipe.yaml": "train or convert"}
-    missing = [f"{run / name} is missing. Run: fbqat {verb}" for name, verb in made.items() if name not in paths]
+    folder = run if stage is None else find_stage(run, stage)
+    card = "card" if stage is None else f"evaluate {run} --stage {stage} ; fbqat card {run}"
+    made = {"model_index.json": "train or convert", CARD: card, "recipe.yaml": "train or convert"}
+    missing = [
+        f"{(folder if name == CARD else run) / name} is missing. Run: fbqat {verb}"
+        for name, verb in made.items()
+        if name not in paths
+    ]
     if missing:
         return missing
     return [
-        *_component_problems(run, paths),
-        *_card_problems(run / CARD),
+        *_component_problems(run, folder, items),
+        *_card_problems(folder / CARD, run),
         *_recipe_problems(recipe_of(run), paths),
         *_size_problems(items),
-        *private_things(items, owner),
     ]
+
+
+def branch_problems(repo: str, branch: str, state: Remote) -> Iterator[str]:
+    """Why a branch that is there may not be changed."""
+    if MANIFEST not in state.files:
+        yield f"branch {branch} of {repo} exists and was not published by fbqat; rename or delete it."
 
 
 def remote_problems(
@@ -100,9 +118,10 @@ def remote_problems(
     return problems, state
 
 
-def _component_problems(run: Path, paths: set[str]) -> Iterator[str]:
-    if packed_config(run) is None:
-        yield f"{run / 'transformer'} is not quantized by fbqat; publish what fbqat train or fbqat convert made."
+def _component_problems(run: Path, folder: Path, items: list[Item]) -> Iterator[str]:
+    paths = {item.path for item in items}
+    if packed_config(folder) is None:
+        yield f"{folder / 'transformer'} is not quantized by fbqat; publish what fbqat train or fbqat convert made."
     for component in component_names(run):
         inside = {path for path in paths if path.startswith(f"{component}/")}
         if not inside:
@@ -110,16 +129,18 @@ def _component_problems(run: Path, paths: set[str]) -> Iterator[str]:
         is_model = f"{component}/config.json" in inside
         if is_model and not any(path.endswith(".safetensors") for path in inside):
             yield f"{run / component} has no safetensors; only these are published: save it with save_pretrained."
-    for path in sorted(path for path in paths if path.endswith(".safetensors")):
+    for item in items:
+        if not (item.path.endswith(".safetensors") and isinstance(item.source, Path)):
+            continue
         try:
-            with safe_open(run / path, framework="np"):  # compares the header with the file's length
+            with safe_open(item.source, framework="np"):  # compares the header with the file's length
                 pass
         except SafetensorError as error:
-            yield f"{run / path} is damaged or cut short ({error}); make it again."
+            yield f"{item.source} is damaged or cut short ({error}); make it again."
 
 
-def _card_problems(card: Path) -> Iterator[str]:
-    remedy = f"Run: fbqat card {card.parent}"
+def _card_problems(card: Path, run: Path) -> Iterator[str]:
+    remedy = f"Run: fbqat card {run}"
     try:
         front = metadata_load(card) or {}
     except (ValueError, yaml.YAMLError) as error:

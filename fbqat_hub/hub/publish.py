@@ -1,7 +1,8 @@
 """Publish a run: everything checked first, one commit, then the Hub's own list compared with what was sent.
 
-Nothing is kept on disk between attempts. A cut upload goes on when the command is run again, because the Hub keeps
-the large files that arrived; a commit is all or nothing; where nothing changed, nothing is sent.
+A stage of the run can be a branch: it is made under another name, and gets its own when it is whole. Nothing is kept on
+disk between attempts. A cut upload goes on when the command is run again, because the Hub keeps the large files that
+arrived; a commit is all or nothing; where nothing changed, nothing is sent.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,31 +20,64 @@ from tqdm import tqdm
 
 from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, names, remote_files, step
-from fbqat_hub.hub.contents import Item, collect, packed_config, read_json, recipe_of
+from fbqat_hub.hub.contents import Item, collect, packed_config, private_things, read_json, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST, FileEntry, Manifest, hash_file, parse_manifest, read_manifest, serves
 from fbqat_hub.hub.names import is_local, public_name, size_text
-from fbqat_hub.hub.preflight import Remote, local_problems, remote_problems
+from fbqat_hub.hub.preflight import (
+    Remote,
+    branch_problems,
+    branches_of,
+    local_problems,
+    remote_problems,
+    remote_state,
+)
+from fbqat_hub.stages import branch_name, stages_of
+
+MAIN = "main"
+_UNFINISHED = "-unfinished"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A branch that is to hold something.
+
+    Attributes:
+        repo: Hub id.
+        branch: "main", or the name of a bit width.
+        folder: where the denoiser, its card and its results are: the run, or a stage of it.
+        items: every file but the manifest.
+    """
+
+    repo: str
+    branch: str
+    folder: Path
+    items: list[Item]
+
+    def __str__(self) -> str:
+        return self.repo if self.branch == MAIN else f"{self.repo}, branch {self.branch}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one repository is to become.
+    """What one branch of a repository is to become.
 
     Attributes:
-        repo: Hub id.
+        target: the branch.
         items: every file, the manifest last.
         manifest: sizes and hashes of all but itself.
-        remote: the repository as it is; None if it is to be made.
-        remove: files of the last publication that this one no longer has.
+        remote: the branch as it is; None if it is to be made.
+        remove: files of the last publication, or of what it starts from, that this one does not have.
         changed: paths that are not on the Hub as they are here.
+        leftover: True if an unfinished attempt at this branch is there.
     """
 
-    repo: str
+    target: Target
     items: list[Item]
     manifest: Manifest
     remote: Remote | None
     remove: list[str]
     changed: set[str]
+    leftover: bool = False
 
 
 def publish(
@@ -53,6 +87,7 @@ def publish(
     private: bool = False,
     device_repo: bool = False,
     collection: str | None = None,
+    branches: bool = False,
     dry_run: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -64,6 +99,7 @@ def publish(
         private: make a private repository.
         device_repo: put ``htp/`` into a repository of its own, ``<repo>-QNN-<SOC>``.
         collection: title, or slug, of a collection to add it to; a title that is new makes one.
+        branches: after main, a branch for each stage that the run kept (w8, w6), and for its own width (w4).
         dry_run: do everything but the upload.
         say: is given the lines meant for the user.
 
@@ -76,22 +112,31 @@ def publish(
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no folder; give the folder of a run.")
     items, stay, problems = collect(run, repo)
-    problems += local_problems(run, items, repo.partition("/")[0])
-    targets = {repo: items}
+    problems += local_problems(run, items)
+    targets = [Target(repo, MAIN, run, items)]
     if device_repo and not (soc := _soc_of(run)):
         problems.append(f"{run} has no HTP bundle for --device-repo. Run: fbqat export {run}")
     elif device_repo and not problems:
-        targets = _divided(repo, soc, items)
-    states: dict[str, Remote | None] = {}
-    for target, files in targets.items():
-        found, states[target] = remote_problems(api, target, recipe_of(run), {item.path for item in files}, private)
-        problems += [problem for problem in found if problem not in problems]
+        targets = [Target(name, MAIN, run, files) for name, files in _divided(repo, soc, items).items()]
+    if branches:
+        of_stages, found = _of_stages(run, targets[0])
+        targets += of_stages
+        problems += found
+    every = list(dict.fromkeys(item for target in targets for item in target.items))
+    problems += private_things(every, repo.partition("/")[0])
+    states, leftovers, found = _states(api, run, targets, private)
+    problems += found
     if problems:
         error = ValueError(f"{run} is not ready to be published; to mend:")
-        for problem in problems:
+        for problem in dict.fromkeys(problems):  # what is wrong with the recipe is so on every branch
             error.add_note(f"  - {problem}")
         raise error
-    plans = [_plan(api, run, target, files, states[target]) for target, files in targets.items()]
+    with tqdm(total=sum(item.size for item in every), desc=f"hash {repo}", unit="B", unit_scale=True) as bar:
+        hashes = hashes_of(every, bar.update)
+    plans: list[Plan] = []
+    for target, state in zip(targets, states, strict=True):
+        base = None if target.branch == MAIN else plans[0]
+        plans.append(_plan(api, run, target, state, hashes, base, target.branch in leftovers))
     for plan in plans:
         say(_table(plan, private))
     if stay:
@@ -99,29 +144,75 @@ def publish(
     if dry_run:
         say("dry run: nothing was uploaded.")
         return
+    of_main = [_upload(api, plan, private, say) for plan in plans if plan.target.branch == MAIN]
     for plan in plans:
-        _upload(api, plan, private, say)
+        if plan.target.branch != MAIN:
+            _upload_branch(api, plan, of_main[0], say)
     if collection:
-        slug = _collect(api, [plan.repo for plan in plans], collection, private)
+        repos = [plan.target.repo for plan in plans if plan.target.branch == MAIN]
+        slug = _collect(api, repos, collection, private)
         say(f"in the collection {api.endpoint}/collections/{slug}")
 
 
-def manifest_of(run: Path, items: list[Item], progress: Callable[[int], object] = lambda _: None) -> Manifest:
-    """The manifest of what is published of a run.
+def _of_stages(run: Path, main: Target) -> tuple[list[Target], list[str]]:
+    """A branch for every stage and one, of main's content, for the run's own width; what is wrong with the stages."""
+    stages, config = stages_of(run), packed_config(run)
+    if not stages:
+        return [], [f"{run} kept no stages for --branches; a recipe keeps them with keep_stages: [8, 6]."]
+    targets, problems = [], []
+    for bits, folder in stages.items():
+        items, _, found = collect(run, main.repo, bits)
+        problems += found + local_problems(run, items, bits)
+        targets.append(Target(main.repo, branch_name(bits), folder, items))
+    if config is not None:
+        targets.append(Target(main.repo, branch_name(config.weight_bits), run, main.items))
+    return targets, problems
 
-    Args:
-        items: the files, as they go up.
-        progress: is told the bytes that were hashed.
-    """
-    recipe = recipe_of(run)
-    records = read_records(run / "results.json") if (run / "results.json").is_file() else []
-    config = packed_config(run)
-    if config is None:
-        raise ValueError(f"{run / 'transformer'} is not quantized by fbqat; only packed pipelines have a manifest.")
-    entries: dict[str, FileEntry] = {}
+
+def _states(
+    api: HfApi, run: Path, targets: list[Target], private: bool
+) -> tuple[list[Remote | None], set[str], list[str]]:
+    """Every branch as it is, the branches with an unfinished attempt, and what the Hub would refuse."""
+    states: list[Remote | None] = []
+    problems: list[str] = []
+    there: set[str] = set()
+    for target in targets:
+        state = None
+        if target.branch == MAIN:
+            paths = {item.path for item in target.items}
+            found, state = remote_problems(api, target.repo, recipe_of(run), paths, private)
+            problems += found
+        elif states[0] is not None:
+            there = there or branches_of(api, target.repo)
+            if target.branch in there and (state := remote_state(api, target.repo, target.branch)):
+                problems += branch_problems(target.repo, target.branch, state)
+        states.append(state)
+    leftovers = {target.branch for target in targets if target.branch + _UNFINISHED in there}
+    return states, leftovers, problems
+
+
+def hashes_of(items: list[Item], progress: Callable[[int], object] = lambda _: None) -> dict[Item, FileEntry]:
+    """Size and SHA-256 of files; ``progress`` is told the bytes that were hashed."""
+    hashes = {}
     for item in items:
         with item.open() as file:
-            entries[item.path] = hash_file(file, progress)
+            hashes[item] = hash_file(file, progress)
+    return hashes
+
+
+def manifest_of(run: Path, folder: Path, items: list[Item], hashes: Mapping[Item, FileEntry]) -> Manifest:
+    """The manifest of what is published of a run, or of a stage of it.
+
+    Args:
+        folder: where the denoiser and its results are: the run, or the stage.
+        items: the files, as they go up.
+        hashes: of them at least.
+    """
+    recipe, results = recipe_of(run), folder / "results.json"
+    records = read_records(results) if results.is_file() else []
+    config = packed_config(folder)
+    if config is None:
+        raise ValueError(f"{folder / 'transformer'} is not quantized by fbqat; only packed pipelines have a manifest.")
     return Manifest(
         name=str(recipe["name"]),
         family=str(recipe["family"]),
@@ -136,7 +227,7 @@ def manifest_of(run: Path, items: list[Item], progress: Callable[[int], object] 
             "commands": list(dict.fromkeys(record.command for record in records)),
             "date": max((record.date for record in records), default=""),
         },
-        files=entries,
+        files={item.path: hashes[item] for item in items},
     )
 
 
@@ -176,19 +267,29 @@ def _divided(repo: str, soc: str, items: list[Item]) -> dict[str, list[Item]]:
     }
 
 
-def _plan(api: HfApi, run: Path, repo: str, items: list[Item], remote: Remote | None) -> Plan:
-    with tqdm(total=sum(item.size for item in items), desc=f"hash {repo}", unit="B", unit_scale=True) as bar:
-        manifest = manifest_of(run, items, bar.update)
+def _plan(
+    api: HfApi,
+    run: Path,
+    target: Target,
+    remote: Remote | None,
+    hashes: Mapping[Item, FileEntry],
+    base: Plan | None,
+    leftover: bool,
+) -> Plan:
+    """``base`` is what a new branch starts from; None for a new repository."""
+    manifest = manifest_of(run, target.folder, target.items, hashes)
     content = manifest.to_bytes()
     parse_manifest(content)  # what nobody could pull is not published
-    items = [*items, Item(MANIFEST, content)]
-    if remote is None:
-        return Plan(repo, items, manifest, None, [], {item.path for item in items})
-    with step(f"list the files of {repo}"):
-        there = remote_files(api, repo, remote.commit)
+    items = [*target.items, Item(MANIFEST, content)]
     ours = {item.path for item in items}
-    remove = [path for path in _published_before(repo, remote) if path in there and path not in ours]
-    return Plan(repo, items, manifest, remote, remove, set(_differing(items, manifest, there)))
+    if remote is None:
+        held = set(base.items) if base else set()
+        changed = {item.path for item in items if item not in held}
+        return Plan(target, items, manifest, None, sorted({i.path for i in held} - ours), changed, leftover)
+    with step(f"list the files of {target}"):
+        there = remote_files(api, target.repo, remote.commit)
+    remove = [path for path in _published_before(target.repo, remote) if path in there and path not in ours]
+    return Plan(target, items, manifest, remote, remove, set(_differing(items, manifest, there)), leftover)
 
 
 def _published_before(repo: str, remote: Remote) -> list[str]:
@@ -223,42 +324,72 @@ def _differing(items: list[Item], manifest: Manifest, there: dict[str, RemoteFil
 
 
 def _table(plan: Plan, private: bool) -> str:
-    """What will be uploaded, a line a file."""
+    """What will be uploaded, a line a file; of a branch what differs from what it starts from or holds."""
     if plan.remote is None:
         state = f"new{', private' if private else ''}"
     else:
         state = f"at {plan.remote.commit[:8]}{', private' if plan.remote.private else ''}"
     up = sum(item.size for item in plan.items if item.path in plan.changed)
     width = max(len(item.path) for item in plan.items)
-    lines = [f"{plan.repo} ({state}): {len(plan.items)} files, {len(plan.changed)} to upload, {size_text(up)}"]
+    lines = [f"{plan.target} ({state}): {len(plan.items)} files, {len(plan.changed)} to upload, {size_text(up)}"]
     for item in sorted(plan.items, key=lambda item: item.path):
         what = "upload" if item.path in plan.changed else "there already"
-        lines.append(f"  {item.path:{width}}  {size_text(item.size):>11}  {what}")
+        if item.path in plan.changed or plan.target.branch == MAIN:
+            lines.append(f"  {item.path:{width}}  {size_text(item.size):>11}  {what}")
     return "\n".join([*lines, *(f"  {path:{width}}  {'':>11}  remove" for path in plan.remove)])
 
 
-def _upload(api: HfApi, plan: Plan, private: bool, say: Callable[[str], None]) -> None:
-    """Make the repository if need be, commit what changed at once, and compare what is there then."""
-    commit = plan.remote.commit if plan.remote else None
+def _upload(api: HfApi, plan: Plan, private: bool, say: Callable[[str], None]) -> str:
+    """Make the repository if need be, commit what changed at once, and compare what is there then; the commit."""
+    repo, commit = plan.target.repo, plan.remote.commit if plan.remote else None
     if commit is None:
-        with step(f"make the repository {plan.repo}"):
-            api.create_repo(plan.repo, private=private)
-            commit = api.model_info(plan.repo).sha
+        with step(f"make the repository {repo}"):
+            api.create_repo(repo, private=private)
+            commit = api.model_info(repo).sha
+    return _commit(api, plan, MAIN, commit, say)
+
+
+def _upload_branch(api: HfApi, plan: Plan, main: str, say: Callable[[str], None]) -> None:
+    """The same for a branch. A new one starts from main under another name, and has its own when it is verified: a
+    branch of 6 bits must never hold, however shortly, what main does."""
+    repo, branch = plan.target.repo, plan.target.branch
+    unfinished = branch + _UNFINISHED
+    if plan.leftover:
+        with step(f"remove the branch {unfinished} of {repo}"):
+            api.delete_branch(repo, branch=unfinished)
+    if plan.remote is not None:
+        _commit(api, plan, branch, plan.remote.commit, say)
+        return
+    with step(f"make the branch {unfinished} of {repo}"):
+        api.create_branch(repo, branch=unfinished, revision=main)
+    commit = _commit(api, plan, unfinished, main, say)
+    with step(f"make the branch {branch} of {repo}"):
+        api.create_branch(repo, branch=branch, revision=commit)
+    with step(f"remove the branch {unfinished} of {repo}"):
+        api.delete_branch(repo, branch=unfinished)
+
+
+def _commit(api: HfApi, plan: Plan, branch: str, parent: str, say: Callable[[str], None]) -> str:
+    """One commit on a branch whose newest is ``parent``, if anything changed, verified; the branch's newest then."""
+    target, commit = plan.target, parent
     operations: list[Any] = [
         CommitOperationAdd(item.path, item.source) for item in plan.items if item.path in plan.changed
     ]
     operations += [CommitOperationDelete(path) for path in plan.remove]
     if operations:
-        with step(f"upload to {plan.repo}"):
+        with step(f"upload to {target}"):
             message = f"{plan.manifest.name} by fbqat_hub"
-            commit = api.create_commit(plan.repo, operations, commit_message=message, parent_commit=commit).oid
-    else:
-        say(f"{plan.repo}: nothing changed, nothing uploaded")
-    with step(f"verify {plan.repo}"):
-        there = remote_files(api, plan.repo, commit)
+            commit = api.create_commit(
+                target.repo, operations, commit_message=message, revision=branch, parent_commit=parent
+            ).oid
+    elif plan.remote is not None:
+        say(f"{target}: nothing changed, nothing uploaded")
+    with step(f"verify {target}"):
+        there = remote_files(api, target.repo, commit)
     if wrong := _differing(plan.items, plan.manifest, there):
-        raise HubError(f"verify {plan.repo}: the Hub does not hold {names(wrong)} as sent; run the same command again.")
-    say(f"verified: {len(plan.items)} files of {api.endpoint}/{plan.repo} at {commit[:8]} are as they are here")
+        raise HubError(f"verify {target}: the Hub does not hold {names(wrong)} as sent; run the same command again.")
+    say(f"verified: {len(plan.items)} files of {api.endpoint}/{target} at {commit[:8]} are as they are here")
+    return commit
 
 
 def _collect(api: HfApi, repos: list[str], collection: str, private: bool) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record
 from fbqat_hub.hub.names import is_local, public_name
+from fbqat_hub.stages import branch_name
 
 _SUMMARY = ("asked", "read_back", "parity", "pictures")
 _ARROWS = {"lower": "↓", "higher": "↑"}
@@ -54,6 +55,31 @@ def _cell(records: Sequence[Record], with_n: bool) -> str:
     notes = [f"n = {records[0].n}"] * with_n + [f"{len(values)} seeds"] * (len(values) > 1)
     shown = number(statistics.fmean(values)) + (f" ± {number(spread, 2)}" if spread is not None else "")
     return f"{shown} ({', '.join(notes)})" if notes else shown
+
+
+class Width(NamedTuple):
+    """A bit width of a run: what was measured at it, and the bytes of its denoiser's weights."""
+
+    bits: int
+    records: Sequence[Record]
+    size: int
+
+
+def widths_table(widths: Sequence[Width], own: str) -> dict[str, Any]:
+    """Rows = bit widths, the last of them the run's own; columns = metrics of the method ``own``, and the size."""
+    measured = [[r for r in width.records if r.method == own and r.suite == "method"] for width in widths]
+    metrics = list(by_metric(record for records in measured for record in records))
+    header = [
+        "weights",
+        "branch",
+        *(f"{METRICS[m].title}{unit_suffix(m)} {_ARROWS[METRICS[m].better]}" for m in metrics),
+    ]
+    rows = []
+    for width, records in zip(widths, measured, strict=True):
+        branch = f"`{branch_name(width.bits)}`" + ("" if width is not widths[-1] else " and `main`")
+        cells = [_cell(by_metric(records).get(metric, ()), False) for metric in metrics]
+        rows.append([f"{width.bits} bits", branch, *cells, _mebibytes(width.size)])
+    return {"header": [*header, "denoiser"], "rows": rows}
 
 
 def checks_table(records: Sequence[Record], certificate: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:

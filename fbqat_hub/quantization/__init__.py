@@ -4,6 +4,7 @@ from fbqat_hub.quantization.compensation import compensate
 from fbqat_hub.quantization.convert import (
     calibrate,
     convert,
+    converted,
     named_layers,
     prepare,
     quantization_disabled,
@@ -33,6 +34,7 @@ __all__ = [
     "calibrate",
     "compensate",
     "convert",
+    "converted",
     "fake_quantize",
     "fake_quantize_affine",
     "named_layers",

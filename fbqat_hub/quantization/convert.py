@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -165,10 +166,28 @@ def convert(model: nn.Module) -> list[str]:
     """Replace, in place, every fake-quantized layer by its packed one; returns their names in order.
 
     Raises:
-        ValueError: no layer to convert, or one that is not at its stored bit width with a hard grid
-            (``set_bit_width(model, 4)``), or not calibrated; the model is left as it was.
+        ValueError: no layer to convert, layers of several bit widths, or one that is not at a width that is stored with
+            a hard grid (``set_bit_width(model, 4)``), or not calibrated; the model is left as it was.
     """
-    packed = {}
+    packed = _packed_layers(model)
+    for name, packed_layer in packed.items():
+        model.set_submodule(name, packed_layer)
+    return list(packed)
+
+
+def converted(model: nn.Module) -> nn.Module:
+    """A packed copy of a prepared model, which itself stays as it is and can be trained on.
+
+    Raises:
+        ValueError: as ``convert``.
+    """
+    # deepcopy takes what is in the memo as copied already: the float weights of the layers are never copied
+    layers = {id(model.get_submodule(name)): layer for name, layer in _packed_layers(model).items()}
+    return copy.deepcopy(model, dict(layers))
+
+
+def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    packed: dict[str, PackedLinear] = {}
     for name, layer in named_layers(model, FakeQuantizedLinear):
         kind = PackedPointwiseConv2d if isinstance(layer, FakeQuantizedPointwiseConv2d) else PackedLinear
         try:
@@ -177,9 +196,9 @@ def convert(model: nn.Module) -> list[str]:
             raise ValueError(f"{name} cannot be packed: {error}") from error
     if not packed:
         raise ValueError("the model has no fake-quantized layer; prepare it first.")
-    for name, packed_layer in packed.items():
-        model.set_submodule(name, packed_layer)
-    return list(packed)
+    if len(widths := {layer.weight_bits for layer in packed.values()}) > 1:
+        raise ValueError(f"layers are at {', '.join(map(str, sorted(widths)))} bits; set_bit_width puts all at one.")
+    return packed
 
 
 def stored_bits_per_weight(model: nn.Module) -> float:

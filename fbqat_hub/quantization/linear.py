@@ -27,7 +27,7 @@ from fbqat_hub.quantization.fake_quantize import (
 )
 from fbqat_hub.quantization.kernels import packed_linear
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
-from fbqat_hub.quantization.packing import pack_int4, unpack_int4
+from fbqat_hub.quantization.packing import NIBBLE, pack, packed_dtype, packed_width, unpack
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme
 
 
@@ -209,16 +209,17 @@ class FakeQuantizedPointwiseConv2d(FakeQuantizedLinear):
 
 
 class PackedLinear(_Float32Buffers):
-    """A linear layer with 4-bit weights: [..., in] -> [..., out]. Its tensors are those of docs/format.md.
+    """A linear layer with weights of 2 to 8 bits: [..., in] -> [..., out]. Its tensors are those of docs/format.md.
 
     Attributes:
-        weight_packed: uint8 parameter [out, ceil(in / 2)], two codes a byte, low nibble first.
+        weight_bits: of the codes. Up to 4 bits are stored two codes a byte, 5 to 8 bits one a byte.
+        weight_packed: parameter, uint8 [out, ceil(in / 2)], low nibble first; above 4 bits int8 [out, in].
         weight_scale: fp32 buffer [out], or [out, groups] for per-group scales.
         input_scale, input_zero_point: fp32 and int32 scalar buffers for a static activation range, else None.
         bias: parameter [out] or None.
 
     Raises:
-        ValueError: a group size that does not divide ``in_features``.
+        ValueError: ``weight_bits`` above 8, or a group size that does not divide ``in_features``.
     """
 
     weight_scale: Tensor
@@ -230,6 +231,7 @@ class PackedLinear(_Float32Buffers):
         in_features: int,
         out_features: int,
         *,
+        weight_bits: int = 4,
         bias: bool = True,
         activation_scheme: ActivationScheme | None = None,
         group_size: int | None = None,
@@ -238,10 +240,13 @@ class PackedLinear(_Float32Buffers):
     ) -> None:
         super().__init__()
         _check_group_size(group_size, in_features)
-        self.in_features, self.out_features = in_features, out_features
+        if weight_bits > 8:
+            raise ValueError(f"weight_bits is {weight_bits}; a byte holds a code of at most 8.")
+        self.in_features, self.out_features, self.weight_bits = in_features, out_features, weight_bits
         self.activation_scheme = activation_scheme or ActivationScheme()
         self.group_size = group_size
-        packed = torch.empty(out_features, (in_features + 1) // 2, dtype=torch.uint8, device=device)
+        shape = (out_features, packed_width(in_features, weight_bits))
+        packed = torch.empty(shape, dtype=packed_dtype(weight_bits), device=device)
         self.weight_packed = nn.Parameter(packed, requires_grad=False)
         scales = (out_features,) if group_size is None else (out_features, in_features // group_size)
         self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float32, device=device))
@@ -254,21 +259,24 @@ class PackedLinear(_Float32Buffers):
 
     @classmethod
     def from_fake_quantized(cls, layer: FakeQuantizedLinear) -> PackedLinear:
-        """The packed twin of a layer at 4 bits or fewer, with bit-equal codes.
+        """The packed twin of a layer at its bit width, with bit-equal codes.
 
         Raises:
-            ValueError: the layer is above 4 bits, or soft, or affine, or lacks its static range, or is not finite.
+            ValueError: the layer is at more than 8 bits, or at a fraction of one above 4, or soft, or affine, or lacks
+                its static range, or is not finite.
         """
-        if layer.bit_width > 4:
-            raise ValueError(f"the layer is at {layer.bit_width:g} bits; set_bit_width(4) before it is packed.")
-        if layer.rounding.softness:
+        if layer.bit_width > 8 or (layer.bit_width > NIBBLE and layer.bit_width % 1):
             raise ValueError(
-                f"the layer has softness {layer.rounding.softness:g}; set_bit_width(4) makes its grid hard."
+                f"the layer is at {layer.bit_width:g} bits; set_bit_width(4), or a whole number up to 8, before it is "
+                "packed."
             )
+        if layer.rounding.softness:
+            raise ValueError(f"the layer has softness {layer.rounding.softness:g}; set_bit_width makes its grid hard.")
         scheme = layer.activation_scheme
         packed = cls(
             layer.in_features,
             layer.out_features,
+            weight_bits=math.ceil(layer.bit_width),
             bias=layer.bias is not None,
             activation_scheme=scheme,
             group_size=layer.weight_scheme.group_size,
@@ -276,7 +284,7 @@ class PackedLinear(_Float32Buffers):
             device=layer.weight.device,
         )
         scale, codes = layer.scale_and_codes()
-        packed.weight_packed.data.copy_(pack_int4(codes))
+        packed.weight_packed.data.copy_(pack(codes, packed.weight_bits))
         packed.weight_scale.copy_(scale)
         if layer.bias is not None and packed.bias is not None:
             packed.bias.data.copy_(layer.bias.data)
@@ -294,7 +302,7 @@ class PackedLinear(_Float32Buffers):
 
     def codes(self) -> Tensor:
         """int8 [out, in]."""
-        return unpack_int4(self.weight_packed, self.in_features)
+        return unpack(self.weight_packed, self.in_features)
 
     def dequantize(self) -> Tensor:
         """The real weight, fp32 [out, in]."""
@@ -325,11 +333,11 @@ class PackedLinear(_Float32Buffers):
         return {**self.__dict__, "_prepared": None}  # a copy prepares its own; an opaque tensor cannot be copied
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, W4, {self.activation_scheme}"
+        return f"{self.in_features}, {self.out_features}, W{self.weight_bits}, {self.activation_scheme}"
 
 
 class PackedPointwiseConv2d(PackedLinear):
-    """A 1x1 convolution with 4-bit weights: [N, in, H, W] -> [N, out, H, W]."""
+    """A 1x1 convolution with packed weights: [N, in, H, W] -> [N, out, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(self, x.movedim(1, -1)).movedim(-1, 1)

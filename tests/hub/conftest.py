@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import close_session
 from safetensors.numpy import save_file
 
@@ -47,6 +47,7 @@ def point_client_at(hub: LoopbackHub, home: Path, patch: pytest.MonkeyPatch) -> 
     """
     slept: list[float] = []
     patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(hf_api.api, "endpoint", hub.url)  # of the functions of the module, which diffusers calls
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -124,11 +125,31 @@ def write_run(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_stages(run: Path, seed: int = 0) -> Path:
+    """Stages of 8 and 6 bits in a run's folder, measured, with their cards."""
+    for bits in (8, 6):
+        folder = run / "stages" / f"w{bits}"
+        (folder / "transformer").mkdir(parents=True, exist_ok=True)
+        (folder / "images" / "samples").mkdir(parents=True, exist_ok=True)
+        (folder / "images" / "comparison.png").write_text(f"picture of {bits} bits")
+        (folder / "images" / "samples" / "00000.png").write_text("sample")
+        config = {"weight_bits": bits, "activation_bits": 8, "fbqat_version": "0.1.0"}
+        (folder / "transformer" / "config.json").write_text(json.dumps({"quantization_config": config}))
+        weights = {"w": np.random.default_rng(seed + bits).integers(0, 255, 4096, dtype=np.uint8)}
+        save_file(weights, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        (folder / "README.md").write_text(CARD.replace("4-bit, w4a8", f"{bits}-bit, w{bits}a8"))
+    return run
+
+
 PUBLISHED = [
     "README.md", "fbqat.json", "htp/certificate.json", "htp/transformer.bin", "images/comparison.png",
     "model_index.json", "recipe.yaml", "scheduler/scheduler_config.json", "transformer/config.json",
     "transformer/diffusion_pytorch_model.safetensors",
 ]  # fmt: skip
+
+
+# of a branch of a stage
+PUBLISHED_OF_STAGE = [path for path in PUBLISHED if not path.startswith("htp/")]
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ ROUTES: dict[str, str] = {  # step -> METHOD path
     "preupload": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)",
     "commit": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)",
     "info": r"GET /api/models/(?P<repo>[^/]+/[^/]+?)(/revision/(?P<revision>[^/]+))?",
+    "refs": r"GET /api/models/(?P<repo>[^/]+/[^/]+)/refs",
+    "branch": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>[^/]+)",
+    "unbranch": r"DELETE /api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>[^/]+)",
     "xet-token": r"GET /api/models/(?P<repo>[^/]+/[^/]+)/xet-(read|write)-token/(?P<revision>[^/]+)",
     "batch": r"POST /(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
     "resolve": r"(GET|HEAD) /(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
@@ -83,7 +86,7 @@ def handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             except RefusedError as refused:
                 self._refuse(refused, fault)
 
-        do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
 
         def _body(self, length: int) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
@@ -112,7 +115,7 @@ def handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             repository, files = hub.files_at(user, at)
             if repository.gated and user is None:
                 raise RefusedError(401, "GatedRepo", "Access to this model is restricted")
-            commit = repository.head if at["revision"] == "main" else at["revision"]
+            commit = repository.branches.get(at["revision"], at["revision"])
             if at["path"] not in files:
                 raise RefusedError(404, "EntryNotFound", "Entry not found")
             blob = files[at["path"]]

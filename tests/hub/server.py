@@ -59,19 +59,23 @@ class Blob:
 class Repository:
     private: bool = False
     gated: str | bool = False
-    head: str = ""
+    branches: dict[str, str] = field(default_factory=lambda: {"main": ""})
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, Blob]) -> str:
-        """Make these the files of main; returns the commit."""
+    def commit(self, files: dict[str, Blob], branch: str = "main") -> str:
+        """Make these the files of a branch; returns the commit."""
         names = "".join(f"{path} {blob.oid}\n" for path, blob in sorted(files.items()))
-        self.head = hashlib.sha1(f"{self.head}\n{names}".encode()).hexdigest()
-        self.commits[self.head] = files
-        return self.head
+        commit = hashlib.sha1(f"{self.branches[branch]}\n{names}".encode()).hexdigest()
+        self.branches[branch], self.commits[commit] = commit, files
+        return commit
 
     @property
     def files(self) -> dict[str, Blob]:
-        return self.commits[self.head]
+        """Of main."""
+        return self.files_of("main")
+
+    def files_of(self, branch: str) -> dict[str, Blob]:
+        return self.commits[self.branches[branch]]
 
 
 class LoopbackHub:
@@ -161,7 +165,28 @@ class LoopbackHub:
     def info(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
         repository, _files = self.files_at(user, at)
         named = at.get("revision") or "main"
-        return self._describe(at["repo"], repository.head if named == "main" else named)
+        return self._describe(at["repo"], repository.branches.get(named, named))
+
+    def refs(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
+        branches = self.files_at(user, at)[0].branches.items()
+        listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in branches]
+        return {"branches": listed, "converts": [], "tags": []}
+
+    def branch(self, user: dict[str, Any] | None, at: dict[str, str], body: bytes, *_: Any) -> Any:
+        self._writer(user, at["repo"])
+        repository, _files = self.files_at(user, {**at, "revision": json.loads(body).get("startingPoint", "main")})
+        if at["branch"] in repository.branches:
+            raise RefusedError(409, message=f"Reference already exists: refs/heads/{at['branch']}")
+        start = json.loads(body).get("startingPoint", "main")
+        repository.branches[at["branch"]] = repository.branches.get(start, start)
+        return {}
+
+    def unbranch(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
+        self._writer(user, at["repo"])
+        if at["branch"] not in self.files_at(user, at)[0].branches:
+            raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {at['branch']}")
+        del self.repositories[at["repo"]].branches[at["branch"]]
+        return {}
 
     def tree(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
         rows = []
@@ -207,12 +232,12 @@ class LoopbackHub:
 
     def commit(self, user: dict[str, Any] | None, at: dict[str, str], body: bytes, *_: Any) -> Any:
         self._writer(user, at["repo"])
-        repository = self.repositories[at["repo"]]
-        files = dict(repository.files)
+        repository, there = self.files_at(user, at)
+        files, head = dict(there), repository.branches[at["revision"]]
         for line in body.decode().splitlines():
             operation = json.loads(line)
             value = operation["value"]
-            if operation["key"] == "header" and value.get("parentCommit", repository.head) != repository.head:
+            if operation["key"] == "header" and value.get("parentCommit", head) != head:
                 raise RefusedError(412, message="A commit has happened since. Please refresh and try again.")
             if operation["key"] == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
@@ -222,7 +247,7 @@ class LoopbackHub:
                 files[value["path"]] = Blob(self.objects[value["oid"]], lfs=True)
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
-        oid = repository.commit(files)
+        oid = repository.commit(files, at["revision"])
         return {"commitUrl": f"{self.url}/{at['repo']}/commit/{oid}", "commitOid": oid, "success": True}
 
     def xet_token(self, user: dict[str, Any] | None, at: dict[str, str], *_: Any) -> Any:
@@ -276,19 +301,20 @@ class LoopbackHub:
         if repository is None or (repository.private and user is None):
             raise RefusedError(404 if user else 401, "RepoNotFound", "Repository not found")
         revision = at.get("revision") or "main"
-        commit = repository.head if revision == "main" else revision
+        commit = repository.branches.get(revision, revision)
         if commit not in repository.commits:
             raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repository, repository.commits[commit]
 
     def _describe(self, repo: str, commit: str = "") -> dict[str, Any]:
         repository = self.repositories[repo]
-        files = repository.commits[commit or repository.head]
+        commit = commit or repository.branches["main"]
+        files = repository.commits[commit]
         front: dict[str, Any] = {}
         if "README.md" in files and files["README.md"].content.startswith(b"---"):
             front = yaml.safe_load(files["README.md"].content.split(b"---")[1]) or {}
         return {
-            "_id": repo, "id": repo, "modelId": repo, "sha": commit or repository.head,
+            "_id": repo, "id": repo, "modelId": repo, "sha": commit,
             "private": repository.private, "gated": repository.gated, "tags": list(front.get("tags", [])),
             "cardData": front, "siblings": [{"rfilename": path} for path in sorted(files)],
             "usedStorage": sum(len(blob.content) for blob in files.values()),

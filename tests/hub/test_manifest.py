@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fbqat_hub.hub.contents import collect
 from fbqat_hub.hub.manifest import Manifest, check_component, check_files, parse_manifest
-from fbqat_hub.hub.publish import manifest_of
+from fbqat_hub.hub.publish import hashes_of, manifest_of
 
 DIGEST = "0" * 64
 GOOD: dict[str, Any] = {
@@ -34,7 +34,7 @@ def test_of_a_run(run: Path) -> None:
         (run / "recipe.yaml").read_text() + f"dataset: {{path: {run}}}\nday: 2026-11-23\nclip: .inf\n"
     )
     items, _, _ = collect(run, "me/x")
-    manifest = manifest_of(run, items)
+    manifest = manifest_of(run, run, items, hashes_of(items))
     weights = (run / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     entry = manifest.files["transformer/diffusion_pytorch_model.safetensors"]
     assert (entry.size, entry.sha256) == (len(weights), hashlib.sha256(weights).hexdigest())
@@ -42,7 +42,7 @@ def test_of_a_run(run: Path) -> None:
     assert manifest.recipe["dataset"] == {"path": run.name}
     assert (manifest.recipe["day"], manifest.recipe["clip"]) == ("2026-11-23", "inf")
     assert str(run) not in manifest.to_bytes().decode()
-    assert manifest.to_bytes() == manifest_of(run, items).to_bytes()
+    assert manifest.to_bytes() == manifest_of(run, run, items, hashes_of(items)).to_bytes()
     assert parse_manifest(manifest.to_bytes()) == manifest
 
 
@@ -143,7 +143,7 @@ def test_uses() -> None:
 
 def test_a_folder_is_compared_file_by_file(run: Path) -> None:
     items, _, _ = collect(run, "me/x")
-    manifest = manifest_of(run, items)
+    manifest = manifest_of(run, run, items, hashes_of(items))
     paths = sorted(set(manifest.files) - {"README.md"})  # in the run it loads the folder itself
     assert check_files(run, manifest, paths).bad == []
     (run / "model_index.json").unlink()
@@ -162,7 +162,8 @@ def test_a_folder_is_compared_file_by_file(run: Path) -> None:
 
 def test_a_component_cut_short_is_refused(run: Path) -> None:
     check_component(run / "transformer")  # no manifest beside it: nothing to compare with
-    (run / "fbqat.json").write_bytes(manifest_of(run, collect(run, "me/x")[0]).to_bytes())
+    items, _, _ = collect(run, "me/x")
+    (run / "fbqat.json").write_bytes(manifest_of(run, run, items, hashes_of(items)).to_bytes())
     check_component(run / "transformer")
     weights = run / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])

@@ -35,6 +35,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "groups": {"weight_granularity": "per_group", "group_size": 4, "weight_narrow": True, "weight_clip": "max_abs"},
     "static": {"activation_range": "static", "module_overrides": {"proj_out": {"bits": 16}}},
+    "six bits": {"weight_bits": 6},
+    "eight bits": {"weight_bits": 8, "activation_range": "static"},
 }
 
 
@@ -136,7 +138,7 @@ def test_packed_differs_from_float_by_quantization_only(packed, tiny_sana: Path)
     assert 1e-5 < error < 0.1
 
 
-@pytest.mark.parametrize("name", ["default", "overrides", "groups"])
+@pytest.mark.parametrize("name", ["default", "overrides", "groups", "six bits"])
 def test_quantize_on_load_equals_convert(packed, name: str, tiny_sana: Path) -> None:
     loaded = SanaTransformer2DModel.from_pretrained(
         tiny_sana, subfolder="transformer", quantization_config=FBQATConfig(**CONFIGS[name])
@@ -182,9 +184,10 @@ def test_sharded_checkpoint(packed, tmp_path: Path) -> None:
     same_tensors(SanaTransformer2DModel.from_pretrained(tmp_path / "sharded", subfolder="transformer"), model)
 
 
+@pytest.mark.parametrize("name", ["static", "eight bits"])
 @pytest.mark.parametrize("device_map", ["cpu", "disk", "blocks on disk"])
-def test_device_map_and_disk_offload(packed, device_map: str, tmp_path: Path) -> None:
-    model, folder = packed["static"]
+def test_device_map_and_disk_offload(packed, name: str, device_map: str, tmp_path: Path) -> None:
+    model, folder = packed[name]
     parts = [name for name, _ in [*model.named_children(), *model.named_parameters(recurse=False)]]
     places = {
         "cpu": "cpu",
@@ -231,11 +234,12 @@ def test_config_of_the_folder(packed) -> None:
     assert loaded.get_submodule(LAYER).activation_scheme.range == "per_token"
 
 
-def test_stored_tensors(packed) -> None:
-    tensors = load_file(packed["static"][1] / WEIGHTS)
+@pytest.mark.parametrize(("name", "kept"), [("static", (torch.uint8, (16, 8))), ("eight bits", (torch.int8, (16, 16)))])
+def test_stored_tensors(packed, name: str, kept: tuple[torch.dtype, tuple[int, int]]) -> None:
+    tensors = load_file(packed[name][1] / WEIGHTS)
     stored = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{LAYER}.")}
     assert {name: (value.dtype, tuple(value.shape)) for name, value in stored.items()} == {
-        "weight_packed": (torch.uint8, (16, 8)),
+        "weight_packed": kept,
         "weight_scale": (torch.float32, (16,)),
         "input_scale": (torch.float32, ()),
         "input_zero_point": (torch.int32, ()),
@@ -310,6 +314,25 @@ def test_broken_float_checkpoint_is_not_quantized(broken, edit, message: str, ti
     folder = broken(edit, tiny_sana)
     with pytest.raises(ValueError, match=message):
         SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer", quantization_config=FBQATConfig())
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [(6, r"weight_packed: codes run from -1\d\d to .*; 6 bits hold -32 to 31"), (4, "weight_packed is torch.int8")],
+)
+def test_codes_of_another_width_than_the_config_says_are_refused(
+    packed, bits: int, message: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed["eight bits"][1], tmp_path / "bad")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config["quantization_config"]["weight_bits"] = bits
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        DiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(
+        ValueError, match=rf"packed at 8 bits, and weight_bits is {bits}; set_bit_width\(model, {bits}\)"
+    ):
+        attach(packed["eight bits"][0], FBQATConfig(weight_bits=bits))
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])

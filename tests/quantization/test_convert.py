@@ -18,6 +18,7 @@ from fbqat_hub.quantization import (
     WeightScheme,
     calibrate,
     convert,
+    converted,
     named_layers,
     prepare,
     quantization_disabled,
@@ -159,6 +160,32 @@ def test_overrides_apply_in_order(tree: Tree) -> None:
 def test_packed_layers_equal_the_fake_quantized_ones(
     tree: Tree, granularity: str, clip: str, activations: ActivationScheme, overrides: dict[str, Any]
 ) -> None:
+    check_packed(tree, granularity, clip, activations, overrides, 4)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7, 8])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+@pytest.mark.parametrize("clip", ["max_abs", "learned"])
+def test_packed_layers_of_other_widths_equal_the_fake_quantized_ones(
+    tree: Tree, granularity: str, clip: str, bits: int
+) -> None:
+    check_packed(tree, granularity, clip, ActivationScheme(range="static"), {"*.to_q": {"range": "per_token"}}, bits)
+    packed = list(named_layers(tree, PackedLinear))
+    assert {layer.weight_packed.dtype for _, layer in packed} == {torch.uint8 if bits <= 4 else torch.int8}
+    stored = sum(layer.codes().numel() * (0.5 if bits <= 4 else 1) + layer.weight_scale.nbytes for _, layer in packed)
+    odd_rows = sum(0.5 * layer.out_features * (layer.in_features % 2) for _, layer in packed) if bits <= 4 else 0
+    weights = sum(layer.codes().numel() for _, layer in packed)
+    assert stored_bits_per_weight(tree) == pytest.approx(8 * (stored + odd_rows) / weights)
+
+
+def check_packed(
+    tree: Tree,
+    granularity: str,
+    clip: str,
+    activations: ActivationScheme,
+    overrides: dict[str, Any],
+    bits: int,
+) -> None:
     """Codes bit for bit, outputs to float rounding.
 
     Both compute sum_i a_i w_i with the same a and w, rounded at other places: of n products in any order, float32
@@ -171,7 +198,7 @@ def test_packed_layers_equal_the_fake_quantized_ones(
         weights["group_size"] = 4
     names = prepared(tree, activations, overrides, **weights)
     set_bit_width(tree, 5.5)
-    set_bit_width(tree, 4)
+    set_bit_width(tree, bits)
 
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     fakes = dict(named_layers(tree, FakeQuantizedLinear))
@@ -190,7 +217,12 @@ def test_packed_layers_equal_the_fake_quantized_ones(
         largest = operation(x.abs() + x.abs().max() / 64, magnitude, bias).detach()
         bounds[name] = 2 * (layer.in_features + 8) * 2**-24 * largest
 
+    twin = converted(tree)
+    assert [name for name, _ in named_layers(tree, FakeQuantizedLinear)] == names
     assert convert(tree) == names
+    for (name, value), (other, copied) in zip(tree.state_dict().items(), twin.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(value, copied), name
     for name, packed in named_layers(tree, PackedLinear):
         assert torch.equal(packed.codes(), codes[name]), name
         weight = fakes[name].fake_quantized_weight().detach().view(packed.out_features, -1)
@@ -212,10 +244,18 @@ def test_convert_keeps_kinds_and_bias(tree: Tree) -> None:
     )
 
 
-def test_convert_replaces_all_or_nothing(tree: Tree) -> None:
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (4.25, r"proj_out cannot be packed: the layer is at 4.25 bits; set_bit_width\(4\), or a whole number up to 8"),
+        (9, "proj_out cannot be packed: the layer is at 9 bits"),
+        (8, "layers are at 4, 8 bits; set_bit_width puts all at one"),
+    ],
+)
+def test_convert_replaces_all_or_nothing(tree: Tree, width: float, message: str) -> None:
     prepared(tree, ActivationScheme())
-    tree.proj_out.set_bit_width(8)
-    with pytest.raises(ValueError, match="proj_out cannot be packed: the layer is at 8 bits"):
+    tree.proj_out.set_bit_width(width)
+    with pytest.raises(ValueError, match=message):
         convert(tree)
     assert [name for name, _ in named_layers(tree, FakeQuantizedLinear)] == LAYERS
 

@@ -14,6 +14,7 @@ from torch import nn
 from fbqat_hub.config import FORMAT_VERSION, FBQATConfig
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, PackedLinear, WeightScheme, unpack_int4
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
+from fbqat_hub.quantization.packing import pack
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
 
@@ -94,6 +95,19 @@ def test_per_group_example() -> None:
     scale = torch.tensor([list(map(float, scales))])
     assert unpack_int4(stored, 4).tolist() == [list(map(int, codes))]
     assert dequantize_weight(stored, scale, 4).tolist() == [list(map(float, weights))]
+
+
+def test_a_row_of_one_code_a_byte() -> None:
+    found = re.search(
+        r"`weight_bits` 6: codes (.*?) with scale (.*?) are the bytes `(.*?)`, the real weights (.*?)\.\n", DOCUMENT
+    )
+    assert found is not None
+    codes, scale, packed, weights = (text.replace("−", "-").replace(",", "").split() for text in found.groups())
+    assert [byte - 256 if byte > 127 else byte for byte in (int(byte, 16) for byte in packed)] == list(map(int, codes))
+
+    stored = torch.tensor([int(byte, 16) for byte in packed], dtype=torch.uint8).view(1, -1).view(torch.int8)
+    assert pack(torch.tensor([list(map(int, codes))], dtype=torch.int8), 6).tolist() == stored.tolist()
+    assert dequantize_weight(stored, torch.tensor([float(scale[0])]), 3).tolist() == [list(map(float, weights))]
 
 
 @pytest.mark.parametrize("static", [False, True])

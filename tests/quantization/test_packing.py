@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fbqat_hub.quantization import pack_int4, unpack_int4
+from fbqat_hub.quantization.packing import pack, unpack
 
 
 def int8(rows: object) -> Tensor:
@@ -57,10 +58,24 @@ def test_codes_that_do_not_fit_are_refused(codes: list[int]) -> None:
 
 
 def test_wrong_dtypes_and_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="takes int8"):
+    with pytest.raises(ValueError, match="must be int8"):
         pack_int4(torch.zeros(2, 2))
     packed = pack_int4(int8([[1, 2, 3]]))
     with pytest.raises(ValueError, match=r"for 5 inputs it must be uint8 \[\.\.\., 3\]"):
         unpack_int4(packed, 5)
     with pytest.raises(ValueError, match="uint8"):
         unpack_int4(packed.to(torch.int8), 3)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_code_of_every_width_survives(bits: int) -> None:
+    """Up to 4 bits in nibbles, wider ones a byte each; codes that do not fit are refused."""
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8).view(-1, 1).expand(-1, 3)
+    packed = pack(codes, bits)
+    assert (packed.dtype, packed.shape[1]) == ((torch.uint8, 2) if bits <= 4 else (torch.int8, 3))
+    assert torch.equal(unpack(packed, 3), codes)
+    if 4 < bits < 8:
+        with pytest.raises(ValueError, match=rf"{bits} bits hold -{2 ** (bits - 1)} to {2 ** (bits - 1) - 1}"):
+            pack(codes - 1, bits)
+        with pytest.raises(ValueError, match=r"for 4 inputs \[\.\.\., 4\]"):
+            unpack(packed, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -21,12 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.integrations.diffusers import load_pipeline, load_stage
 from fbqat_hub.quantization import FakeQuantizedLinear, PackedLinear, named_layers
 from fbqat_hub.training import checkpoint, distill
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.recipe import METHODS, Recipe
-from tests.conftest import subprocess_environment, write_recipe
+from tests.conftest import STAGES, subprocess_environment, write_recipe
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 
@@ -197,6 +198,78 @@ def test_three_bits_are_trained_for_and_stored_in_the_space_of_four(recipe_of, t
     codes = [layer.codes() for _, layer in named_layers(load_pipeline(run).transformer, PackedLinear)]
     assert (min(int(code.min()) for code in codes), max(int(code.max()) for code in codes)) == (-4, 3)
     assert json.loads((run / "transformer" / "config.json").read_text())["quantization_config"]["weight_bits"] == 3
+
+
+# stages
+
+
+def stage_tensors(run: Path, bits: int) -> dict[str, Tensor]:
+    return load_file(run / "stages" / f"w{bits}" / WEIGHTS)
+
+
+def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sana: Path, staged_run, tmp_path: Path):
+    """The codes, scales and biases of the student when its last step at 8 and 6 bits was done."""
+    recipe = recipe_of(**{**STAGES, "keep_stages": []})
+    assert recipe.stage_ends() == {8: 2, 7: 3, 6: 4, 5: 5}
+    pipeline = load_pipeline(tiny_sana)
+    splits = distill.cached_splits(recipe, pipeline)
+    draws = distill.Draws(get_family("sana"), pipeline.scheduler, recipe.seed)
+    student = distill.prepare_student(recipe, pipeline.transformer, splits["train"], draws)
+    seen: dict[int, dict[str, Any]] = {}
+
+    def look(step: int) -> None:
+        layers = named_layers(student, FakeQuantizedLinear)
+        seen[step + 1] = {name: (*layer.scale_and_codes(), layer.bias) for name, layer in layers}
+        seen[step + 1] = copy.deepcopy(seen[step + 1])
+
+    settings = (recipe, student, pipeline.transformer, splits, draws, tmp_path, Accelerator(), False, False)
+    distill.distill(*settings, after_step=look)
+    assert sorted(path.name for path in (staged_run / "stages").iterdir()) == ["w6", "w8"]
+    for bits, end in ((8, 2), (6, 4)):
+        tensors = stage_tensors(staged_run, bits)
+        assert len(seen[end]) == 27
+        for name, (scale, codes, bias) in seen[end].items():
+            assert torch.equal(tensors[f"{name}.weight_packed"], codes), name
+            assert torch.equal(tensors[f"{name}.weight_scale"], scale), name
+            assert bias is None or torch.equal(tensors[f"{name}.bias"], bias), name
+    assert not torch.equal(*(stage_tensors(staged_run, bits)["proj_out.weight_packed"] for bits in (8, 6)))
+    same_run(staged_run, train(recipe, tmp_path / "without", progress=False))
+
+
+def test_a_stage_draws_with_the_components_of_the_run(staged_run: Path, recipe_fields: dict[str, Any]) -> None:
+    pipeline = load_stage(staged_run, 6)
+    codes = [layer.codes() for _, layer in named_layers(pipeline.transformer, PackedLinear)]
+    assert 15 < max(int(code.abs().max()) for code in codes) <= 32
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = [
+        each("red", generator=torch.Generator().manual_seed(0), output_type="pt", **recipe_fields["generation"]).images
+        for each in (pipeline, load_pipeline(staged_run))
+    ]
+    assert not torch.equal(*pictures)
+    assert [path.name for path in (staged_run / "stages" / "w6").iterdir()] == ["transformer"]
+    with pytest.raises(FileNotFoundError, match="has no stage of 7 bits; it kept 8, 6"):
+        load_stage(staged_run, 7)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 8])
+def test_stages_survive_an_interruption(stop: int, recipe_of, staged_run: Path, tmp_path: Path, monkeypatch) -> None:
+    """Before the checkpoint of the step that ends a stage, and after both."""
+    run, recipe = tmp_path / "run", recipe_of(**STAGES)
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, run, progress=False)
+    if stop == 8:
+        moved = (run / "stages" / "w8").rename(tmp_path / "w8")
+        with pytest.raises(FileNotFoundError, match="stages/w8 is missing, and the newest checkpoint is past it"):
+            train(recipe, run, resume=True, progress=False)
+        moved.rename(run / "stages" / "w8")
+    same_run(train(recipe, run, resume=True, progress=False), staged_run)
+    for bits in (8, 6):
+        one, other = stage_tensors(run, bits), stage_tensors(staged_run, bits)
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not list(run.rglob("*.partial*"))
 
 
 def test_after_step_is_called_when_the_update_is_done(recipe_of, tiny_sana: Path, tmp_path: Path) -> None:

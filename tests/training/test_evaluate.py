@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from PIL import Image
 
+from fbqat_hub import cli
 from fbqat_hub.evaluation.folders import PictureFolder, read_picture
 from fbqat_hub.evaluation.metrics import psnr
 from fbqat_hub.evaluation.results import Record, read_records, write_records
+from fbqat_hub.export.runtime.qnn_session import peak_rss_mib
+from fbqat_hub.hub.card import write_card
 from fbqat_hub.training import evaluate as module
 from fbqat_hub.training.distill import cache_folder
 from fbqat_hub.training.evaluate import DEFAULT, draw, draw_folder, evaluate
@@ -47,7 +51,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_records_of_the_default_metrics(run: Path) -> None:
-    records = {record.metric: record for record in read_records(run / "results.json")}
+    records = {record.metric: record for record in read_records(run / "results.json") if record.method == "fbqat"}
     assert set(records) == set(DEFAULT)
     loss, recipe = records["kd_loss"], load_recipe(run / "recipe.yaml")
     bins = loss.extra["by_timestep"]
@@ -62,6 +66,29 @@ def test_records_of_the_default_metrics(run: Path) -> None:
     assert records["fd_teacher"].extra["extractor"] == records["fd_real"].extra["extractor"] == "openmoji-cnn-1"
     assert records["fd_real"].extra["teacher_value"] > 0
     assert "prompts" not in records["bits_per_weight"].extra
+
+
+def test_sizes_of_teacher_and_student(run: Path, recipe_fields: dict) -> None:
+    records = [record for record in read_records(run / "results.json") if record.suite == "loading"]
+    found = {(record.method, record.metric): record.value for record in records}
+    for method, folder in (("teacher", Path(recipe_fields["teacher"])), ("fbqat", run)):
+        stored = (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+        assert found.pop((method, "denoiser_mib")) == stored / 2**20
+    assert found == {}
+
+
+@pytest.mark.slow
+def test_peak_memory_is_of_a_process_of_its_own(copy: Path) -> None:
+    ballast = torch.ones(2**28)  # 1 GiB of this process
+    peaks = {record.method: record for record in evaluate(copy, metrics=["peak_rss_mib"], progress=False)}
+    assert set(peaks) == {"teacher", "fbqat"}
+    for record in peaks.values():
+        assert (record.suite, record.unit) == ("loading", "MiB")
+        assert 100 < record.value < peak_rss_mib()
+    del ballast
+    (copy / "transformer" / "config.json").write_text("{")
+    with pytest.raises(RuntimeError, match=r"peak memory of .* could not be measured: ValueError: .* is not JSON"):
+        evaluate(copy, metrics=["peak_rss_mib"], progress=False)
 
 
 def test_pictures_are_kept_with_their_prompts_and_are_what_was_measured(run: Path) -> None:
@@ -97,6 +124,37 @@ def test_nothing_is_drawn_again_until_the_model_or_the_prompts_change(copy: Path
     assert sorted(path.name for path in (copy / "images").iterdir()) == ["comparison.png", "curve.png", "samples"]
 
 
+def test_a_stage_is_measured_in_a_folder_of_its_own(staged_run: Path, tmp_path: Path, capsys) -> None:
+    """Losses and sizes of three models; the run's own results stay as they are; the cards have a row for each width."""
+    run = shutil.copytree(staged_run, tmp_path / "run")
+    found = {}
+    for bits, option in ((4, []), (6, ["--stage", "6"]), (8, ["--stage", "8"])):
+        metrics = ["kd_loss", "bits_per_weight", *(["psnr"] if bits == 6 else [])]
+        assert cli.main(["evaluate", str(run), *option, "--metrics", *metrics]) == 0
+        folder = run if bits == 4 else run / "stages" / f"w{bits}"
+        assert capsys.readouterr().out.endswith(f"saved {folder / 'results.json'}\n")
+        found[bits] = {record.metric: record for record in read_records(folder / "results.json")}
+        assert {record.extra["weight_bits"] for record in found[bits].values()} == {bits}
+    assert len({each["kd_loss"].value for each in found.values()}) == 3
+    stored = [found[bits]["bits_per_weight"].value for bits in (4, 6, 8)]
+    assert 4 < stored[0] < 8 < stored[1] == stored[2]
+    assert (run / "stages" / "w6" / "images" / "comparison.png").is_file()
+    assert [path.name for path in (run / "images").iterdir()] == ["curve.png"]
+    assert cli.main(["evaluate", str(run), "--stage", "7"]) == 1
+    assert "has no stage of 7 bits; it kept 8, 6" in capsys.readouterr().err
+
+    write_card(run)
+    text, of_stage = ((folder / "README.md").read_text() for folder in (run, run / "stages" / "w6"))
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    for bits, branch in ((8, "`w8`"), (6, "`w6`"), (4, "`w4` and `main`")):
+        loss = f"{found[bits]['kd_loss'].value:.4g}"
+        assert f"| {bits} bits | {branch} | {loss}" in rows[f"{bits} bits"], rows
+        assert rows[f"{bits} bits"] in of_stage
+    assert "quantized to W6A8 (6-bit weights, 8-bit activations)" in of_stage
+    assert metadata_load(run / "stages" / "w6" / "README.md")["tags"][1:3] == ["6-bit", "w6a8"]
+    assert "fbqat evaluate run --stage 6" in of_stage
+
+
 def test_an_interrupted_drawing_goes_on_where_it_stopped(run_folder: Path, tmp_path: Path, drawn, monkeypatch) -> None:
     recipe = load_recipe(run_folder / "recipe.yaml")
     recipe = replace(recipe, evaluation={**recipe.evaluation, "batch_size": 2})
@@ -129,7 +187,8 @@ def test_prompts_of_another_set_replace_the_records_of_pictures(copy: Path, draw
     records = evaluate(copy, prompts="openmoji", images=2, metrics=["ssim"], progress=False)
     assert [(record.metric, record.n, record.extra["prompts"]) for record in records] == [("ssim", 2, "openmoji")]
     kept = [(record.method, record.metric) for record in read_records(copy / "results.json")]
-    assert kept == [("fbqat", "kd_loss"), ("fbqat", "bits_per_weight"), ("vqat", "psnr"), ("fbqat", "ssim")]
+    loading = [("teacher", "denoiser_mib"), ("fbqat", "denoiser_mib")]
+    assert kept == [("fbqat", "kd_loss"), ("fbqat", "bits_per_weight"), *loading, ("vqat", "psnr"), ("fbqat", "ssim")]
     assert drawn[0] == drawn[1]
     assert list(PictureFolder.open(copy).prompts.values()) == drawn[0]
 

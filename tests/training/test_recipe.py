@@ -89,6 +89,18 @@ def test_recipe_wins_over_method_and_family() -> None:
         ({"rounding": {"egws": 0.1}}, r"rounding: 'egws' \(did you mean 'ewgs'\?\)"),
         ({"evaluation": {"image": 4}}, r"evaluation: 'image' \(did you mean 'images'\?\)"),
         ({"calibration": {"sample": 4}}, r"calibration: 'sample' \(did you mean 'samples'\?\)"),
+        # stages that the schedule does not have
+        (
+            {"keep_stages": [6]},
+            "6 bits, which the schedule of method fbqat does not leave; it holds none. Methods with",
+        ),
+        (
+            {"method": "fbqat-paper", "steps": 100, "keep_stages": [8, 4]},
+            "asks for 4 bits, .* those it holds before its last, over 100 steps, are 8, 7, 6, 5",
+        ),
+        ({"method": "fbqat-paper", "steps": 3, "keep_stages": [7]}, "asks for 7 bits, .* over 3 steps, are 8"),
+        ({"method": "fbqat-paper", "keep_stages": [5.5]}, "each of keep_stages is 5.5; it must be a whole number"),
+        ({"method": "fbqat-paper", "keep_stages": 6}, "keep_stages is 6; it must be a list of whole numbers"),
         # choices
         ({"method": "fbqta"}, "method is 'fbqta'; allowed: .*fbqat-paper"),
         ({"method": ["fbqat"]}, r"method is \['fbqat'\]"),

@@ -25,7 +25,8 @@ def packed_linear(layer: Any, x: Tensor) -> Tensor:
 def _forward(layer: Any, x: Tensor) -> Tensor:
     activation = (layer.activation_scheme, layer.input_scale, layer.input_zero_point)
     # An empty batch has no largest value for the CPU kernel's per-tensor range; the reference says so clearly.
-    if x.device.type == "cpu" and x.numel() and cpu.is_supported(layer.weight_scale, layer.activation_scheme):
+    supported = cpu.is_supported(layer.weight_scale, layer.activation_scheme, layer.weight_bits)
+    if x.device.type == "cpu" and x.numel() and supported:
         return cpu.packed_linear_cpu(x, _prepared(layer), layer.bias, *activation)
     return packed_linear_reference(x, layer.weight_packed, layer.weight_scale, layer.bias, *activation)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fbqat_hub.quantization.activation import quantize_activation
-from fbqat_hub.quantization.packing import unpack_int4
+from fbqat_hub.quantization.packing import unpack
 from fbqat_hub.quantization.scheme import ActivationScheme
 
 
@@ -13,14 +13,14 @@ def dequantize_weight(weight_packed: Tensor, weight_scale: Tensor, in_features: 
     """The real weight, scale * code.
 
     Args:
-        weight_packed: uint8 [out, ceil(in / 2)].
+        weight_packed: uint8 [out, ceil(in / 2)], or int8 [out, in] (``packing.py``).
         weight_scale: fp32 [out], or [out, groups] for per-group scales.
         in_features: ``in``.
 
     Returns:
         fp32 [out, in].
     """
-    codes = unpack_int4(weight_packed, in_features).float()
+    codes = unpack(weight_packed, in_features).float()
     if weight_scale.dim() == 1:
         return codes * weight_scale[:, None]
     out_features, groups = weight_scale.shape
@@ -38,7 +38,8 @@ def packed_linear_reference(
 ) -> Tensor:
     """y = (scale_x * scale_w) * (codes_x - zero_point) @ codes_w^T + bias, accumulated in fp32.
 
-    Products of an 8-bit and a 4-bit code stay exact in fp32 up to 2^24 / (255 * 8) = 8,224 inputs.
+    Sums of products of an 8-bit and a 4-bit code are exact in fp32 up to 2^24 / (255 * 8) = 8,224 inputs, those with
+    an 8-bit code up to 2^24 / (255 * 128) = 514; beyond that fp32 rounds.
 
     Args:
         x: [..., in], any float dtype.
@@ -56,7 +57,7 @@ def packed_linear_reference(
         codes, scale, zero_point = quantize_activation(x, scheme, input_scale, input_zero_point)
         codes = codes - zero_point
         if weight_scale.dim() == 1:
-            y = codes @ unpack_int4(weight_packed, in_features).float().t() * weight_scale * scale
+            y = codes @ unpack(weight_packed, in_features).float().t() * weight_scale * scale
         else:
             y = codes @ dequantize_weight(weight_packed, weight_scale, in_features).t() * scale
     if bias is not None:
