@@ -68,6 +68,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
     constants = {item.name: item for item in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}
     users = Counter(name for node in graph.node for name in node.input)
+    quantized = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     readers: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
         if node.op_type in ("Gemm", "Conv"):
@@ -92,9 +93,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
             if float_constant or (made is not None and made.op_type != "DequantizeLinear"):
                 raise _fail(f"{node.op_type} {node.name!r} reads float tensor {name!r}")
         for name in node.output:
-            if users[name] != 1 or not any(
-                name in user.input and user.op_type == "QuantizeLinear" for user in graph.node
-            ):
+            if users[name] != 1 or name not in quantized:
                 raise _fail(f"output {name!r} of {node.op_type} is not quantized")
     weights = Counter(TensorProto.DataType.Name(constants[name].data_type).lower() for name in readers)
     return {

@@ -189,6 +189,8 @@ def markdown(certificate: Mapping[str, Any]) -> str:
         *(_row(name, compared) for name, compared in certificate["blocks"].items()),
         *(_row(f"**{name}**", part["parity"]) for name, part in certificate.get("graphs", {}).items()),
     ]
+    if (probed := certificate["probed_blocks"])["probed"] < probed["of"]:
+        lines += ["", f"Blocks and single ops were compared in the first {probed['probed']} of {probed['of']} blocks."]
     if timesteps := certificate["parity"].get("timesteps"):
         values = zip(*(certificate["parity"][name]["sqnr_db_of_each"] for name in _PAIRS), strict=True)
         rows = sorted(zip(timesteps, values, strict=True))

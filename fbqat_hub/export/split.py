@@ -14,16 +14,7 @@ import onnx
 from onnx import helper
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.export.float_graph import FloatGraph
-
-
-def block_of(output: str) -> str:
-    """The block whose output is called that.
-
-    >>> block_of("transformer_blocks.3/output_0")
-    'transformer_blocks.3'
-    """
-    return output.rpartition("/")[0]
+from fbqat_hub.export.float_graph import FloatGraph, block_of, blocks_of_outputs
 
 
 def split_graph(graph: FloatGraph, parts: int) -> list[FloatGraph]:
@@ -32,7 +23,7 @@ def split_graph(graph: FloatGraph, parts: int) -> list[FloatGraph]:
     Raises:
         ExportError: fewer blocks than parts.
     """
-    blocks = list(dict.fromkeys(block_of(name) for name in graph.block_outputs))
+    blocks = blocks_of_outputs(graph.block_outputs)
     if not 1 <= parts <= len(blocks):
         raise ExportError(
             f"{parts} graphs were asked for; the model has {len(blocks)} blocks, so give 1 to {len(blocks)}"
