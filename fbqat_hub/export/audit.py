@@ -219,3 +219,12 @@ def audit_context(context: onnx.ModelProto, target: Target) -> dict[str, Any]:
         raise _fail(f"the context says it was built for {built_for!r}, which lacks architecture:SoC:VTCM {wanted!r}")
     sdk = {item.name: item.s.decode() for item in context.graph.node[0].attribute if item.type == item.STRING}
     return {"qnn_sdk_build": sdk.get("ep_sdk_version"), "compatibility_info": built_for}
+
+
+def spill_fill_bytes(context: onnx.ModelProto) -> int:
+    """DDR bytes the compiler set aside for tensors that its plan moves out of VTCM and back, by its own account.
+
+    The HTP's option `enable_htp_spill_fill_buffer` of ONNX Runtime's QNN execution provider puts them into the
+    EPContext node as `max_size` (EP context design, onnxruntime.ai).
+    """
+    return int(helper.get_node_attr_value(context.graph.node[0], "max_size"))

@@ -203,8 +203,9 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{cost_of['macs']:,} multiply-accumulates a forward, {cost_of['macs_a16']:,} of them on 16-bit activations; "
-        f"{cost_of['constant_bytes']:,} bytes of constants, {cost_of['binary_bytes']:,} bytes of binary. No latency is "
-        "given: the emulator's time says nothing of a device's.",
+        f"{cost_of['constant_bytes']:,} bytes of constants, {cost_of['binary_bytes']:,} bytes of binary, "
+        f"{cost_of['spill_fill_bytes']:,} bytes of spill/fill buffer. No latency is given: "
+        "the emulator's time says nothing of a device's.",
     ]
     return "\n".join(lines) + "\n"
 

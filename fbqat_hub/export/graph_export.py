@@ -131,7 +131,8 @@ def compile_graph(
     with progress.step(f"{name}: compile"):
         compiled = htp.compile_context(qdq_path, context, target, scratch)
         binary = htp.rename_binary(context)
-        read_back = audit.audit_context(onnx.load(context), target)
+        compiled_context = onnx.load(context)
+        read_back = audit.audit_context(compiled_context, target)
         audited_compiled = audit.audit_compiled(scratch / "qnn_graph", list(source.layers), precision.weight_bits)
     with progress.step(f"{name}: emulate"), htp.emulator(context, target) as emulator:
         emulated = [dict(zip(outputs, emulator.run(feed), strict=True)) for feed in source.held_out]
@@ -157,7 +158,8 @@ def compile_graph(
         "tensors": certificate.describe_tensors(qdq),
         "coverage": {"all_on_qnn": True, "nodes_on_qnn": audited_compiled["nodes"], "nodes_elsewhere": 0},
         "audit": {"qdq": audited, "compiled": audited_compiled},
-        "cost": certificate.cost(qdq) | {"binary_bytes": binary.stat().st_size},
+        "cost": certificate.cost(qdq)
+        | {"binary_bytes": binary.stat().st_size, "spill_fill_bytes": audit.spill_fill_bytes(compiled_context)},
         "parity": {"held_out_inputs": len(emulated), **measured},
         "blocks": blocks,
         "op_parity": op_parity.summarize(errors),

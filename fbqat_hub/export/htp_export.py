@@ -186,12 +186,15 @@ def build_transformer(
     from fbqat_hub.export import certificate
     from fbqat_hub.export.allocation import allocate
     from fbqat_hub.export.calibration import calibrate
-    from fbqat_hub.export.split import split_graph
+    from fbqat_hub.export.split import join_sections, split_graph
 
     with progress.step("transformer: trace"):
         layers = packed_layers(transformer)
         wrapper = wrap(transformer, calibration[0])
         graph, rewrites = trace_graph(wrapper, calibration[0], layers)
+        parts = {"transformer": graph}
+        if graphs != 1:
+            parts = {f"transformer_{index}": part for index, part in enumerate(split_graph(graph, graphs))}
     feeds = [as_feed(wrapper.host_inputs(item)) for item in calibration]
     # what precision is chosen on must not have set the ranges: a range fits the inputs it was taken from too well
     apart = range(0, len(calibration), max(2, len(calibration) // ALLOCATION_INPUTS))[:ALLOCATION_INPUTS]
@@ -212,9 +215,6 @@ def build_transformer(
             )
     held = [as_feed(wrapper.host_inputs(item)) for item in held_out]
     expected = torch_outputs(transformer, held_out, blocks_of(transformer))
-    parts = {"transformer": graph}
-    if graphs > 1:
-        parts = {f"transformer_{index}": part for index, part in enumerate(split_graph(graph, graphs))}
     sections = {}
     for name, part in parts.items():
         source = GraphSource(
@@ -228,9 +228,7 @@ def build_transformer(
         sections[name], emulated = compile_graph(source, folder, target, precision, progress, probe_blocks=probe_blocks)
         for feed, outputs in zip(held, emulated, strict=True):
             feed.update(outputs)  # the next part runs on what the emulator made of this one
-    section = sections[name]
-    if graphs > 1:
-        section = {**section, "parts": sections}
+    section = sections[name] if graphs == 1 else join_sections(sections)
     section["model"] = {"class": type(transformer).__name__, "packed_layers": len(layers)}
     section["allocation"] = report
     section["calibration_inputs"] = len(calibration)
