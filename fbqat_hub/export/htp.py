@@ -6,6 +6,7 @@ Both happen in a child process (`runtime/worker.py`). Nothing here ran on a phon
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -41,6 +42,12 @@ def provider_options(target: Target) -> dict[str, str]:
     }
 
 
+def _trim_heap() -> None:
+    """Give freed memory back before a child needs as much: glibc keeps what serialized graphs took (malloc_trim(3))."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class Worker:
     """A child process with one session; loading compiles where the model is a QDQ graph.
 
@@ -57,6 +64,7 @@ class Worker:
         self, action: str, model: Path, options: dict[str, str], entries: dict[str, str] | None = None
     ) -> None:
         self.action, self.seconds = action, 0.0
+        _trim_heap()
         self._folder = tempfile.TemporaryDirectory(prefix="fbqat-htp-")
         scratch = Path(self._folder.name)
         # The model goes by its bare name: ONNX Runtime hashes the path it is given into the graph's name, and the
