@@ -86,7 +86,7 @@ def true_size_table() -> str:
             f"{cost['spill_fill_bytes'] / 1e6:.1f} MB",
             f"{extra['export_seconds']:.0f} s",
             *(f"{steps[step]:.0f} s" for step in ("compile", "emulate", "probe")),
-            f"{extra['cpu_seconds']:.0f} s",
+            f"{extra['cpu_seconds']:.0f} s" if "cpu_seconds" in extra else "not measured",
             f"{peak.value * 2**20 / 1e9:.2f} GB",
             f"{extra['emulator_vs_cpu_qdq_db']:.1f} dB",
             f"{record.value:.1f} dB",
