@@ -18,7 +18,7 @@ from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/method.md")
+FILES = ("README.md", "docs/method.md", "docs/htp.md")
 
 
 def demo_table() -> str:
@@ -63,7 +63,45 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "method": method_table, "speed": speed_table}
+def true_size_table() -> str:
+    """Denoisers of true size exported for the HTP, by `benchmarks.htp_true_size`."""
+    head = (
+        "model", "packed weights", "binary", "spill/fill", "export", "compile", "emulate", "probe", "processor time",
+        "peak RAM", "emulator to CPU", "to torch",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    found = [record for record in read_records(RESULTS / "htp.json") if "packed_weights" in record.extra]
+    peaks = {record.extra["model"]: record for record in found if record.metric == "peak_rss_mib"}
+    notes = []
+    for record in found:
+        if record.metric != "sqnr_db":
+            continue
+        extra = record.extra
+        peak, cost, steps = peaks[extra["model"]], extra["cost"], extra["steps_seconds"]
+        graphs = f"{extra['graphs']} graphs" if extra["graphs"] > 1 else "1 graph"
+        cells = [
+            f"`{extra['model']}`: {extra['shape']}; {graphs}",
+            f"{extra['packed_weights'] / 1e6:.0f} M",
+            f"{cost['binary_bytes'] / 1e6:.0f} MB",
+            f"{cost['spill_fill_bytes'] / 1e6:.1f} MB",
+            f"{extra['export_seconds']:.0f} s",
+            *(f"{steps[step]:.0f} s" for step in ("compile", "emulate", "probe")),
+            f"{extra['cpu_seconds']:.0f} s" if "cpu_seconds" in extra else "not measured",
+            f"{peak.value * 2**20 / 1e9:.2f} GB",
+            f"{extra['emulator_vs_cpu_qdq_db']:.1f} dB",
+            f"{record.value:.1f} dB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        notes.append(f"{extra['machine_was']}, torch on {extra['threads']} of its threads")
+    return "\n".join([*lines, "", f"The machine was: {'; '.join(dict.fromkeys(notes))}."])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "method": method_table,
+    "speed": speed_table,
+    "true-size": true_size_table,
+}
 
 
 def filled(text: str) -> str:

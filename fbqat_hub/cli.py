@@ -151,6 +151,7 @@ def _export(options: argparse.Namespace) -> None:
         soc=options.soc,
         precision=options.precision,
         a16=options.a16,
+        graphs=options.graphs,
         prompts=_lines(options.prompts) if options.prompts else (),
         pictures=options.images,
     )
@@ -371,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
         help="weights and activations (default: w4a8; auto: 8 bits where they cost least)",
     )
     sub.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
+    sub.add_argument("--graphs", type=int, default=1, metavar="N", help="split the model into N graphs (default: 1)")
     sub.add_argument("--prompts", type=Path, help="text file to calibrate on and draw (default: the recipe's data)")
     sub.add_argument("--images", type=int, default=2, metavar="N", help="drawn on the emulator (default: 2)")
 

@@ -20,6 +20,7 @@ def export_qnn(
     soc: str = "sm8750",
     precision: str = "w4a8",
     a16: Sequence[str] = (),
+    graphs: int = 1,
     prompts: Path | None = None,
     images: int = 2,
 ) -> None:
@@ -50,6 +51,7 @@ def export_qnn(
             soc=soc,
             precision=precision,
             a16=a16,
+            graphs=graphs,
             pictures=min(images, len(texts)),
         )
     except (ExportError, OSError, ValueError) as error:

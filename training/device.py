@@ -26,6 +26,7 @@ def export_run(
     soc: str = "sm8750",
     precision: str = "w4a8",
     a16: Sequence[str] = (),
+    graphs: int = 1,
     prompts: Sequence[str] = (),
     pictures: int = 2,
     progress: bool = True,
@@ -38,7 +39,7 @@ def export_run(
 
     Args:
         run: folder of a run, or a folder or Hub id of any packed pipeline.
-        soc, precision, a16: as ``export_bundle``.
+        soc, precision, a16, graphs: as ``export_bundle``.
         prompts: to calibrate on and to draw; the recipe's if there are none.
         pictures: drawn with the emulator in the loop, of the first prompts.
 
@@ -68,6 +69,7 @@ def export_run(
         soc=soc,
         precision=precision,
         a16=a16,
+        graphs=graphs,
         pictures=min(pictures, len(shown)),
         progress=progress,
     )

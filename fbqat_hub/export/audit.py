@@ -68,6 +68,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
     constants = {item.name: item for item in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}
     users = Counter(name for node in graph.node for name in node.input)
+    quantized = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     readers: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
         if node.op_type in ("Gemm", "Conv"):
@@ -92,9 +93,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
             if float_constant or (made is not None and made.op_type != "DequantizeLinear"):
                 raise _fail(f"{node.op_type} {node.name!r} reads float tensor {name!r}")
         for name in node.output:
-            if users[name] != 1 or not any(
-                name in user.input and user.op_type == "QuantizeLinear" for user in graph.node
-            ):
+            if users[name] != 1 or name not in quantized:
                 raise _fail(f"output {name!r} of {node.op_type} is not quantized")
     weights = Counter(TensorProto.DataType.Name(constants[name].data_type).lower() for name in readers)
     return {
@@ -220,3 +219,12 @@ def audit_context(context: onnx.ModelProto, target: Target) -> dict[str, Any]:
         raise _fail(f"the context says it was built for {built_for!r}, which lacks architecture:SoC:VTCM {wanted!r}")
     sdk = {item.name: item.s.decode() for item in context.graph.node[0].attribute if item.type == item.STRING}
     return {"qnn_sdk_build": sdk.get("ep_sdk_version"), "compatibility_info": built_for}
+
+
+def spill_fill_bytes(context: onnx.ModelProto) -> int:
+    """DDR bytes the compiler set aside for tensors that its plan moves out of VTCM and back, by its own account.
+
+    The HTP's option `enable_htp_spill_fill_buffer` of ONNX Runtime's QNN execution provider puts them into the
+    EPContext node as `max_size` (EP context design, onnxruntime.ai).
+    """
+    return int(helper.get_node_attr_value(context.graph.node[0], "max_size"))

@@ -23,6 +23,7 @@ from fbqat_hub.export.htp_export import build_transformer, check_items, staging,
 from fbqat_hub.export.pipeline import denoiser_replaced, record_inputs
 from fbqat_hub.export.precision import PRESETS, precision_named
 from fbqat_hub.export.sampler import sampler_matrix
+from fbqat_hub.export.split import describe_chain
 from fbqat_hub.export.targets import Target, target_for
 from fbqat_hub.export.wrappers import Item, wrap_decoder
 from fbqat_hub.files import listing
@@ -161,6 +162,7 @@ def export_bundle(
     soc: str = "sm8750",
     precision: str = "w4a8",
     a16: Sequence[str] = (),
+    graphs: int = 1,
     pictures: int = 2,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -180,6 +182,7 @@ def export_bundle(
         soc, progress: as `export_htp`.
         precision: a key of `PRESETS`, or "auto": 8 bits wherever the output's SQNR keeps `TARGET_DB`.
         a16: fnmatch patterns of further layers at 16 activation bits.
+        graphs: as `export_htp`; the runner runs them in the manifest's order (`denoiser`).
         pictures: how many, at least 1.
 
     Returns:
@@ -196,7 +199,7 @@ def export_bundle(
     chosen = precision_named("w4a8" if auto else precision, a16)
     if not 1 <= pictures <= len(prompts):
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
-    bar = Progress(2 * (2 + len(STEPS)) + 3, progress)
+    bar = Progress(2 * 2 + (graphs + 1) * len(STEPS) + 3, progress)
     try:
         with staging(output_dir) as folder:
             with bar.step("draw in torch"):
@@ -218,10 +221,12 @@ def export_bundle(
                 chosen,
                 bar,
                 target_db=TARGET_DB if auto else None,
+                graphs=graphs,
             )
             host, settings = host_parts(drawn, pipeline, wrapper, call)
             section["graphs"] = {"decoder": _build_decoder(pipeline.vae, drawn, settings, folder, target, bar)}
-            with bar.step("pictures"), htp.emulator(folder / "transformer.onnx", target) as emulator:
+            chain = {name: part["tensors"] for name, part in _denoiser(section).items()}
+            with bar.step("pictures"), htp.EmulatorChain(folder, chain, target) as emulator:
                 section["pictures"] = _pictures(pipeline, drawn, call, wrapper, folder, emulator)
                 _write_parts(folder, host, held_out, wrapper, emulator)
             section["golden_inputs"] = len(held_out)
@@ -307,13 +312,20 @@ def _write_parts(
         shutil.copyfile(_RUNTIME / name, folder / name)
 
 
+def _denoiser(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transformer's graphs by name, in order, from its section of the certificate."""
+    parts: Mapping[str, Any] = section.get("parts", {"transformer": section})
+    return parts
+
+
 def _write_manifest(
     folder: Path, certificate: Mapping[str, Any], settings: Mapping[str, Any], prompts: Sequence[str], target: Target
 ) -> None:
     """`manifest.json` and `README.md`; the manifest lists every other file."""
     from fbqat_hub.export.htp import provider_options
 
-    sections = {"transformer": certificate, **certificate["graphs"]}
+    denoiser = _denoiser(certificate)
+    sections = {**denoiser, **certificate["graphs"]}
     readme = (_RUNTIME / "README.md.in").read_text(encoding="utf-8")
     for key in ("title", "soc", "htp_arch"):
         readme = readme.replace(f"@{key}@", str(certificate["asked"][key]))
@@ -328,6 +340,7 @@ def _write_manifest(
             name: {"context": f"{name}.onnx", "binary": f"{name}.bin", **section["tensors"]}
             for name, section in sections.items()
         },
+        "denoiser": describe_chain({name: section["tensors"] for name, section in denoiser.items()}),
         "sampler": dict(settings),
         "prompts": list(prompts),
         "files": listing(folder),

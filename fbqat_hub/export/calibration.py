@@ -24,6 +24,32 @@ def float_tensors(model: onnx.ModelProto) -> list[str]:
     return [name for name in dict.fromkeys(names) if kinds.get(name, TensorProto.FLOAT) == TensorProto.FLOAT]
 
 
+def _observed(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """`model` with minimum, maximum and sum of each of `names` as its outputs, made right behind the tensor."""
+    observed = onnx.ModelProto()
+    observed.CopyFrom(model)
+    del observed.graph.node[:], observed.graph.output[:]
+    observers = {
+        name: [
+            helper.make_node(op, [name], [f"{name}/{op}"], keepdims=0)
+            for op in ("ReduceMin", "ReduceMax", "ReduceSum")  # minimum and maximum may skip NaN, a sum does not
+        ]
+        for name in names
+    }
+    for value in model.graph.input:
+        observed.graph.node.extend(observers[value.name])
+    for node in model.graph.node:
+        observed.graph.node.append(node)
+        for name in node.output:
+            observed.graph.node.extend(observers.get(name, []))
+    observed.graph.output.extend(
+        helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, [])
+        for name in names
+        for node in observers[name]
+    )
+    return observed
+
+
 def calibrate(
     model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]], on_step: Callable[[int, int], None] | None = None
 ) -> Ranges:
@@ -39,14 +65,7 @@ def calibrate(
     if not feeds:
         raise ExportError("calibration needs at least one item, got none")
     names = float_tensors(model)
-    observed = onnx.ModelProto()
-    observed.CopyFrom(model)
-    del observed.graph.output[:]
-    for name in names:
-        for op in ("ReduceMin", "ReduceMax", "ReduceSum"):  # minimum and maximum may skip NaN, a sum does not
-            observed.graph.node.append(helper.make_node(op, [name], [f"{name}/{op}"], keepdims=0))
-            observed.graph.output.append(helper.make_tensor_value_info(f"{name}/{op}", TensorProto.FLOAT, []))
-    session = exact_session(observed)
+    session = exact_session(_observed(model, names))
     lows, highs = np.zeros(len(names)), np.zeros(len(names))
     for step, feed in enumerate(feeds):
         values = np.array([float(value) for value in session.run(None, feed)])

@@ -189,6 +189,8 @@ def markdown(certificate: Mapping[str, Any]) -> str:
         *(_row(name, compared) for name, compared in certificate["blocks"].items()),
         *(_row(f"**{name}**", part["parity"]) for name, part in certificate.get("graphs", {}).items()),
     ]
+    if (probed := certificate["probed_blocks"])["probed"] < probed["of"]:
+        lines += ["", f"Blocks and single ops were compared in the first {probed['probed']} of {probed['of']} blocks."]
     if timesteps := certificate["parity"].get("timesteps"):
         values = zip(*(certificate["parity"][name]["sqnr_db_of_each"] for name in _PAIRS), strict=True)
         rows = sorted(zip(timesteps, values, strict=True))
@@ -201,8 +203,9 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{cost_of['macs']:,} multiply-accumulates a forward, {cost_of['macs_a16']:,} of them on 16-bit activations; "
-        f"{cost_of['constant_bytes']:,} bytes of constants, {cost_of['binary_bytes']:,} bytes of binary. No latency is "
-        "given: the emulator's time says nothing of a device's.",
+        f"{cost_of['constant_bytes']:,} bytes of constants, {cost_of['binary_bytes']:,} bytes of binary, "
+        f"{cost_of['spill_fill_bytes']:,} bytes of spill/fill buffer. No latency is given: "
+        "the emulator's time says nothing of a device's.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -131,7 +131,7 @@ def diagnose_model(transformer: nn.Module, target: Target) -> list[Finding]:
                 "error",
                 f"the graph needs {size / 2**30:.2f} GiB of constants; one context holds less than 2 GiB",
                 f"split it into {graphs} graphs of up to {math.ceil(len(blocks) / graphs)} blocks: "
-                f"export_htp(..., graphs={graphs})",
+                f"fbqat export --graphs {graphs}",
             )
         )
     else:

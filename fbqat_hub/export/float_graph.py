@@ -15,7 +15,7 @@ import io
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,20 @@ class GraphWrapper:
 def block_output_name(block: str, place: int) -> str:
     """The graph's name of a block's output; `place` counts where a block has several, 0 is the picture's stream."""
     return f"{block}/output_{place}"
+
+
+def block_of(output: str) -> str:
+    """The block whose output is called that.
+
+    >>> block_of("transformer_blocks.3/output_0")
+    'transformer_blocks.3'
+    """
+    return output.rpartition("/")[0]
+
+
+def blocks_of_outputs(outputs: Sequence[str]) -> list[str]:
+    """The blocks whose outputs are called that, in order."""
+    return list(dict.fromkeys(block_of(name) for name in outputs))
 
 
 @contextlib.contextmanager
@@ -280,14 +294,17 @@ def runnable(graph: FloatGraph) -> onnx.ModelProto:
     model.CopyFrom(graph.model)
     shapes = {item.name: list(item.dims) for item in model.graph.initializer if item.name in graph.layers}
     kept = [item for item in model.graph.initializer if item.name not in graph.layers]
-    nodes = []
+    dequantize = {}
     for name, shape in shapes.items():
         layer = graph.layers[name]
         raw = pack_int4(layer.codes().cpu().numpy())
         kept.append(helper.make_tensor(f"{name}/codes", TensorProto.INT4, shape, raw, raw=True))
         kept.append(numpy_helper.from_array(layer.weight_scale.detach().cpu().float().numpy(), f"{name}/scale"))
-        nodes.append(helper.make_node("DequantizeLinear", [f"{name}/codes", f"{name}/scale"], [name], axis=0))
-    nodes += list(model.graph.node)
+        dequantize[name] = helper.make_node("DequantizeLinear", [f"{name}/codes", f"{name}/scale"], [name], axis=0)
+    nodes = []
+    for node in model.graph.node:  # a weight stands before its first reader, where `exact_session` runs it
+        nodes += [dequantize.pop(name) for name in node.input if name in dequantize]
+        nodes.append(node)
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend(kept)
     model.graph.node.extend(nodes)

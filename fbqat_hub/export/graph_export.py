@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fbqat_hub.export.float_graph import FloatGraph, GraphWrapper
+from fbqat_hub.export.float_graph import FloatGraph, GraphWrapper, blocks_of_outputs
 from fbqat_hub.export.precision import Precision
 from fbqat_hub.export.targets import Target
 from fbqat_hub.quantization.linear import PackedLinear
@@ -86,15 +86,15 @@ def compile_graph(
     precision: Precision,
     progress: Progress,
     *,
-    check_ops: bool = True,
+    probe_blocks: int | None = None,
 ) -> tuple[dict[str, Any], list[Feed]]:
     """QDQ, audits, context binary, and every comparison, into `folder`.
 
     Writes `<name>.qdq.onnx`, `<name>.bin` and `<name>.onnx` (the EPContext node).
 
     Args:
-        check_ops: compare every op by itself, not only the blocks and the output (`op_parity`). It holds every
-            tensor of the graph in memory.
+        probe_blocks: compare single ops (`op_parity`) and block outputs in the graph's first so many blocks; in all of
+            them if None. The probe is a second compilation, whose every tensor is an output and held in memory.
 
     Returns:
         What was read back, audited and measured, for the certificate (the parity gates are the caller's), and all
@@ -117,9 +117,11 @@ def compile_graph(
         onnx.save(qdq, qdq_path)
     outputs = [value.name for value in qdq.graph.output]
     output = next(name for name in outputs if name in source.expected[0])
-    made = op_parity.made_tensors(qdq)
-    compared = [tensor for tensor in made if tensor.float_name in (output, *source.graph.block_outputs)]
-    probed = made if check_ops else compared
+    compared = [
+        tensor for tensor in op_parity.made_tensors(qdq) if tensor.float_name in (output, *source.graph.block_outputs)
+    ]
+    prefix = qdq if probe_blocks is None else op_parity.first_blocks(qdq, source.graph.block_outputs, probe_blocks)
+    probed = op_parity.made_tensors(prefix)
     with progress.step(f"{name}: reference"):
         session = exact_session(op_parity.probe_graph(qdq, compared))
         cpu = [_by_float_name(compared, session.run(None, feed)) for feed in source.held_out]
@@ -129,14 +131,16 @@ def compile_graph(
     with progress.step(f"{name}: compile"):
         compiled = htp.compile_context(qdq_path, context, target, scratch)
         binary = htp.rename_binary(context)
-        read_back = audit.audit_context(onnx.load(context), target)
+        compiled_context = onnx.load(context)
+        read_back = audit.audit_context(compiled_context, target)
         audited_compiled = audit.audit_compiled(scratch / "qnn_graph", list(source.layers), precision.weight_bits)
     with progress.step(f"{name}: emulate"), htp.emulator(context, target) as emulator:
         emulated = [dict(zip(outputs, emulator.run(feed), strict=True)) for feed in source.held_out]
     with progress.step(f"{name}: probe"):
-        onnx.save(op_parity.probe_graph(qdq, probed), scratch / "probe.onnx")
-        values = htp.run_probe(scratch / "probe.onnx", source.held_out[:PROBED], target)
-        errors = op_parity.op_errors(qdq, source.held_out[0], values[0]) if check_ops else []
+        onnx.save(op_parity.probe_graph(prefix, probed), scratch / "probe.onnx")
+        feeds = [{value.name: feed[value.name] for value in prefix.graph.input} for feed in source.held_out[:PROBED]]
+        values = htp.run_probe(scratch / "probe.onnx", feeds, target)
+        errors = op_parity.op_errors(prefix, feeds[0], values[0])
         op_parity.gate_ops(errors)
     shutil.rmtree(scratch)
     on_emulator = [_by_float_name(probed, each) for each in values]
@@ -145,6 +149,7 @@ def compile_graph(
             *([each[block] for each in run[: len(on_emulator)]] for run in (on_emulator, cpu, source.expected))
         )
         for block in source.graph.block_outputs
+        if block in on_emulator[0]
     }
     measured = certificate.comparisons(*([each[output] for each in run] for run in (emulated, cpu, source.expected)))
     section = {
@@ -153,10 +158,15 @@ def compile_graph(
         "tensors": certificate.describe_tensors(qdq),
         "coverage": {"all_on_qnn": True, "nodes_on_qnn": audited_compiled["nodes"], "nodes_elsewhere": 0},
         "audit": {"qdq": audited, "compiled": audited_compiled},
-        "cost": certificate.cost(qdq) | {"binary_bytes": binary.stat().st_size},
+        "cost": certificate.cost(qdq)
+        | {"binary_bytes": binary.stat().st_size, "spill_fill_bytes": audit.spill_fill_bytes(compiled_context)},
         "parity": {"held_out_inputs": len(emulated), **measured},
         "blocks": blocks,
-        "op_parity": op_parity.summarize(errors) if errors else None,
+        "op_parity": op_parity.summarize(errors),
+        "probed_blocks": {
+            "probed": len(blocks_of_outputs(list(blocks))),
+            "of": len(blocks_of_outputs(source.graph.block_outputs)),
+        },
         "compiler": {
             "seconds": round(compiled["seconds"], 3),
             "peak_rss_mib": round(compiled["peak_rss_mib"], 1),

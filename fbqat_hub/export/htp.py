@@ -6,13 +6,14 @@ Both happen in a child process (`runtime/worker.py`). Nothing here ran on a phon
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +42,12 @@ def provider_options(target: Target) -> dict[str, str]:
     }
 
 
+def _trim_heap() -> None:
+    """Give freed memory back before a child needs as much: glibc keeps what serialized graphs took (malloc_trim(3))."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class Worker:
     """A child process with one session; loading compiles where the model is a QDQ graph.
 
@@ -57,6 +64,7 @@ class Worker:
         self, action: str, model: Path, options: dict[str, str], entries: dict[str, str] | None = None
     ) -> None:
         self.action, self.seconds = action, 0.0
+        _trim_heap()
         self._folder = tempfile.TemporaryDirectory(prefix="fbqat-htp-")
         scratch = Path(self._folder.name)
         # The model goes by its bare name: ONNX Runtime hashes the path it is given into the graph's name, and the
@@ -145,6 +153,41 @@ def emulator(context: Path, target: Target) -> Worker:
     return Worker("run", context, provider_options(target))
 
 
+class EmulatorChain:
+    """Emulators of graphs that run in order, each fed by name with the first inputs and with what earlier ones made.
+
+    Args:
+        folder: where `<name>.onnx` of each graph is.
+        graphs: name -> `inputs` and `outputs` (`certificate.describe_tensors`), in order.
+
+    Raises:
+        ExportError: see `Worker`.
+    """
+
+    def __init__(self, folder: Path, graphs: Mapping[str, Mapping[str, Any]], target: Target) -> None:
+        self.graphs = graphs
+        with contextlib.ExitStack() as stack:  # closes those already open where one fails
+            self._workers = {name: stack.enter_context(emulator(folder / f"{name}.onnx", target)) for name in graphs}
+            self._stack = stack.pop_all()
+
+    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """All outputs of the last graph for one feed (inputs by name, float32)."""
+        values = dict(feed)
+        for name, worker in self._workers.items():
+            outputs = worker.run({tensor["name"]: values[tensor["name"]] for tensor in self.graphs[name]["inputs"]})
+            made = (tensor["name"] for tensor in self.graphs[name]["outputs"])
+            values.update(zip(made, outputs, strict=True))
+        return outputs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
 def compile_context(qdq: Path, context: Path, target: Target, scratch: Path) -> dict[str, Any]:
     """Compile `qdq` for `target`.
 
@@ -162,6 +205,7 @@ def compile_context(qdq: Path, context: Path, target: Target, scratch: Path) -> 
     options = provider_options(target) | {
         "dump_json_qnn_graph": "1",
         "json_qnn_graph_dir": str(graphs.resolve()),
+        "enable_htp_spill_fill_buffer": "1",  # writes its size into the node (`audit.spill_fill_bytes`), not the binary
     }
     entries = {
         "ep.context_enable": "1",

@@ -109,7 +109,7 @@ def export_htp(
     precision: Precision | None = None,
     target_db: float | None = None,
     graphs: int = 1,
-    check_ops: bool = True,
+    probe_blocks: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Export a packed transformer to a QNN HTP context binary, and prove on the x86 emulator that it computes it.
@@ -133,7 +133,7 @@ def export_htp(
         graphs: into how many graphs to split the model along its blocks, `transformer_0` and so on, run in order.
             The certificate's `parity` is then that of the whole chain on the emulator against torch (against the CPU
             reference: of the last graph); `parts` has each graph's own.
-        check_ops: see `compile_graph`.
+        probe_blocks: see `compile_graph`.
         progress: show a bar.
 
     Returns:
@@ -144,6 +144,8 @@ def export_htp(
         ExportError: bad input, a failed step, a failed audit or a gate not met; nothing is left at `output_dir`.
     """
     require_htp()
+    if probe_blocks is not None and probe_blocks < 1:
+        raise ExportError(f"probe_blocks is {probe_blocks}; give 1 or more, or None for all blocks")
     target = target_for(soc)
     check_items("calibration", calibration)
     check_items("held_out", held_out)
@@ -160,7 +162,7 @@ def export_htp(
                 bar,
                 target_db=target_db,
                 graphs=graphs,
-                check_ops=check_ops,
+                probe_blocks=probe_blocks,
             )
             return write_certificate(folder, target, section, bar)
     finally:
@@ -178,18 +180,21 @@ def build_transformer(
     *,
     target_db: float | None = None,
     graphs: int = 1,
-    check_ops: bool = True,
+    probe_blocks: int | None = None,
 ) -> tuple[dict[str, Any], GraphWrapper]:
     """The transformer's graph, into `folder`; its part of the certificate, gated, and its wrapper."""
     from fbqat_hub.export import certificate
     from fbqat_hub.export.allocation import allocate
     from fbqat_hub.export.calibration import calibrate
-    from fbqat_hub.export.split import split_graph
+    from fbqat_hub.export.split import join_sections, split_graph
 
     with progress.step("transformer: trace"):
         layers = packed_layers(transformer)
         wrapper = wrap(transformer, calibration[0])
         graph, rewrites = trace_graph(wrapper, calibration[0], layers)
+        parts = {"transformer": graph}
+        if graphs != 1:
+            parts = {f"transformer_{index}": part for index, part in enumerate(split_graph(graph, graphs))}
     feeds = [as_feed(wrapper.host_inputs(item)) for item in calibration]
     # what precision is chosen on must not have set the ranges: a range fits the inputs it was taken from too well
     apart = range(0, len(calibration), max(2, len(calibration) // ALLOCATION_INPUTS))[:ALLOCATION_INPUTS]
@@ -210,9 +215,6 @@ def build_transformer(
             )
     held = [as_feed(wrapper.host_inputs(item)) for item in held_out]
     expected = torch_outputs(transformer, held_out, blocks_of(transformer))
-    parts = {"transformer": graph}
-    if graphs > 1:
-        parts = {f"transformer_{index}": part for index, part in enumerate(split_graph(graph, graphs))}
     sections = {}
     for name, part in parts.items():
         source = GraphSource(
@@ -223,12 +225,10 @@ def build_transformer(
             held_out=[{value.name: feed[value.name] for value in part.model.graph.input} for feed in held],
             expected=expected,
         )
-        sections[name], emulated = compile_graph(source, folder, target, precision, progress, check_ops=check_ops)
+        sections[name], emulated = compile_graph(source, folder, target, precision, progress, probe_blocks=probe_blocks)
         for feed, outputs in zip(held, emulated, strict=True):
             feed.update(outputs)  # the next part runs on what the emulator made of this one
-    section = sections[name]
-    if graphs > 1:
-        section = {**section, "parts": sections}
+    section = sections[name] if graphs == 1 else join_sections(sections)
     section["model"] = {"class": type(transformer).__name__, "packed_layers": len(layers)}
     section["allocation"] = report
     section["calibration_inputs"] = len(calibration)

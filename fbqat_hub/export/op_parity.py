@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fbqat_hub.export.errors import ExportError
+from fbqat_hub.export.float_graph import block_of, blocks_of_outputs
 from fbqat_hub.export.reference import exact_session
 
 #: Root-mean-square error of one op over the width of its output's range. One code of an 8-bit tensor is 1/255 of it.
@@ -52,6 +53,30 @@ def made_tensors(qdq: onnx.ModelProto) -> list[MadeTensor]:
         float_name = node.input[0].removesuffix("/float")
         made.append(MadeTensor(dequantized[node.output[0]], float_name, op.op_type, bits, width))
     return made
+
+
+def first_blocks(qdq: onnx.ModelProto, block_outputs: Sequence[str], count: int) -> onnx.ModelProto:
+    """The QDQ graph up to where its first `count` blocks are made, without an output; all of it if it has no more.
+
+    Args:
+        qdq: the graph.
+        block_outputs: names in the float graph of its blocks' outputs, in order (`FloatGraph.block_outputs`).
+        count: at least 1.
+    """
+    blocks = blocks_of_outputs(block_outputs)
+    if count >= len(blocks):
+        return qdq
+    last = {tensor.name for tensor in made_tensors(qdq) if block_of(tensor.float_name) in blocks[:count]}
+    nodes = list(qdq.graph.node)
+    inside = nodes[: 1 + max(place for place, node in enumerate(nodes) if node.output[0] in last)]
+    read = {name for node in inside for name in node.input}
+    constants = [item for item in qdq.graph.initializer if item.name in read]
+    inputs = [value for value in qdq.graph.input if value.name in read]
+    first = helper.make_model(
+        helper.make_graph(inside, qdq.graph.name, inputs, [], constants), opset_imports=list(qdq.opset_import)
+    )
+    first.ir_version = qdq.ir_version
+    return first
 
 
 def probe_graph(qdq: onnx.ModelProto, tensors: Sequence[MadeTensor]) -> onnx.ModelProto:
@@ -124,8 +149,6 @@ def gate_ops(records: list[dict[str, Any]]) -> None:
     Raises:
         ExportError: the largest error is over `MAX_OP_ERROR`; names the op and its tensor.
     """
-    if not records:
-        return
     worst = records[0]
     if not worst["error"] <= MAX_OP_ERROR:
         raise ExportError(

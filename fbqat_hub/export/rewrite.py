@@ -11,6 +11,7 @@ from collections import defaultdict
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from fbqat_hub.export.errors import ExportError
 
@@ -56,6 +57,25 @@ def _replace(graph: onnx.GraphProto, old: list[onnx.NodeProto], new: list[onnx.N
 def _constant(graph: onnx.GraphProto, name: str, value: np.ndarray) -> str:
     graph.initializer.append(numpy_helper.from_array(value, name))
     return name
+
+
+def fold_constants(model: onnx.ModelProto) -> int:
+    """Compute nodes that read nothing but constants: torch's exporter leaves those of more than a few thousand numbers.
+
+    FLUX's rotary tables at true width are such. Weights without data (`float_graph.FloatGraph`) are no constants here.
+    """
+    graph, folded = model.graph, 0
+    constants = {item.name: item for item in graph.initializer if item.HasField("raw_data")}
+    for node in list(graph.node):
+        if not node.input or any(name not in constants for name in node.input if name):
+            continue
+        given = {name: numpy_helper.to_array(constants[name]) for name in node.input if name}
+        for name, value in zip(node.output, ReferenceEvaluator(node).run(None, given), strict=True):
+            constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            graph.initializer.append(constants[name])
+        graph.node.remove(node)
+        folded += 1
+    return folded
 
 
 def reciprocal_to_div(model: onnx.ModelProto) -> int:
@@ -215,6 +235,7 @@ def rewrite(model: onnx.ModelProto) -> dict[str, int]:
         ExportError: an op of `FORBIDDEN` is still there.
     """
     steps = (
+        fold_constants,
         reciprocal_to_div,
         unpatchify,
         drop_same_shape,

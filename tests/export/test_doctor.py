@@ -40,7 +40,7 @@ def test_a_graph_of_two_gibibytes_is_to_be_split(packed_sana: nn.Module, monkeyp
     monkeypatch.setattr(doctor, "MAX_GRAPH_BYTES", doctor.graph_bytes(packed_sana))
     errors = [finding for finding in doctor.diagnose_model(packed_sana, ELITE) if finding.level == "error"]
     assert len(errors) == 1
-    assert "graphs=2" in errors[0].cure
+    assert "--graphs 2" in errors[0].cure
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,24 @@ def test_the_context_says_what_it_was_built_for(qdq_file: Path, tmp_path: Path) 
     read = audit.audit_context(onnx.load(context), TARGET)
     assert read["qnn_sdk_build"].startswith("v2.")
     assert audit.audit_compiled(tmp_path / "qnn_graph", [])["tensors_by_type"]["float32"] == 2  # input and output
+    assert audit.spill_fill_bytes(onnx.load(context)) == 0  # 64 numbers stay in VTCM
     other = dataclasses.replace(TARGET, soc_model=57, htp_arch=75)
     with pytest.raises(ExportError, match="built for"):
         audit.audit_context(onnx.load(context), other)
+
+
+def test_the_context_says_how_much_the_compiler_spills(tmp_path: Path) -> None:
+    """Scores [1, 4, 1024, 1024] of 16 bits, read twice, are as large as all of VTCM."""
+    shape = {"a": [1, 4, 1024, 64], "b": [1, 4, 64, 1024]}
+    model = one_op("MatMul", shape)
+    steps = [("Softmax", ["y"], "p"), ("MatMul", ["p", "a"], "q"), ("MatMul", ["y", "q"], "z")]
+    model.graph.node.extend(onnx.helper.make_node(op, inputs, [made], name=made) for op, inputs, made in steps)
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, shape["a"]))
+    rng = np.random.default_rng(0)
+    feed = {name: rng.normal(size=sides).astype(np.float32) for name, sides in shape.items()}
+    onnx.save(quantized(onnx.shape_inference.infer_shapes(model), [feed]), tmp_path / "graph.onnx")
+    htp.compile_context(tmp_path / "graph.onnx", tmp_path / "context.onnx", TARGET, tmp_path)
+    assert audit.spill_fill_bytes(onnx.load(tmp_path / "context.onnx")) > TARGET.vtcm_mb * 2**20
 
 
 def test_without_soc_model_another_architecture_comes_out_and_is_refused(

@@ -47,6 +47,7 @@ def test_the_emulator_computes_the_packed_model(exported: tuple[Path, dict[str, 
     assert measured["emulator_vs_torch_packed"]["sqnr_db"] > 33
     assert measured["cpu_qdq_vs_torch_packed"]["sqnr_db"] > 33
     assert exported[1]["op_parity"]["largest"]["error"] < 1 / 255
+    assert exported[1]["probed_blocks"] == {"probed": 1, "of": 1}
 
 
 def test_the_files_alone_compute_it(
@@ -98,6 +99,16 @@ def test_mixed_models_export(export: Export, tmp_path: Path) -> None:
     )
     assert result["audit"]["qdq"]["weights_by_type"] == {"int4": 15, "int8": 3}
     assert result["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 24
+
+
+def test_only_the_first_block_is_probed(export: Export, tmp_path: Path) -> None:
+    result = export(pack(float_sana(blocks=2)), tmp_path / "out", probe_blocks=1)
+    assert result["probed_blocks"] == {"probed": 1, "of": 2}
+    assert list(result["blocks"]) == ["transformer_blocks.0/output_0"]
+    assert result["blocks"]["transformer_blocks.0/output_0"]["emulator_vs_cpu_qdq"]["sqnr_db"] > 33
+    assert 0 < result["op_parity"]["ops"] < sum(result["audit"]["qdq"]["ops"].values())
+    assert result["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
+    assert "compared in the first 1 of 2 blocks." in (tmp_path / "out" / "certificate.md").read_text()
 
 
 @pytest.mark.slow
@@ -163,6 +174,7 @@ class TestFailures:
         [
             ({"soc": "sm9999"}, "unknown soc 'sm9999'; known: .*sm8750"),
             ({"calibration": []}, "calibration is empty"),
+            ({"probe_blocks": 0}, "probe_blocks is 0; give 1 or more"),
             ({"held_out": []}, "held_out is empty"),
             ({"bad": {"timestep": torch.tensor([float("nan")])}}, r"held_out\[1\]\['timestep'\] .* not finite"),
             ({"bad": {"hidden_states": torch.zeros(2, 16, 8, 8)}}, r"held_out\[1\]\['hidden_states'\] has shape"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -43,6 +46,26 @@ def read(model: onnx.ModelProto, name: str) -> np.ndarray:
 
 def node_of(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
     return next(node for node in model.graph.node if output in node.output)
+
+
+def test_calibration_keeps_no_tensor_longer_than_needed() -> None:
+    """64 tensors of 4 MiB made one from the other: 256 MiB if each waited for its minimum and maximum until the end."""
+    code = """
+import numpy as np, onnx
+from onnx import TensorProto, helper
+from fbqat_hub.export.calibration import calibrate
+from fbqat_hub.export.runtime.qnn_session import peak_rss_mib
+value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2**20])
+nodes = [helper.make_node("Relu", [f"x{index}"], [f"x{index + 1}"]) for index in range(64)]
+model = helper.make_model(helper.make_graph(nodes, "chain", [value("x0")], [value("x64")]),
+                          opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+feed = {"x0": np.ones((1, 2**20), np.float32)}
+before = peak_rss_mib()
+assert calibrate(model, [feed])["x64"] == (0.0, 1.0)
+print(peak_rss_mib() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100, done.stdout
 
 
 def test_weights_are_the_packed_codes_and_scales(qdq: onnx.ModelProto, packed_sana: nn.Module) -> None:

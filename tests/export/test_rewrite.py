@@ -104,3 +104,24 @@ def test_attention_is_refused_because_it_would_run_in_float() -> None:
     model = trace(GraphWrapper(Fused(), lambda item: dict(item)), {"x": torch.randn(1, 2, 8, 16)}, {}).model
     with pytest.raises(ExportError, match=r"Attention .*in float"):
         rewrites.rewrite(model)
+
+
+def test_nodes_of_large_constants_are_computed() -> None:
+    """Over 8192 numbers torch's exporter leaves the slices of a table to the graph, where they would be float ops."""
+    table = torch.arange(200.0 * 64).reshape(200, 64)
+
+    class Tables(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", table)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens * self.table[:150] + self.table[50:]
+
+    tokens = torch.randn(1, 150, 64)
+    model = trace(GraphWrapper(Tables(), lambda item: dict(item)), {"tokens": tokens}, {}).model
+    assert "Slice" in [node.op_type for node in model.graph.node]
+    assert rewrites.rewrite(model)["fold_constants"] >= 2
+    assert [node.op_type for node in model.graph.node] == ["Mul", "Add"]
+    expected = (tokens * table[:150] + table[50:]).numpy()
+    np.testing.assert_allclose(run(model, tokens=tokens.numpy()), expected, rtol=1e-6)

@@ -31,7 +31,16 @@ def open_graph(folder: Path, manifest: dict[str, Any], name: str) -> Any:
     return qnn_session(str(folder / manifest["graphs"][name]["context"]), manifest["provider_options"])
 
 
-def sample(manifest: dict[str, Any], host: dict[str, np.ndarray], transformer: Any, prompt: int, noise: Any) -> Any:
+def denoise(sessions: list[Any], feed: dict[str, np.ndarray]) -> Any:
+    """The last graph's output; the graphs run in order, fed by name from `feed` and from what earlier ones made."""
+    values = dict(feed)
+    for session in sessions:
+        outputs = session.run(None, {item.name: values[item.name] for item in session.get_inputs()})
+        values.update(zip((item.name for item in session.get_outputs()), outputs, strict=True))
+    return outputs[0]
+
+
+def sample(manifest: dict[str, Any], host: dict[str, np.ndarray], denoiser: list[Any], prompt: int, noise: Any) -> Any:
     """The latents after the last step. `sampler` [steps, 1 + steps] weighs the noise and all predictions so far."""
     settings = manifest["sampler"]
     given = [
@@ -41,7 +50,7 @@ def sample(manifest: dict[str, Any], host: dict[str, np.ndarray], transformer: A
     terms, latents = [noise], noise
     for step, weights in enumerate(host["sampler"]):
         time = {"timestep_embedding": host["timestep_embedding"][step : step + 1]}
-        outputs = [transformer.run(None, {"hidden_states": latents, **time, **inputs})[0] for inputs in given]
+        outputs = [denoise(denoiser, {"hidden_states": latents, **time, **inputs}) for inputs in given]
         prediction = outputs[0]
         if len(outputs) == 2:  # without the prompt, with it
             prediction = outputs[0] + settings["guidance_scale"] * (outputs[1] - outputs[0])
@@ -74,7 +83,8 @@ def generate(folder: Path, prompt: int, seed: int | None = None) -> Image.Image:
     noise = host[f"noise.{prompt}"]
     if seed is not None:
         noise = np.random.default_rng(seed).standard_normal(noise.shape).astype(np.float32)
-    latents = sample(manifest, host, open_graph(folder, manifest, "transformer"), prompt, noise)
+    denoiser = [open_graph(folder, manifest, part["graph"]) for part in manifest["denoiser"]]
+    latents = sample(manifest, host, denoiser, prompt, noise)
     if manifest["sampler"]["token_grid"]:
         latents = unpack_tokens(latents, manifest["sampler"]["token_grid"])
     picture = open_graph(folder, manifest, "decoder").run(None, {"latents": latents})[0]

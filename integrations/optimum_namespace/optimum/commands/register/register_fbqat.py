@@ -22,6 +22,7 @@ class QNNExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
         parser.add_argument("--precision", default="w4a8", help="w4a8 (default), w4a16, w8a8, w8a16 or auto")
         parser.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
+        parser.add_argument("--graphs", type=int, default=1, metavar="N", help="split the model into N graphs")
         parser.add_argument("--prompts", type=Path, help="text file to calibrate on and draw (default: the recipe's)")
         parser.add_argument("--images", type=int, default=2, metavar="N", help="drawn on the emulator (default: 2)")
 
@@ -31,7 +32,10 @@ class QNNExportCommand(BaseOptimumCLICommand):
 
         options = vars(self.args)
         export_qnn(
-            **{name: options[name] for name in ("model", "output", "soc", "precision", "a16", "prompts", "images")}
+            **{
+                name: options[name]
+                for name in ("model", "output", "soc", "precision", "a16", "graphs", "prompts", "images")
+            }
         )
 
 
