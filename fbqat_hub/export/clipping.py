@@ -1,9 +1,9 @@
 """Ranges for 8 bits: what cuts off the tails where that loses less than the coarser step it saves.
 
-Training computes with one range a token; a graph for the HTP has one range a tensor, and 256 codes. A GLU's product or
-an attention's values have a few outliers 20 to 80 times their standard deviation: min-max would spend the codes on
-them. So the range of least squared error over the calibration data is taken, from a histogram of each tensor. The
-factors of a product of two activations keep min-max: an attention's scores live on the outliers of query and key.
+Training computes with one range a token; a graph for the HTP has one range a tensor, and 256 codes. A GLU's product has
+a few outliers of dozens of standard deviations: min-max would spend the codes on them. So the range of least squared
+error over the calibration data is taken, from a histogram of each tensor. The factors of a product of two activations
+keep min-max: an attention's scores live on the outliers of query and key.
 """
 
 from __future__ import annotations

@@ -75,6 +75,18 @@ def test_a_bias_of_zero_is_dropped_and_no_other() -> None:
     np.testing.assert_array_equal(run(model, x=x), before)
 
 
+def test_a_layer_norm_s_bias_becomes_a_sum() -> None:
+    """Two in a row, each with its own bias; of the one without nothing changes."""
+    module = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 4, 8)
+    model = trace(GraphWrapper(module, lambda item: dict(item)), {"x": x}, {}).model
+    assert rewrites.rewrite(model)["layer_norm_bias_to_add"] == 2
+    assert all(len(node.input) == 2 for node in model.graph.node if node.op_type == "LayerNormalization")
+    np.testing.assert_allclose(run(model, x=x.numpy()), module(x).detach().numpy(), atol=1e-5)
+
+
 def test_group_norm_becomes_layer_norm() -> None:
     """[N, C, H, W] in two groups, each channel with its own scale and bias; two in a row, as in an autoencoder."""
     norm = torch.nn.GroupNorm(2, 6)
