@@ -32,6 +32,17 @@ def one_op(op: str, shapes: dict[str, list[int]], constants: dict[str, np.ndarra
     return onnx.shape_inference.infer_shapes(model)
 
 
+def norm_and_bias(bias: float, after: str) -> onnx.ModelProto:
+    """RMSNormalization over 8 channels, then a bias, then the op `after`."""
+    constants = {"weight": np.ones(8, np.float32)}
+    model = one_op("RMSNormalization", {"x": [1, 4, 4, 8]}, constants, axis=-1, epsilon=1e-5)
+    model.graph.node[0].output[0] = "normed"
+    model.graph.node.append(helper.make_node("Add", ["normed", "bias"], ["biased"]))
+    model.graph.node.append(helper.make_node(after, ["biased"], ["y"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(8, bias, np.float32), "bias"))
+    return onnx.shape_inference.infer_shapes(model)
+
+
 def quantized(model: onnx.ModelProto, feeds: list[Feed], precision: Precision | None = None) -> onnx.ModelProto:
     """`model` calibrated on `feeds`, as QDQ."""
     return insert_qdq(FloatGraph(model, {}, {}), calibrate(model, feeds), precision)

@@ -14,7 +14,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from fbqat_hub.export import ExportError, Precision, op_parity, rewrite
-from tests.export.graphs import Feed, compiled, emulated_op_errors, one_op
+from fbqat_hub.export.parity import sqnr_db
+from fbqat_hub.export.reference import exact_session
+from fbqat_hub.export.runtime.text import ENCODER_MASK_BIAS, MASK_BIAS
+from tests.export.graphs import Feed, compiled, emulated_op_errors, norm_and_bias, one_op, quantized
 
 pytest.importorskip("onnxruntime_qnn")
 AT_8_BITS = Precision(a16_ops=())
@@ -64,6 +67,16 @@ def rms_norm(*shape: int) -> onnx.ModelProto:
     return one_op("RMSNormalization", {"x": list(shape)}, {"scale": ones(shape[-1])}, axis=-1, epsilon=1e-6)
 
 
+def test_a_sum_with_zeros_behind_rms_norm_in_front_of_relu_is_wrong_and_dropped(tmp_path: Path) -> None:
+    """The compiler leaves the sum out, and with it the encoding from 0 on that ReLU's input has."""
+    model = norm_and_bias(0.0, "Relu")
+    feeds = normal(1, 4, 4, 8)
+    with pytest.raises(ExportError, match="Add at 16 bits is silently wrong"):
+        op_parity.gate_ops(emulated_op_errors(model, feeds, tmp_path))
+    rewrite.rewrite(model)
+    op_parity.gate_ops(emulated_op_errors(model, feeds, tmp_path))
+
+
 def test_rms_norm_of_heads_of_32_is_wrong_at_8_bits_and_right_at_16(tmp_path: Path) -> None:
     """Only with more than one outer dimension; the op gate sees it where `auto` or a person asks for 8 bits."""
     feeds = normal(1, 4, 16, 32)
@@ -77,3 +90,18 @@ def test_tanh_of_small_values_needs_the_encoding_of_the_whole_range(tmp_path: Pa
     """Off by a fiftieth of its range at 16 bits if that is the range of what was seen, +-0.001."""
     errors = emulated_op_errors(one_op("Tanh", {"x": [1, 64]}), normal(1, 64, scale=0.0005), tmp_path)
     assert errors[0]["error"] < 1e-3
+
+
+@pytest.mark.parametrize("bias", [MASK_BIAS, ENCODER_MASK_BIAS])
+def test_a_mask_leaves_the_scores_their_resolution(bias: float) -> None:
+    """Scores and mask share one range: diffusers' -10000 leaves a step of 0.15 at 16 bits."""
+
+    def reached(masked: float) -> float:
+        model = one_op("Softmax", {"x": [1, 64]}, axis=-1)
+        feeds = normal(1, 64)
+        feeds[0]["x"][:, 48:] += masked
+        expected = exact_session(model).run(None, feeds[0])
+        return sqnr_db(expected, exact_session(quantized(model, feeds)).run(None, feeds[0]))
+
+    assert reached(bias) > 50
+    assert reached(-10000) < 30
