@@ -12,9 +12,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks.method.report import Results, paired, table
+from benchmarks.method.report import FAMILIES, Results, paired, table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
+from fbqat_hub.export.precision import OP_KINDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,11 +98,109 @@ def true_size_table() -> str:
     return "\n".join([*lines, "", f"The machine was: {'; '.join(dict.fromkeys(notes))}."])
 
 
+def _bundles() -> list[Record]:
+    """One record a family and precision, of `benchmarks.htp_bundles`."""
+    return [record for record in read_records(RESULTS / "htp.json") if "precision" in record.extra]
+
+
+def htp_table() -> str:
+    """Parity, pictures and cost of the four tiny bundles."""
+    head = (
+        "family", "precision", "emulator to torch (dB)", "to the CPU (dB)", "CPU to torch (dB)", "pictures (dB)",
+        "runner's, from text (dB)", "activations (KB)", "at A16, of M MACs", "binary (MB)", "seconds",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for record in _bundles():
+        found, parity = record.extra, record.extra["parity"]
+        cost = found["cost"]
+        cells = [
+            FAMILIES[record.family],
+            f"`{found['precision']}`",
+            *(
+                f"{parity[pair]['sqnr_db']:.1f} ({parity[pair]['cosine']:.4f})"
+                for pair in ("emulator_vs_torch_packed", "emulator_vs_cpu_qdq", "cpu_qdq_vs_torch_packed")
+            ),
+            f"{found['pictures_psnr_db']:.1f}",
+            ", ".join(f"{value:.1f}" for value in found["runner_psnr_db"].values()),
+            f"{cost['activation_bytes'] / 1e3:,.0f}",
+            f"{cost['macs_a16'] / cost['macs']:.0%} of {cost['macs'] / 1e6:.0f}",
+            f"{cost['binary_bytes'] / 1e6:.2f}",
+            f"{found['export_seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def htp_text_table() -> str:
+    """Parity of the text encoders and the decoder, of the bundles at W4A8 (they are the same in both)."""
+    lines = ["| family | graph | emulator to torch (dB) | to the CPU (dB) |", "|---|---|---|---|"]
+    for record in _bundles():
+        if record.extra["precision"] == "w4a8":
+            for name, pairs in record.extra["graphs"].items():
+                cells = (
+                    f"{pairs[pair]['sqnr_db']:.1f}" for pair in ("emulator_vs_torch_packed", "emulator_vs_cpu_qdq")
+                )
+                lines.append(f"| {FAMILIES[record.family]} | `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def htp_ops_table() -> str:
+    """What 8 bits cost each kind of op and, of the layers, the group that suffers most."""
+    reports = {
+        record.family: record.extra["allocation"] for record in _bundles() if record.extra["precision"] == "auto"
+    }
+    lines = ["| at 8 bits | " + " | ".join(FAMILIES[family] for family in reports) + " |"]
+    lines.append("|---" * (1 + len(reports)) + "|")
+    rows = {family: {each["name"]: each for each in report["candidates"]} for family, report in reports.items()}
+
+    def cell(each: dict[str, Any] | None) -> str:
+        return "–" if each is None else f"{each['alone_db']:.1f}, {each['cost'] / 2:.1%}, A{each['bits']}"
+
+    for kind in OP_KINDS:
+        if any(kind in named for named in rows.values()):
+            lines.append(f"| {kind} | " + " | ".join(cell(named.get(kind)) for named in rows.values()) + " |")
+    worst = [
+        min((each for name, each in named.items() if name not in OP_KINDS), key=lambda each: each["alone_db"])
+        for named in rows.values()
+    ]
+    lines.append("| worst layers | " + " | ".join(f"`{each['name']}` {cell(each)}" for each in worst) + " |")
+    ends = (f"{report['all_at_16_db']:.1f}" for report in reports.values())
+    lines.append("| nothing | " + " | ".join(ends) + " |")
+    return "\n".join(lines)
+
+
+def htp_gain_table() -> str:
+    """`auto` against `w4a8`, a family a row."""
+    lines = [
+        "| family | SQNR to torch (dB) | pictures (dB) | activation bytes | MACs at 16 bits | of the cost at 16 bits |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = {(record.family, record.extra["precision"]): record.extra for record in _bundles()}
+    for family in [family for family, precision in found if precision == "auto"]:
+        before, after = found[family, "w4a8"], found[family, "auto"]
+        sqnr = [each["parity"]["emulator_vs_torch_packed"]["sqnr_db"] for each in (before, after)]
+        wide = [each["cost"]["macs_a16"] / each["cost"]["macs"] for each in (before, after)]
+        cells = (
+            FAMILIES[family],
+            f"{sqnr[1] - sqnr[0]:+.1f}",
+            f"{after['pictures_psnr_db'] - before['pictures_psnr_db']:+.1f}",
+            f"{after['cost']['activation_bytes'] / before['cost']['activation_bytes'] - 1:+.0%}",
+            f"{wide[0]:.0%} → {wide[1]:.0%}",
+            f"{after['allocation']['share_at_16']:.0%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "method": method_table,
     "speed": speed_table,
     "true-size": true_size_table,
+    "htp": htp_table,
+    "htp-ops": htp_ops_table,
+    "htp-text": htp_text_table,
+    "htp-gain": htp_gain_table,
 }
 
 

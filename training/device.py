@@ -55,9 +55,9 @@ def export_run(
         )
     pipeline = load_pipeline(run)
     call = recipe.generation if recipe else family_of(type(pipeline).__name__).native_size(pipeline)
-    calibration, held_out, shown = None, None, list(prompts)
+    calibration, held_out, shown, texts = None, None, list(prompts), list(prompts)
     if recipe and not prompts:
-        calibration, held_out, captions = _from_recipe(recipe, pipeline)
+        calibration, held_out, texts, captions = _from_recipe(recipe, pipeline)
         shown = recipe.prompts or captions
     return export_bundle(
         pipeline,
@@ -71,12 +71,16 @@ def export_run(
         a16=a16,
         graphs=graphs,
         pictures=min(pictures, len(shown)),
+        texts=texts,
         progress=progress,
     )
 
 
-def _from_recipe(recipe: Recipe, pipeline: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[str]]:
-    """Calibration and held-out inputs from the recipe's data, as training and evaluation draw them; test captions."""
+def _from_recipe(
+    recipe: Recipe, pipeline: Any
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[str], list[str]]:
+    """Calibration and held-out inputs from the recipe's data, as training and evaluation draw them; captions to
+    calibrate text encoders on; test captions."""
     splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher)))
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed)
     held_out: list[dict[str, Tensor]] = []
@@ -84,4 +88,5 @@ def _from_recipe(recipe: Recipe, pipeline: Any) -> tuple[list[dict[str, Tensor]]
         if len(held_out) == _HELD_OUT_SAMPLES:
             break
         held_out.append(inputs)
-    return list(draws.calibration(splits["train"], _CALIBRATION_SAMPLES)), held_out, splits["test"].captions
+    calibration = list(draws.calibration(splits["train"], _CALIBRATION_SAMPLES))
+    return calibration, held_out, splits["train"].captions[:_CALIBRATION_SAMPLES], splits["test"].captions

@@ -85,12 +85,13 @@ def allocate(
     expected: Sequence[np.ndarray],
     *,
     start: Precision,
+    clipped: Ranges | None = None,
     target_db: float = TARGET_DB,
 ) -> tuple[Precision, dict[str, Any]]:
     """The cheapest precision found that keeps `target_db`, and how it was found.
 
     Args:
-        graph, ranges: as `insert_qdq` takes them.
+        graph, ranges, clipped: as `insert_qdq` takes them.
         feeds: a few inputs, other than those that set the ranges and than the held-out ones.
         expected: the packed torch model's output for each.
         start: its weight storage, and its `a16_layers`, are kept.
@@ -108,7 +109,7 @@ def allocate(
         return replace(start, activation_bits=8, a16_layers=(*start.a16_layers, *layers), a16_ops=ops)
 
     def measured(low: Sequence[Candidate]) -> float:
-        session = exact_session(insert_qdq(graph, ranges, with_low(low)))
+        session = exact_session(insert_qdq(graph, ranges, with_low(low), clipped=clipped))
         return sqnr_db(expected, [session.run(None, feed)[0] for feed in feeds])
 
     found = [each for each in candidates(graph) if not (each.is_layers and matches(each.name, start.a16_layers))]

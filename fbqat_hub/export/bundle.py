@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from fbqat_hub.export.allocation import TARGET_DB
 from fbqat_hub.export.errors import ExportError, require_htp
 from fbqat_hub.export.float_graph import GraphWrapper, as_feed
-from fbqat_hub.export.graph_export import STEPS, GraphSource, Progress, compile_graph, trace_graph
+from fbqat_hub.export.float_part import build_part
+from fbqat_hub.export.graph_export import STEPS, Progress
 from fbqat_hub.export.htp_export import build_transformer, check_items, staging, write_certificate
 from fbqat_hub.export.pipeline import denoiser_replaced, record_inputs
-from fbqat_hub.export.precision import PRESETS, precision_named
+from fbqat_hub.export.precision import precision_named
 from fbqat_hub.export.sampler import sampler_matrix
 from fbqat_hub.export.split import describe_chain
 from fbqat_hub.export.targets import Target, target_for
+from fbqat_hub.export.text_bundle import PROBE, build_text
+from fbqat_hub.export.text_encoder import COMPONENTS, recorded_tokens
 from fbqat_hub.export.wrappers import Item, wrap_decoder
 from fbqat_hub.files import listing
 
@@ -164,14 +167,16 @@ def export_bundle(
     a16: Sequence[str] = (),
     graphs: int = 1,
     pictures: int = 2,
+    texts: Sequence[str] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Export a packed pipeline: transformer and decoder as context binaries, and all that a phone needs beside them.
 
-    Beside what `export_htp` makes, the folder has the decoder's graph (W8A16), `manifest.json` (SHA-256 and size of
-    every file, target, tensors of every graph, the sampler), `host.safetensors` (timestep embeddings, the sampler's
-    matrix, noise and text embeddings of the bundle's prompts), `golden.safetensors` (inputs and outputs), a runner
-    without torch (`generate.py`) and a README.
+    Beside what `export_htp` makes, the folder has the graphs of the decoder and of the text encoders (W8A16) with their
+    tokenizers, `manifest.json` (SHA-256 and size of every file, target, tensors of every graph, the sampler),
+    `host.safetensors` (timestep embeddings, the sampler's matrix, noise and text embeddings of the bundle's prompts,
+    token embeddings), `golden.safetensors` (inputs and outputs), a runner without torch (`generate.py`) and a README.
+    Text encoders that cannot be exported are left out, with the reason in the certificate's `text`.
 
     Args:
         pipeline: a pipeline of one of the four families with a packed transformer; as it was after the call.
@@ -184,6 +189,7 @@ def export_bundle(
         a16: fnmatch patterns of further layers at 16 activation bits.
         graphs: as `export_htp`; the runner runs them in the manifest's order (`denoiser`).
         pictures: how many, at least 1.
+        texts: to calibrate the text encoders on; `prompts` if there are none.
 
     Returns:
         The certificate.
@@ -199,10 +205,14 @@ def export_bundle(
     chosen = precision_named("w4a8" if auto else precision, a16)
     if not 1 <= pictures <= len(prompts):
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
-    bar = Progress(2 * 2 + (graphs + 1) * len(STEPS) + 3, progress)
+    encoders = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
+    # to trace and calibrate the transformer, the decoder and the encoders; to compile each graph; drawing and the end
+    bar = Progress(2 * (2 + len(encoders)) + (graphs + 1 + len(encoders)) * len(STEPS) + 3, progress)
     try:
         with staging(output_dir) as folder:
             with bar.step("draw in torch"):
+                with recorded_tokens(pipeline) as tokens:  # first: the scheduler must keep what the prompts set
+                    draw(pipeline, PROBE, {**call, "num_inference_steps": 1}, 0)
                 drawn = [draw(pipeline, prompt, call, seed) for seed, prompt in enumerate(prompts[:pictures])]
             if calibration is None or held_out is None:
                 if len(prompts) < 2:
@@ -225,13 +235,18 @@ def export_bundle(
             )
             host, settings = host_parts(drawn, pipeline, wrapper, call)
             section["graphs"] = {"decoder": _build_decoder(pipeline.vae, drawn, settings, folder, target, bar)}
+            # the last of a drawing's items is of its last step, with the prompt
+            given = [(each.prompt, wrapper.host_inputs(each.items[-1])) for each in drawn]
+            text = build_text(pipeline, tokens, texts or prompts, given, folder, target, bar)
+            section["graphs"] |= text.sections
+            section["text_left_out"] = text.left_out
             chain = {name: part["tensors"] for name, part in _denoiser(section).items()}
             with bar.step("pictures"), htp.EmulatorChain(folder, chain, target) as emulator:
                 section["pictures"] = _pictures(pipeline, drawn, call, wrapper, folder, emulator)
-                _write_parts(folder, host, held_out, wrapper, emulator)
+                _write_parts(folder, host | text.tables, held_out, wrapper, emulator)
             section["golden_inputs"] = len(held_out)
             certificate = write_certificate(folder, target, section, bar)
-            _write_manifest(folder, certificate, settings, [each.prompt for each in drawn], target)
+            _write_manifest(folder, certificate, settings, [each.prompt for each in drawn], text.described, target)
             return certificate
     finally:
         bar.bar.close()
@@ -241,32 +256,10 @@ def _build_decoder(
     vae: nn.Module, drawn: Sequence[Drawn], settings: Mapping[str, Any], folder: Path, target: Target, bar: Progress
 ) -> dict[str, Any]:
     """The decoder's graph at W8A16, calibrated on and compared for the latents of the pictures drawn."""
-    from fbqat_hub.export import certificate
-    from fbqat_hub.export.calibration import calibrate
-
     wrapper = wrap_decoder(vae)
     grid = settings["token_grid"]
     items = [{"latents": unpack_tokens(each.latents, grid) if grid else each.latents} for each in drawn]
-    with bar.step("decoder: trace"):
-        graph, rewrites = trace_graph(wrapper, items[0], {})
-    feeds = [as_feed(wrapper.host_inputs(item)) for item in items]
-    with bar.step("decoder: calibrate"):
-        ranges = calibrate(graph.model, feeds)
-    with torch.no_grad():
-        pictures = [wrapper.module(*wrapper.host_inputs(item).values())[0] for item in items]
-    source = GraphSource(
-        name="decoder",
-        graph=graph,
-        layers={},
-        ranges=ranges,
-        held_out=feeds,
-        expected=[as_feed({"picture": picture}) for picture in pictures],
-    )
-    section, _ = compile_graph(source, folder, target, PRESETS["w8a16"], bar)
-    section["model"] = {"class": type(vae).__name__, "packed_layers": 0}
-    section["audit"]["rewrites"] = rewrites
-    certificate.gate(section["parity"])
-    return section
+    return build_part("decoder", type(vae).__name__, wrapper, items, items, folder, target, bar)
 
 
 def _pictures(
@@ -308,7 +301,7 @@ def _write_parts(
         golden.update({f"{index}.{name}": value for name, value in feed.items()})
         golden[f"{index}.sample"] = emulator.run(feed)[0]
     save_arrays(golden, folder / "golden.safetensors")
-    for name in ("generate.py", "qnn_session.py"):
+    for name in ("generate.py", "qnn_session.py", "text.py"):
         shutil.copyfile(_RUNTIME / name, folder / name)
 
 
@@ -319,7 +312,12 @@ def _denoiser(section: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _write_manifest(
-    folder: Path, certificate: Mapping[str, Any], settings: Mapping[str, Any], prompts: Sequence[str], target: Target
+    folder: Path,
+    certificate: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    prompts: Sequence[str],
+    text: Sequence[Mapping[str, Any]],
+    target: Target,
 ) -> None:
     """`manifest.json` and `README.md`; the manifest lists every other file."""
     from fbqat_hub.export.htp import provider_options
@@ -343,6 +341,7 @@ def _write_manifest(
         "denoiser": describe_chain({name: section["tensors"] for name, section in denoiser.items()}),
         "sampler": dict(settings),
         "prompts": list(prompts),
+        "text": list(text),
         "files": listing(folder),
         "ran_on": certificate["ran_on"],
         "never_ran_on": certificate["never_ran_on"],

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from fbqat_hub.export import htp
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.parity import compare
+from fbqat_hub.export.precision import VIEW_OPS
 from fbqat_hub.export.rewrite import static_shapes
 from fbqat_hub.export.targets import Target
 from fbqat_hub.version import __version__
@@ -29,6 +30,11 @@ MIN_SQNR_EMULATOR_CPU_DB = 15.0
 #: Emulator against the packed torch model. Static ranges and 8-bit results cost something here that is no fault, so
 #: this gate only catches a wrong graph (a mask lost, a range never set), which the other gates cannot see.
 MIN_SQNR_EMULATOR_TORCH_DB = 10.0
+
+
+#: What a QuantizeLinear may stand behind that writes no new activation: graph inputs, conversions (counted where the
+#: tensor was made) and views.
+_WRITES_NOTHING = VIEW_OPS | {"QuantizeLinear", "DequantizeLinear"}
 
 
 def describe_tensors(model: onnx.ModelProto) -> dict[str, list[dict[str, Any]]]:
@@ -63,15 +69,18 @@ def cost(qdq: onnx.ModelProto) -> dict[str, int]:
 
     Returns:
         `macs` (multiply-accumulates of Gemm, Conv and MatMul), `macs_a16` (those that read 16-bit activations),
-        `constant_bytes` (weights, biases, scales, tables as stored in the QDQ file), `io_bytes` (quantized inputs and
-        outputs).
+        `constant_bytes` (weights, biases, scales, tables as stored in the QDQ file), `activation_bytes` (what all ops
+        but views write), `io_bytes` (quantized inputs and outputs).
     """
     inferred = onnx.shape_inference.infer_shapes(qdq)
     shapes = static_shapes(inferred)
     constants = {item.name: item for item in qdq.graph.initializer}
     producer = {name: node for node in qdq.graph.node for name in node.output}
-    macs = wide = 0
+    macs = wide = written = 0
     for node in qdq.graph.node:
+        if node.op_type == "QuantizeLinear" and producer.get(node.input[0], node).op_type not in _WRITES_NOTHING:
+            zero_point = constants[node.input[2]]
+            written += int(np.prod(shapes[node.output[0]])) * numpy_helper.to_array(zero_point).itemsize
         if node.op_type not in ("Gemm", "Conv", "MatMul"):
             continue
         made, second = int(np.prod(shapes[node.output[0]])), shapes[node.input[1]]
@@ -85,6 +94,7 @@ def cost(qdq: onnx.ModelProto) -> dict[str, int]:
         "macs": macs,
         "macs_a16": wide,
         "constant_bytes": sum(len(item.raw_data) or numpy_helper.to_array(item).nbytes for item in constants.values()),
+        "activation_bytes": written,
         "io_bytes": sum(
             int(np.prod(tensor["shape"])) * np.dtype(tensor["quantized_dtype"]).itemsize
             for tensor in [*boundary["inputs"], *boundary["outputs"]]
@@ -200,14 +210,42 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     if pictures := certificate.get("pictures"):
         lines += ["", "| picture, emulator in the loop against torch | PSNR (dB) |", "|---|---|"]
         lines += [f"| {item['prompt']} | {item['psnr_db']:.1f} |" for item in pictures["each"]]
+    if allocation := certificate.get("allocation"):
+        lines += [
+            "",
+            f"16 bits everywhere keep {allocation['all_at_16_db']:.1f} dB to torch; {allocation['target_db']:g} dB was "
+            f"asked for, {allocation['reached_db']:.1f} dB reached with 16 bits for {allocation['share_at_16']:.0%} of "
+            "the cost (share of activation bytes plus share of operations). Most noise for its cost first:",
+            "",
+            "| ops or layers | cost | alone at 8 bits (dB) | bits |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{each['name']}` | {each['cost']:.3f} | {each['alone_db']:.1f} | {each['bits']} |"
+            for each in allocation["candidates"]
+        ]
+    if reason := certificate.get("text_left_out"):
+        lines += ["", f"Text encoders are left out: {reason}"]
     lines += [
         "",
+        _bits(certificate["precision"]),
+        "",
         f"{cost_of['macs']:,} multiply-accumulates a forward, {cost_of['macs_a16']:,} of them on 16-bit activations; "
-        f"{cost_of['constant_bytes']:,} bytes of constants, {cost_of['binary_bytes']:,} bytes of binary, "
-        f"{cost_of['spill_fill_bytes']:,} bytes of spill/fill buffer. No latency is given: "
-        "the emulator's time says nothing of a device's.",
+        f"{cost_of['constant_bytes']:,} bytes of constants, {cost_of['activation_bytes']:,} bytes of activations "
+        f"written, {cost_of['binary_bytes']:,} bytes of binary, {cost_of['spill_fill_bytes']:,} bytes of spill/fill "
+        "buffer. No latency is given: the emulator's time says nothing of a device's.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _bits(precision: Mapping[str, Any]) -> str:
+    """Which weights and activations have how many bits, in words."""
+    names = ", ".join(f"`{name}`" for name in precision["a16_layers"])
+    kinds = ", ".join(precision["a16_ops"]) or "none"
+    return (
+        f"Packed weights have {precision['weight_bits']} bits, the activations they are multiplied with "
+        f"{precision['activation_bits']}; 16 in the layers {names}. Kinds of other ops at 16 bits: {kinds}."
+    )
 
 
 _PAIRS = ("emulator_vs_cpu_qdq", "emulator_vs_torch_packed", "cpu_qdq_vs_torch_packed")

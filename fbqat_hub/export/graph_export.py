@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class GraphSource:
         graph: the rewritten float graph.
         layers: its packed layers by module name (none for a graph that was not trained).
         ranges: of every float tensor.
+        clipped: ranges in their place where a tensor has 8 bits (`clipping`).
         held_out: graph inputs for the comparison.
         expected: what torch computes for each of `held_out`: the graph's output and its blocks' outputs, by name.
     """
@@ -66,6 +67,7 @@ class GraphSource:
     ranges: dict[str, tuple[float, float]]
     held_out: Sequence[Feed]
     expected: Sequence[Feed]
+    clipped: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def trace_graph(
@@ -112,7 +114,7 @@ def compile_graph(
     name = source.name
     qdq_path, context = folder / f"{name}.qdq.onnx", folder / f"{name}.onnx"
     with progress.step(f"{name}: quantize"):
-        qdq = insert_qdq(source.graph, source.ranges, precision)
+        qdq = insert_qdq(source.graph, source.ranges, precision, clipped=source.clipped)
         audited = audit.audit_qdq(qdq, source.layers, precision.weight_bits)
         onnx.save(qdq, qdq_path)
     outputs = [value.name for value in qdq.graph.output]

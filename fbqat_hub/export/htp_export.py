@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fbqat_hub.export.errors import ExportError, require_htp
 from fbqat_hub.export.float_graph import GraphWrapper, as_feed, block_outputs, packed_layers, runnable
 from fbqat_hub.export.graph_export import STEPS, Feed, GraphSource, Progress, compile_graph, trace_graph
-from fbqat_hub.export.precision import Precision
+from fbqat_hub.export.precision import LOWEST, Precision
 from fbqat_hub.export.targets import Target, target_for
 from fbqat_hub.export.wrappers import POSITIONS, Item, blocks_of, wrap
 from fbqat_hub.files import listing
@@ -186,6 +186,8 @@ def build_transformer(
     from fbqat_hub.export import certificate
     from fbqat_hub.export.allocation import allocate
     from fbqat_hub.export.calibration import calibrate
+    from fbqat_hub.export.clipping import clipped_ranges, tensors_at_8_bits
+    from fbqat_hub.export.qdq import relu_ranges
     from fbqat_hub.export.split import join_sections, split_graph
 
     with progress.step("transformer: trace"):
@@ -200,7 +202,10 @@ def build_transformer(
     apart = range(0, len(calibration), max(2, len(calibration) // ALLOCATION_INPUTS))[:ALLOCATION_INPUTS]
     chosen_on = apart if target_db is not None else range(0)
     with progress.step("transformer: calibrate"):
-        ranges = calibrate(runnable(graph), [feed for index, feed in enumerate(feeds) if index not in chosen_on])
+        seen = [feed for index, feed in enumerate(feeds) if index not in chosen_on]
+        ranges = calibrate(runnable(graph), seen)
+        at_8_bits = tensors_at_8_bits(graph, precision if target_db is None else LOWEST)
+        clipped = clipped_ranges(runnable(graph), seen, relu_ranges(graph.model, ranges), at_8_bits)
     report = None
     if target_db is not None:
         with progress.step("transformer: allocate"):
@@ -211,6 +216,7 @@ def build_transformer(
                 [feeds[index] for index in chosen_on],
                 [each["sample"] for each in torch_outputs(transformer, some, ())],
                 start=precision,
+                clipped=clipped,
                 target_db=target_db,
             )
     held = [as_feed(wrapper.host_inputs(item)) for item in held_out]
@@ -222,6 +228,7 @@ def build_transformer(
             graph=part,
             layers={part.module_names[key]: layer for key, layer in part.layers.items()},
             ranges=ranges,
+            clipped=clipped,
             held_out=[{value.name: feed[value.name] for value in part.model.graph.input} for feed in held],
             expected=expected,
         )

@@ -79,6 +79,9 @@ class Precision:
         return 16 if kind in self.a16_ops else 8
 
 
+#: No op has 16 bits that could have 8.
+LOWEST = Precision(a16_layers=(), a16_ops=())
+
 PRESETS = {
     "w4a8": Precision(),
     "w4a16": Precision(activation_bits=16),

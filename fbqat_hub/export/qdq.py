@@ -64,9 +64,10 @@ def trained_tensors(source: FloatGraph) -> dict[str, Encoding]:
 class _Inserter:
     """Builds the QDQ graph node by node; one instance a graph."""
 
-    def __init__(self, source: FloatGraph, ranges: Ranges, precision: Precision) -> None:
+    def __init__(self, source: FloatGraph, ranges: Ranges, clipped: Ranges, precision: Precision) -> None:
         self.source, self.precision = source, precision
         self.ranges = relu_ranges(source.model, ranges)
+        self.clipped = self.ranges | clipped
         self.constants = {item.name: item for item in source.model.graph.initializer}
         self.floats = set(float_tensors(source.model))
         self.nodes: list[onnx.NodeProto] = []
@@ -128,7 +129,7 @@ class _Inserter:
         if trained is not None:
             encoding = trained
         elif encoding.bits > bits:
-            encoding = encoding_for_range(*self.ranges[tensor], bits)
+            encoding = self._encoding(tensor, bits)
         name = self._convert(tensor, encoding)
         if encoding.bits < bits:
             return self._widen(tensor, encoding), encoding.widened()
@@ -292,10 +293,15 @@ class _Inserter:
     def _made_encoding(self, node: onnx.NodeProto, name: str, bits: int) -> Encoding:
         if node.op_type in ("Softmax", "Sigmoid"):
             return Encoding(1 / 2**bits, 0, bits)  # [0, 1), the one scale the HTP's tables are made for
+        if node.op_type == "Tanh" and bits == 16:
+            return Encoding(2 / 2**bits, 2 ** (bits - 1), bits)  # [-1, 1): of small values another is silently wrong
         wanted = self.wanted.get(name)
         if wanted is not None and wanted.bits == bits:
             return wanted
-        return encoding_for_range(*self.ranges[name], bits)
+        return self._encoding(name, bits)
+
+    def _encoding(self, tensor: str, bits: int) -> Encoding:
+        return encoding_for_range(*(self.clipped if bits == 8 else self.ranges)[tensor], bits)
 
     def build(self) -> onnx.ModelProto:
         graph = self.source.model.graph
@@ -320,13 +326,16 @@ class _Inserter:
         return model
 
 
-def insert_qdq(source: FloatGraph, ranges: Ranges, precision: Precision | None = None) -> onnx.ModelProto:
+def insert_qdq(
+    source: FloatGraph, ranges: Ranges, precision: Precision | None = None, *, clipped: Ranges | None = None
+) -> onnx.ModelProto:
     """The QDQ graph of a rewritten float graph.
 
     Args:
         source: the graph and its packed layers.
         ranges: of every float tensor, from `calibrate`.
         precision: which op computes at how many activation bits.
+        clipped: ranges in place of `ranges` where a tensor has 8 bits (`clipping.clipped_ranges`).
 
     Returns:
         An ONNX model of float32 inputs and outputs whose every op sits between DequantizeLinear and QuantizeLinear.
@@ -334,4 +343,4 @@ def insert_qdq(source: FloatGraph, ranges: Ranges, precision: Precision | None =
     Raises:
         ExportError: a bias does not fit in int32, or a layer's static encoding is incomplete.
     """
-    return _Inserter(source, ranges, precision or Precision()).build()
+    return _Inserter(source, ranges, clipped or {}, precision or Precision()).build()

@@ -112,6 +112,20 @@ def drop_zero_bias(model: onnx.ModelProto) -> int:
     return removed
 
 
+def layer_norm_bias_to_add(model: onnx.ModelProto) -> int:
+    """LayerNormalization(x, scale, bias) -> Add(LayerNormalization(x, scale), bias): with a bias it runs in float."""
+    graph = model.graph
+    found = [node for node in graph.node if node.op_type == "LayerNormalization" and len(node.input) == 3]
+    for node in found:
+        (source, scale, bias), name = node.input, node.output[0]
+        norm = onnx.NodeProto()
+        norm.CopyFrom(node)
+        norm.input[:], norm.output[:] = [source, scale], [f"{name}/normed"]
+        added = helper.make_node("Add", [f"{name}/normed", bias], [name], name=f"{node.name}/bias")
+        _replace(graph, [node], [norm, added])
+    return len(found)
+
+
 def _bypass(graph: onnx.GraphProto, node: onnx.NodeProto, source: str) -> bool:
     """Let the readers of `node` read `source`, and remove it; not where it makes an output of the graph."""
     if any(value.name == node.output[0] for value in graph.output):
@@ -239,6 +253,7 @@ def rewrite(model: onnx.ModelProto) -> dict[str, int]:
         reciprocal_to_div,
         unpatchify,
         drop_same_shape,
+        layer_norm_bias_to_add,
         drop_zero_bias,
         group_norm_to_layer_norm,
         resize_to_sizes,

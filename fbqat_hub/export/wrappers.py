@@ -20,10 +20,7 @@ from fbqat_hub.export.attention import (
 )
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.float_graph import GraphWrapper, TwinModule, float_twin
-
-#: Added to the attention score of a padded text token. exp(-30) = 1e-13 of the weight of a real one, while
-#: diffusers' -10000 would stretch the range of the scores until 16 bits hold nothing else.
-MASK_BIAS = -30.0
+from fbqat_hub.export.runtime.text import MASK_BIAS
 
 #: Inputs of FLUX that become constants: positions of the tokens, [tokens, 3], without a batch.
 POSITIONS = ("txt_ids", "img_ids")

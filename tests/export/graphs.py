@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from fbqat_hub.export import htp, op_parity
+from fbqat_hub.export import audit, htp, op_parity
 from fbqat_hub.export.calibration import calibrate
 from fbqat_hub.export.float_graph import OPSET, FloatGraph
 from fbqat_hub.export.precision import Precision
@@ -32,6 +32,17 @@ def one_op(op: str, shapes: dict[str, list[int]], constants: dict[str, np.ndarra
     return onnx.shape_inference.infer_shapes(model)
 
 
+def norm_and_bias(bias: float, after: str) -> onnx.ModelProto:
+    """RMSNormalization over 8 channels, then a bias, then the op `after`."""
+    constants = {"weight": np.ones(8, np.float32)}
+    model = one_op("RMSNormalization", {"x": [1, 4, 4, 8]}, constants, axis=-1, epsilon=1e-5)
+    model.graph.node[0].output[0] = "normed"
+    model.graph.node.append(helper.make_node("Add", ["normed", "bias"], ["biased"]))
+    model.graph.node.append(helper.make_node(after, ["biased"], ["y"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(8, bias, np.float32), "bias"))
+    return onnx.shape_inference.infer_shapes(model)
+
+
 def quantized(model: onnx.ModelProto, feeds: list[Feed], precision: Precision | None = None) -> onnx.ModelProto:
     """`model` calibrated on `feeds`, as QDQ."""
     return insert_qdq(FloatGraph(model, {}, {}), calibrate(model, feeds), precision)
@@ -43,3 +54,11 @@ def emulated_op_errors(model: onnx.ModelProto, feeds: list[Feed], folder: Path, 
     onnx.save(op_parity.probe_graph(qdq, op_parity.made_tensors(qdq)), folder / "probe.onnx")
     outputs = htp.run_probe(folder / "probe.onnx", feeds[:1], target_for("sm8750"))
     return op_parity.op_errors(qdq, feeds[0], outputs[0])
+
+
+def compiled(model: onnx.ModelProto, feeds: list[Feed], folder: Path) -> dict[str, int]:
+    """Tensors by data type of `model` compiled at 16 activation bits, audited."""
+    onnx.save(quantized(model, feeds), folder / "graph.onnx")
+    htp.compile_context(folder / "graph.onnx", folder / "context.onnx", target_for("sm8750"), folder)
+    counts: dict[str, int] = audit.audit_compiled(folder / "qnn_graph", [])["tensors_by_type"]
+    return counts

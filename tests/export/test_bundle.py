@@ -15,9 +15,14 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fbqat_hub.export import ExportError
+from fbqat_hub.export import ExportError, text_encoder
+from fbqat_hub.export.bundle import draw as draw_in_torch
 from fbqat_hub.export.bundle import export_bundle, psnr_db
+from fbqat_hub.export.graph_export import Progress
 from fbqat_hub.export.sampler import sampler_matrix
+from fbqat_hub.export.targets import target_for
+from fbqat_hub.export.text_bundle import PROBE, build_text
+from fbqat_hub.export.text_encoder import recorded_tokens
 from fbqat_hub.files import sha256
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
@@ -58,6 +63,38 @@ def test_the_runner_draws_the_picture_without_torch(bundle: tuple[Path, dict[str
     assert psnr_db(torch_picture, other) < psnr_db(torch_picture, same) - 6
     assert certificate["pictures"]["mean_psnr_db"] > 30
     assert certificate["graphs"]["decoder"]["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
+
+
+def test_the_runner_draws_a_text(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The first prompt's own text makes the first prompt's picture, in any case, as Sana's pipeline has it."""
+    folder, certificate = bundle
+    done = draw(folder, "--text", f" {CAPTIONS[0].upper()} ", "--output", str(tmp_path / "same.png"))
+    assert done.returncode == 0, done.stderr
+    torch_picture = np.asarray(Image.open(folder / "pictures" / "0-torch.png"))
+    assert psnr_db(torch_picture, np.asarray(Image.open(tmp_path / "same.png"))) > 30
+    assert certificate["graphs"]["text_encoder"]["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
+    assert json.loads((folder / "manifest.json").read_text())["text"] == [
+        {"graph": "text_encoder", "tokenizer": "tokenizer.json", "lower": True, "bias": "causal", "end": None}
+    ]
+
+
+@pytest.mark.parametrize("change", ["instruction", "encoder"])
+def test_text_encoders_that_cannot_be_exported_are_left_out(
+    change: str, tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline puts an instruction before the prompt; or its encoder is of a class without a graph."""
+    pipeline, call = load_pipeline(tiny_sana), dict(CALL)
+    if change == "instruction":
+        call["complex_human_instruction"] = ["Draw"]
+    with recorded_tokens(pipeline) as tokens:
+        draw_in_torch(pipeline, PROBE, call, 0)
+    if change == "encoder":
+        monkeypatch.delitem(text_encoder.GRAPHS, "Gemma2Model")
+    bar = Progress(1, shown=False)
+    found = build_text(pipeline, tokens, CAPTIONS, [(CAPTIONS[0], {})], tmp_path, target_for("sm8750"), bar)
+    expected = {"instruction": "changes its prompts", "encoder": "text encoder Gemma2Model"}[change]
+    assert expected in str(found.left_out)
+    assert (found.described, found.tables, list(tmp_path.iterdir())) == ([], {}, [])
 
 
 def test_a_flipped_byte_is_seen(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.float_graph import as_feed, packed_layers, runnable, trace
 from fbqat_hub.export.rewrite import rewrite
-from fbqat_hub.export.wrappers import MASK_BIAS, wrap
+from fbqat_hub.export.runtime.text import MASK_BIAS
+from fbqat_hub.export.wrappers import wrap
 from fbqat_hub.quantization import ActivationScheme, PackedLinear, WeightScheme, convert, prepare, set_bit_width
 from tests.export.conftest import float_sana, make_items, pack
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from fbqat_hub.export import ExportError
 from fbqat_hub.export import rewrite as rewrites
 from fbqat_hub.export.float_graph import GraphWrapper, trace
-from tests.export.graphs import one_op
+from tests.export.graphs import norm_and_bias, one_op
 
 
 def run(model: onnx.ModelProto, **feed: np.ndarray) -> np.ndarray:
@@ -55,24 +55,25 @@ def test_a_squeeze_that_squeezes_nothing_is_dropped() -> None:
     assert list(model.graph.node[0].input) == ["x"]
 
 
-def norm_and_bias(bias: float) -> onnx.ModelProto:
-    """RMSNormalization over 8 channels, then a bias."""
-    constants = {"weight": np.ones(8, np.float32)}
-    model = one_op("RMSNormalization", {"x": [1, 4, 4, 8]}, constants, axis=-1, epsilon=1e-5)
-    model.graph.node[0].output[0] = "normed"
-    model.graph.node.append(helper.make_node("Add", ["normed", "bias"], ["biased"]))
-    model.graph.node.append(helper.make_node("Sigmoid", ["biased"], ["y"]))
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(8, bias, np.float32), "bias"))
-    return onnx.shape_inference.infer_shapes(model)
-
-
 def test_a_bias_of_zero_is_dropped_and_no_other() -> None:
-    model, other = norm_and_bias(0.0), norm_and_bias(0.5)
+    model, other = norm_and_bias(0.0, "Sigmoid"), norm_and_bias(0.5, "Sigmoid")
     x = np.random.default_rng(0).normal(size=(1, 4, 4, 8)).astype(np.float32)
     before = run(model, x=x)
     assert rewrites.rewrite(model)["drop_zero_bias"] == 1
     assert rewrites.rewrite(other)["drop_zero_bias"] == 0
     np.testing.assert_array_equal(run(model, x=x), before)
+
+
+def test_a_layer_norm_s_bias_becomes_a_sum() -> None:
+    """Two in a row, each with its own bias; of the one without nothing changes."""
+    module = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 4, 8)
+    model = trace(GraphWrapper(module, lambda item: dict(item)), {"x": x}, {}).model
+    assert rewrites.rewrite(model)["layer_norm_bias_to_add"] == 2
+    assert all(len(node.input) == 2 for node in model.graph.node if node.op_type == "LayerNormalization")
+    np.testing.assert_allclose(run(model, x=x.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
 def test_group_norm_becomes_layer_norm() -> None:

@@ -1,6 +1,7 @@
 """Draw a picture from this bundle alone: numpy, Pillow, safetensors and onnxruntime-qnn; no torch, no diffusers.
 
 python generate.py --prompt 0 --output picture.png
+python generate.py --text "red heart" --seed 7         # a text of yours: needs tokenizers too
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 from qnn_session import qnn_session  # type: ignore[import-not-found]  # beside this script
 from safetensors.numpy import load_file
+from text import denoiser_inputs, encoder_feed, tokenize  # type: ignore[import-not-found]  # beside this script
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
@@ -40,13 +42,32 @@ def denoise(sessions: list[Any], feed: dict[str, np.ndarray]) -> Any:
     return outputs[0]
 
 
-def sample(manifest: dict[str, Any], host: dict[str, np.ndarray], denoiser: list[Any], prompt: int, noise: Any) -> Any:
+def stored_inputs(manifest: dict[str, Any], host: dict[str, np.ndarray], prompt: int) -> list[dict[str, np.ndarray]]:
+    """The transformer's inputs of a prompt of the bundle, a branch each (without the prompt, with it)."""
+    return [
+        {name.split(".", 3)[3]: value for name, value in host.items() if name.startswith(f"prompt.{prompt}.{branch}.")}
+        for branch in range(manifest["sampler"]["branches"])
+    ]
+
+
+def encode(folder: Path, manifest: dict[str, Any], host: dict[str, np.ndarray], text: str) -> dict[str, np.ndarray]:
+    """The transformer's inputs of any text, from the text encoders on the HTP."""
+    if not manifest["text"]:
+        raise ValueError("this bundle has no text encoders (certificate.md says why); choose with --prompt")
+    outputs = []
+    for each in manifest["text"]:
+        ids, mask = tokenize(folder / each["tokenizer"], text, each["lower"])
+        feed = encoder_feed(each, host[f"embedding.{each['graph']}"], ids, mask)
+        outputs.append(open_graph(folder, manifest, each["graph"]).run(None, feed)[0])
+    inputs = [tensor["name"] for part in manifest["denoiser"] for tensor in manifest["graphs"][part["graph"]]["inputs"]]
+    return denoiser_inputs(manifest["text"], outputs, mask, "encoder_attention_bias" in inputs)
+
+
+def sample(
+    manifest: dict[str, Any], host: dict[str, np.ndarray], denoiser: list[Any], given: list[dict[str, Any]], noise: Any
+) -> Any:
     """The latents after the last step. `sampler` [steps, 1 + steps] weighs the noise and all predictions so far."""
     settings = manifest["sampler"]
-    given = [
-        {name.split(".", 3)[3]: value for name, value in host.items() if name.startswith(f"prompt.{prompt}.{branch}.")}
-        for branch in range(settings["branches"])
-    ]
     terms, latents = [noise], noise
     for step, weights in enumerate(host["sampler"]):
         time = {"timestep_embedding": host["timestep_embedding"][step : step + 1]}
@@ -67,12 +88,13 @@ def unpack_tokens(tokens: Any, grid: list[int]) -> Any:
     return np.ascontiguousarray(squares.reshape(1, -1, height, width))
 
 
-def generate(folder: Path, prompt: int, seed: int | None = None) -> Image.Image:
-    """The picture of a prompt of the bundle.
+def generate(folder: Path, prompt: int, seed: int | None = None, text: str | None = None) -> Image.Image:
+    """The picture of a prompt of the bundle, or of another text.
 
     Args:
         folder: the bundle.
         prompt: its place in the manifest's `prompts`.
+        text: in place of the prompt's, with the prompt's first noise.
         seed: of another first noise; the bundle's own if None.
     """
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -83,8 +105,11 @@ def generate(folder: Path, prompt: int, seed: int | None = None) -> Image.Image:
     noise = host[f"noise.{prompt}"]
     if seed is not None:
         noise = np.random.default_rng(seed).standard_normal(noise.shape).astype(np.float32)
+    given = stored_inputs(manifest, host, prompt)
+    if text is not None:
+        given[-1] = encode(folder, manifest, host, text)
     denoiser = [open_graph(folder, manifest, part["graph"]) for part in manifest["denoiser"]]
-    latents = sample(manifest, host, denoiser, prompt, noise)
+    latents = sample(manifest, host, denoiser, given, noise)
     if manifest["sampler"]["token_grid"]:
         latents = unpack_tokens(latents, manifest["sampler"]["token_grid"])
     picture = open_graph(folder, manifest, "decoder").run(None, {"latents": latents})[0]
@@ -97,10 +122,11 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=0, help="place of the prompt in manifest.json (default: 0)")
+    parser.add_argument("--text", help="draw this text, with that prompt's noise")
     parser.add_argument("--seed", type=int, help="draw from another noise than the bundle's own")
     parser.add_argument("--output", type=Path, default=Path("picture.png"), help="default: picture.png")
     options = parser.parse_args()
-    generate(Path(__file__).resolve().parent, options.prompt, options.seed).save(options.output)
+    generate(Path(__file__).resolve().parent, options.prompt, options.seed, options.text).save(options.output)
     print(f"saved {options.output}")
 
 

@@ -1,0 +1,81 @@
+"""A prompt's text to the denoiser's inputs: numpy and the tokenizers library; travels with every bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: Added to the denoiser's attention score of a padded text token. exp(-30) = 1e-13 of the weight of a real one, while
+#: diffusers' -10000 would stretch the range of the scores until 16 bits hold nothing else.
+MASK_BIAS = -30.0
+#: The same within a text encoder, whose scores go further apart (Gemma's up to 50 from 0).
+ENCODER_MASK_BIAS = -100.0
+
+
+def tokenize(path: Path, text: str, lower: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [tokens] and mask [tokens] (1 = text, 0 = padding), int64, cut and padded as the file says.
+
+    Args:
+        path: a `tokenizer.json`.
+        lower: the pipeline writes texts in lower case, without spaces at the ends.
+    """
+    from tokenizers import Tokenizer
+
+    encoded = Tokenizer.from_file(str(path)).encode(text.lower().strip() if lower else text)
+    return np.array(encoded.ids, np.int64), np.array(encoded.attention_mask, np.int64)
+
+
+def encoder_feed(
+    described: Mapping[str, Any], table: np.ndarray, ids: np.ndarray, mask: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The inputs of a text encoder's graph, float32.
+
+    Args:
+        described: the encoder's entry of the manifest's `text`.
+        table: the token embeddings [vocabulary, D].
+
+    Returns:
+        `token_embeddings` [1, tokens, D]; `encoder_bias` [1, 1, tokens, tokens] of a causal encoder, [1, 1, 1, tokens]
+        of one that is told the padding; `end` [1, tokens, 1] of a pooled one, 1 at the token that stands for the text.
+    """
+    feed = {"token_embeddings": table[ids][None].astype(np.float32)}
+    if described["bias"] is not None:
+        seen = mask[None] * (np.tri(len(ids)) if described["bias"] == "causal" else 1)
+        feed["encoder_bias"] = (ENCODER_MASK_BIAS * (1 - seen)).astype(np.float32)[None, None]
+    if described["end"] is not None:
+        place = ids.argmax() if described["end"] == "highest" else (ids == described["end"]).argmax()
+        feed["end"] = np.eye(len(ids), dtype=np.float32)[place][None, :, None]
+    return feed
+
+
+def denoiser_inputs(
+    text: Sequence[Mapping[str, Any]], outputs: Sequence[np.ndarray], mask: np.ndarray, masked: bool
+) -> dict[str, np.ndarray]:
+    """What the denoiser gets of the encoders' outputs.
+
+    Pooled encoders' tokens stand side by side in channels, filled with 0 to the width of the last encoder, whose
+    tokens follow; their pooled vectors stand side by side.
+
+    Args:
+        text: the manifest's `text`.
+        outputs: of each encoder: tokens [1, tokens, D], then (or only) its pooled vector as one more token.
+        mask: of the last encoder's tokens.
+        masked: whether the denoiser is told the padding.
+    """
+    inputs: dict[str, np.ndarray] = {}
+    pooled = [output[:, -1] for each, output in zip(text, outputs, strict=True) if each["end"] is not None]
+    beside = [output[:, :-1] for output in outputs[:-1] if output.shape[1] > 1]
+    hidden = outputs[-1]
+    if beside:
+        joined = np.concatenate(beside, axis=2)
+        joined = np.pad(joined, ((0, 0), (0, 0), (0, hidden.shape[2] - joined.shape[2])))
+        hidden = np.concatenate([joined, hidden], axis=1)
+    inputs["encoder_hidden_states"] = hidden
+    if pooled:
+        inputs["pooled_projections"] = np.concatenate(pooled, axis=1)
+    if masked:
+        inputs["encoder_attention_bias"] = (MASK_BIAS * (1 - mask)).astype(np.float32)[None, None]
+    return inputs
