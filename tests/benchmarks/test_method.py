@@ -128,8 +128,11 @@ def test_table_has_mean_spread_and_rate_and_the_best_is_bold() -> None:
 def test_paired_differences_are_seed_by_seed_against_the_strongest() -> None:
     text = paired(Results(ROWS))  # -10% at both seeds
     assert "| Sana | QAT, learned step size (LSQ) | -10.0% (-10.0 to -10.0) | -10.0, -10.0 |" in text
-    stronger = row("vqat", 1e-4, 2, 0.018)  # at one seed: it is not passed over
-    assert "| Sana | vanilla QAT | -5.0% (one seed) | -5.0 |" in paired(Results([*ROWS, stronger]))
+    stronger = row("torchao-qat", 1e-4, 2, 0.018, bits_per_weight=5.0)  # at one seed and more bits: both are shown
+    small = [{**each, "bits_per_weight": 4.2} for each in ROWS]
+    lines = paired(Results([*small, stronger])).splitlines()[-2:]
+    assert "| Sana | torchao's QAT, groups of 32 (5.0 bits) | -5.0% (one seed) | -5.0 |" in lines[0]
+    assert "| Sana | QAT, learned step size (LSQ) (4.2 bits) | -10.0% (-10.0 to -10.0) | -10.0, -10.0 |" in lines[1]
     pictures = [
         row("lsq-qat", 1e-4, 1, 1, psnr=27.0),
         row("vqat", 1e-4, 1, 1, psnr=26.0),
