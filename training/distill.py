@@ -43,7 +43,7 @@ from fbqat_hub.stages import stage_folder
 from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key, load_pictures
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.openmoji import default_cache_dir
-from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -340,5 +340,9 @@ def _is_unfinished(output: Path) -> bool:
 
 
 def _same_recipe(recipe: Recipe, output: Path) -> bool:
-    saved = output / "recipe.yaml"
-    return saved.exists() and yaml.safe_load(saved.read_text()) == yaml.safe_load(yaml.safe_dump(asdict(recipe)))
+    """Fields that a saved recipe lacks, for it is of an older version, count with their defaults."""
+    try:
+        saved = load_recipe(output / "recipe.yaml")
+    except (FileNotFoundError, ValueError):
+        return False
+    return yaml.safe_load(yaml.safe_dump(asdict(saved))) == yaml.safe_load(yaml.safe_dump(asdict(recipe)))

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -410,6 +411,18 @@ def test_resume_with_another_recipe_is_refused_and_changes_nothing(recipe_of, tm
     with pytest.raises(ValueError, match="another recipe, so it cannot be continued"):
         train(recipe_of(learning_rate=2e-3), run, resume=True, progress=False)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_finished_run_of_an_older_version_is_the_same_recipe(recipe_of, tmp_path: Path) -> None:
+    """Its recipe lacks a field that came later; a field that differs is another recipe."""
+    run = train(recipe_of(method="ptq-mse", steps=0), tmp_path / "run", progress=False)
+    saved = run / "recipe.yaml"
+    fields = yaml.safe_load(saved.read_text())
+    del fields["keep_stages"]
+    saved.write_text(yaml.safe_dump(fields))
+    assert train(recipe_of(method="ptq-mse", steps=0), run, resume=True, progress=False) == run
+    with pytest.raises(FileExistsError, match="give another --output"):
+        train(recipe_of(method="ptq-maxabs", steps=0), run, resume=True, progress=False)
 
 
 def test_damaged_checkpoint_is_named(recipe_of, tmp_path: Path, monkeypatch) -> None:
