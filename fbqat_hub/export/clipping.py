@@ -77,6 +77,8 @@ def clipped_ranges(
         model: the float graph, with values for its weights (`float_graph.runnable`).
         ranges: of these tensors, as `calibrate` found them on the same feeds.
     """
+    if not names:
+        return {}
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
     del observed.graph.output[:]

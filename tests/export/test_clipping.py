@@ -52,3 +52,10 @@ def test_factors_of_a_product_keep_their_range() -> None:
     model = one_op("MatMul", {"a": [4, 4], "b": [4, 4]})
     assert tensors_at_8_bits(FloatGraph(model, {}, {}), Precision(a16_ops=())) == ["y"]
     assert tensors_at_8_bits(FloatGraph(model, {}, {}), Precision()) == []
+
+
+def test_a_graph_of_16_bits_has_nothing_to_clip() -> None:
+    """What W8A16 and W4A16 ask for."""
+    model = one_op("MatMul", {"a": [4, 4], "b": [4, 4]})
+    feed = {"a": np.eye(4, dtype=np.float32), "b": np.eye(4, dtype=np.float32)}
+    assert clipped_ranges(model, [feed], calibrate(model, [feed]), []) == {}
