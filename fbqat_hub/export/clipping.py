@@ -55,7 +55,7 @@ def least_error_range(histogram: np.ndarray, low: float, high: float) -> tuple[f
     >>> counts[-1] = 1
     >>> low, high = least_error_range(counts, 0.0, 1.0)
     >>> (low, round(high, 2))
-    (0.0, 0.1)
+    (0.0, 0.14)
     """
     values = low + (np.arange(len(histogram)) + 0.5) * (high - low) / len(histogram)
     lows, highs = (each.reshape(-1, 1) for each in np.meshgrid(low * _SHARES, high * _SHARES))
