@@ -176,7 +176,7 @@ def export_bundle(
     tokenizers, `manifest.json` (SHA-256 and size of every file, target, tensors of every graph, the sampler),
     `host.safetensors` (timestep embeddings, the sampler's matrix, noise and text embeddings of the bundle's prompts,
     token embeddings), `golden.safetensors` (inputs and outputs), a runner without torch (`generate.py`) and a README.
-    Text encoders that cannot be exported are left out, with the reason in the certificate's `text`.
+    Text encoders that cannot be exported are left out, with the reason in the certificate's `text_left_out`.
 
     Args:
         pipeline: a pipeline of one of the four families with a packed transformer; as it was after the call.

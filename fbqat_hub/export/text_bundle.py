@@ -66,45 +66,32 @@ def build_text(
     """
     scratch = folder / "text"
     scratch.mkdir()
+    found = TextParts()
     try:
-        found = _build(pipeline, recorded, texts, drawn, scratch, target, bar)
+        encoders: list[TextEncoder] = []
+        for name, rows in recorded.items():
+            path = scratch / f"{COMPONENTS[name]}.json"
+            _write_tokenizer(getattr(pipeline, COMPONENTS[name]), path, len(rows[0][0]))
+            lower, masked = _as_the_pipeline_does(name, path, rows)
+            encoder = wrap_text_encoder(name, getattr(pipeline, name), len(rows[0][0]), masked)
+            encoders.append(encoder)
+            found.tables[f"embedding.{name}"] = encoder.table
+            found.described.append(
+                {"graph": name, "tokenizer": path.name, "lower": lower, "bias": encoder.bias, "end": encoder.end}
+            )
+        _check(encoders, found.described, scratch, drawn)
+        for encoder, described in zip(encoders, found.described, strict=True):
+            kind = type(getattr(pipeline, encoder.name)).__name__
+            calibration = [_item(scratch, described, text) for text in texts]
+            held_out = [_item(scratch, described, prompt) for prompt, _ in drawn]
+            found.sections[encoder.name] = build_part(
+                encoder.name, kind, encoder.wrapper, calibration, held_out, scratch, target, bar
+            )
         for path in scratch.iterdir():
             path.rename(folder / path.name)
     except ExportError as error:
         found = TextParts(left_out=str(error))
     shutil.rmtree(scratch)
-    return found
-
-
-def _build(
-    pipeline: Any,
-    recorded: Recorded,
-    texts: Sequence[str],
-    drawn: Sequence[tuple[str, Mapping[str, Tensor]]],
-    folder: Path,
-    target: Target,
-    bar: Progress,
-) -> TextParts:
-    found = TextParts()
-    encoders: list[TextEncoder] = []
-    for name, rows in recorded.items():
-        path = folder / f"{COMPONENTS[name]}.json"
-        _write_tokenizer(getattr(pipeline, COMPONENTS[name]), path, len(rows[0][0]))
-        lower, masked = _as_the_pipeline_does(name, path, rows)
-        encoder = wrap_text_encoder(name, getattr(pipeline, name), len(rows[0][0]), masked)
-        encoders.append(encoder)
-        found.tables[f"embedding.{name}"] = encoder.table
-        found.described.append(
-            {"graph": name, "tokenizer": path.name, "lower": lower, "bias": encoder.bias, "end": encoder.end}
-        )
-    _check(encoders, found.described, folder, drawn)
-    for encoder, described in zip(encoders, found.described, strict=True):
-        kind = type(getattr(pipeline, encoder.name)).__name__
-        calibration = [_item(folder, described, text) for text in texts]
-        held_out = [_item(folder, described, prompt) for prompt, _ in drawn]
-        found.sections[encoder.name] = build_part(
-            encoder.name, kind, encoder.wrapper, calibration, held_out, folder, target, bar
-        )
     return found
 
 
