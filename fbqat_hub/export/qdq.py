@@ -38,7 +38,10 @@ def relu_ranges(model: onnx.ModelProto, ranges: Ranges) -> Ranges:
             users = uses.get(name, [])
             positive = [
                 user.op_type == "Relu"
-                or (user.op_type in VIEW_OPS and adjusted.get(user.output[0], (-1.0, 0.0))[0] == 0.0)
+                or (
+                    user.op_type in VIEW_OPS
+                    and all(adjusted.get(output, (-1.0, 0.0))[0] == 0.0 for output in user.output)  # a Split has several
+                )
                 for user in users
             ]
             if name in adjusted and users and all(positive):

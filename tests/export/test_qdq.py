@@ -16,7 +16,7 @@ from fbqat_hub.export import ExportError
 from fbqat_hub.export.audit import audit_qdq
 from fbqat_hub.export.calibration import calibrate
 from fbqat_hub.export.encoding import Encoding, encoding_for_range
-from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers, runnable, trace
+from fbqat_hub.export.float_graph import FloatGraph, GraphWrapper, as_feed, packed_layers, runnable, trace
 from fbqat_hub.export.parity import sqnr_db
 from fbqat_hub.export.precision import Precision
 from fbqat_hub.export.qdq import insert_qdq
@@ -140,6 +140,21 @@ def test_relu_is_the_clip_of_the_codes_before_it(qdq: onnx.ModelProto) -> None:
     assert len(relus) == 2
     for node in relus:
         assert read(qdq, node_of(qdq, node.input[0]).input[2]) == 0
+
+
+def test_what_a_split_gives_to_others_than_a_relu_keeps_its_sign() -> None:
+    """Queries, keys and values cut from one tensor, of which values pass no ReLU: the decoder of AutoencoderDC."""
+
+    class Fused(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, value = (x + x).chunk(2, dim=-1)
+            return torch.relu(query) + value
+
+    x = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+    graph = trace(GraphWrapper(Fused(), lambda item: dict(item)), {"x": x}, {})
+    feed = {"x": x.numpy()}
+    output = exact_session(quantized(graph.model, [feed])).run(None, feed)[0]
+    assert sqnr_db(Fused()(x).numpy(), output) > 60
 
 
 def test_widening_is_exact() -> None:
