@@ -40,7 +40,9 @@ def relu_ranges(model: onnx.ModelProto, ranges: Ranges) -> Ranges:
                 user.op_type == "Relu"
                 or (
                     user.op_type in VIEW_OPS
-                    and all(adjusted.get(output, (-1.0, 0.0))[0] == 0.0 for output in user.output)  # a Split has several
+                    and all(
+                        adjusted.get(output, (-1.0, 0.0))[0] == 0.0 for output in user.output
+                    )  # a Split has several
                 )
                 for user in users
             ]
