@@ -147,6 +147,13 @@ def host_parts(
     }
 
 
+def instruction(pipeline: Any, call: Mapping[str, Any]) -> str:
+    """What a Sana puts before every prompt, `complex_human_instruction`; nothing of other pipelines."""
+    name = "complex_human_instruction"
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get(name)
+    return "\n".join(call.get(name, parameter.default) or ()) if parameter else ""
+
+
 def unpack_tokens(tokens: Tensor, grid: Sequence[int]) -> Tensor:
     """FLUX's tokens [1, h/2 * w/2, 4 C] as latents [1, C, h, w]."""
     height, width = grid
@@ -237,7 +244,9 @@ def export_bundle(
             section["graphs"] = {"decoder": _build_decoder(pipeline.vae, drawn, settings, folder, target, bar)}
             # the last of a drawing's items is of its last step, with the prompt
             given = [(each.prompt, wrapper.host_inputs(each.items[-1])) for each in drawn]
-            text = build_text(pipeline, tokens, texts or prompts, given, folder, target, bar)
+            text = build_text(
+                pipeline, tokens, texts or prompts, given, instruction(pipeline, call), folder, target, bar
+            )
             section["graphs"] |= text.sections
             section["text_left_out"] = text.left_out
             chain = {name: part["tensors"] for name, part in _denoiser(section).items()}

@@ -53,6 +53,7 @@ def build_text(
     recorded: Recorded,
     texts: Sequence[str],
     drawn: Sequence[tuple[str, Mapping[str, Tensor]]],
+    instruction: str,
     folder: Path,
     target: Target,
     bar: Progress,
@@ -63,6 +64,7 @@ def build_text(
         recorded: what each was given while the pipeline drew `PROBE` (`text_encoder.recorded_tokens`).
         texts: to calibrate on.
         drawn: prompts, and the graph inputs that the pipeline's denoiser got of them.
+        instruction: what the pipeline puts before a prompt (Sana's `complex_human_instruction`), or nothing.
     """
     scratch = folder / "text"
     scratch.mkdir()
@@ -72,12 +74,21 @@ def build_text(
         for name, rows in recorded.items():
             path = scratch / f"{COMPONENTS[name]}.json"
             _write_tokenizer(getattr(pipeline, COMPONENTS[name]), path, len(rows[0][0]))
-            lower, masked = _as_the_pipeline_does(name, path, rows)
+            lower, masked = _as_the_pipeline_does(name, path, rows, instruction)
             encoder = wrap_text_encoder(name, getattr(pipeline, name), len(rows[0][0]), masked)
             encoders.append(encoder)
             found.tables[f"embedding.{name}"] = encoder.table
+            kept = drawn[0][1]["encoder_hidden_states"].shape[1] if instruction else None
             found.described.append(
-                {"graph": name, "tokenizer": path.name, "lower": lower, "bias": encoder.bias, "end": encoder.end}
+                {
+                    "graph": name,
+                    "tokenizer": path.name,
+                    "lower": lower,
+                    "instruction": instruction,
+                    "kept": kept,
+                    "bias": encoder.bias,
+                    "end": encoder.end,
+                }
             )
         _check(encoders, found.described, scratch, drawn)
         for encoder, described in zip(encoders, found.described, strict=True):
@@ -112,21 +123,22 @@ def _write_tokenizer(tokenizer: Any, path: Path, tokens: int) -> None:
     backend.save(str(path))
 
 
-def _as_the_pipeline_does(name: str, path: Path, rows: Sequence[tuple[np.ndarray, bool]]) -> tuple[bool, bool]:
+def _as_the_pipeline_does(
+    name: str, path: Path, rows: Sequence[tuple[np.ndarray, bool]], instruction: str
+) -> tuple[bool, bool]:
     """Whether the pipeline writes `PROBE` in lower case, and whether it tells the encoder the padding."""
     for lower in (False, True):
-        ids, _ = tokenize(path, PROBE, lower)
+        ids, _ = tokenize(path, PROBE, lower, instruction)
         for row, masked in rows:
             if np.array_equal(row, ids):
                 return lower, masked
     raise ExportError(
-        f"{name}: the pipeline changes its prompts before it tokenizes them (complex_human_instruction?), and a runner "
-        "without it would not"
+        f"{name}: the pipeline changes its prompts before it tokenizes them, in a way that the runner does not know"
     )
 
 
 def _item(folder: Path, described: Mapping[str, Any], text: str) -> Item:
-    ids, mask = tokenize(folder / described["tokenizer"], text, described["lower"])
+    ids, mask = tokenize(folder / described["tokenizer"], text, described["lower"], described["instruction"])
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 

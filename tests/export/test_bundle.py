@@ -36,13 +36,18 @@ WITHOUT_TORCH = (
 )
 
 
+#: Before every prompt, as the real checkpoints have it by default.
+INSTRUCTION = ["Draw", "the Text: "]
+
+
 @pytest.fixture(scope="module")
 def bundle(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Of an untrained pipeline: its decoder's norms have biases of 0, which only `rewrite.drop_zero_bias` cures."""
     pytest.importorskip("onnxruntime_qnn")
     folder = tmp_path_factory.mktemp("bundle")
     pipeline = load_pipeline(convert_pipeline(str(tiny_sana), folder / "packed"))
-    certificate = export_bundle(pipeline, folder / "out", prompts=CAPTIONS[:3], call=CALL, pictures=1, progress=False)
+    call = {**CALL, "complex_human_instruction": INSTRUCTION}
+    certificate = export_bundle(pipeline, folder / "out", prompts=CAPTIONS[:3], call=call, pictures=1, progress=False)
     return folder / "out", certificate
 
 
@@ -74,25 +79,33 @@ def test_the_runner_draws_a_text(bundle: tuple[Path, dict[str, Any]], tmp_path: 
     assert psnr_db(torch_picture, np.asarray(Image.open(tmp_path / "same.png"))) > 30
     assert certificate["graphs"]["text_encoder"]["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
     assert json.loads((folder / "manifest.json").read_text())["text"] == [
-        {"graph": "text_encoder", "tokenizer": "tokenizer.json", "lower": True, "bias": "causal", "end": None}
+        {
+            "graph": "text_encoder",
+            "tokenizer": "tokenizer.json",
+            "lower": True,
+            "instruction": "\n".join(INSTRUCTION),
+            "kept": CALL["max_sequence_length"],
+            "bias": "causal",
+            "end": None,
+        }
     ]
 
 
-@pytest.mark.parametrize("change", ["instruction", "encoder"])
+@pytest.mark.parametrize("change", ["preprocessing", "encoder"])
 def test_text_encoders_that_cannot_be_exported_are_left_out(
     change: str, tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pipeline puts an instruction before the prompt; or its encoder is of a class without a graph."""
-    pipeline, call = load_pipeline(tiny_sana), dict(CALL)
-    if change == "instruction":
-        call["complex_human_instruction"] = ["Draw"]
+    """The pipeline changes prompts in a way of its own; or its encoder is of a class without a graph."""
+    pipeline = load_pipeline(tiny_sana)
+    if change == "preprocessing":
+        pipeline._text_preprocessing = lambda prompts, **_: [f"a {prompt}" for prompt in prompts]
     with recorded_tokens(pipeline) as tokens:
-        draw_in_torch(pipeline, PROBE, call, 0)
+        draw_in_torch(pipeline, PROBE, CALL, 0)
     if change == "encoder":
         monkeypatch.delitem(text_encoder.GRAPHS, "Gemma2Model")
     bar = Progress(1, shown=False)
-    found = build_text(pipeline, tokens, CAPTIONS, [(CAPTIONS[0], {})], tmp_path, target_for("sm8750"), bar)
-    expected = {"instruction": "changes its prompts", "encoder": "text encoder Gemma2Model"}[change]
+    found = build_text(pipeline, tokens, CAPTIONS, [(CAPTIONS[0], {})], "", tmp_path, target_for("sm8750"), bar)
+    expected = {"preprocessing": "changes its prompts", "encoder": "text encoder Gemma2Model"}[change]
     assert expected in str(found.left_out)
     assert (found.described, found.tables, list(tmp_path.iterdir())) == ([], {}, [])
 

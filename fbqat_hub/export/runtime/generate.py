@@ -56,7 +56,7 @@ def encode(folder: Path, manifest: dict[str, Any], host: dict[str, np.ndarray], 
         raise ValueError("this bundle has no text encoders (certificate.md says why); choose with --prompt")
     outputs = []
     for each in manifest["text"]:
-        ids, mask = tokenize(folder / each["tokenizer"], text, each["lower"])
+        ids, mask = tokenize(folder / each["tokenizer"], text, each["lower"], each["instruction"])
         feed = encoder_feed(each, host[f"embedding.{each['graph']}"], ids, mask)
         outputs.append(open_graph(folder, manifest, each["graph"]).run(None, feed)[0])
     inputs = [tensor["name"] for part in manifest["denoiser"] for tensor in manifest["graphs"][part["graph"]]["inputs"]]

@@ -15,16 +15,17 @@ MASK_BIAS = -30.0
 ENCODER_MASK_BIAS = -100.0
 
 
-def tokenize(path: Path, text: str, lower: bool) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(path: Path, text: str, lower: bool, instruction: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Token ids [tokens] and mask [tokens] (1 = text, 0 = padding), int64, cut and padded as the file says.
 
     Args:
         path: a `tokenizer.json`.
         lower: the pipeline writes texts in lower case, without spaces at the ends.
+        instruction: what the pipeline puts before every text.
     """
     from tokenizers import Tokenizer
 
-    encoded = Tokenizer.from_file(str(path)).encode(text.lower().strip() if lower else text)
+    encoded = Tokenizer.from_file(str(path)).encode(instruction + (text.lower().strip() if lower else text))
     return np.array(encoded.ids, np.int64), np.array(encoded.attention_mask, np.int64)
 
 
@@ -57,7 +58,8 @@ def denoiser_inputs(
     """What the denoiser gets of the encoders' outputs.
 
     Pooled encoders' tokens stand side by side in channels, filled with 0 to the width of the last encoder, whose
-    tokens follow; their pooled vectors stand side by side.
+    tokens follow; their pooled vectors stand side by side. Of an encoder that also read an instruction, the first
+    token and the last ones stay.
 
     Args:
         text: the manifest's `text`.
@@ -69,6 +71,9 @@ def denoiser_inputs(
     pooled = [output[:, -1] for each, output in zip(text, outputs, strict=True) if each["end"] is not None]
     beside = [output[:, :-1] for output in outputs[:-1] if output.shape[1] > 1]
     hidden = outputs[-1]
+    if kept := text[-1]["kept"]:
+        places = [0, *range(len(mask) - kept + 1, len(mask))]
+        hidden, mask = hidden[:, places], mask[places]
     if beside:
         joined = np.concatenate(beside, axis=2)
         joined = np.pad(joined, ((0, 0), (0, 0), (0, hidden.shape[2] - joined.shape[2])))
