@@ -203,10 +203,11 @@ class Record:
             raise ValueError(f"extra holds {', '.join(clash)}, which are fields of a record; give them as fields.")
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, str | None]:
-        """What makes two records the same measurement: (suite, family, method, metric, seed), and the activation
-        precision that one model was exported at, if ``extra`` has one."""
-        return (self.suite, self.family, self.method, self.metric, self.seed, self.extra.get("precision"))
+    def key(self) -> tuple[Any, ...]:
+        """What makes two records the same measurement: (suite, family, method, metric, seed), and of ``extra`` the
+        activation precision that one model was exported at and the part of a pipeline, if it has them."""
+        apart = (self.extra.get(name) for name in ("precision", "part"))
+        return (self.suite, self.family, self.method, self.metric, self.seed, *apart)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as one flat JSON object."""

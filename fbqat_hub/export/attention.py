@@ -64,11 +64,20 @@ class ExplicitAttention:
         return attended + picture if attn.residual_connection else attended
 
 
-class ExplicitLinearAttention:
-    """Sana's ReLU linear attention, (v k^T) q / (sum(k) q), on [N, tokens, channels].
+def relu_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Linear attention of queries and keys that passed a ReLU, (v k^T) q / (sum(k) q): [N, heads, d, tokens] each.
 
     Numerator and normaliser stay in two tensors, so that each gets a quantization range of its own.
     """
+    numerator = (value @ key.transpose(2, 3)) @ query  # [N, heads, d, tokens]
+    normaliser = key.sum(-1, keepdim=True).transpose(2, 3) @ query  # [N, heads, 1, tokens]
+    # diffusers adds 1e-15, which the exporter drops as nothing; 0 / 0 of a dead head must stay 0 all the same
+    normaliser = torch.maximum(normaliser, torch.full((), SMALLEST_NORMALISER))
+    return numerator / normaliser
+
+
+class ExplicitLinearAttention:
+    """Sana's ReLU linear attention on [N, tokens, channels]."""
 
     def __call__(
         self,
@@ -80,13 +89,25 @@ class ExplicitLinearAttention:
         query, key, value = _query_key_value(attn, hidden_states, hidden_states)
         # [N, tokens, heads * d] -> [N, heads, d, tokens]
         query, key, value = (item.transpose(1, 2).unflatten(1, (attn.heads, -1)) for item in (query, key, value))
-        query, key = F.relu(query), F.relu(key)
-        numerator = (value @ key.transpose(2, 3)) @ query  # [N, heads, d, tokens]
-        normaliser = key.sum(-1, keepdim=True).transpose(2, 3) @ query  # [N, heads, 1, tokens]
-        # diffusers adds 1e-15, which the exporter drops as nothing; 0 / 0 of a dead head must stay 0 all the same
-        normaliser = torch.maximum(normaliser, torch.full((), SMALLEST_NORMALISER))
-        attended = (numerator / normaliser).flatten(1, 2).transpose(1, 2)
+        attended = relu_attention(F.relu(query), F.relu(key), value).flatten(1, 2).transpose(1, 2)
         return attn.to_out[0](attended)
+
+
+class ExplicitMultiscaleAttention:
+    """ReLU linear attention over a picture [N, channels, height, width] at several scales (AutoencoderDC).
+
+    On few pixels diffusers multiplies in the other order, v (k^T q), which is the same.
+    """
+
+    def __call__(self, attn: Any, picture: Tensor) -> Tensor:
+        pixels = picture.movedim(1, -1)
+        joined = torch.cat([attn.to_q(pixels), attn.to_k(pixels), attn.to_v(pixels)], dim=3).movedim(-1, 1)
+        scales = torch.cat([joined, *(block(joined) for block in attn.to_qkv_multiscale)], dim=1)
+        query, key, value = scales.flatten(2).unflatten(1, (-1, 3 * attn.attention_head_dim)).chunk(3, dim=2)
+        attended = relu_attention(F.relu(query), F.relu(key), value).flatten(1, 2).unflatten(2, picture.shape[2:])
+        out = attn.to_out(attended.movedim(1, -1))
+        out = attn.norm_out(out).movedim(-1, 1) if attn.norm_type == "rms_norm" else attn.norm_out(out.movedim(-1, 1))
+        return out + picture if attn.residual_connection else out
 
 
 def _joint(attn: Any, picture: Tensor, text: Tensor | None, *, text_first: bool) -> tuple[Tensor, Tensor, Tensor]:

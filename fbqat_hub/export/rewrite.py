@@ -6,6 +6,7 @@ runs all of them and refreshes the shapes.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -188,7 +189,7 @@ def unpatchify(model: onnx.ModelProto) -> int:
 
 
 def group_norm_to_layer_norm(model: onnx.ModelProto) -> int:
-    """GroupNormalization, which the HTP does not take, as LayerNormalization of [1, groups, C / groups * H * W].
+    """GroupNormalization, which the HTP does not take, as LayerNormalization of [N, groups, C / groups * pixels].
 
     The scale and bias of each channel follow as a product and a sum.
     """
@@ -196,10 +197,10 @@ def group_norm_to_layer_norm(model: onnx.ModelProto) -> int:
     found = [node for node in graph.node if node.op_type == "GroupNormalization"]
     for node in found:
         (source, scale, bias), name = node.input, node.output[0]
-        batch, channels, height, width = shapes[source]
+        batch, channels, *pixels = shapes[source]
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         groups = attributes["num_groups"]
-        size = channels // groups * height * width
+        size = channels // groups * math.prod(pixels)
         grouped = np.array([batch, groups, size], np.int64)
         steps = [
             ("Reshape", [source, _constant(graph, f"{name}/grouped_shape", grouped)], {}),
@@ -209,8 +210,8 @@ def group_norm_to_layer_norm(model: onnx.ModelProto) -> int:
                 {"axis": -1, "epsilon": attributes.get("epsilon", 1e-5)},
             ),
             ("Reshape", [f"{name}/1", _constant(graph, f"{name}/shape", np.array(shapes[source], np.int64))], {}),
-            ("Mul", [f"{name}/2", _per_channel(graph, scale)], {}),
-            ("Add", [f"{name}/3", _per_channel(graph, bias)], {}),
+            ("Mul", [f"{name}/2", _per_channel(graph, scale, len(pixels))], {}),
+            ("Add", [f"{name}/3", _per_channel(graph, bias, len(pixels))], {}),
         ]
         outputs = [f"{name}/{index}" for index in range(len(steps) - 1)] + [name]
         _replace(
@@ -224,10 +225,10 @@ def group_norm_to_layer_norm(model: onnx.ModelProto) -> int:
     return len(found)
 
 
-def _per_channel(graph: onnx.GraphProto, name: str) -> str:
-    """The constant [C] called `name` as [1, C, 1, 1]."""
+def _per_channel(graph: onnx.GraphProto, name: str, sides: int) -> str:
+    """The constant [C] called `name` as [1, C, 1, 1], with a 1 for each of so many sides of a picture."""
     value = next(numpy_helper.to_array(item) for item in graph.initializer if item.name == name)
-    return _constant(graph, f"{name}/per_channel", value.reshape(1, -1, 1, 1))
+    return _constant(graph, f"{name}/per_channel_{sides}", value.reshape(1, -1, *[1] * sides))
 
 
 def resize_to_sizes(model: onnx.ModelProto) -> int:

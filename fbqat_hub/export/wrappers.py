@@ -16,6 +16,7 @@ from fbqat_hub.export.attention import (
     ExplicitAttention,
     ExplicitJointAttention,
     ExplicitLinearAttention,
+    ExplicitMultiscaleAttention,
     ExplicitRotaryAttention,
 )
 from fbqat_hub.export.errors import ExportError
@@ -197,6 +198,12 @@ def wrap_decoder(vae: Any) -> GraphWrapper:
     for module in twin.modules():
         if type(module).__name__ == "Attention":
             module.set_processor(ExplicitAttention())
+        elif type(module).__name__ == "SanaMultiscaleLinearAttention":
+            if not isinstance(module.nonlinearity, nn.ReLU):
+                raise ExportError(
+                    f"no HTP export for linear attention of {type(module.nonlinearity).__name__}; of ReLU"
+                )
+            module.processor = ExplicitMultiscaleAttention()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     with torch.no_grad():
         return GraphWrapper(

@@ -76,13 +76,14 @@ def test_a_layer_norm_s_bias_becomes_a_sum() -> None:
     np.testing.assert_allclose(run(model, x=x.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
-def test_group_norm_becomes_layer_norm() -> None:
-    """[N, C, H, W] in two groups, each channel with its own scale and bias; two in a row, as in an autoencoder."""
+@pytest.mark.parametrize("shape", [(1, 6, 4, 4), (1, 6, 16)], ids=["picture", "tokens"])
+def test_group_norm_becomes_layer_norm(shape: tuple[int, ...]) -> None:
+    """In two groups, each channel with its own scale and bias; two in a row, as in an autoencoder."""
     norm = torch.nn.GroupNorm(2, 6)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     module = torch.nn.Sequential(norm, norm)
-    x = torch.randn(1, 6, 4, 4)
+    x = torch.randn(shape)
     model = trace(GraphWrapper(module, lambda item: dict(item)), {"x": x}, {}).model
     assert rewrites.rewrite(model)["group_norm_to_layer_norm"] == 2
     assert "GroupNormalization" not in {node.op_type for node in model.graph.node}

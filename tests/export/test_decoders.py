@@ -1,0 +1,45 @@
+"""The decoders' graphs compute what diffusers does, in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import nn
+
+from fbqat_hub.export.float_graph import as_feed
+from fbqat_hub.export.graph_export import trace_graph
+from fbqat_hub.export.wrappers import wrap_decoder
+
+
+def kl() -> nn.Module:
+    """With attention in its middle block, as the checkpoints have and the tiny teachers have not."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, shift_factor=0.1, **blocks)
+
+
+def dc() -> nn.Module:
+    """With linear attention over queries, keys and values cut from one tensor, the checkpoint's lowest stages."""
+    stages = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 32), "latent_channels": 4}
+    layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1)}
+    scales = {"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), (5,))}
+    kinds = {"decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_types": "ResBlock"}
+    return AutoencoderDC(**stages, **layers, **scales, **kinds, attention_head_dim=8, downsample_block_type="Conv")
+
+
+@pytest.mark.parametrize("make", [kl, dc])
+def test_a_decoder_with_attention(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    vae = make().eval()
+    latents = torch.randn(1, 4, 4, 4)
+    wrapper = wrap_decoder(vae)
+    graph, _ = trace_graph(wrapper, {"latents": latents}, {})
+    session = onnxruntime.InferenceSession(graph.model.SerializeToString())
+    picture = session.run(None, as_feed(wrapper.host_inputs({"latents": latents})))[0]
+    with torch.no_grad():
+        expected = vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)).sample
+    np.testing.assert_allclose(picture.reshape(expected.shape), expected.numpy(), atol=1e-4)
