@@ -28,7 +28,8 @@ def demo_table() -> str:
     columns = ("kd_loss", "fd_teacher", "psnr", "ssim")
     rows: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in read_records(RESULTS / "method.json"):
-        rows[record.method][record.metric] = record
+        if record.method != "teacher":  # only its memory
+            rows[record.method][record.metric] = record
     head = ["method"] + [f"{METRICS[name].title} {'↓' if METRICS[name].better == 'lower' else '↑'}" for name in columns]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method in METHODS:
@@ -96,6 +97,29 @@ def true_size_table() -> str:
         lines.append("| " + " | ".join(cells) + " |")
         notes.append(f"{extra['machine_was']}, torch on {extra['threads']} of its threads")
     return "\n".join([*lines, "", f"The machine was: {'; '.join(dict.fromkeys(notes))}."])
+
+
+def htp_parts_table() -> str:
+    """Text encoders and decoders at true width, by `benchmarks.htp_parts`."""
+    head = ("part", "weights of the whole", "binary", "compile", "peak RAM", "emulator to CPU", "to torch")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    found = [record for record in read_records(RESULTS / "htp.json") if "part" in record.extra]
+    peaks = {record.extra["part"]: record.value for record in found if record.metric == "peak_rss_mib"}
+    for record in found:
+        if record.metric != "sqnr_db":
+            continue
+        extra = record.extra
+        cells = (
+            f"`{extra['part']}`: {extra['shape']}",
+            f"{extra['parameters_of_all_layers'] / 1e9:.2f} G",
+            f"{extra['cost']['binary_bytes'] / 1e6:.0f} MB",
+            f"{extra['compile_seconds']:.0f} s",
+            f"{peaks[extra['part']] * 2**20 / 1e9:.2f} GB",
+            f"{extra['emulator_vs_cpu_qdq_db']:.1f} dB",
+            f"{record.value:.1f} dB",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _bundles() -> list[Record]:
@@ -197,6 +221,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "method": method_table,
     "speed": speed_table,
     "true-size": true_size_table,
+    "htp-parts": htp_parts_table,
     "htp": htp_table,
     "htp-ops": htp_ops_table,
     "htp-text": htp_text_table,

@@ -345,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(
         "space",
         _space,
-        "serve a page that draws with teacher and W4A8 side by side",
+        "serve a page that draws with teacher and quantized model side by side",
         "fbqat space runs/tiny --port 7860",
     )
     sub.add_argument("models", metavar="MODEL", nargs="*", help="folder or Hub id of a run (default: all in runs/)")

@@ -1,4 +1,4 @@
-"""gradio: a page that draws with a teacher and its W4A8 student, side by side, from the same prompt and seed."""
+"""gradio: a page that draws with a teacher and its quantized student, side by side, from the same prompt and seed."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def app(pairs: Sequence[Pair]) -> Any:
         return next(iter(pair.prompts), ""), _steps(pair)
 
     first = pairs[0]
-    with gradio.Blocks(title="fbqat_hub: teacher and W4A8", analytics_enabled=False) as page:
-        gradio.Markdown("# Teacher beside W4A8\nThe same prompt and seed, drawn by both.")
+    with gradio.Blocks(title="fbqat_hub: teacher and quantized", analytics_enabled=False) as page:
+        gradio.Markdown("# Teacher beside quantized\nThe same prompt and seed, drawn by both.")
         title = gradio.Dropdown(list(by_title), value=first.title, label="model")
         prompt = gradio.Textbox(next(iter(first.prompts), ""), label="prompt", max_length=_LONGEST_PROMPT)
         with gradio.Row():
@@ -135,7 +135,7 @@ def app(pairs: Sequence[Pair]) -> Any:
         button = gradio.Button("Draw both", variant="primary")
         outputs: list[Any] = []
         with gradio.Row():
-            for label in ("teacher", "W4A8"):
+            for label in ("teacher", "quantized"):
                 with gradio.Column():
                     outputs += [
                         gradio.Image(label=label, type="pil", format="png", height=_SHOWN + 40),

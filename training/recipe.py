@@ -66,7 +66,8 @@ class Recipe:
         calibration: {"samples": 100, "rule": "mean_3sigma"} for static activation ranges.
         keep_stages: whole bit widths of the schedule before its last, e.g. [8, 6, 5]: at the end of each the packed
             denoiser is kept in ``stages/w8`` and so on.
-        train_layers: a group of the family, or "all"; the others are quantized and frozen.
+        train_layers: a group of the family, or "all"; the others are quantized and frozen. Blocks alone do better than
+            all (docs/benchmark.md).
         steps, batch_size: optimizer steps, and samples in each (on each device).
         learning_rate: peak. learning_rate_schedule: "cosine" (to 0) or "constant". warmup_steps: linear.
         clip_learning_rate: learning rate of learned clips as a multiple of learning_rate.
@@ -94,7 +95,7 @@ class Recipe:
     compensation: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     keep_stages: list[int] = field(default_factory=list)
-    train_layers: str = "all"
+    train_layers: str = "blocks"
     steps: int = 1000
     batch_size: int = 8
     learning_rate: float = 2e-4

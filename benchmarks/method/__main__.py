@@ -8,7 +8,8 @@
 Each method's learning rate is the one with the least loss on the *validation* split at the first seed. The grid is
 the same for all methods; where the best rate lies at its end, the grid goes on by a factor of 2, so that every rate is
 bracketed. The other seeds run at that rate only. What is reported is the *test* split. A run that is in the results
-already is not repeated, so an interrupted benchmark goes on. Method torchao-qat needs the extra `benchmark`.
+already is not repeated, so an interrupted benchmark goes on; one without pictures, or with fewer than are asked for
+now, is. Method torchao-qat needs the extra `benchmark`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.method.runs import METHODS, RECIPES, TORCHAO_NEEDED, TRACKS, VARIANTS, Bench, Setting, method_of
+from benchmarks.method.runs import (
+    METHODS,
+    PICTURES,
+    RECIPES,
+    TORCHAO_NEEDED,
+    TRACKS,
+    VARIANTS,
+    Bench,
+    Setting,
+    method_of,
+)
 from fbqat_hub.files import whole
 
 RESULTS = Path(__file__).parents[1] / "results" / "method"
@@ -30,7 +41,8 @@ RATES = (5e-5, 1e-4)
 LOWEST_RATE, HIGHEST_RATE = 2.5e-5, 8e-4
 _KEY = ("family", "track", "method", "steps", "rate", "seed")
 
-Run = Callable[[Setting], dict[str, Any]]
+# A setting, and whether its pictures are wanted -> its row.
+Run = Callable[[Setting, bool], dict[str, Any]]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,13 +68,14 @@ def main(arguments: list[str] | None = None) -> None:
         bench = Bench(family)
         file = options.output / f"{family}.json"
 
-        def run(setting: Setting, bench: Bench = bench, file: Path = file) -> dict[str, Any]:
-            found = [row for row in read(file) if all(row[name] == getattr(setting, name) for name in _KEY)]
-            if found:
-                return found[0]
-            row = bench.measure(setting, pictures=not options.no_pictures)
-            append(file, row)
-            print(json.dumps({key: row[key] for key in (*_KEY, "validation", "test", "fd", "seconds") if key in row}))
+        def run(setting: Setting, pictures: bool, bench: Bench = bench, file: Path = file) -> dict[str, Any]:
+            for row in read(file):
+                if same(row, vars(setting)) and row.get("pictures", 0) >= PICTURES * pictures:
+                    return row
+            row = bench.measure(setting, pictures=pictures)
+            add(file, row)
+            shown = {key: row[key] for key in (*_KEY, "validation", "test", "fd", "seconds") if key in row}
+            print(json.dumps(shown), flush=True)
             return row
 
         for track in options.tracks:
@@ -86,22 +99,25 @@ def installed(methods: list[str]) -> list[str]:
 
 
 def run_method(run: Run, family: str, track: str, method: str, options: argparse.Namespace) -> None:
-    """All rates at the first seed, then the best rate at the others."""
+    """All rates at the first seed, then the best rate at every seed, with pictures if they are wanted."""
+    pictures = not options.no_pictures
     base = {"family": family, "track": track, "method": method}
     if not method_of(method).trained:
-        run(Setting(**base, steps=0, rate=0.0, seed=options.seeds[0]))
+        run(Setting(**base, steps=0, rate=0.0, seed=options.seeds[0]), pictures)
         return
     base["steps"] = options.steps
-    losses: dict[float, float] = {}
-    queue = sorted(options.rates)
-    while queue:
-        rate = queue.pop(0)
-        losses[rate] = run(Setting(**base, rate=rate, seed=options.seeds[0]))["validation"]
-        if not queue and not options.fixed_rates:
-            queue = continuation(losses)
-    best = min(losses, key=losses.__getitem__)
-    for seed in options.seeds[1:]:
-        run(Setting(**base, rate=best, seed=seed))
+    best = options.rates[0]
+    if len(options.rates) > 1 or not options.fixed_rates:
+        losses: dict[float, float] = {}
+        queue = sorted(options.rates)
+        while queue:
+            rate = queue.pop(0)
+            losses[rate] = run(Setting(**base, rate=rate, seed=options.seeds[0]), False)["validation"]
+            if not queue and not options.fixed_rates:
+                queue = continuation(losses)
+        best = min(losses, key=losses.__getitem__)
+    for seed in options.seeds:
+        run(Setting(**base, rate=best, seed=seed), pictures)
 
 
 def continuation(losses: dict[float, float]) -> list[float]:
@@ -123,10 +139,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row; the file is written beside and renamed. One process writes a file at a time."""
+def same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows, or a row and a setting, are of the same run."""
+    return all(row[name] == other[name] for name in _KEY)
+
+
+def add(path: Path, row: dict[str, Any]) -> None:
+    """Add a row in place of an older one of the same run.
+
+    The file is written beside and renamed. One process writes a file at a time.
+    """
+    others = [other for other in read(path) if not same(other, row)]
     with whole(path) as partial:
-        partial.write_text(json.dumps([*read(path), row], indent=1) + "\n")
+        partial.write_text(json.dumps([*others, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

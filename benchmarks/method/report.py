@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmark.md"
 FAMILIES = {"sana": "Sana", "pixart-sigma": "PixArt-Sigma", "sd3": "SD3.5", "flux": "FLUX.1-schnell"}
 OURS = "fbqat"
+BLOCKS = "train-blocks"
+# Tracks whose best setting counts as one: a method trains what suits it.
+_JOINED = {"w4a8": ("w4a8", BLOCKS), "groups": ("groups", f"{BLOCKS}-groups")}
 # Student's t at 97.5% for 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -28,15 +31,19 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The rows of all families; what is asked for at a method's best rate comes from there alone."""
+    """The rows of all families; what is asked for at a method's best setting comes from there alone."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
 
     @classmethod
     def load(cls, folder: Path = RESULTS) -> Results:
-        """Every family's file in ``folder``."""
-        return cls(row for family in FAMILIES for row in read(folder / f"{family}.json"))
+        """Every family's file in ``folder``; what was measured over fewer pictures than now is left out."""
+        rows = [row for family in FAMILIES for row in read(folder / f"{family}.json")]
+        for row in rows:
+            if row.get("pictures", PICTURES) != PICTURES:
+                del row["fd"], row["psnr"]
+        return cls(rows)
 
     def of(self, **fields: Any) -> list[Row]:
         """The rows with these fields."""
@@ -47,23 +54,33 @@ class Results:
         return list(dict.fromkeys(row[name] for row in self.of(**fields)))
 
     def named(self, track: str = "w4a8", steps: int = 400) -> Results:
-        """Of one track and budget: the methods, without the forms that were tried."""
-        return Results(row for row in self.of(track=track) if row["steps"] in (0, steps) and row["method"] in TITLES)
+        """Of one track and budget: the methods, without the forms that were tried; all layers trained, or the blocks.
 
-    def at_best_rate(self, **fields: Any) -> list[Row]:
-        """Of one method and budget: its rows at the rate with the least validation loss at the first seed."""
+        torchao's QAT has groups of 32 in its rows of W4A8.
+        """
+        tracks = _JOINED.get(track, (track,))
+        return Results(
+            row
+            for row in self.rows
+            if row["steps"] in (0, steps)
+            and row["method"] in TITLES
+            and row["track"] in (_JOINED["w4a8"] if (track, row["method"]) == ("groups", "torchao-qat") else tracks)
+        )
+
+    def at_best(self, **fields: Any) -> list[Row]:
+        """Of one method and budget: its rows at the setting with the least validation loss at the first seed."""
         rows = self.of(**fields)
         if not rows:
             return []
         first = [row for row in rows if row["seed"] == min(row["seed"] for row in rows)]
-        best = min(first, key=lambda row: row["validation"])["rate"]
-        return sorted((row for row in rows if row["rate"] == best), key=lambda row: row["seed"])
+        best = min(first, key=lambda row: row["validation"])
+        same = (row for row in rows if (row["track"], row["rate"]) == (best["track"], best["rate"]))
+        return sorted(same, key=lambda row: row["seed"])
 
 
 def page(results: Results) -> str:
     """The whole page, Markdown."""
-    counts = [f"{count} pictures ({FAMILIES[family]})" for family, count in PICTURES.items()]
-    parts = [_HEAD.format(pictures=", ".join(counts))]
+    parts = [_HEAD.format(pictures=PICTURES)]
     for track, steps in _tracks(results):
         title = _TRACK_TITLES.get(track, track)
         parts.append(f"## {title}, {steps} steps\n")
@@ -71,7 +88,7 @@ def page(results: Results) -> str:
         chosen = results.named(track, steps)
         parts.append("Held-out distillation loss ×1e-3 (test split):\n")
         parts.append(table(chosen, "test", 1e3, "{:.2f}"))
-        if any("fd" in row for row in rows):
+        if any("fd" in row for row in chosen.rows):
             parts.append("\nFréchet distance to the teacher's pictures:\n")
             parts.append(table(chosen, "fd", 1, "{:.3f}"))
         parts.append(paired(chosen))
@@ -90,17 +107,18 @@ Written by `python -m benchmarks.method.report` from `benchmarks/results/method/
 command, versions, machine, seed and date. The rows are made by `python -m benchmarks.method`.
 
 Each family is the tiny teacher that ships. Every trained method has the same number of steps of 8 samples. A method's
-learning rate is the one with the least loss on the *validation* split at the first seed. The numbers are of the *test*
-split: mean ± standard deviation over seeds, and in parentheses the learning rate, with ↑ or ↓ where no higher or lower
-one was tried (↕: no other), so that it may not be the method's best. The Fréchet distance is on the small extractor
-that ships, not on Inception; it and PSNR are over {pictures} from equal seeds.
+learning rate is the one with the least loss on the *validation* split at the first seed; so is what it trains, all
+quantized layers or those of the blocks, where both were run. The numbers are of the *test* split: mean ± standard
+deviation over seeds, and in parentheses "blocks" where only these are trained, and the learning rate, with ↑ or ↓ where
+no higher or lower one was tried (↕: no other), so that it may not be the method's best. The Fréchet distance is on the
+small extractor that ships, not on Inception; it and PSNR are over {pictures} pictures from equal seeds.
 """
 _TRACK_TITLES = {
     "w4a8": "W4A8, dynamic activations, annealed learning rate",
+    "groups": "W4A8, dynamic activations, annealed learning rate, one scale for every 32 inputs",
     "constant": "W4A8, dynamic activations, constant learning rate",
     "static": "W4A8, static activations (one range a layer), annealed learning rate",
     "w3a8": "W3A8, dynamic activations, annealed learning rate",
-    "groups": "W4A8, dynamic activations, annealed learning rate, one scale for every 32 inputs",
     "all-emoji": "W4A8, dynamic activations, annealed learning rate, trained on four times the pictures",
     "outliers": "W4A8, dynamic activations, annealed learning rate, a teacher with outlier channels",
 }
@@ -131,14 +149,13 @@ def table(results: Results, metric: str, factor: float, form: str) -> str:
     for family in FAMILIES:
         means = {}
         for method in TITLES:
-            rows = [row for row in results.at_best_rate(family=family, method=method) if metric in row]
+            rows = [row for row in results.at_best(family=family, method=method) if metric in row]
             values = [factor * row[metric] for row in rows]
             if values:
                 means[method] = statistics.fmean(values)
                 spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-                tried = results.of(family=family, method=method)
-                rate = f" ({_rate(tried, rows[0]['rate'])})" if rows[0]["rate"] else ""
-                cells[TITLES[method]][family] = f"{form.format(means[method])}{spread}{rate}"
+                setting = _setting(results.of(family=family, method=method), rows[0])
+                cells[TITLES[method]][family] = f"{form.format(means[method])}{spread}{setting}"
         if means:
             best = TITLES[min(means, key=means.__getitem__)]
             cells[best][family] = f"**{cells[best][family]}**"
@@ -153,11 +170,15 @@ def _by_family(first: str, cells: Mapping[str, Mapping[str, str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _rate(rows: list[Row], best: float) -> str:
-    """A learning rate, with an arrow to where no other one was tried."""
-    tried = {row["rate"] for row in rows if row["seed"] == min(row["seed"] for row in rows)}
+def _setting(rows: list[Row], chosen: Row) -> str:
+    """What is trained and the learning rate, with an arrow to where no other one was tried; nothing of PTQ."""
+    best = chosen["rate"]
+    if not best:
+        return ""
+    tried = {row["rate"] for row in rows if (row["track"], row["seed"]) == (chosen["track"], chosen["seed"])}
     arrow = {(True, True): "↕", (True, False): "↓", (False, True): "↑", (False, False): ""}
-    return f"{best:.0e}{arrow[best == min(tried), best == max(tried)]}"
+    blocks = "blocks, " if chosen["track"].startswith(BLOCKS) else ""
+    return f" ({blocks}{best:.0e}{arrow[best == min(tried), best == max(tried)]})"
 
 
 def paired(results: Results) -> str:
@@ -171,9 +192,7 @@ def paired(results: Results) -> str:
         for family in FAMILIES:
             values = {
                 method: {
-                    row["seed"]: row[metric]
-                    for row in results.at_best_rate(family=family, method=method)
-                    if metric in row
+                    row["seed"]: row[metric] for row in results.at_best(family=family, method=method) if metric in row
                 }
                 for method in results.distinct("method", family=family)
             }
@@ -195,7 +214,7 @@ def paired(results: Results) -> str:
     if not lines:
         return ""
     head = [
-        "\nThis project's default against the strongest baseline, each at its own best rate; where that one stores "
+        "\nThis project's default against the strongest baseline, each at its own best setting; where that one stores "
         "more bits a weight, also against the strongest that does not:\n",
         "| metric | family | strongest baseline | ours, change (95% interval) | seed by seed |",
         "|---|---|---|---|---|",
@@ -225,7 +244,7 @@ def changes(results: Results) -> str:
     cells: dict[str, dict[str, str]] = {TITLES[method]: {} for method in TITLES}
     for family in FAMILIES:
         for method in TITLES:
-            rows = [row for row in results.at_best_rate(family=family, method=method) if "moved" in row]
+            rows = [row for row in results.at_best(family=family, method=method) if "moved" in row]
             if rows:
                 moved, changed, flips = (
                     statistics.fmean(row[name] for row in rows) for name in ("moved", "codes_changed", "flips")
@@ -240,28 +259,28 @@ def changes(results: Results) -> str:
 
 
 def forms(results: Results) -> str:
-    """Forms that were tried: their test loss against the default's, seed by seed, in % (above 0: worse than it)."""
+    """Forms that were tried: their test loss against ours, seed by seed, in % (above 0: worse than it)."""
     names = sorted(name for name in results.distinct("method") if name not in TITLES)
     if not names:
         return ""
     cells: dict[str, dict[str, str]] = {name: {} for name in ["lsq-qat", *names]}
     for name, row in cells.items():
         for family in FAMILIES:
-            ours = {row["seed"]: row["test"] for row in results.at_best_rate(family=family, method=OURS)}
-            tried = {row["seed"]: row["test"] for row in results.at_best_rate(family=family, method=name)}
+            ours = {row["seed"]: row["test"] for row in results.at_best(family=family, method=OURS)}
+            tried = {row["seed"]: row["test"] for row in results.at_best(family=family, method=name)}
             differences = [100 * (tried[seed] / ours[seed] - 1) for seed in sorted(set(ours) & set(tried))]
             if differences:
                 row[family] = f"{statistics.fmean(differences):+.1f} ({len(differences)})"
     return (
-        "\nForms that were tried: test loss against the default's at the same seeds, in % (above 0 is worse), and the "
-        f"number of seeds:\n\n{_by_family('form', cells)}"
+        "\nForms that were tried, all layers trained: test loss against that of this project's form at the same seeds, "
+        f"in % (above 0 is worse), and the number of seeds:\n\n{_by_family('form', cells)}"
     )
 
 
 def layers(results: Results) -> str:
     """What training only one group of layers does to the loss, in %, at the same rate and seeds (above 0: worse)."""
     cells: dict[str, dict[str, str]] = {}
-    for track in [name for name in TRACKS if name.startswith("train-")]:
+    for track in [name for name in TRACKS if name.startswith("train-") and "groups" not in name]:
         for method in (OURS, "lsq-qat"):
             title = f"{track.removeprefix('train-').replace('_', '-')}, {TITLES[method]}"
             for family in FAMILIES:
@@ -312,7 +331,7 @@ def plots(results: Results, folder: Path) -> None:
     methods = [name for name in TITLES if main.of(method=name)]
     for axis, family in zip(axes[0], families, strict=True):
         for height, method in enumerate(methods):
-            values = [1e3 * row["test"] for row in main.at_best_rate(family=family, method=method)]
+            values = [1e3 * row["test"] for row in main.at_best(family=family, method=method)]
             if not values:
                 axis.text(0, height, " not run", va="center", fontsize=8, color="tab:grey")
                 continue
@@ -331,8 +350,10 @@ def plots(results: Results, folder: Path) -> None:
     )
     for axis, family in zip(axes[0], families, strict=True):
         for method in [name for name in TITLES if any(row["rate"] for row in main.of(family=family, method=name))]:
+            track = main.at_best(family=family, method=method)[0]["track"]
             first = sorted(
-                (row["rate"], 1e3 * row["validation"]) for row in main.of(family=family, method=method, seed=1)
+                (row["rate"], 1e3 * row["validation"])
+                for row in main.of(family=family, method=method, seed=1, track=track)
             )
             axis.plot(*zip(*first, strict=True), marker="o", markersize=3, label=method, lw=2 if method == OURS else 1)
         axis.set_xscale("log")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.method.__main__ import RESULTS, append, installed, main, read, run_method
+from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_method
 from benchmarks.method.report import Results, forms, page, paired, table
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Remembered, Setting
 from benchmarks.method.variants import LearnedWidths
@@ -26,7 +26,14 @@ from fbqat_hub.training.recipe import load_recipe
 
 def options(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"rates": (1e-4, 2e-4), "seeds": [1, 2, 3], "steps": 400, "fixed_rates": False, **changes}
+        **{
+            "rates": (1e-4, 2e-4),
+            "seeds": [1, 2, 3],
+            "steps": 400,
+            "fixed_rates": False,
+            "no_pictures": False,
+            **changes,
+        }
     )
 
 
@@ -36,9 +43,10 @@ class Recorder:
     def __init__(self, best: float) -> None:
         self.best = best
         self.settings: list[Setting] = []
+        self.pictured: list[Setting] = []
 
-    def __call__(self, setting: Setting) -> dict[str, Any]:
-        self.settings.append(setting)
+    def __call__(self, setting: Setting, pictures: bool) -> dict[str, Any]:
+        (self.pictured if pictures else self.settings).append(setting)
         return {"validation": abs(torch.tensor(setting.rate / self.best).log().item())}
 
 
@@ -49,11 +57,17 @@ class Recorder:
 def test_rates_are_bracketed_at_the_first_seed(best: float, rates: list[float]) -> None:
     recorder = Recorder(best)
     run_method(recorder, "sana", "w4a8", "vqat", options())
-    first = [setting.rate for setting in recorder.settings if setting.seed == 1]
-    assert first == pytest.approx(rates)
+    assert [(setting.rate, setting.seed) for setting in recorder.settings] == [(pytest.approx(r), 1) for r in rates]
     nearest = min(rates, key=lambda rate: abs(torch.tensor(rate / best).log().item()))
-    rest = [(setting.rate, setting.seed) for setting in recorder.settings if setting.seed != 1]
-    assert rest == [(pytest.approx(nearest), 2), (pytest.approx(nearest), 3)]
+    drawn = [(setting.rate, setting.seed) for setting in recorder.pictured]
+    assert drawn == [(pytest.approx(nearest), seed) for seed in (1, 2, 3)]
+
+
+def test_without_pictures_none_are_drawn() -> None:
+    recorder = Recorder(1e-4)
+    run_method(recorder, "sana", "w4a8", "vqat", options(no_pictures=True))
+    assert not recorder.pictured
+    assert {setting.seed for setting in recorder.settings} == {1, 2, 3}
 
 
 def test_fixed_rates_are_not_continued() -> None:
@@ -62,9 +76,15 @@ def test_fixed_rates_are_not_continued() -> None:
     assert [setting.rate for setting in recorder.settings] == [1e-4, 2e-4]
 
 
+def test_one_fixed_rate_runs_once_a_seed() -> None:
+    recorder = Recorder(1e-4)
+    run_method(recorder, "sana", "w4a8", "vqat", options(rates=[1e-4], fixed_rates=True, seeds=[1, 2]))
+    assert (recorder.settings, [setting.seed for setting in recorder.pictured]) == ([], [1, 2])
+
+
 def test_ptq_runs_once() -> None:
     seen: list[Setting] = []
-    run_method(lambda setting: seen.append(setting) or {"validation": 1.0}, "sana", "w4a8", "ptq-mse", options())
+    run_method(lambda setting, _: seen.append(setting) or {"validation": 1.0}, "sana", "w4a8", "ptq-mse", options())
     assert [(setting.rate, setting.steps, setting.seed) for setting in seen] == [(0.0, 0, 1)]
 
 
@@ -111,8 +131,24 @@ ROWS = [
 
 
 def test_best_rate_is_chosen_on_validation_not_on_test() -> None:
-    chosen = Results(ROWS).at_best_rate(family="sana", method="lsq-qat")
+    chosen = Results(ROWS).at_best(family="sana", method="lsq-qat")
     assert [(found["rate"], found["seed"]) for found in chosen] == [(2e-4, 1), (2e-4, 2)]
+
+
+def test_what_a_method_trains_is_chosen_on_validation_too() -> None:
+    """Of two seeds, the blocks' rows only where they were better at the first one on validation."""
+    blocks = [row("lsq-qat", 1e-4, seed, 0.012, validation=0.024, track="train-blocks") for seed in (1, 2)]
+    worse = row("fbqat", 1e-4, 1, 0.001, validation=0.9, track="train-blocks")
+    lines = table(Results([*ROWS, *blocks, worse]).named(), "test", 1e3, "{:.2f}").splitlines()
+    assert "| QAT, learned step size (LSQ) | **12.00 ± 0.00 (blocks, 1e-04↕)** |" in lines
+    assert "| FB-QAT, this project's default | 18.00 ± 1.27 (1e-04↕) |" in lines
+
+
+def test_groups_are_compared_with_torchao_s() -> None:
+    ours = row("fbqat", 1e-4, 1, 0.009, track="train-blocks-groups")
+    theirs = row("torchao-qat", 1e-4, 1, 0.010, track="train-blocks")
+    lines = table(Results([*ROWS, ours, theirs]).named("groups"), "test", 1e3, "{:.2f}").splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["10.00 (blocks, 1e-04↕)", "**9.00 (blocks, 1e-04↕)**"]
 
 
 def test_table_has_mean_spread_and_rate_and_the_best_is_bold() -> None:
@@ -164,10 +200,21 @@ def test_tracked_results_have_every_family_and_one_row_a_setting() -> None:
 
 
 def test_rows_are_added_whole(tmp_path: Path) -> None:
-    append(tmp_path / "new" / "sana.json", {"a": 1})
-    append(tmp_path / "new" / "sana.json", {"a": 2})
-    assert read(tmp_path / "new" / "sana.json") == [{"a": 1}, {"a": 2}]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sana.json"]
+    file = tmp_path / "new" / "sana.json"
+    first, second = row("vqat", 1e-4, 1, 0.02), row("vqat", 1e-4, 2, 0.02)
+    add(file, first)
+    add(file, second)
+    assert read(file) == [first, second]
+    assert [path.name for path in file.parent.iterdir()] == ["sana.json"]
+
+
+def test_a_row_takes_the_place_of_the_same_runs_older_one(tmp_path: Path) -> None:
+    file = tmp_path / "sana.json"
+    add(file, row("vqat", 1e-4, 1, 0.02))
+    add(file, row("vqat", 1e-4, 2, 0.02))
+    with_pictures = {**row("vqat", 1e-4, 1, 0.02), "pictures": 768}
+    add(file, with_pictures)
+    assert read(file) == [row("vqat", 1e-4, 2, 0.02), with_pictures]
 
 
 class Doubler(torch.nn.Module):

@@ -1,0 +1,197 @@
+"""Text encoders and decoders at their checkpoints' width as W8A16 graphs on the HTP. Random weights.
+
+python -m benchmarks.htp_parts --part dc-ae --output runs/dc-ae   # -> benchmarks/results/htp.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
+
+from benchmarks.htp_true_size import RESULTS, PeakMemory
+from fbqat_hub.evaluation.results import Record, write_records
+from fbqat_hub.export.float_graph import GraphWrapper
+from fbqat_hub.export.float_part import build_part
+from fbqat_hub.export.graph_export import STEPS, Progress
+from fbqat_hub.export.htp_export import staging, write_certificate
+from fbqat_hub.export.targets import target_for
+from fbqat_hub.export.text_encoder import wrap_text_encoder
+from fbqat_hub.export.wrappers import wrap_decoder
+
+# Rows of the token table, which stays on the host.
+VOCABULARY = 1000
+# Inputs to calibrate on; one more is held out.
+CALIBRATION = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a pipeline around its denoiser.
+
+    Attributes:
+        family: of the results.
+        shape: what is exported, for the tables.
+        build: so many layers of it -> the module; of an autoencoder always the whole decoder.
+        layers, of: how many are exported, of how many.
+        size: tokens of a text encoder; side of an autoencoder's latents.
+        channels: of the latents; 0 of a text encoder.
+        masked: whether the pipeline tells the encoder the padding.
+    """
+
+    family: str
+    shape: str
+    build: Callable[[int], nn.Module]
+    layers: int
+    of: int
+    size: int
+    channels: int = 0
+    masked: bool = False
+
+    def graph(self) -> GraphWrapper:
+        """The graph of the part with its own random weights."""
+        torch.manual_seed(0)
+        module = self.build(self.layers).eval()
+        if self.channels:
+            return wrap_decoder(module)
+        return wrap_text_encoder("text_encoder", module, self.size, self.masked).wrapper
+
+    def items(self) -> list[dict[str, Tensor]]:
+        """Random inputs; of a text encoder from a quarter to all of the tokens are no padding."""
+        generator = torch.Generator().manual_seed(1)
+        count = CALIBRATION + 1
+        if self.channels:
+            shape = (1, self.channels, self.size, self.size)
+            return [{"latents": torch.randn(shape, generator=generator)} for _ in range(count)]
+        lengths = torch.linspace(self.size // 4, self.size, count).long().tolist()
+        return [
+            {
+                "input_ids": torch.randint(VOCABULARY, (1, self.size), generator=generator),
+                "attention_mask": (torch.arange(self.size) < length)[None].long(),
+            }
+            for length in lengths
+        ]
+
+    def whole(self) -> int:
+        """Parameters of all layers, without the token table."""
+        with torch.device("meta"):
+            module = self.build(self.of)
+        part: Any = module.decoder if self.channels else module
+        return sum(each.numel() for each in part.parameters() if each.shape[0] != VOCABULARY)
+
+
+def gemma2(layers: int) -> nn.Module:
+    """google/gemma-2-2b."""
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=VOCABULARY, hidden_size=2304, intermediate_size=9216, num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096,
+        )
+    )  # fmt: skip
+
+
+def t5(layers: int) -> nn.Module:
+    """The encoder of google/t5-v1_1-xxl."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=VOCABULARY, d_model=4096, d_kv=64, d_ff=10240, num_layers=layers, num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )
+    )  # fmt: skip
+
+
+def clip(layers: int) -> nn.Module:
+    """The text model of openai/clip-vit-large-patch14."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072, num_hidden_layers=layers,
+            num_attention_heads=12, max_position_embeddings=77, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def dc_ae(_: int) -> nn.Module:
+    """mit-han-lab/dc-ae-f32c32-sana, with an encoder of nothing."""
+    return AutoencoderDC(
+        latent_channels=32, scaling_factor=0.41407,
+        encoder_block_out_channels=(8,) * 6, encoder_layers_per_block=(1,) * 6, encoder_qkv_multiscales=((),) * 6,
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        decoder_block_out_channels=(128, 256, 512, 512, 1024, 1024), decoder_layers_per_block=(3,) * 6,
+        decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)), decoder_norm_types="rms_norm", decoder_act_fns="silu",
+        upsample_block_type="interpolate", downsample_block_type="Conv",
+    )  # fmt: skip
+
+
+def kl(_: int) -> nn.Module:
+    """The autoencoder of 16 channels of FLUX.1 and SD3.5."""
+    return AutoencoderKL(
+        latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+        use_post_quant_conv=False, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
+PARTS = {
+    "gemma-2-2b": Part(
+        family="sana", shape="2 of 26 layers, 300 tokens", build=gemma2, layers=2, of=26, size=300, masked=True
+    ),
+    "t5-xxl": Part(
+        family="pixart-sigma", shape="1 of 24 layers, 300 tokens", build=t5, layers=1, of=24, size=300, masked=True
+    ),
+    "clip-l": Part(family="sd3", shape="all 12 layers, 77 tokens", build=clip, layers=12, of=12, size=77),
+    "dc-ae": Part(family="sana", shape="the decoder, 128 px", build=dc_ae, layers=1, of=1, size=4, channels=32),
+    "kl-16": Part(family="flux", shape="the decoder, 64 px", build=kl, layers=1, of=1, size=8, channels=16),
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the export")
+    parser.add_argument("--dry-run", action="store_true", help="leave benchmarks/results as it is")
+    options = parser.parse_args()
+    part, target, memory = PARTS[options.part], target_for("sm8750"), PeakMemory()
+    memory.start()
+    began = time.perf_counter()
+    *calibration, held_out = part.items()
+    bar = Progress(2 + len(STEPS), shown=True)
+    with staging(options.output) as folder:
+        wrapper = part.graph()
+        kind = part.build.__name__
+        section = build_part(options.part, kind, wrapper, calibration, [held_out], folder, target, bar)
+        write_certificate(folder, target, section, bar)
+    bar.bar.close()
+    parity = section["parity"]
+    extra = {
+        "part": options.part,
+        "shape": part.shape,
+        "parameters_of_all_layers": part.whole(),
+        "export_seconds": round(time.perf_counter() - began, 1),
+        "compile_seconds": section["compiler"]["seconds"],
+        "cost": section["cost"],
+        "emulator_vs_cpu_qdq_db": parity["emulator_vs_cpu_qdq"]["sqnr_db"],
+    }
+    print(json.dumps(extra | {"peak_rss_mib": memory.mib, "parity": parity}, indent=2))
+    if options.dry_run:
+        return
+    common = {"suite": "htp", "family": part.family, "method": "ptq-maxabs", "seed": 0, "n": 1, "extra": extra}
+    sqnr = parity["emulator_vs_torch_packed"]["sqnr_db"]
+    records = [
+        Record(**common, metric="peak_rss_mib", value=memory.mib),
+        Record(**common, metric="sqnr_db", value=sqnr),
+    ]
+    print(f"saved {write_records(RESULTS, records).name}")
+
+
+if __name__ == "__main__":
+    main()
