@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("README.md", "docs/method.md", "docs/htp.md")
 
 
+def markdown(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = ["|---" * len(head) + "|"] + [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([f"| {' | '.join(head)} |", *lines])
+
+
+def measured_at_true_size(name: str) -> list[tuple[Record, float]]:
+    """The HTP suite's SQNR records whose ``extra`` has ``name``, each with its run's peak memory in GB."""
+    found = [record for record in read_records(RESULTS / "htp.json") if name in record.extra]
+    peaks = {record.extra[name]: record.value * 2**20 / 1e9 for record in found if record.metric == "peak_rss_mib"}
+    return [(record, peaks[record.extra[name]]) for record in found if record.metric == "sqnr_db"]
+
+
 def demo_table() -> str:
     """Methods x metrics of one `make demo`."""
     columns = ("kd_loss", "fd_teacher", "psnr", "ssim")
@@ -31,25 +44,24 @@ def demo_table() -> str:
         if record.method != "teacher":  # only its memory
             rows[record.method][record.metric] = record
     head = ["method"] + [f"{METRICS[name].title} {'↓' if METRICS[name].better == 'lower' else '↑'}" for name in columns]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for method in METHODS:
-        if found := rows.get(method):
-            cells = [f"{found[name].value:.4g}" for name in columns]
-            lines.append("| " + " | ".join([METHODS[method], *cells]) + " |")
+    cells = [
+        [METHODS[method], *(f"{found[name].value:.4g}" for name in columns)]
+        for method in METHODS
+        if (found := rows.get(method))
+    ]
     one = next(iter(rows.values()))
     budget = rows["fbqat"]["kd_loss"].extra
     trained = (
         f" ({budget['steps']} steps of {budget['batch_size']} at a learning rate of {budget['learning_rate']:.0e})"
     )
-    lines += [
-        "",
+    return (
+        f"{markdown(head, cells)}\n\n"
         f"Tiny Sana, W4A8 with dynamic INT8 activations, seed {one['kd_loss'].seed}, one run each"
         f"{trained}; "
         f"{one['kd_loss'].n} held-out draws for the loss, {one['psnr'].n} pictures from equal seeds for the rest. "
         f"Fréchet distance is on the extractor that ships ({one['fd_teacher'].extra['extractor']}), not on Inception. "
-        "Remade by `make demo`.",
-    ]
-    return "\n".join(lines)
+        "Remade by `make demo`."
+    )
 
 
 def method_table() -> str:
@@ -60,10 +72,9 @@ def method_table() -> str:
 
 def speed_table() -> str:
     """The CPU benchmark's figures."""
-    lines = ["| Sana-600M shape, 2 blocks, 512 px | value |", "|---|---|"]
-    for record in read_records(RESULTS / "speed-cpu.json"):
-        lines.append(f"| {record.extra['label']} | {record.value:.4g} {record.unit} |")
-    return "\n".join(lines)
+    records = read_records(RESULTS / "speed-cpu.json")
+    rows = [(record.extra["label"], f"{record.value:.4g} {record.unit}") for record in records]
+    return markdown(("Sana-600M shape, 2 blocks, 512 px", "value"), rows)
 
 
 def true_size_table() -> str:
@@ -72,54 +83,45 @@ def true_size_table() -> str:
         "model", "packed weights", "binary", "spill/fill", "export", "compile", "emulate", "probe", "processor time",
         "peak RAM", "emulator to CPU", "to torch",
     )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    found = [record for record in read_records(RESULTS / "htp.json") if "packed_weights" in record.extra]
-    peaks = {record.extra["model"]: record for record in found if record.metric == "peak_rss_mib"}
-    notes = []
-    for record in found:
-        if record.metric != "sqnr_db":
-            continue
+    rows, notes = [], []
+    for record, peak in measured_at_true_size("model"):
         extra = record.extra
-        peak, cost, steps = peaks[extra["model"]], extra["cost"], extra["steps_seconds"]
+        cost, steps = extra["cost"], extra["steps_seconds"]
         graphs = f"{extra['graphs']} graphs" if extra["graphs"] > 1 else "1 graph"
-        cells = [
-            f"`{extra['model']}`: {extra['shape']}; {graphs}",
-            f"{extra['packed_weights'] / 1e6:.0f} M",
-            f"{cost['binary_bytes'] / 1e6:.0f} MB",
-            f"{cost['spill_fill_bytes'] / 1e6:.1f} MB",
-            f"{extra['export_seconds']:.0f} s",
-            *(f"{steps[step]:.0f} s" for step in ("compile", "emulate", "probe")),
-            f"{extra['cpu_seconds']:.0f} s" if "cpu_seconds" in extra else "not measured",
-            f"{peak.value * 2**20 / 1e9:.2f} GB",
-            f"{extra['emulator_vs_cpu_qdq_db']:.1f} dB",
-            f"{record.value:.1f} dB",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(
+            [
+                f"`{extra['model']}`: {extra['shape']}; {graphs}",
+                f"{extra['packed_weights'] / 1e6:.0f} M",
+                f"{cost['binary_bytes'] / 1e6:.0f} MB",
+                f"{cost['spill_fill_bytes'] / 1e6:.1f} MB",
+                f"{extra['export_seconds']:.0f} s",
+                *(f"{steps[step]:.0f} s" for step in ("compile", "emulate", "probe")),
+                f"{extra['cpu_seconds']:.0f} s" if "cpu_seconds" in extra else "not measured",
+                f"{peak:.2f} GB",
+                f"{extra['emulator_vs_cpu_qdq_db']:.1f} dB",
+                f"{record.value:.1f} dB",
+            ]
+        )
         notes.append(f"{extra['machine_was']}, torch on {extra['threads']} of its threads")
-    return "\n".join([*lines, "", f"The machine was: {'; '.join(dict.fromkeys(notes))}."])
+    return f"{markdown(head, rows)}\n\nThe machine was: {'; '.join(dict.fromkeys(notes))}."
 
 
 def htp_parts_table() -> str:
     """Text encoders and decoders at true width, by `benchmarks.htp_parts`."""
     head = ("part", "weights of the whole", "binary", "compile", "peak RAM", "emulator to CPU", "to torch")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    found = [record for record in read_records(RESULTS / "htp.json") if "part" in record.extra]
-    peaks = {record.extra["part"]: record.value for record in found if record.metric == "peak_rss_mib"}
-    for record in found:
-        if record.metric != "sqnr_db":
-            continue
-        extra = record.extra
-        cells = (
-            f"`{extra['part']}`: {extra['shape']}",
-            f"{extra['parameters_of_all_layers'] / 1e9:.2f} G",
-            f"{extra['cost']['binary_bytes'] / 1e6:.0f} MB",
-            f"{extra['compile_seconds']:.0f} s",
-            f"{peaks[extra['part']] * 2**20 / 1e9:.2f} GB",
-            f"{extra['emulator_vs_cpu_qdq_db']:.1f} dB",
+    rows = [
+        (
+            f"`{record.extra['part']}`: {record.extra['shape']}",
+            f"{record.extra['parameters_of_all_layers'] / 1e9:.2f} G",
+            f"{record.extra['cost']['binary_bytes'] / 1e6:.0f} MB",
+            f"{record.extra['compile_seconds']:.0f} s",
+            f"{peak:.2f} GB",
+            f"{record.extra['emulator_vs_cpu_qdq_db']:.1f} dB",
             f"{record.value:.1f} dB",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for record, peak in measured_at_true_size("part")
+    ]
+    return markdown(head, rows)
 
 
 def _bundles() -> list[Record]:
@@ -133,7 +135,7 @@ def htp_table() -> str:
         "family", "precision", "emulator to torch (dB)", "to the CPU (dB)", "CPU to torch (dB)", "pictures (dB)",
         "runner's, from text (dB)", "activations (KB)", "at A16, of M MACs", "binary (MB)", "seconds",
     )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for record in _bundles():
         found, parity = record.extra, record.extra["parity"]
         cost = found["cost"]
@@ -151,21 +153,20 @@ def htp_table() -> str:
             f"{cost['binary_bytes'] / 1e6:.2f}",
             f"{found['export_seconds']:.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 def htp_text_table() -> str:
     """Parity of the text encoders and the decoder, of the bundles at W4A8 (they are the same in both)."""
-    lines = ["| family | graph | emulator to torch (dB) | to the CPU (dB) |", "|---|---|---|---|"]
-    for record in _bundles():
-        if record.extra["precision"] == "w4a8":
-            for name, pairs in record.extra["graphs"].items():
-                cells = (
-                    f"{pairs[pair]['sqnr_db']:.1f}" for pair in ("emulator_vs_torch_packed", "emulator_vs_cpu_qdq")
-                )
-                lines.append(f"| {FAMILIES[record.family]} | `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    shown = ("emulator_vs_torch_packed", "emulator_vs_cpu_qdq")
+    rows = [
+        (FAMILIES[record.family], f"`{name}`", *(f"{pairs[pair]['sqnr_db']:.1f}" for pair in shown))
+        for record in _bundles()
+        if record.extra["precision"] == "w4a8"
+        for name, pairs in record.extra["graphs"].items()
+    ]
+    return markdown(("family", "graph", "emulator to torch (dB)", "to the CPU (dB)"), rows)
 
 
 def htp_ops_table() -> str:
@@ -173,32 +174,32 @@ def htp_ops_table() -> str:
     reports = {
         record.family: record.extra["allocation"] for record in _bundles() if record.extra["precision"] == "auto"
     }
-    lines = ["| at 8 bits | " + " | ".join(FAMILIES[family] for family in reports) + " |"]
-    lines.append("|---" * (1 + len(reports)) + "|")
-    rows = {family: {each["name"]: each for each in report["candidates"]} for family, report in reports.items()}
+    named_of = {family: {each["name"]: each for each in report["candidates"]} for family, report in reports.items()}
 
     def cell(each: dict[str, Any] | None) -> str:
         return "–" if each is None else f"{each['alone_db']:.1f}, {each['cost'] / 2:.1%}, A{each['bits']}"
 
-    for kind in OP_KINDS:
-        if any(kind in named for named in rows.values()):
-            lines.append(f"| {kind} | " + " | ".join(cell(named.get(kind)) for named in rows.values()) + " |")
+    rows = [
+        (kind, *(cell(named.get(kind)) for named in named_of.values()))
+        for kind in OP_KINDS
+        if any(kind in named for named in named_of.values())
+    ]
     worst = [
         min((each for name, each in named.items() if name not in OP_KINDS), key=lambda each: each["alone_db"])
-        for named in rows.values()
+        for named in named_of.values()
     ]
-    lines.append("| worst layers | " + " | ".join(f"`{each['name']}` {cell(each)}" for each in worst) + " |")
-    ends = (f"{report['all_at_16_db']:.1f}" for report in reports.values())
-    lines.append("| nothing | " + " | ".join(ends) + " |")
-    return "\n".join(lines)
+    rows.append(("worst layers", *(f"`{each['name']}` {cell(each)}" for each in worst)))
+    rows.append(("nothing", *(f"{report['all_at_16_db']:.1f}" for report in reports.values())))
+    return markdown(("at 8 bits", *(FAMILIES[family] for family in reports)), rows)
 
 
 def htp_gain_table() -> str:
     """`auto` against `w4a8`, a family a row."""
-    lines = [
-        "| family | SQNR to torch (dB) | pictures (dB) | activation bytes | MACs at 16 bits | of the cost at 16 bits |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = (
+        "family", "SQNR to torch (dB)", "pictures (dB)", "activation bytes", "MACs at 16 bits",
+        "of the cost at 16 bits",
+    )  # fmt: skip
+    rows = []
     found = {(record.family, record.extra["precision"]): record.extra for record in _bundles()}
     for family in [family for family, precision in found if precision == "auto"]:
         before, after = found[family, "w4a8"], found[family, "auto"]
@@ -212,8 +213,8 @@ def htp_gain_table() -> str:
             f"{wide[0]:.0%} → {wide[1]:.0%}",
             f"{after['allocation']['share_at_16']:.0%}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -65,10 +65,11 @@ class ExplicitAttention:
 
 
 def relu_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Linear attention of queries and keys that passed a ReLU, (v k^T) q / (sum(k) q): [N, heads, d, tokens] each.
+    """Linear attention, (v k^T) q / (sum(k) q) of the ReLU of queries and keys: [N, heads, d, tokens] each.
 
     Numerator and normaliser stay in two tensors, so that each gets a quantization range of its own.
     """
+    query, key = F.relu(query), F.relu(key)
     numerator = (value @ key.transpose(2, 3)) @ query  # [N, heads, d, tokens]
     normaliser = key.sum(-1, keepdim=True).transpose(2, 3) @ query  # [N, heads, 1, tokens]
     # diffusers adds 1e-15, which the exporter drops as nothing; 0 / 0 of a dead head must stay 0 all the same
@@ -89,7 +90,7 @@ class ExplicitLinearAttention:
         query, key, value = _query_key_value(attn, hidden_states, hidden_states)
         # [N, tokens, heads * d] -> [N, heads, d, tokens]
         query, key, value = (item.transpose(1, 2).unflatten(1, (attn.heads, -1)) for item in (query, key, value))
-        attended = relu_attention(F.relu(query), F.relu(key), value).flatten(1, 2).transpose(1, 2)
+        attended = relu_attention(query, key, value).flatten(1, 2).transpose(1, 2)
         return attn.to_out[0](attended)
 
 
@@ -104,7 +105,7 @@ class ExplicitMultiscaleAttention:
         joined = torch.cat([attn.to_q(pixels), attn.to_k(pixels), attn.to_v(pixels)], dim=3).movedim(-1, 1)
         scales = torch.cat([joined, *(block(joined) for block in attn.to_qkv_multiscale)], dim=1)
         query, key, value = scales.flatten(2).unflatten(1, (-1, 3 * attn.attention_head_dim)).chunk(3, dim=2)
-        attended = relu_attention(F.relu(query), F.relu(key), value).flatten(1, 2).unflatten(2, picture.shape[2:])
+        attended = relu_attention(query, key, value).flatten(1, 2).unflatten(2, picture.shape[2:])
         out = attn.to_out(attended.movedim(1, -1))
         out = attn.norm_out(out).movedim(-1, 1) if attn.norm_type == "rms_norm" else attn.norm_out(out.movedim(-1, 1))
         return out + picture if attn.residual_connection else out

@@ -112,8 +112,7 @@ def host_parts(
     matrix = sampler_matrix(pipeline.scheduler)
     steps = len(matrix)
     branches = len(drawn[0].items) // steps
-    default = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
-    scale = 1.0 if branches == 1 else float(call.get("guidance_scale", default))
+    scale = 1.0 if branches == 1 else float(_argument(pipeline, call, "guidance_scale"))
     tensors = {"sampler": torch.from_numpy(matrix)}
     for index, each in enumerate(drawn):
         inputs = [wrapper.host_inputs(item) for item in each.items]
@@ -149,9 +148,13 @@ def host_parts(
 
 def instruction(pipeline: Any, call: Mapping[str, Any]) -> str:
     """What a Sana puts before every prompt, `complex_human_instruction`; nothing of other pipelines."""
-    name = "complex_human_instruction"
+    return "\n".join(_argument(pipeline, call, "complex_human_instruction") or ())
+
+
+def _argument(pipeline: Any, call: Mapping[str, Any], name: str) -> Any:
+    """What `pipeline` is called with, its own default where `call` leaves it out; None if it has no such argument."""
     parameter = inspect.signature(type(pipeline).__call__).parameters.get(name)
-    return "\n".join(call.get(name, parameter.default) or ()) if parameter else ""
+    return call.get(name, parameter.default) if parameter else None
 
 
 def unpack_tokens(tokens: Tensor, grid: Sequence[int]) -> Tensor:

@@ -188,7 +188,8 @@ def wrap_decoder(vae: Any) -> GraphWrapper:
     """The graph of an autoencoder's decoder: `latents` [1, C, h, w] -> `picture` [1, 3, H * W]; scaling included.
 
     Raises:
-        ExportError: the autoencoder is of no class that one of the four families uses.
+        ExportError: the autoencoder is of no class that one of the four families uses, or its linear attention of no
+            ReLU.
     """
     name = type(vae).__name__
     if name not in ("AutoencoderKL", "AutoencoderDC"):

@@ -15,7 +15,7 @@ MASK_BIAS = -30.0
 ENCODER_MASK_BIAS = -100.0
 
 
-def tokenize(path: Path, text: str, lower: bool, instruction: str = "") -> tuple[np.ndarray, np.ndarray]:
+def tokenize(path: Path, text: str, lower: bool, instruction: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [tokens] and mask [tokens] (1 = text, 0 = padding), int64, cut and padded as the file says.
 
     Args:
