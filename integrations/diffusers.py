@@ -261,21 +261,21 @@ class FBQATQuantizer(DiffusersQuantizer):
                 continue
             kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
             out_features, in_features = layer.weight.shape[:2]
-            if config.group_size is not None and in_features % config.group_size:
-                raise ValueError(
-                    f"group_size {config.group_size} does not divide the {in_features} inputs of {name}; give another, "
-                    "or put the layer into modules_to_not_convert."
+            try:
+                packed = kind(
+                    in_features,
+                    out_features,
+                    weight_bits=config.weight_bits,
+                    bias=layer.bias is not None,
+                    activation_scheme=scheme_for(name, config.activation_scheme(), config.module_overrides),
+                    group_size=config.group_size,
+                    dtype=layer.weight.dtype,
+                    device="meta",
                 )
-            packed = kind(
-                in_features,
-                out_features,
-                weight_bits=config.weight_bits,
-                bias=layer.bias is not None,
-                activation_scheme=scheme_for(name, config.activation_scheme(), config.module_overrides),
-                group_size=config.group_size,
-                dtype=layer.weight.dtype,
-                device="meta",
-            )
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} cannot be quantized: {error} Give another, or put the layer into modules_to_not_convert."
+                ) from error
             model.set_submodule(name, packed)
             self._layers[name] = packed
         if not self._layers:

@@ -42,9 +42,15 @@ def is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def _check_group_size(group_size: int | None, in_features: int) -> None:
-    if group_size is not None and in_features % group_size:
+def group_count(group_size: int, in_features: int) -> int:
+    """Scales of one output with per-group scales; a layer with no more inputs than a group has one.
+
+    Raises:
+        ValueError: more inputs than a group, of which they are not a multiple.
+    """
+    if in_features > group_size and in_features % group_size:
         raise ValueError(f"group_size {group_size} does not divide the layer's {in_features} inputs.")
+    return max(1, in_features // group_size)
 
 
 class _Float32Buffers(nn.Module):
@@ -83,7 +89,8 @@ class FakeQuantizedLinear(_Float32Buffers):
         self.out_features, self.in_features = layer.weight.shape[:2]
         self.weight_scheme = weight_scheme
         self.activation_scheme = activation_scheme
-        _check_group_size(weight_scheme.group_size, self.in_features)
+        size = weight_scheme.group_size
+        self._groups = None if size is None else group_count(size, self.in_features)
         self.weight = nn.Parameter(layer.weight.detach().float().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
         if weight_scheme.clip == "learned":
@@ -180,9 +187,9 @@ class FakeQuantizedLinear(_Float32Buffers):
         weight = self.weight.float()
         if self.weight_scheme.granularity == "per_tensor":
             return weight.reshape(1, -1)
-        if self.weight_scheme.granularity == "per_channel":
+        if self._groups is None:
             return weight.reshape(self.out_features, -1)
-        return weight.reshape(self.out_features, -1, self.weight_scheme.group_size or 1)
+        return weight.reshape(self.out_features, self._groups, -1)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.bit_width, dtype=torch.float64)
@@ -219,7 +226,7 @@ class PackedLinear(_Float32Buffers):
         bias: parameter [out] or None.
 
     Raises:
-        ValueError: ``weight_bits`` above 8, or a group size that does not divide ``in_features``.
+        ValueError: ``weight_bits`` above 8, or a group size that does not fit ``in_features`` (``group_count``).
     """
 
     weight_scale: Tensor
@@ -239,16 +246,14 @@ class PackedLinear(_Float32Buffers):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _check_group_size(group_size, in_features)
         if weight_bits > 8:
             raise ValueError(f"weight_bits is {weight_bits}; a byte holds a code of at most 8.")
         self.in_features, self.out_features, self.weight_bits = in_features, out_features, weight_bits
         self.activation_scheme = activation_scheme or ActivationScheme()
-        self.group_size = group_size
         shape = (out_features, packed_width(in_features, weight_bits))
         packed = torch.empty(shape, dtype=packed_dtype(weight_bits), device=device)
         self.weight_packed = nn.Parameter(packed, requires_grad=False)
-        scales = (out_features,) if group_size is None else (out_features, in_features // group_size)
+        scales = (out_features,) if group_size is None else (out_features, group_count(group_size, in_features))
         self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float32, device=device))
         static = self.activation_scheme.range == "static" and self.activation_scheme.bits < 32
         scalar = torch.empty((), dtype=torch.float32, device=device)

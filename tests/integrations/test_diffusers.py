@@ -33,7 +33,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "modules_to_not_convert": ["time_embed.*", "*.attn2.to_k"],
         "module_overrides": {"proj_out": {"bits": 16}, "*.ff.*": {"range": "per_tensor"}},
     },
-    "groups": {"weight_granularity": "per_group", "group_size": 4, "weight_narrow": True, "weight_clip": "max_abs"},
+    # the patch embedding has 4 inputs
+    "groups": {"weight_granularity": "per_group", "group_size": 8, "weight_narrow": True, "weight_clip": "max_abs"},
     "static": {"activation_range": "static", "module_overrides": {"proj_out": {"bits": 16}}},
     "six bits": {"weight_bits": 6},
     "eight bits": {"weight_bits": 8, "activation_range": "static"},
@@ -374,7 +375,7 @@ def test_bad_config_is_refused(packed, changes: dict[str, Any], message: str, tm
         ({"modules_to_not_convert": ["proj_uot"]}, "'proj_uot' matches no linear layer"),
         (
             {"weight_granularity": "per_group", "group_size": 6},
-            "group_size 6 does not divide the 4 inputs of patch_embed",
+            r"timestep_embedder.linear_1 cannot be quantized: group_size 6 does not divide the layer's 256 inputs",
         ),
     ],
 )

@@ -276,6 +276,15 @@ class TestPacked:
             with pytest.raises(ValueError, match="group_size 4 does not divide the layer's 10 inputs"):
                 build()
 
+    def test_a_layer_with_fewer_inputs_than_a_group_has_one_scale_an_output(self) -> None:
+        per_channel = make(6)
+        grouped = FakeQuantizedLinear(per_channel, WeightScheme(granularity="per_group", group_size=8), FLOAT_INPUT)
+        assert grouped.fake_quantized_weight().equal(per_channel.fake_quantized_weight())
+        packed = PackedLinear.from_fake_quantized(grouped)
+        assert packed.weight_scale.shape == (5, 1)
+        x = torch.randn(3, 6)
+        assert packed(x).allclose(per_channel(x), atol=1e-6)
+
     @pytest.mark.parametrize("bias", [True, False])
     def test_to_float_is_the_dequantized_layer(self, bias: bool) -> None:
         random_state = torch.get_rng_state()
