@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.outliers import outlier_channels
-from benchmarks.method.variants import FeatureDraws, Freezing, LearnedWidths, weight_average
+from benchmarks.method.variants import Freezing, LearnedWidths, TriedDraws, weight_average
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
@@ -62,6 +62,7 @@ class Method:
     average: float = 0.0
     freeze: float = 0.0
     features: float = 0.0
+    weighted: bool = False
     learned_widths: bool = False
 
 
@@ -102,6 +103,8 @@ VARIANTS: dict[str, Method] = {
     "fbqat average": replace(_OURS, average=0.98),
     "fbqat freeze": replace(_OURS, freeze=0.02),
     "fbqat features": replace(_OURS, features=0.1),
+    "fbqat weighted": replace(_OURS, weighted=True),
+    "lsq-qat weighted": Method("lsq-qat", weighted=True),
     "lsq-qat average": Method("lsq-qat", average=0.98),
     "lsq-qat ewgs": Method("lsq-qat", {"rounding": {"ewgs": 0.2}}),
     "lsq-qat freeze": Method("lsq-qat", freeze=0.02),
@@ -166,7 +169,7 @@ class Setting:
         return load_recipe(RECIPES[self.family], **fields)
 
 
-class Remembered(FeatureDraws):
+class Remembered(TriedDraws):
     """Draws that keep batches and the teacher's predictions, which all methods share at a seed."""
 
     def __init__(self, teacher: nn.Module, *args: Any) -> None:
@@ -174,7 +177,7 @@ class Remembered(FeatureDraws):
         self._teacher = teacher
         self._batches: dict[Any, dict[str, Tensor]] = {}
         self._held_out: dict[Any, list[dict[str, Tensor]]] = {}
-        self._targets: dict[tuple[int, float], Tensor] = {}
+        self._targets: dict[tuple[int, float, bool], Tensor] = {}
 
     def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
         key = (id(split), step, batch_size)
@@ -191,7 +194,7 @@ class Remembered(FeatureDraws):
     def predict(self, denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         if denoiser is not self._teacher:
             return super().predict(denoiser, inputs)
-        key = (id(inputs), self.features)  # the inputs are kept, so their ids stay theirs
+        key = (id(inputs), self.features, self.weighted)  # the inputs are kept, so their ids stay theirs
         if key not in self._targets:
             self._targets[key] = super().predict(denoiser, inputs)
         return self._targets[key]
@@ -280,7 +283,7 @@ class Bench:
             if average:
                 average.update_parameters(student)
 
-        draws.features = method.features
+        draws.features, draws.weighted = method.features, method.weighted
         with tempfile.TemporaryDirectory() as folder:
             distill(
                 recipe,
@@ -294,7 +297,7 @@ class Bench:
                 progress=False,
                 after_step=after_step,
             )
-        draws.features = 0.0
+        draws.features, draws.weighted = 0.0, False
         if average:
             with torch.no_grad():
                 for live, mean in zip(student.parameters(), average.module.parameters(), strict=True):
