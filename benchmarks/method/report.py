@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def page(results: Results) -> str:
             parts.append(storage(chosen))
         parts.append(changes(chosen))
         parts.append(forms(Results(rows)))
+    parts.append(budgets(results))
     parts.append(layers(results))
     parts.append(_PLOTS)
     return "\n".join(parts).rstrip() + "\n"
@@ -162,11 +164,11 @@ def table(results: Results, metric: str, factor: float, form: str) -> str:
     return _by_family("method", cells)
 
 
-def _by_family(first: str, cells: Mapping[str, Mapping[str, str]]) -> str:
-    """A Markdown table: row title -> family -> text, without the rows and columns that are empty."""
-    families = [family for family in FAMILIES if any(family in row for row in cells.values())]
-    lines = [[first, *(FAMILIES[family] for family in families)], ["---"] * (len(families) + 1)]
-    lines += [[title, *(row.get(family, "–") for family in families)] for title, row in cells.items() if row]
+def _by_family(first: str, cells: Mapping[str, Mapping[str, str]], columns: Mapping[str, str] = FAMILIES) -> str:
+    """A Markdown table: row title -> column -> text, without the rows and columns that are empty."""
+    shown = [column for column in columns if any(column in row for row in cells.values())]
+    lines = [[first, *(columns[column] for column in shown)], ["---"] * (len(shown) + 1)]
+    lines += [[title, *(row.get(column, "–") for column in shown)] for title, row in cells.items() if row]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -181,14 +183,36 @@ def _setting(rows: list[Row], chosen: Row) -> str:
     return f" ({blocks}{best:.0e}{arrow[best == min(tried), best == max(tried)]})"
 
 
-def paired(results: Results) -> str:
-    """Ours against the strongest baseline of each family at the seeds that both have: in %, and in dB for PSNR.
+@dataclass(frozen=True)
+class Comparison:
+    """Ours against a baseline, both at their best settings, at the seeds that both have.
 
-    Where that one stores more bits than ours, a line more is against the strongest that does not.
+    Attributes:
+        metric: a row's field.
+        bits: that the baseline stores a weight, where it is known.
+        as_small: whether these are no more than ours.
+        changes: one a seed, in % (in dB for "psnr").
     """
-    lines = []
-    for metric, title in (("test", "distillation loss"), ("fd", "Fréchet distance"), ("psnr", "PSNR")):
-        sign, digits, unit = (-1, 2, " dB") if metric == "psnr" else (1, 1, "%")
+
+    metric: str
+    family: str
+    method: str
+    bits: float | None
+    as_small: bool
+    changes: Sequence[float]
+
+    def interval(self) -> str:
+        """Mean and 95% interval with the unit."""
+        return _interval(self.changes, *((2, " dB") if self.metric == "psnr" else (1, "%")))
+
+
+_COMPARED = {"test": "distillation loss", "fd": "Fréchet distance", "psnr": "PSNR"}
+
+
+def comparisons(results: Results) -> Iterator[Comparison]:
+    """By metric and family: ours against the strongest baseline and, where that stores more bits, the strongest
+    that does not."""
+    for metric in _COMPARED:
         for family in FAMILIES:
             values = {
                 method: {
@@ -198,7 +222,7 @@ def paired(results: Results) -> str:
             }
             ours, bits = values.pop(OURS, {}), stored_bits(results, family)
             means = {
-                method: sign * statistics.fmean(found.values())
+                method: (-1 if metric == "psnr" else 1) * statistics.fmean(found.values())
                 for method, found in values.items()
                 if set(found) & set(ours)
             }
@@ -207,10 +231,23 @@ def paired(results: Results) -> str:
             for method in dict.fromkeys(strongest):
                 pairs = [(ours[seed], values[method][seed]) for seed in sorted(set(ours) & set(values[method]))]
                 changes = [a - b if metric == "psnr" else 100 * (a / b - 1) for a, b in pairs]
-                each = ", ".join(f"{change:+.{digits}f}" for change in changes)
-                stored = f" ({bits[method]:.1f} bits)" if method in bits else ""
-                found = f"{TITLES[method]}{stored} | {_interval(changes, digits, unit)} | {each}"
-                lines.append(f"| {title} | {FAMILIES[family]} | {found} |")
+                yield Comparison(metric, family, method, bits.get(method), method in as_small, changes)
+
+
+def paired(results: Results) -> str:
+    """``comparisons``, a line each, with the change seed by seed."""
+    lines = []
+    for found in comparisons(results):
+        each = ", ".join(f"{change:+.{2 if found.metric == 'psnr' else 1}f}" for change in found.changes)
+        stored = f" ({found.bits:.1f} bits)" if found.bits else ""
+        cells = (
+            _COMPARED[found.metric],
+            FAMILIES[found.family],
+            f"{TITLES[found.method]}{stored}",
+            found.interval(),
+            each,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return ""
     head = [
@@ -220,6 +257,17 @@ def paired(results: Results) -> str:
         "|---|---|---|---|---|",
     ]
     return "\n".join([*head, *lines, ""])
+
+
+def at_equal_storage(results: Results) -> str:
+    """Ours against the strongest baseline that stores as many bits: a line a metric and storage, a column a family."""
+    cells: dict[str, dict[str, str]] = {}
+    for track, scales in (("w4a8", "a scale an output"), ("groups", "a scale for every 32 inputs")):
+        for found in comparisons(results.named(track)):
+            if found.as_small:
+                title = f"{_COMPARED[found.metric]}, {scales}: against {TITLES[found.method]}"
+                cells.setdefault(title, {})[found.family] = found.interval()
+    return _by_family("change (95% interval)", cells)
 
 
 def stored_bits(results: Results, family: str) -> dict[str, float]:
@@ -274,6 +322,28 @@ def forms(results: Results) -> str:
     return (
         "\nForms that were tried, all layers trained: test loss against that of this project's form at the same seeds, "
         f"in % (above 0 is worse), and the number of seeds:\n\n{_by_family('form', cells)}"
+    )
+
+
+def budgets(results: Results) -> str:
+    """The test loss against the number of steps, of the methods and families that have more than one budget."""
+    cells: dict[str, dict[str, str]] = {TITLES[method]: {} for method in TITLES}
+    columns = {}
+    for family, title in FAMILIES.items():
+        for steps in sorted(results.distinct("steps", family=family)):
+            for method in TITLES:
+                rows = results.named(steps=steps).at_best(family=family, method=method)
+                others = results.distinct("steps", family=family, method=method)
+                if rows and rows[0]["steps"] and len(others) > 1:
+                    mean = statistics.fmean(1e3 * row["test"] for row in rows)
+                    column = f"{family} {steps}"
+                    columns[column] = f"{title}, {steps} steps"
+                    cells[TITLES[method]][column] = f"{mean:.2f} ({len(rows)})"
+    if not columns:
+        return ""
+    return (
+        "## Longer budgets\n\nW4A8, dynamic activations, annealed: test loss ×1e-3 and the number of its seeds.\n\n"
+        f"{_by_family('method', cells, columns)}"
     )
 
 

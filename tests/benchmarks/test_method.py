@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_method
-from benchmarks.method.report import Results, forms, page, paired, table
+from benchmarks.method.report import Results, at_equal_storage, budgets, forms, page, paired, table
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Remembered, Setting
 from benchmarks.method.variants import LearnedWidths
 from fbqat_hub.evaluation.results import METHODS as TITLES
@@ -143,6 +143,28 @@ def test_what_a_method_trains_is_chosen_on_validation_too() -> None:
     lines = table(Results([*ROWS, *blocks, worse]).named(), "test", 1e3, "{:.2f}").splitlines()
     assert "| QAT, learned step size (LSQ) | **12.00 ± 0.00 (blocks, 1e-04↕)** |" in lines
     assert "| FB-QAT, this project's default | 18.00 ± 1.27 (1e-04↕) |" in lines
+
+
+def test_at_equal_storage_ours_meets_the_strongest_of_either_kind_of_scale() -> None:
+    per_channel = [{**each, "bits_per_weight": 4.2} for each in ROWS]
+    torchao = row("torchao-qat", 1e-4, 1, 0.010, track="train-blocks", bits_per_weight=5.0)
+    grouped = row("fbqat", 1e-4, 1, 0.009, track="train-blocks-groups", bits_per_weight=5.0)
+    lines = at_equal_storage(Results([*per_channel, torchao, grouped])).splitlines()
+    assert lines[2:] == [
+        "| distillation loss, a scale an output: against QAT, learned step size (LSQ) | -10.0% (-10.0 to -10.0) |",
+        "| distillation loss, a scale for every 32 inputs: against torchao's QAT, groups of 32 | -10.0% (one seed) |",
+    ]
+
+
+def test_longer_budgets_stand_beside_the_short_one() -> None:
+    longer = row("fbqat", 5e-5, 1, 0.015, steps=1600)
+    lines = budgets(Results([*ROWS, longer, row("vqat", 1e-4, 1, 0.03)])).splitlines()
+    assert lines[4:] == [
+        "| method | Sana, 400 steps | Sana, 1600 steps |",
+        "| --- | --- | --- |",
+        "| FB-QAT, this project's default | 18.00 (2) | 15.00 (1) |",
+    ]
+    assert budgets(Results(ROWS)) == ""
 
 
 def test_groups_are_compared_with_torchao_s() -> None:
