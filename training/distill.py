@@ -158,6 +158,10 @@ class Draws:
         """What the sampler would take from the denoiser."""
         return self.family.prediction(denoiser(**inputs, return_dict=False)[0])
 
+    def error_weight(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """``Family.error_weight`` of a batch, [N]."""
+        return self.family.error_weight(self.scheduler, inputs["timestep"])
+
     def _inputs(self, split: CachedSplit, indices: Tensor, random: torch.Generator) -> dict[str, Tensor]:
         latents, conditioning = split.batch(indices)
         noise = torch.randn(latents.shape, generator=random)
@@ -267,7 +271,8 @@ def distill(
         inputs = draws.training(splits["train"], step, recipe.batch_size, accelerator.process_index)
         with torch.no_grad(), accelerator.autocast():
             target = draws.predict(teacher, inputs)
-        loss = F.mse_loss(draws.predict(wrapped, inputs).float(), target.float())
+        weight = draws.error_weight(inputs) if recipe.weights_loss else None
+        loss = _mean_squared(draws.predict(wrapped, inputs).float(), target.float(), weight)
         accelerator.backward(loss)
         if recipe.max_grad_norm:
             accelerator.clip_grad_norm_(wrapped.parameters(), recipe.max_grad_norm)
@@ -298,6 +303,14 @@ def distill(
     log.close()
     accelerator.free_memory()
     gc.collect()
+
+
+def _mean_squared(prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean squared error of [N, ...], each of the N samples by its weight [N], if there is one."""
+    if weight is not None:
+        root = weight.sqrt().view(-1, *[1] * (target.dim() - 1))
+        prediction, target = root * prediction, root * target
+    return F.mse_loss(prediction, target)
 
 
 def _keep_stage(recipe: Recipe, student: Any, bits: int, output: Path) -> None:

@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # staircase, no softer at first than twice compensation.margin, so that training starts on the grid; learned clip
     "fbqat": {
         "start": "compensated",
+        "loss_weighting": "sampler",
         "quantization": {"weight_clip": "learned"},
         "schedule": {"preset": "constant", "softness": 0.1, "soft_until": 0.9},
     },
@@ -62,6 +63,8 @@ class Recipe:
         schedule: fields of ``BitSchedule``, or {"preset": ...}.
         rounding: fields of ``Rounding`` other than softness: slope, ewgs, dampening (gradient compensation).
         start: "nearest" codes, or "compensated" ones (GPTQ); the method's own if left empty.
+        loss_weighting: "none", or "sampler": an error at a timestep counts by what the sampler makes of it
+            (``Family.error_weight``; where that is 1, there is no difference). The method's own if left empty.
         compensation: {"samples": 100, "damping": 0.01, "margin": 0.05}, see ``quantization.compensate``.
         calibration: {"samples": 100, "rule": "mean_3sigma"} for static activation ranges.
         keep_stages: whole bit widths of the schedule before its last, e.g. [8, 6, 5]: at the end of each the packed
@@ -92,6 +95,7 @@ class Recipe:
     schedule: dict[str, Any] = field(default_factory=dict)
     rounding: dict[str, Any] = field(default_factory=dict)
     start: str = ""
+    loss_weighting: str = ""
     compensation: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     keep_stages: list[int] = field(default_factory=list)
@@ -125,6 +129,7 @@ class Recipe:
         _one_of("method", self.method, METHODS)
         _one_of("train_layers", self.train_layers, family.layer_groups)
         _one_of("start", self.start, ("", "nearest", "compensated"))
+        _one_of("loss_weighting", self.loss_weighting, ("", "none", "sampler"))
         _one_of("learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
         _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in ("warmup_steps", "save_every", "validate_every"):
@@ -231,6 +236,11 @@ class Recipe:
     def starts_compensated(self) -> bool:
         """True if training starts from compensated codes."""
         return (self.start or METHODS[self.method].get("start", "nearest")) == "compensated"
+
+    @property
+    def weights_loss(self) -> bool:
+        """True if errors count by what the sampler makes of them."""
+        return (self.loss_weighting or METHODS[self.method].get("loss_weighting", "none")) == "sampler"
 
     def compensation_settings(self) -> dict[str, Any]:
         """``compensation`` with its defaults filled in."""

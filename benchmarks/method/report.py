@@ -24,7 +24,10 @@ FAMILIES = {"sana": "Sana", "pixart-sigma": "PixArt-Sigma", "sd3": "SD3.5", "flu
 OURS = "fbqat"
 BLOCKS = "train-blocks"
 # Tracks whose best setting counts as one: a method trains what suits it.
-_JOINED = {"w4a8": ("w4a8", BLOCKS), "groups": ("groups", f"{BLOCKS}-groups")}
+_JOINED = {
+    "w4a8": ("w4a8", BLOCKS, f"{BLOCKS}-weighted"),
+    "groups": ("groups", f"{BLOCKS}-groups", f"{BLOCKS}-groups-weighted"),
+}
 # Student's t at 97.5% for 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -180,7 +183,8 @@ def _setting(rows: list[Row], chosen: Row) -> str:
     tried = {row["rate"] for row in rows if (row["track"], row["seed"]) == (chosen["track"], chosen["seed"])}
     arrow = {(True, True): "↕", (True, False): "↓", (False, True): "↑", (False, False): ""}
     blocks = "blocks, " if chosen["track"].startswith(BLOCKS) else ""
-    return f" ({blocks}{best:.0e}{arrow[best == min(tried), best == max(tried)]})"
+    weighted = "weighted, " if chosen["track"].endswith("-weighted") else ""
+    return f" ({blocks}{weighted}{best:.0e}{arrow[best == min(tried), best == max(tried)]})"
 
 
 @dataclass(frozen=True)
@@ -350,7 +354,7 @@ def budgets(results: Results) -> str:
 def layers(results: Results) -> str:
     """What training only one group of layers does to the loss, in %, at the same rate and seeds (above 0: worse)."""
     cells: dict[str, dict[str, str]] = {}
-    for track in [name for name in TRACKS if name.startswith("train-") and "groups" not in name]:
+    for track in [name for name in TRACKS if name.startswith("train-") and not name.endswith(("-groups", "-weighted"))]:
         for method in (OURS, "lsq-qat"):
             title = f"{track.removeprefix('train-').replace('_', '-')}, {TITLES[method]}"
             for family in FAMILIES:

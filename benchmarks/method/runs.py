@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.outliers import outlier_channels
-from benchmarks.method.variants import Freezing, LearnedWidths, TriedDraws, weight_average
+from benchmarks.method.variants import FeatureDraws, Freezing, LearnedWidths, weight_average
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
@@ -62,7 +62,6 @@ class Method:
     average: float = 0.0
     freeze: float = 0.0
     features: float = 0.0
-    weighted: bool = False
     learned_widths: bool = False
 
 
@@ -103,8 +102,6 @@ VARIANTS: dict[str, Method] = {
     "fbqat average": replace(_OURS, average=0.98),
     "fbqat freeze": replace(_OURS, freeze=0.02),
     "fbqat features": replace(_OURS, features=0.1),
-    "fbqat weighted": replace(_OURS, weighted=True),
-    "lsq-qat weighted": Method("lsq-qat", weighted=True),
     "lsq-qat average": Method("lsq-qat", average=0.98),
     "lsq-qat ewgs": Method("lsq-qat", {"rounding": {"ewgs": 0.2}}),
     "lsq-qat freeze": Method("lsq-qat", freeze=0.02),
@@ -133,9 +130,11 @@ _TRACKS: dict[str, dict[str, Any]] = {
     "all-emoji": {"dataset": {"path": "openmoji", "groups": []}},  # to train on; what is held out stays
     "outliers": {},  # the student starts from a teacher with outlier channels
     **{f"train-{group}": {"train_layers": group} for group in ("blocks", "attention", "feed_forward")},
+    "train-blocks-weighted": {"train_layers": "blocks", "loss_weighting": "sampler"},
     "train-blocks-groups": {**_GROUPS, "train_layers": "blocks"},
+    "train-blocks-groups-weighted": {**_GROUPS, "train_layers": "blocks", "loss_weighting": "sampler"},
 }
-TRACKS = {name: {"train_layers": "all", **changes} for name, changes in _TRACKS.items()}
+TRACKS = {name: {"train_layers": "all", "loss_weighting": "none", **changes} for name, changes in _TRACKS.items()}
 
 
 def method_of(name: str) -> Method:
@@ -169,7 +168,7 @@ class Setting:
         return load_recipe(RECIPES[self.family], **fields)
 
 
-class Remembered(TriedDraws):
+class Remembered(FeatureDraws):
     """Draws that keep batches and the teacher's predictions, which all methods share at a seed."""
 
     def __init__(self, teacher: nn.Module, *args: Any) -> None:
@@ -177,7 +176,7 @@ class Remembered(TriedDraws):
         self._teacher = teacher
         self._batches: dict[Any, dict[str, Tensor]] = {}
         self._held_out: dict[Any, list[dict[str, Tensor]]] = {}
-        self._targets: dict[tuple[int, float, bool], Tensor] = {}
+        self._targets: dict[tuple[int, float], Tensor] = {}
 
     def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
         key = (id(split), step, batch_size)
@@ -194,7 +193,7 @@ class Remembered(TriedDraws):
     def predict(self, denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         if denoiser is not self._teacher:
             return super().predict(denoiser, inputs)
-        key = (id(inputs), self.features, self.weighted)  # the inputs are kept, so their ids stay theirs
+        key = (id(inputs), self.features)  # the inputs are kept, so their ids stay theirs
         if key not in self._targets:
             self._targets[key] = super().predict(denoiser, inputs)
         return self._targets[key]
@@ -283,7 +282,7 @@ class Bench:
             if average:
                 average.update_parameters(student)
 
-        draws.features, draws.weighted = method.features, method.weighted
+        draws.features = method.features
         with tempfile.TemporaryDirectory() as folder:
             distill(
                 recipe,
@@ -297,7 +296,7 @@ class Bench:
                 progress=False,
                 after_step=after_step,
             )
-        draws.features, draws.weighted = 0.0, False
+        draws.features = 0.0
         if average:
             with torch.no_grad():
                 for live, mean in zip(student.parameters(), average.module.parameters(), strict=True):

@@ -108,32 +108,17 @@ class LearnedWidths:
             layer.bit_width = self._scheduled
 
 
-def step_weight(scheduler: Any, timestep: Tensor) -> Tensor:
-    """How much of a noise prediction's squared error at a timestep a sampler of equal timesteps draws, mean 1: [N].
-
-    With a the product of 1 - beta and cos(phi) = sqrt(a), a step of the probability-flow ODE is the velocity times
-    d phi, and the velocity's error that of the noise over sqrt(a): (d phi / dt)^2 / a = beta^2 / (4 (1 - a)).
-    """
-    weight: Tensor = scheduler.betas.square() / (1 - scheduler.alphas_cumprod)
-    return (weight / weight.mean())[timestep]
-
-
-class TriedDraws(Draws):
-    """Draws whose predictions are scaled or carry the blocks' outputs along, so that the squared loss is another one.
+class FeatureDraws(Draws):
+    """Draws whose predictions carry the blocks' outputs along, so that the loss is also feature distillation.
 
     Attributes:
-        weighted: weight the loss by ``step_weight``; only for noise prediction.
         features: weight of the mean squared distance of the blocks' outputs, each relative to its size; 0 is off.
     """
 
-    weighted = False
     features = 0.0
     _sizes: list[Tensor] | None = None
 
     def predict(self, denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        if self.weighted:
-            weight = step_weight(self.scheduler, inputs["timestep"])
-            return super().predict(denoiser, inputs) * weight.sqrt()[:, None, None, None]
         if not self.features:
             return super().predict(denoiser, inputs)
         outputs: list[Tensor] = []

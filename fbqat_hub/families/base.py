@@ -64,6 +64,13 @@ class Family(ABC):
         """What the denoiser of a perfect model predicts; by default the velocity of flow matching, noise - latents."""
         return noise - latents
 
+    def error_weight(self, scheduler: Any, timestep: Tensor) -> Tensor | None:
+        """How much the sampler makes of a squared error at these timesteps, mean 1 over all of training: fp32 [N].
+
+        None, the default, where all count alike.
+        """
+        return None
+
     @abstractmethod
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keyword arguments of the denoiser's forward."""

@@ -44,6 +44,16 @@ class PixArtSigma(Family):
         """The noise."""
         return noise
 
+    def error_weight(self, scheduler: Any, timestep: Tensor) -> Tensor:
+        """beta^2 / (1 - a) over its mean, for a sampler of evenly spaced timesteps.
+
+        With cos(phi) = sqrt(a), a step of the probability-flow ODE is d phi times the velocity, whose error is that of
+        the noise over sqrt(a). Squared that is (d phi / dt)^2 / a = beta^2 / (4 (1 - a)): eight times as much at
+        t = 900 as at t = 100.
+        """
+        weight = scheduler.betas.square() / (1 - scheduler.alphas_cumprod)
+        return (weight / weight.mean()).to(timestep.device)[timestep]
+
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"hidden_states": noisy, "timestep": timestep, **conditioning}
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 
 from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_method
@@ -337,27 +336,3 @@ def test_learned_widths_keep_the_mean_of_the_schedule_and_end_at_the_final_width
         assert (256 * narrow + 768 * wide) / 1024 == pytest.approx(6)
         assert not torch.equal(student(torch.eye(16)), even)
         assert learned.widths(4).tolist() == [4, 4]
-
-
-class Identity(torch.nn.Module):
-    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        return (hidden_states,)
-
-
-def test_the_weight_of_a_timestep_is_the_squared_error_that_a_step_of_the_sampler_makes() -> None:
-    from benchmarks.method.variants import TriedDraws, step_weight
-
-    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)  # PixArt-Sigma's betas
-    scheduler.set_timesteps(1000)
-    timesteps = torch.tensor([50, 300, 700, 950])
-    latents = torch.zeros(1, 1, 1, 1)
-    steps = [scheduler.step(torch.ones_like(latents), int(t), latents).prev_sample.item() for t in timesteps]
-    expected = torch.tensor(steps).square()
-    weight = step_weight(scheduler, timesteps)
-    torch.testing.assert_close(weight / weight[0], expected / expected[0], rtol=0.02, atol=0)
-
-    draws = TriedDraws(get_family("sana"), scheduler, 1)
-    inputs = {"hidden_states": torch.ones(4, 1, 1, 1), "timestep": timesteps}
-    draws.weighted = True
-    torch.testing.assert_close(draws.predict(Identity(), inputs).flatten().square(), weight)
-    assert step_weight(scheduler, torch.arange(1000)).mean().item() == pytest.approx(1)
