@@ -40,7 +40,8 @@ class FBQATConfig(QuantizationConfigMixin):
         weight_bits: 4 (two codes a byte), or 3 for experiments: codes of -4..3, stored in the same four bits. 5 to 8:
             one code a byte.
         weight_granularity: "per_channel", "per_tensor" or "per_group".
-        group_size: inputs that share a scale, for "per_group".
+        group_size: inputs that share a scale, for "per_group"; somewhat less in a layer whose inputs it does not
+            divide.
         weight_narrow: codes -7..7 instead of -8..7.
         weight_clip: how quantize-on-load finds the scale, "max_abs" or "mse"; a trained checkpoint has its own.
         activation_bits: 8 or 16, or 32 for float activations.

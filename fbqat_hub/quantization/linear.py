@@ -43,14 +43,26 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def group_count(group_size: int, in_features: int) -> int:
-    """Scales of one output with per-group scales; a layer with no more inputs than a group has one.
+    """Scales of one output with per-group scales.
+
+    A layer with no more inputs than a group has one. Where ``group_size`` does not divide the inputs, their groups are
+    smaller, by less than half: of the largest even size that does.
 
     Raises:
-        ValueError: more inputs than a group, of which they are not a multiple.
+        ValueError: there is no such size.
+
+    >>> group_count(32, 320), group_count(32, 16), group_count(32, 400)  # of 32, 16 and 20 inputs
+    (10, 1, 20)
     """
-    if in_features > group_size and in_features % group_size:
-        raise ValueError(f"group_size {group_size} does not divide the layer's {in_features} inputs.")
-    return max(1, in_features // group_size)
+    if in_features <= group_size:
+        return 1
+    for size in range(group_size, group_size // 2 - 1, -2):
+        if in_features % size == 0:
+            return in_features // size
+    raise ValueError(
+        f"group_size {group_size} does not suit the layer's {in_features} inputs: no even number from "
+        f"{group_size // 2} to {group_size} divides them."
+    )
 
 
 class _Float32Buffers(nn.Module):

@@ -26,7 +26,8 @@ class WeightScheme:
         bits: the bit width that is trained towards and stored.
         mapping: "symmetric" (eq. 1) or "affine" (eq. 2; for training experiments, format 1 does not store it).
         granularity: what shares a scale: the whole tensor, an output channel, or ``group_size`` inputs of one.
-        group_size: inputs that share a scale; only for "per_group". A layer with fewer inputs has one scale an output.
+        group_size: inputs that share a scale; only for "per_group". Less in a layer whose inputs it does not divide
+            (``linear.group_count``).
         narrow: codes -7..7 instead of -8..7; symmetric only.
         clip: "max_abs" (from the weight at each forward, as the paper), "mse" (least squared error, set when the
             bit width is set), or "learned" (starts at "mse", then trained: LSQ).

@@ -373,16 +373,21 @@ def test_bad_config_is_refused(packed, changes: dict[str, Any], message: str, tm
         ({"module_overrides": {"proj_out": {"range": "static"}}}, "'static', which quantize-on-load cannot calibrate"),
         ({"modules_to_not_convert": ["*"]}, "nothing to quantize"),
         ({"modules_to_not_convert": ["proj_uot"]}, "'proj_uot' matches no linear layer"),
-        (
-            {"weight_granularity": "per_group", "group_size": 6},
-            r"timestep_embedder.linear_1 cannot be quantized: group_size 6 does not divide the layer's 256 inputs",
-        ),
     ],
 )
 def test_quantize_on_load_refuses(fields: dict[str, Any], message: str, tiny_sana: Path) -> None:
     with pytest.raises(ValueError, match=message):
         SanaTransformer2DModel.from_pretrained(
             tiny_sana, subfolder="transformer", quantization_config=FBQATConfig(**fields)
+        )
+
+
+def test_quantize_on_load_names_the_layer_that_groups_do_not_suit(tiny_sana: Path, tmp_path: Path) -> None:
+    config = {**SanaTransformer2DModel.load_config(tiny_sana / "transformer"), "caption_channels": 34}
+    SanaTransformer2DModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"caption_projection.linear_1 cannot be quantized: group_size 8 .* 34 inputs"):
+        SanaTransformer2DModel.from_pretrained(
+            tmp_path, quantization_config=FBQATConfig(weight_granularity="per_group", group_size=8)
         )
 
 

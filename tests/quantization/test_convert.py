@@ -124,7 +124,7 @@ def test_nothing_to_quantize_is_refused(tree: Tree) -> None:
 
 
 def test_a_layer_that_groups_do_not_fit_is_named(tree: Tree) -> None:
-    with pytest.raises(ValueError, match=r"proj_out cannot be quantized: group_size 4 does not divide .* 5 inputs"):
+    with pytest.raises(ValueError, match=r"proj_out cannot be quantized: group_size 4 does not suit .* 5 inputs"):
         prepare(
             tree, WeightScheme(granularity="per_group", group_size=4), ActivationScheme(), not_convert=["pointwise"]
         )

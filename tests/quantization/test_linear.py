@@ -268,13 +268,19 @@ class TestPacked:
         with pytest.raises(ValueError, match="not finite"):
             PackedLinear.from_fake_quantized(layer)
 
-    def test_a_group_size_that_does_not_divide_is_refused(self) -> None:
+    def test_a_group_size_that_suits_no_divisor_is_refused(self) -> None:
         for build in (
-            lambda: make(10, granularity="per_group", group_size=4),
-            lambda: PackedLinear(10, 3, group_size=4),
+            lambda: make(34, granularity="per_group", group_size=8),
+            lambda: PackedLinear(34, 3, group_size=8),
         ):
-            with pytest.raises(ValueError, match="group_size 4 does not divide the layer's 10 inputs"):
+            with pytest.raises(ValueError, match="the layer's 34 inputs: no even number from 4 to 8 divides"):
                 build()
+
+    def test_groups_are_smaller_where_the_size_does_not_divide(self) -> None:
+        layer = make(20, granularity="per_group", group_size=8)
+        assert PackedLinear.from_fake_quantized(layer).weight_scale.shape == (5, 5)
+        of_four = FakeQuantizedLinear(layer, WeightScheme(granularity="per_group", group_size=4), FLOAT_INPUT)
+        assert layer.fake_quantized_weight().equal(of_four.fake_quantized_weight())
 
     def test_a_layer_with_fewer_inputs_than_a_group_has_one_scale_an_output(self) -> None:
         per_channel = make(6)
