@@ -239,6 +239,20 @@ def test_pixart_sigma_adds_noise_as_ddpm_does() -> None:
     assert torch.equal(family.target(latents, noise), noise)
 
 
+def test_pixart_sigma_weights_an_error_by_what_a_step_of_the_sampler_makes_of_it() -> None:
+    """Of an error of 1 in the noise, DDIM steps from timestep to timestep, squared, up to a factor."""
+    scheduler = diffusers.DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    scheduler.set_timesteps(1000)
+    timesteps, nothing = torch.tensor([50, 300, 700, 950]), torch.zeros(1, 1, 1, 1)
+    made = [scheduler.step(nothing + 1, int(each), nothing).prev_sample.item() ** 2 for each in timesteps]
+    weight = get_family("pixart-sigma").error_weight(scheduler, timesteps)
+    assert weight is not None
+    assert (weight / weight[0]).tolist() == pytest.approx([each / made[0] for each in made], rel=0.02)
+    every = get_family("pixart-sigma").error_weight(scheduler, torch.arange(1000))
+    assert every is not None
+    assert every.mean().item() == pytest.approx(1)
+
+
 def test_pixart_sigma_drops_the_learned_variance() -> None:
     output = ramp(2, 8, 2, 2)
     assert torch.equal(get_family("pixart-sigma").prediction(output), output[:, :4])

@@ -70,6 +70,30 @@ def test_chosen_layers_train_and_every_layer_is_calibrated(family: str, fields_o
     assert all(0 < before[f"{name}.input_scale"] < float("inf") for name in layers)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_weighting_counts_errors_by_what_the_sampler_makes_of_them(family: str, fields_of, tmp_path: Path) -> None:
+    fields = {**fields_of(family), "steps": 1, "learning_rate": 0.0}
+    logged = {}
+    for weighting in ("none", "sampler"):
+        recipe = Recipe(**fields, loss_weighting=weighting)
+        (tmp_path / weighting).mkdir()
+        student, _, log = distilled(recipe, tmp_path / weighting)  # unchanged by a rate of 0
+        logged[weighting] = log[0]["loss"]
+    assert Recipe(**fields).weights_loss
+    assert not Recipe(**fields | {"method": "lsq-qat"}).weights_loss
+
+    pipeline = load_pipeline(recipe.teacher)
+    draws = distill.Draws(FAMILIES[family], pipeline.scheduler, recipe.seed)
+    inputs = draws.training(distill.cached_splits(recipe, pipeline)["train"], 0, recipe.batch_size)
+    with torch.no_grad():
+        errors = (draws.predict(student, inputs) - draws.predict(pipeline.transformer, inputs)).square().flatten(1)
+    weight = draws.error_weight(inputs)
+    assert logged["none"] == pytest.approx(errors.mean().item(), rel=1e-4)
+    assert (weight is not None) == (family == "pixart-sigma")  # the others are flow matching
+    weighted = errors.mean(1) if weight is None else weight * errors.mean(1)
+    assert logged["sampler"] == pytest.approx(weighted.mean().item(), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_train_evaluate_card_and_generate(family: str, fields_of, tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def test_start_is_the_methods_unless_the_recipe_says_otherwise(method: str, star
     ("changes", "message"),
     [
         ({"start": "best"}, "start is 'best'"),
+        ({"loss_weighting": "snr"}, "loss_weighting is 'snr'"),
         ({"method": "fbqat-paper", "start": "compensated"}, "start 'compensated' is for one width"),
         ({"compensation": {"margin": 0.7}}, r"compensation.margin is 0.7; it must be a number from 0 to 0.5"),
         ({"compensation": {"samples": 0}}, "compensation.samples is 0"),
