@@ -113,11 +113,11 @@ command, versions, machine, seed and date. The rows are made by `python -m bench
 
 Each family is the tiny teacher that ships. Every trained method has the same number of steps of 8 samples. A method's
 learning rate is the one with the least loss on the *validation* split at the first seed; so are, where both were run,
-what it trains, all quantized layers or those of the blocks, and on PixArt-Sigma the weights of its loss, none or those of
-`loss_weighting: sampler`. The numbers are of the *test* split and never weighted: mean ± standard deviation over seeds,
-and in parentheses "blocks" and "weighted" where they are, and the learning rate, with ↑ or ↓ where no higher or lower one
-was tried (↕: no other), so that it may not be the method's best. The Fréchet distance is on the small extractor that
-ships, not on Inception; it and PSNR are over {pictures} pictures from equal seeds.
+what it trains, all quantized layers or those of the blocks, and on PixArt-Sigma the weights of its loss, none or
+those of `loss_weighting: sampler`. The numbers are of the *test* split and never weighted: mean ± standard deviation
+over seeds, and in parentheses "blocks" and "weighted" where they are, and the learning rate, with ↑ or ↓ where no
+higher or lower one was tried (↕: no other), so that it may not be the method's best. The Fréchet distance is on the
+small extractor that ships, not on Inception; it and PSNR are over {pictures} pictures from equal seeds.
 """
 _TRACK_TITLES = {
     "w4a8": "W4A8, dynamic activations, annealed learning rate",
