@@ -36,10 +36,11 @@ WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 @pytest.fixture
 def recipe_of(recipe_fields: dict[str, Any]) -> Callable[..., Recipe]:
     def make(**changes: Any) -> Recipe:
-        return Recipe(**{**recipe_fields, **METHODS[changes.get("method", "fbqat")], **changes})
+        """A method's presets are applied by the recipe itself, except for its steps."""
+        steps = {key: value for key, value in METHODS[changes.get("method", "fbqat")].items() if key == "steps"}
+        return Recipe(**{**recipe_fields, **steps, **changes})
 
-    # a method's presets are applied by the recipe itself, except for its steps
-    return lambda **changes: make(**{"quantization": {}, "schedule": {}, "start": "", **changes})
+    return make
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
