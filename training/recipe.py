@@ -64,7 +64,7 @@ class Recipe:
         rounding: fields of ``Rounding`` other than softness: slope, ewgs, dampening (gradient compensation).
         start: "nearest" codes, or "compensated" ones (GPTQ); the method's own if left empty.
         loss_weighting: "none", or "sampler": an error at a timestep counts by what the sampler makes of it
-            (``Family.error_weight``; where that is 1, there is no difference). The method's own if left empty.
+            (``Family.error_weight``; no difference where a family has none). The method's own if left empty.
         compensation: {"samples": 100, "damping": 0.01, "margin": 0.05}, see ``quantization.compensate``.
         calibration: {"samples": 100, "rule": "mean_3sigma"} for static activation ranges.
         keep_stages: whole bit widths of the schedule before its last, e.g. [8, 6, 5]: at the end of each the packed

@@ -208,7 +208,15 @@ class Comparison:
 
     def interval(self) -> str:
         """Mean and 95% interval with the unit."""
-        return _interval(self.changes, *((2, " dB") if self.metric == "psnr" else (1, "%")))
+        return _interval(self.changes, self._digits, " dB" if self.metric == "psnr" else "%")
+
+    def each(self) -> str:
+        """The changes, seed by seed."""
+        return ", ".join(f"{change:+.{self._digits}f}" for change in self.changes)
+
+    @property
+    def _digits(self) -> int:
+        return 2 if self.metric == "psnr" else 1
 
 
 _COMPARED = {"test": "distillation loss", "fd": "Fréchet distance", "psnr": "PSNR"}
@@ -243,14 +251,13 @@ def paired(results: Results) -> str:
     """``comparisons``, a line each, with the change seed by seed."""
     lines = []
     for found in comparisons(results):
-        each = ", ".join(f"{change:+.{2 if found.metric == 'psnr' else 1}f}" for change in found.changes)
         stored = f" ({found.bits:.1f} bits)" if found.bits else ""
         cells = (
             _COMPARED[found.metric],
             FAMILIES[found.family],
             f"{TITLES[found.method]}{stored}",
             found.interval(),
-            each,
+            found.each(),
         )
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
@@ -336,8 +343,9 @@ def budgets(results: Results) -> str:
     columns = {}
     for family, title in FAMILIES.items():
         for steps in sorted(results.distinct("steps", family=family)):
+            chosen = results.named(steps=steps)
             for method in TITLES:
-                rows = results.named(steps=steps).at_best(family=family, method=method)
+                rows = chosen.at_best(family=family, method=method)
                 others = results.distinct("steps", family=family, method=method)
                 if rows and rows[0]["steps"] and len(others) > 1:
                     mean = statistics.fmean(1e3 * row["test"] for row in rows)
