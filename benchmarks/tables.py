@@ -10,10 +10,11 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import markdown
 from benchmarks.method.report import FAMILIES, Results, at_equal_storage, table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.export.precision import OP_KINDS
@@ -21,12 +22,6 @@ from fbqat_hub.export.precision import OP_KINDS
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("README.md", "docs/method.md", "docs/htp.md")
-
-
-def markdown(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    lines = ["|---" * len(head) + "|"] + [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([f"| {' | '.join(head)} |", *lines])
 
 
 def measured_at_true_size(name: str) -> list[tuple[Record, float]]:

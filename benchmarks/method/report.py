@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import markdown
 from benchmarks.method.__main__ import RESULTS, read
 from benchmarks.method.runs import PICTURES, TRACKS
 from fbqat_hub.evaluation.results import METHODS as TITLES
@@ -171,9 +172,8 @@ def table(results: Results, metric: str, factor: float, form: str) -> str:
 def _by_family(first: str, cells: Mapping[str, Mapping[str, str]], columns: Mapping[str, str] = FAMILIES) -> str:
     """A Markdown table: row title -> column -> text, without the rows and columns that are empty."""
     shown = [column for column in columns if any(column in row for row in cells.values())]
-    lines = [[first, *(columns[column] for column in shown)], ["---"] * (len(shown) + 1)]
-    lines += [[title, *(row.get(column, "–") for column in shown)] for title, row in cells.items() if row]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = [[title, *(row.get(column, "–") for column in shown)] for title, row in cells.items() if row]
+    return markdown([first, *(columns[column] for column in shown)], rows) + "\n"
 
 
 def _setting(rows: list[Row], chosen: Row) -> str:
@@ -249,26 +249,25 @@ def comparisons(results: Results) -> Iterator[Comparison]:
 
 def paired(results: Results) -> str:
     """``comparisons``, a line each, with the change seed by seed."""
-    lines = []
+    rows = []
     for found in comparisons(results):
         stored = f" ({found.bits:.1f} bits)" if found.bits else ""
-        cells = (
-            _COMPARED[found.metric],
-            FAMILIES[found.family],
-            f"{TITLES[found.method]}{stored}",
-            found.interval(),
-            found.each(),
+        rows.append(
+            (
+                _COMPARED[found.metric],
+                FAMILIES[found.family],
+                f"{TITLES[found.method]}{stored}",
+                found.interval(),
+                found.each(),
+            )
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
+    if not rows:
         return ""
-    head = [
+    head = ("metric", "family", "strongest baseline", "ours, change (95% interval)", "seed by seed")
+    return (
         "\nThis project's default against the strongest baseline, each at its own best setting; where that one stores "
-        "more bits a weight, also against the strongest that does not:\n",
-        "| metric | family | strongest baseline | ours, change (95% interval) | seed by seed |",
-        "|---|---|---|---|---|",
-    ]
-    return "\n".join([*head, *lines, ""])
+        f"more bits a weight, also against the strongest that does not:\n\n{markdown(head, rows)}\n"
+    )
 
 
 def at_equal_storage(results: Results) -> str:

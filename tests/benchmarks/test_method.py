@@ -160,7 +160,7 @@ def test_longer_budgets_stand_beside_the_short_one() -> None:
     lines = budgets(Results([*ROWS, longer, row("vqat", 1e-4, 1, 0.03)])).splitlines()
     assert lines[4:] == [
         "| method | Sana, 400 steps | Sana, 1600 steps |",
-        "| --- | --- | --- |",
+        "|---|---|---|",
         "| FB-QAT, this project's default | 18.00 (2) | 15.00 (1) |",
     ]
     assert budgets(Results(ROWS)) == ""
