@@ -350,11 +350,13 @@ def budgets(results: Results) -> str:
                     mean = statistics.fmean(1e3 * row["test"] for row in rows)
                     column = f"{family} {steps}"
                     columns[column] = f"{title}, {steps} steps"
-                    cells[TITLES[method]][column] = f"{mean:.2f} ({len(rows)})"
+                    setting = _setting(chosen.of(family=family, method=method), rows[0])
+                    cells[TITLES[method]][column] = f"{mean:.2f}{setting} [{len(rows)}]"
     if not columns:
         return ""
     return (
-        "## Longer budgets\n\nW4A8, dynamic activations, annealed: test loss ×1e-3 and the number of its seeds.\n\n"
+        "## Longer budgets\n\nW4A8, dynamic activations, annealed: test loss ×1e-3, the best setting of those "
+        "that were run at this budget, and [the number of seeds].\n\n"
         f"{_by_family('method', cells, columns)}"
     )
 

@@ -161,7 +161,7 @@ def test_longer_budgets_stand_beside_the_short_one() -> None:
     assert lines[4:] == [
         "| method | Sana, 400 steps | Sana, 1600 steps |",
         "|---|---|---|",
-        "| FB-QAT, this project's default | 18.00 (2) | 15.00 (1) |",
+        "| FB-QAT, this project's default | 18.00 (1e-04↕) [2] | 15.00 (5e-05↕) [1] |",
     ]
     assert budgets(Results(ROWS)) == ""
 
