@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from fbqat_hub.evaluation.results import Record, write_records
-from fbqat_hub.export.bundle import psnr_db
+from fbqat_hub.export.bundle.export import psnr_db
 from fbqat_hub.training.device import export_run
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.recipe import load_recipe

@@ -20,13 +20,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, Gemma2Config, Gemma2Mode
 
 from benchmarks.htp_true_size import RESULTS, PeakMemory
 from fbqat_hub.evaluation.results import Record, write_records
-from fbqat_hub.export.float_graph import GraphWrapper
-from fbqat_hub.export.float_part import build_part
-from fbqat_hub.export.graph_export import STEPS, Progress
-from fbqat_hub.export.htp_export import staging, write_certificate
-from fbqat_hub.export.targets import target_for
-from fbqat_hub.export.text_encoder import wrap_text_encoder
-from fbqat_hub.export.wrappers import wrap_decoder
+from fbqat_hub.export.bundle.float_part import build_part
+from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
+from fbqat_hub.export.htp.export import staging, write_certificate
+from fbqat_hub.export.htp.graph import STEPS, Progress
+from fbqat_hub.export.htp.targets import target_for
+from fbqat_hub.export.onnx.float_graph import GraphWrapper
+from fbqat_hub.export.onnx.wrappers import wrap_decoder
 
 # Rows of the token table, which stays on the host.
 VOCABULARY = 1000

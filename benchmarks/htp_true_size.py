@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export import export_htp
-from fbqat_hub.export.graph_export import STEPS
+from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.quantization import ActivationScheme, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.convert import named_layers, quantizable
 

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.markdown import markdown
 from benchmarks.method.report import FAMILIES, Results, at_equal_storage, table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
-from fbqat_hub.export.precision import OP_KINDS
+from fbqat_hub.export.onnx.precision import OP_KINDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

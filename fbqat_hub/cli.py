@@ -162,8 +162,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from fbqat_hub.export import doctor
-    from fbqat_hub.export.targets import target_for
+    from fbqat_hub.export.bundle import doctor
+    from fbqat_hub.export.htp.targets import target_for
 
     target, findings = target_for(options.soc), []
     if options.model and (Path(options.model) / "manifest.json").is_file():

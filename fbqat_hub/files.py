@@ -41,6 +41,24 @@ def whole(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def shipped(name: str) -> Path:
+    """A file or folder that ships with the package and that people edit: of a checkout, or of an installation.
+
+    Args:
+        name: its path in the checkout, e.g. "training/recipes" or "model_cards/template.md".
+
+    Raises:
+        FileNotFoundError: neither place has it: the installation is damaged.
+    """
+    package = Path(__file__).parent
+    for place in (package.parent, package / "shipped"):
+        if (place / name).exists() and (place is not package.parent or (place / "pyproject.toml").is_file()):
+            return place / name
+    raise FileNotFoundError(
+        f"{name} is missing from fbqat_hub; install it again: pip install --force-reinstall fbqat-hub"
+    )
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as file:

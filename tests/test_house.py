@@ -15,7 +15,12 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fbqat_hub"
-LINKED = ("training", "integrations")  # top-level folders that ship inside the package
+# of the checkout -> where the wheel has it
+SHIPPED = {
+    **{n: f"{PACKAGE}/shipped/{n}" for n in ("training/recipes", "training/teachers", "model_cards/template.md")},
+    "integrations/optimum/optimum": f"{PACKAGE}/shipped/integrations/optimum/optimum",
+    "integrations/optimum/fbqat_hub_optimum.pth": "fbqat_hub_optimum.pth",
+}
 
 
 def _git_files(*folders: str) -> list[Path]:
@@ -38,14 +43,28 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_wheel_holds_every_tracked_file_of_the_package(wheel: zipfile.ZipFile) -> None:
-    """Linked folders and package data included, byte for byte, and nothing else; the .pth file beside it."""
-    sources = {f"{PACKAGE}/{path}": path for path in _git_files(*LINKED)}
-    sources = {name if not name.endswith(".pth") else Path(name).name: path for name, path in sources.items()}
-    sources |= {str(path): path for path in _git_files(PACKAGE)}
+    """Package data and what ships beside it, byte for byte, and nothing else."""
+    sources = {str(path): path for path in _git_files(PACKAGE)}
+    for here, there in SHIPPED.items():
+        sources |= {str(path).replace(here, there, 1): path for path in _git_files(here)}
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
 
     assert packed == set(sources)
     assert [name for name, path in sources.items() if wheel.read(name) != (ROOT / path).read_bytes()] == []
+
+
+def test_no_links_are_tracked() -> None:
+    """A clone on Windows gets text files for links, and one file can be imported as two modules."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-s"], check=True, capture_output=True, text=True
+    ).stdout
+    assert [line for line in listed.splitlines() if line.startswith("120000")] == []
+
+
+def test_wheel_puts_the_optimum_command_on_the_path(wheel: zipfile.ZipFile) -> None:
+    """The line of the .pth file is a folder of the wheel in which optimum looks for commands."""
+    line = wheel.read("fbqat_hub_optimum.pth").decode().strip()
+    assert f"{line}/optimum/commands/register/register_fbqat.py" in wheel.namelist()
 
 
 def test_wheel_carries_license_and_command(wheel: zipfile.ZipFile) -> None:

@@ -4,9 +4,9 @@ Importing this package imports neither onnx nor onnxruntime; `export_htp` does, 
 """
 
 from fbqat_hub.export.errors import ExportError, HTPUnavailableError, htp_available
-from fbqat_hub.export.htp_export import export_htp
-from fbqat_hub.export.precision import PRESETS, Precision
-from fbqat_hub.export.targets import TARGETS, Target
+from fbqat_hub.export.htp.export import export_htp
+from fbqat_hub.export.htp.targets import TARGETS, Target
+from fbqat_hub.export.onnx.precision import PRESETS, Precision
 
 __all__ = [
     "PRESETS",

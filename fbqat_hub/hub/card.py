@@ -18,7 +18,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
-from fbqat_hub.files import whole
+from fbqat_hub.files import shipped, whole
 from fbqat_hub.hub.names import public_name, without_local_paths
 from fbqat_hub.hub.tables import (
     SUITE_TITLES,
@@ -36,7 +36,7 @@ from fbqat_hub.hub.tables import (
 from fbqat_hub.stages import branch_name, find_stage, stages_of
 from fbqat_hub.untrusted import read_json, read_yaml
 
-TEMPLATE = Path(__file__).with_name("card_template.md")  # a link to model_cards/template.md
+TEMPLATE = shipped("model_cards/template.md")
 
 HUB = "https://huggingface.co"
 OWN = "fbqat-hub/"

@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from fbqat_hub.export import audit, htp, op_parity
-from fbqat_hub.export.calibration import calibrate
-from fbqat_hub.export.float_graph import OPSET, FloatGraph
-from fbqat_hub.export.precision import Precision
-from fbqat_hub.export.qdq import insert_qdq
-from fbqat_hub.export.targets import target_for
+from fbqat_hub.export.htp import audit, compiler, op_parity
+from fbqat_hub.export.htp.targets import target_for
+from fbqat_hub.export.onnx.calibration import calibrate
+from fbqat_hub.export.onnx.float_graph import OPSET, FloatGraph
+from fbqat_hub.export.onnx.precision import Precision
+from fbqat_hub.export.onnx.qdq import insert_qdq
 
 Feed = dict[str, np.ndarray]
 
@@ -52,13 +52,13 @@ def emulated_op_errors(model: onnx.ModelProto, feeds: list[Feed], folder: Path, 
     """The op errors of `model` on the emulator, for the first feed."""
     qdq = quantized(model, feeds, precision)
     onnx.save(op_parity.probe_graph(qdq, op_parity.made_tensors(qdq)), folder / "probe.onnx")
-    outputs = htp.run_probe(folder / "probe.onnx", feeds[:1], target_for("sm8750"))
+    outputs = compiler.run_probe(folder / "probe.onnx", feeds[:1], target_for("sm8750"))
     return op_parity.op_errors(qdq, feeds[0], outputs[0])
 
 
 def compiled(model: onnx.ModelProto, feeds: list[Feed], folder: Path) -> dict[str, int]:
     """Tensors by data type of `model` compiled at 16 activation bits, audited."""
     onnx.save(quantized(model, feeds), folder / "graph.onnx")
-    htp.compile_context(folder / "graph.onnx", folder / "context.onnx", target_for("sm8750"), folder)
+    compiler.compile_context(folder / "graph.onnx", folder / "context.onnx", target_for("sm8750"), folder)
     counts: dict[str, int] = audit.audit_compiled(folder / "qnn_graph", [])["tensors_by_type"]
     return counts

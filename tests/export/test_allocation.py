@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from fbqat_hub.export.allocation import allocate, candidates
-from fbqat_hub.export.calibration import Ranges, calibrate
-from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers, runnable
-from fbqat_hub.export.graph_export import trace_graph
-from fbqat_hub.export.htp_export import torch_outputs
-from fbqat_hub.export.parity import sqnr_db
-from fbqat_hub.export.precision import DEFAULT_A16_LAYERS, OP_KINDS, PRESETS
-from fbqat_hub.export.qdq import insert_qdq
-from fbqat_hub.export.reference import exact_session
-from fbqat_hub.export.wrappers import wrap
+from fbqat_hub.export.htp.export import torch_outputs
+from fbqat_hub.export.htp.graph import trace_graph
+from fbqat_hub.export.onnx.allocation import allocate, candidates
+from fbqat_hub.export.onnx.calibration import Ranges, calibrate
+from fbqat_hub.export.onnx.float_graph import FloatGraph, as_feed, packed_layers, runnable
+from fbqat_hub.export.onnx.parity import sqnr_db
+from fbqat_hub.export.onnx.precision import DEFAULT_A16_LAYERS, OP_KINDS, PRESETS
+from fbqat_hub.export.onnx.qdq import insert_qdq
+from fbqat_hub.export.onnx.reference import exact_session
+from fbqat_hub.export.onnx.wrappers import wrap
 from tests.export.conftest import Item, float_sana, make_items, pack
 
 

@@ -15,14 +15,15 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fbqat_hub.export import ExportError, text_encoder
-from fbqat_hub.export.bundle import draw as draw_in_torch
-from fbqat_hub.export.bundle import export_bundle, psnr_db
-from fbqat_hub.export.graph_export import Progress
-from fbqat_hub.export.sampler import sampler_matrix
-from fbqat_hub.export.targets import target_for
-from fbqat_hub.export.text_bundle import PROBE, build_text
-from fbqat_hub.export.text_encoder import recorded_tokens
+from fbqat_hub.export import ExportError
+from fbqat_hub.export.bundle import text_encoder
+from fbqat_hub.export.bundle.export import draw as draw_in_torch
+from fbqat_hub.export.bundle.export import export_bundle, psnr_db
+from fbqat_hub.export.bundle.sampler import sampler_matrix
+from fbqat_hub.export.bundle.text_bundle import PROBE, build_text
+from fbqat_hub.export.bundle.text_encoder import recorded_tokens
+from fbqat_hub.export.htp.graph import Progress
+from fbqat_hub.export.htp.targets import target_for
 from fbqat_hub.files import sha256
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline

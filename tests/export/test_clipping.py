@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fbqat_hub.export.calibration import Ranges, calibrate
-from fbqat_hub.export.clipping import clipped_ranges, least_error_range, tensors_at_8_bits
-from fbqat_hub.export.float_graph import FloatGraph
-from fbqat_hub.export.parity import sqnr_db
-from fbqat_hub.export.precision import Precision
-from fbqat_hub.export.qdq import insert_qdq
-from fbqat_hub.export.reference import exact_session
+from fbqat_hub.export.onnx.calibration import Ranges, calibrate
+from fbqat_hub.export.onnx.clipping import clipped_ranges, least_error_range, tensors_at_8_bits
+from fbqat_hub.export.onnx.float_graph import FloatGraph
+from fbqat_hub.export.onnx.parity import sqnr_db
+from fbqat_hub.export.onnx.precision import Precision
+from fbqat_hub.export.onnx.qdq import insert_qdq
+from fbqat_hub.export.onnx.reference import exact_session
 from tests.export.graphs import one_op
 
 

@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import nn
 
-from fbqat_hub.export.float_graph import as_feed
-from fbqat_hub.export.graph_export import trace_graph
-from fbqat_hub.export.wrappers import wrap_decoder
+from fbqat_hub.export.htp.graph import trace_graph
+from fbqat_hub.export.onnx.float_graph import as_feed
+from fbqat_hub.export.onnx.wrappers import wrap_decoder
 
 
 def kl() -> nn.Module:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from fbqat_hub.export import ExportError, doctor
-from fbqat_hub.export.targets import TARGETS, target_for
+from fbqat_hub.export import ExportError
+from fbqat_hub.export.bundle import doctor
+from fbqat_hub.export.htp.targets import TARGETS, target_for
 from fbqat_hub.files import sha256
 from fbqat_hub.quantization import PackedLinear
 from tests.export.conftest import float_sana, pack

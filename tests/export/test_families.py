@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fbqat_hub.export import PRESETS, ExportError, export_htp
-from fbqat_hub.export.float_graph import as_feed, block_outputs, packed_layers, runnable
-from fbqat_hub.export.graph_export import trace_graph
-from fbqat_hub.export.pipeline import record_inputs
-from fbqat_hub.export.wrappers import blocks_of, wrap
+from fbqat_hub.export.bundle.pipeline import record_inputs
+from fbqat_hub.export.htp.graph import trace_graph
+from fbqat_hub.export.onnx.float_graph import as_feed, block_outputs, packed_layers, runnable
+from fbqat_hub.export.onnx.wrappers import blocks_of, wrap
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline

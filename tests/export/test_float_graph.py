@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.float_graph import as_feed, packed_layers, runnable, trace
-from fbqat_hub.export.rewrite import rewrite
-from fbqat_hub.export.runtime.text import MASK_BIAS
-from fbqat_hub.export.wrappers import wrap
+from fbqat_hub.export.bundle.runtime.text import MASK_BIAS
+from fbqat_hub.export.onnx.float_graph import as_feed, packed_layers, runnable, trace
+from fbqat_hub.export.onnx.rewrite import rewrite
+from fbqat_hub.export.onnx.wrappers import wrap
 from fbqat_hub.quantization import ActivationScheme, PackedLinear, WeightScheme, convert, prepare, set_bit_width
 from tests.export.conftest import float_sana, make_items, pack
 

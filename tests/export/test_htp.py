@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 import pytest
 
-from fbqat_hub.export import ExportError, Precision, audit, htp, op_parity, rewrite
-from fbqat_hub.export.targets import target_for
+from fbqat_hub.export import ExportError, Precision
+from fbqat_hub.export.htp import audit, compiler, op_parity
+from fbqat_hub.export.htp.targets import target_for
+from fbqat_hub.export.onnx import rewrite
 from tests.export.graphs import emulated_op_errors, one_op, quantized
 
 pytest.importorskip("onnxruntime_qnn")
@@ -50,7 +52,7 @@ def qdq_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_context_says_what_it_was_built_for(qdq_file: Path, tmp_path: Path) -> None:
     context = tmp_path / "context.onnx"
-    htp.compile_context(qdq_file, context, TARGET, tmp_path)
+    compiler.compile_context(qdq_file, context, TARGET, tmp_path)
     read = audit.audit_context(onnx.load(context), TARGET)
     assert read["qnn_sdk_build"].startswith("v2.")
     assert audit.audit_compiled(tmp_path / "qnn_graph", [])["tensors_by_type"]["float32"] == 2  # input and output
@@ -70,16 +72,16 @@ def test_the_context_says_how_much_the_compiler_spills(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     feed = {name: rng.normal(size=sides).astype(np.float32) for name, sides in shape.items()}
     onnx.save(quantized(onnx.shape_inference.infer_shapes(model), [feed]), tmp_path / "graph.onnx")
-    htp.compile_context(tmp_path / "graph.onnx", tmp_path / "context.onnx", TARGET, tmp_path)
+    compiler.compile_context(tmp_path / "graph.onnx", tmp_path / "context.onnx", TARGET, tmp_path)
     assert audit.spill_fill_bytes(onnx.load(tmp_path / "context.onnx")) > TARGET.vtcm_mb * 2**20
 
 
 def test_without_soc_model_another_architecture_comes_out_and_is_refused(
     qdq_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(htp, "provider_options", lambda target: {"htp_arch": str(target.htp_arch), "vtcm_mb": "8"})
+    monkeypatch.setattr(compiler, "provider_options", lambda target: {"htp_arch": str(target.htp_arch), "vtcm_mb": "8"})
     context = tmp_path / "context.onnx"
-    htp.compile_context(qdq_file, context, TARGET, tmp_path)
+    compiler.compile_context(qdq_file, context, TARGET, tmp_path)
     with pytest.raises(ExportError, match="built for"):
         audit.audit_context(onnx.load(context), TARGET)
 
@@ -87,14 +89,14 @@ def test_without_soc_model_another_architecture_comes_out_and_is_refused(
 def test_an_unknown_soc_model_is_an_error(qdq_file: Path, tmp_path: Path) -> None:
     wrong = dataclasses.replace(TARGET, soc_model=9999)
     with pytest.raises(ExportError, match=r"(?s)HTP compile failed .*soc_model it does not know"):
-        htp.compile_context(qdq_file, tmp_path / "context.onnx", wrong, tmp_path)
+        compiler.compile_context(qdq_file, tmp_path / "context.onnx", wrong, tmp_path)
 
 
 def test_an_op_that_qnn_refuses_is_an_error_not_a_fallback(tmp_path: Path) -> None:
     path = tmp_path / "graph.onnx"
     onnx.save(quantized(one_op("Erf", {"x": [1, 64]}), small_values()), path)
     with pytest.raises(ExportError, match="HTP compile failed"):
-        htp.compile_context(path, tmp_path / "context.onnx", TARGET, tmp_path)
+        compiler.compile_context(path, tmp_path / "context.onnx", TARGET, tmp_path)
 
 
 def test_the_compiled_audit_sees_float_and_lost_weights(tmp_path: Path) -> None:

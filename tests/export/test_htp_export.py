@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from fbqat_hub.export import ExportError, HTPUnavailableError, Precision, certificate, export_htp, htp
-from fbqat_hub.export.parity import sqnr_db
+from fbqat_hub.export import ExportError, HTPUnavailableError, Precision, export_htp
+from fbqat_hub.export.htp import certificate, compiler
+from fbqat_hub.export.onnx.parity import sqnr_db
 from tests.export.conftest import Item, float_sana, make_items, pack
 
 Export = Callable[..., dict[str, Any]]
@@ -54,15 +55,15 @@ def test_the_files_alone_compute_it(
     exported: tuple[Path, dict[str, Any]], packed_sana: nn.Module, held_out: list[Item], tmp_path: Path
 ) -> None:
     """The shipped context, from a copied folder, on an input that changes only the mask."""
-    from fbqat_hub.export.float_graph import as_feed
-    from fbqat_hub.export.targets import target_for
-    from fbqat_hub.export.wrappers import wrap
+    from fbqat_hub.export.htp.targets import target_for
+    from fbqat_hub.export.onnx.float_graph import as_feed
+    from fbqat_hub.export.onnx.wrappers import wrap
 
     for name in ("transformer.onnx", "transformer.bin"):
         (tmp_path / name).write_bytes((exported[0] / name).read_bytes())
     wrapper = wrap(packed_sana, held_out[0])
     items = [held_out[0] | {"encoder_attention_mask": torch.arange(16)[None] < count} for count in (2, 16)]
-    with htp.emulator(tmp_path / "transformer.onnx", target_for("sm8750")) as emulator:
+    with compiler.emulator(tmp_path / "transformer.onnx", target_for("sm8750")) as emulator:
         outputs = [emulator.run(as_feed(wrapper.host_inputs(item)))[0] for item in items]
     for item, output in zip(items, outputs, strict=True):
         with torch.no_grad():
@@ -81,7 +82,7 @@ def test_the_same_model_gives_the_same_bytes_in_another_folder(
 def test_no_path_of_this_machine_is_written(exported: tuple[Path, dict[str, Any]]) -> None:
     for path in exported[0].iterdir():
         content = path.read_bytes()
-        for here in (str(exported[0].parent), str(Path(htp.__file__).parent), str(Path.home() / "x")[:-1]):
+        for here in (str(exported[0].parent), str(Path(compiler.__file__).parent), str(Path.home() / "x")[:-1]):
             assert here.encode() not in content, (path.name, here)
 
 
@@ -157,7 +158,7 @@ class TestFailures:
     ) -> None:
         crash = tmp_path_factory.mktemp("crash") / "worker.py"
         crash.write_text("import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()")
-        monkeypatch.setattr(htp, "_WORKER", crash)
+        monkeypatch.setattr(compiler, "_WORKER", crash)
         with pytest.raises(ExportError, match=r"(?s)killed by SIGABRT.*last words"):
             export(packed_sana, tmp_path / "out")
 

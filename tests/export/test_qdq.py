@@ -13,16 +13,16 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.audit import audit_qdq
-from fbqat_hub.export.calibration import calibrate
-from fbqat_hub.export.encoding import Encoding, encoding_for_range
-from fbqat_hub.export.float_graph import FloatGraph, GraphWrapper, as_feed, packed_layers, runnable, trace
-from fbqat_hub.export.parity import sqnr_db
-from fbqat_hub.export.precision import Precision
-from fbqat_hub.export.qdq import insert_qdq
-from fbqat_hub.export.reference import exact_session
-from fbqat_hub.export.rewrite import rewrite
-from fbqat_hub.export.wrappers import wrap
+from fbqat_hub.export.htp.audit import audit_qdq
+from fbqat_hub.export.onnx.calibration import calibrate
+from fbqat_hub.export.onnx.encoding import Encoding, encoding_for_range
+from fbqat_hub.export.onnx.float_graph import FloatGraph, GraphWrapper, as_feed, packed_layers, runnable, trace
+from fbqat_hub.export.onnx.parity import sqnr_db
+from fbqat_hub.export.onnx.precision import Precision
+from fbqat_hub.export.onnx.qdq import insert_qdq
+from fbqat_hub.export.onnx.reference import exact_session
+from fbqat_hub.export.onnx.rewrite import rewrite
+from fbqat_hub.export.onnx.wrappers import wrap
 from tests.export.conftest import Item, float_sana, make_items, pack
 from tests.export.graphs import one_op, quantized
 
@@ -53,8 +53,8 @@ def test_calibration_keeps_no_tensor_longer_than_needed() -> None:
     code = """
 import numpy as np, onnx
 from onnx import TensorProto, helper
-from fbqat_hub.export.calibration import calibrate
-from fbqat_hub.export.runtime.qnn_session import peak_rss_mib
+from fbqat_hub.export.onnx.calibration import calibrate
+from fbqat_hub.export.htp.runtime.qnn_session import peak_rss_mib
 value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2**20])
 nodes = [helper.make_node("Relu", [f"x{index}"], [f"x{index + 1}"]) for index in range(64)]
 model = helper.make_model(helper.make_graph(nodes, "chain", [value("x0")], [value("x64")]),

@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto, helper
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export import rewrite as rewrites
-from fbqat_hub.export.float_graph import GraphWrapper, trace
+from fbqat_hub.export.onnx import rewrite as rewrites
+from fbqat_hub.export.onnx.float_graph import GraphWrapper, trace
 from tests.export.graphs import norm_and_bias, one_op
 
 

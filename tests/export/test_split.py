@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from fbqat_hub.export import ExportError, export_htp
-from fbqat_hub.export.bundle import export_bundle, psnr_db
-from fbqat_hub.export.float_graph import FloatGraph, as_feed, packed_layers, runnable
-from fbqat_hub.export.graph_export import Feed, trace_graph
-from fbqat_hub.export.split import describe_chain, split_graph
-from fbqat_hub.export.wrappers import wrap
+from fbqat_hub.export.bundle.export import export_bundle, psnr_db
+from fbqat_hub.export.htp.graph import trace_graph
+from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph, as_feed, packed_layers, runnable
+from fbqat_hub.export.onnx.split import describe_chain, split_graph
+from fbqat_hub.export.onnx.wrappers import wrap
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import CAPTIONS, call_of

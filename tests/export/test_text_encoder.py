@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.runtime.text import MASK_BIAS, denoiser_inputs
-from fbqat_hub.export.text_encoder import wrap_text_encoder
+from fbqat_hub.export.bundle.runtime.text import MASK_BIAS, denoiser_inputs
+from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
 
 TOKENS = 6
 CLIP = {"vocab_size": 20, "hidden_size": 16, "projection_dim": 16, "num_attention_heads": 2, "intermediate_size": 32}

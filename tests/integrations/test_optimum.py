@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-NAMESPACE = ROOT / "integrations" / "optimum_namespace"
+NAMESPACE = ROOT / "integrations" / "optimum"
 
 
 def optimum_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,8 +41,3 @@ def test_the_namespace_has_no_init_file() -> None:
     assert [path.relative_to(NAMESPACE).as_posix() for path in NAMESPACE.rglob("*.py")] == [
         "optimum/commands/register/register_fbqat.py"
     ]
-
-
-def test_the_pth_file_of_a_wheel_names_the_namespace() -> None:
-    (line,) = (NAMESPACE / "fbqat_hub_optimum.pth").read_text().splitlines()
-    assert (ROOT / line).resolve() == NAMESPACE.resolve()

@@ -1,0 +1,168 @@
+"""A pipeline's text encoders in a bundle: graphs, tokenizers, tables, and the proof that they make the same inputs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fbqat_hub.export.bundle.float_part import build_part
+from fbqat_hub.export.bundle.runtime.text import denoiser_inputs, tokenize
+from fbqat_hub.export.bundle.text_encoder import COMPONENTS, TextEncoder, wrap_text_encoder
+from fbqat_hub.export.errors import ExportError
+from fbqat_hub.export.htp.graph import Progress
+from fbqat_hub.export.htp.targets import Target
+from fbqat_hub.export.onnx.parity import sqnr_db
+from fbqat_hub.export.onnx.wrappers import Item
+
+#: The denoiser's inputs of a text as the host and float encoders make them, against the pipeline's: SQNR in dB. Half
+#: precision alone leaves 60.
+MIN_TEXT_DB = 50.0
+
+#: A text that shows what a pipeline does to its prompts before it tokenizes them.
+PROBE = " A Red HEART "
+
+Recorded = Mapping[str, Sequence[tuple[np.ndarray, bool]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextParts:
+    """What a bundle has of its text encoders; nothing of any of them if one cannot be exported.
+
+    Attributes:
+        sections: of the certificate, by graph.
+        described: the manifest's `text`, an entry an encoder.
+        tables: token embeddings for `host.safetensors`.
+        left_out: why there is nothing.
+    """
+
+    sections: dict[str, Any] = field(default_factory=dict)
+    described: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    left_out: str | None = None
+
+
+def build_text(
+    pipeline: Any,
+    recorded: Recorded,
+    texts: Sequence[str],
+    drawn: Sequence[tuple[str, Mapping[str, Tensor]]],
+    instruction: str,
+    folder: Path,
+    target: Target,
+    bar: Progress,
+) -> TextParts:
+    """All text encoders of `pipeline`, into `folder`.
+
+    Args:
+        recorded: what each was given while the pipeline drew `PROBE` (`text_encoder.recorded_tokens`).
+        texts: to calibrate on.
+        drawn: prompts, and the graph inputs that the pipeline's denoiser got of them.
+        instruction: what the pipeline puts before a prompt (Sana's `complex_human_instruction`), or nothing.
+    """
+    scratch = folder / "text"
+    scratch.mkdir()
+    found = TextParts()
+    try:
+        encoders: list[TextEncoder] = []
+        for name, rows in recorded.items():
+            path = scratch / f"{COMPONENTS[name]}.json"
+            _write_tokenizer(getattr(pipeline, COMPONENTS[name]), path, len(rows[0][0]))
+            lower, masked = _as_the_pipeline_does(name, path, rows, instruction)
+            encoder = wrap_text_encoder(name, getattr(pipeline, name), len(rows[0][0]), masked)
+            encoders.append(encoder)
+            found.tables[f"embedding.{name}"] = encoder.table
+            kept = drawn[0][1]["encoder_hidden_states"].shape[1] if instruction else None
+            found.described.append(
+                {
+                    "graph": name,
+                    "tokenizer": path.name,
+                    "lower": lower,
+                    "instruction": instruction,
+                    "kept": kept,
+                    "bias": encoder.bias,
+                    "end": encoder.end,
+                }
+            )
+        _check(encoders, found.described, scratch, drawn)
+        for encoder, described in zip(encoders, found.described, strict=True):
+            kind = type(getattr(pipeline, encoder.name)).__name__
+            calibration = [_item(scratch, described, text) for text in texts]
+            held_out = [_item(scratch, described, prompt) for prompt, _ in drawn]
+            found.sections[encoder.name] = build_part(
+                encoder.name, kind, encoder.wrapper, calibration, held_out, scratch, target, bar
+            )
+        for path in scratch.iterdir():
+            path.rename(folder / path.name)
+    except ExportError as error:
+        found = TextParts(left_out=str(error))
+    shutil.rmtree(scratch)
+    return found
+
+
+def _write_tokenizer(tokenizer: Any, path: Path, tokens: int) -> None:
+    """The tokenizer as one file that cuts and pads to `tokens`, as the pipeline does."""
+    from tokenizers import Tokenizer
+
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ExportError(f"{type(tokenizer).__name__} has no tokenizer.json: load the fast tokenizer")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(tokens)
+    backend.enable_padding(
+        length=tokens,
+        pad_id=tokenizer.pad_token_id,
+        pad_token=tokenizer.pad_token,
+        direction=tokenizer.padding_side,
+    )
+    backend.save(str(path))
+
+
+def _as_the_pipeline_does(
+    name: str, path: Path, rows: Sequence[tuple[np.ndarray, bool]], instruction: str
+) -> tuple[bool, bool]:
+    """Whether the pipeline writes `PROBE` in lower case, and whether it tells the encoder the padding."""
+    for lower in (False, True):
+        ids, _ = tokenize(path, PROBE, lower, instruction)
+        for row, masked in rows:
+            if np.array_equal(row, ids):
+                return lower, masked
+    raise ExportError(
+        f"{name}: the pipeline changes its prompts before it tokenizes them, in a way that the runner does not know"
+    )
+
+
+def _item(folder: Path, described: Mapping[str, Any], text: str) -> Item:
+    ids, mask = tokenize(folder / described["tokenizer"], text, described["lower"], described["instruction"])
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def _check(
+    encoders: Sequence[TextEncoder],
+    described: Sequence[Mapping[str, Any]],
+    folder: Path,
+    drawn: Sequence[tuple[str, Mapping[str, Tensor]]],
+) -> None:
+    """ExportError unless tokenizers, graphs in float and `denoiser_inputs` give what the pipeline's denoiser got."""
+    for prompt, wanted in drawn:
+        items = [_item(folder, each, prompt) for each in described]
+        with torch.no_grad():
+            outputs = [
+                encoder.wrapper.module(*encoder.wrapper.host_inputs(item).values())[0].numpy()
+                for encoder, item in zip(encoders, items, strict=True)
+            ]
+        mask = items[-1]["attention_mask"].numpy()
+        made = denoiser_inputs(described, outputs, mask, "encoder_attention_bias" in wanted)
+        for name, value in made.items():
+            expected = wanted[name].float().numpy()
+            reached = sqnr_db([expected], [value]) if expected.shape == value.shape else float("-inf")
+            if not reached >= MIN_TEXT_DB:
+                raise ExportError(
+                    f"{name} of {prompt!r} made on the host is at {reached:.1f} dB to the pipeline's, at least "
+                    f"{MIN_TEXT_DB:g} dB is needed; does the pipeline do something else with its texts?"
+                )

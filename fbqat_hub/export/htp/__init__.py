@@ -1,0 +1,1 @@
+"""A QDQ graph as a context binary for Qualcomm's HTP: compile, emulate, audit, compare, certify."""
