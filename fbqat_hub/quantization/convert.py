@@ -160,7 +160,8 @@ def prepare(
             group_count(weights.group_size or layer.weight.shape[1], layer.weight.shape[1])
         except ValueError as error:
             raise ValueError(f"{names[0]} cannot be quantized: {error}") from error
-    replaced = [name for target in chosen for name in target.names]
+    names_of_all = {name for target in chosen for name in target.names}
+    replaced = [name for name in quantizable(model) if name in names_of_all]
     shared: dict[int, nn.Parameter] = {}
     chosen.reverse()
     while chosen:  # a float layer goes as soon as it is replaced, or two copies of the model were in memory
