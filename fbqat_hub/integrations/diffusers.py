@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.files import whole
 from fbqat_hub.hub.manifest import check_component
-from fbqat_hub.quantization.convert import matches, named_layers, quantizable, scheme_for
-from fbqat_hub.quantization.linear import FakeQuantizedLinear, PackedLinear, PackedPointwiseConv2d
-from fbqat_hub.quantization.packing import NIBBLE, check_codes
+from fbqat_hub.quantization.convert import named_layers, quantizable, replace_layers, targets
+from fbqat_hub.quantization.linear import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packing import NIBBLE, check_codes, pack
+from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.stages import find_stage
 from fbqat_hub.untrusted import PICKLES, check_model, check_pipeline, is_model
 
@@ -248,17 +249,8 @@ class FBQATQuantizer(DiffusersQuantizer):
         self, model: nn.Module, device_map: Any = None, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        layers = quantizable(model)
-        for pattern in [*config.modules_to_not_convert, *config.module_overrides]:
-            if not any(matches(name, [pattern]) for name in layers):
-                examples = ", ".join(list(layers)[:3])
-                raise ValueError(
-                    f"pattern {pattern!r} matches no linear layer or 1x1 convolution of {type(model).__name__}; there "
-                    f"are e.g. {examples}."
-                )
-        for name, layer in layers.items():
-            if matches(name, config.modules_to_not_convert):
-                continue
+        skip, overrides = config.modules_to_not_convert, config.module_overrides
+        for layer, names, scheme in targets(model, config.activation_scheme(), not_convert=skip, overrides=overrides):
             kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
             out_features, in_features = layer.weight.shape[:2]
             try:
@@ -267,20 +259,20 @@ class FBQATQuantizer(DiffusersQuantizer):
                     out_features,
                     weight_bits=config.weight_bits,
                     bias=layer.bias is not None,
-                    activation_scheme=scheme_for(name, config.activation_scheme(), config.module_overrides),
+                    activation_scheme=scheme,
                     group_size=config.group_size,
                     dtype=layer.weight.dtype,
                     device="meta",
                 )
             except ValueError as error:
                 raise ValueError(
-                    f"{name} cannot be quantized: {error} Give another, or put the layer into modules_to_not_convert."
+                    f"{names[0]} cannot be quantized: {error} Give another, or put the layer into "
+                    "modules_to_not_convert."
                 ) from error
-            model.set_submodule(name, packed)
-            self._layers[name] = packed
-        if not self._layers:
-            raise ValueError(f"nothing to quantize: modules_to_not_convert has every layer of {type(model).__name__}.")
-        config.modules_to_not_convert = sorted(set(layers) - set(self._layers))
+            for name in names:
+                model.set_submodule(name, packed)
+                self._layers[name] = packed
+        config.modules_to_not_convert = sorted(quantizable(model))
         self._refuse_wrong_keys(model)
 
     def _refuse_wrong_keys(self, model: nn.Module) -> None:
@@ -325,14 +317,11 @@ class FBQATQuantizer(DiffusersQuantizer):
         shape = torch.Size((layer.out_features, layer.in_features))
         if weight.shape[:2] != shape or weight.numel() != shape.numel():
             raise ValueError(f"{name}.weight has shape {tuple(weight.shape)}; this model needs {tuple(shape)}.")
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name}.weight has values that are not finite; it cannot be quantized.")
-        source: nn.Linear | nn.Conv2d = nn.Linear(1, 1, bias=False)
-        source.weight = nn.Parameter(weight, requires_grad=False)
-        scheme = self.quantization_config.weight_scheme()
-        packed = PackedLinear.from_fake_quantized(FakeQuantizedLinear(source, scheme, layer.activation_scheme))
-        state_dict[f"{name}.weight_packed"] = packed.weight_packed.data
-        layer.weight_scale = packed.weight_scale
+        try:
+            codes, layer.weight_scale = quantize_weight(weight, self.quantization_config.weight_scheme())
+        except ValueError as error:
+            raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
+        state_dict[f"{name}.weight_packed"] = pack(codes, layer.weight_bits)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized:
@@ -368,8 +357,7 @@ class FBQATQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: Any) -> Any:
         dtype = model.dtype
-        for name, layer in list(named_layers(model, PackedLinear)):
-            model.set_submodule(name, layer.to_float().to(dtype))
+        replace_layers(model, {layer: layer.to_float().to(dtype) for _, layer in named_layers(model, PackedLinear)})
         kept = {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(kept)
         return model

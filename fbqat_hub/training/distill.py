@@ -32,9 +32,9 @@ from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipelin
 from fbqat_hub.quantization import (
     FakeQuantizedLinear,
     calibrate,
-    compensate,
     convert,
     converted,
+    gptq_initialize,
     named_layers,
     prepare,
     set_bit_width,
@@ -188,7 +188,8 @@ def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit
     if recipe.starts_compensated:
         options = recipe.compensation_settings()
         samples = options.pop("samples")
-        compensate(student, lambda: draws.calibration(train_split, samples), **options)
+        softness = recipe.bit_schedule().softness_at(0.0)
+        gptq_initialize(student, lambda: draws.calibration(train_split, samples), softness=softness, **options)
     patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
     for name, layer in named_layers(student, FakeQuantizedLinear):
         layer.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))

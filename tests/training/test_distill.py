@@ -221,7 +221,7 @@ def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sa
 
     def look(step: int) -> None:
         layers = named_layers(student, FakeQuantizedLinear)
-        seen[step + 1] = {name: (*layer.scale_and_codes(), layer.bias) for name, layer in layers}
+        seen[step + 1] = {name: (*layer.codes_and_scales(), layer.bias) for name, layer in layers}
         seen[step + 1] = copy.deepcopy(seen[step + 1])
 
     settings = (recipe, student, pipeline.transformer, splits, draws, tmp_path, Accelerator(), False, False)
@@ -230,7 +230,7 @@ def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sa
     for bits, end in ((8, 2), (6, 4)):
         tensors = stage_tensors(staged_run, bits)
         assert len(seen[end]) == 27
-        for name, (scale, codes, bias) in seen[end].items():
+        for name, (codes, scale, bias) in seen[end].items():
             assert torch.equal(tensors[f"{name}.weight_packed"], codes), name
             assert torch.equal(tensors[f"{name}.weight_scale"], scale), name
             assert bias is None or torch.equal(tensors[f"{name}.bias"], bias), name
