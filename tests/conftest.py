@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from fbqat_hub.families import FAMILIES
-from fbqat_hub.integrations.diffusers import save_pipeline
+from fbqat_hub.pipelines import save_pipeline
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teacher import RECIPES, untrained_pipeline
 

@@ -12,11 +12,12 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, names, step, whoami
+from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, step, whoami
 from fbqat_hub.hub.contents import Item, component_names, packed_config, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST
 from fbqat_hub.hub.names import public_name
 from fbqat_hub.stages import find_stage
+from fbqat_hub.text import names
 
 _MAX_FILE = 50 * 10**9  # what huggingface_hub downloads over plain HTTP; a larger file needs hf_xet at every reader
 _CARD_KEYS = ("license", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags")

@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from tqdm import tqdm
 
 from fbqat_hub.evaluation.results import read_records
-from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, names, remote_files, step
+from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, remote_files, step
 from fbqat_hub.hub.contents import Item, collect, packed_config, private_things, read_json, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST, FileEntry, Manifest, hash_file, parse_manifest, read_manifest, serves
 from fbqat_hub.hub.names import is_local, public_name, size_text
@@ -32,6 +32,7 @@ from fbqat_hub.hub.preflight import (
     remote_state,
 )
 from fbqat_hub.stages import branch_name, stages_of
+from fbqat_hub.text import names
 
 MAIN = "main"
 _UNFINISHED = "-unfinished"

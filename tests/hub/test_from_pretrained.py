@@ -17,7 +17,7 @@ from fbqat_hub.hub.contents import collect
 from fbqat_hub.hub.manifest import MANIFEST
 from fbqat_hub.hub.publish import hashes_of, manifest_of
 from fbqat_hub.hub.pull import pull
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from tests.hub.conftest import REPO
 from tests.hub.server import LoopbackHub
 

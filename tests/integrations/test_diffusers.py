@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fbqat_hub import FBQATConfig
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipeline
+from fbqat_hub.integrations.diffusers import attach
+from fbqat_hub.pipelines import load_pipeline, save_pipeline
 from fbqat_hub.quantization import PackedLinear, calibrate, convert, named_layers, prepare
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import CALL, subprocess_environment

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fbqat_hub import FBQATConfig
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.recipe import RECIPES, Recipe, load_recipe
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
