@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -149,12 +148,13 @@ class Component:
         found = variant_files(files, self.library)
         if not found:
             others = sorted(name for name in files if name.endswith((*_PICKLES, ".safetensors", ".gguf", ".msgpack")))
+            stem = f"{_WEIGHTS[self.library]}." if any(name.endswith(".safetensors") for name in others) else ""
             pickles = any(name.endswith(_PICKLES) for name in others)
             raise ValueError(
-                f"{self.folder} has no safetensors named {_WEIGHTS[self.library]}.safetensors"
+                f"{self.folder} has no {stem}safetensors"
                 + (f", but {names(others, 3)}" if others else "")
                 + (", which could run code when read" if pickles else "")
-                + "; only such safetensors are loaded."
+                + f"; only safetensors{' of this name' if stem else ''} are loaded."
             )
         return {variant: self.folder / name for variant, name in found.items()}
 
@@ -279,12 +279,12 @@ def read_index(folder: Path) -> tuple[str, dict[str, Component]]:
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
             continue
-        if len(value) != 2 or value[0] not in _WEIGHTS or not isinstance(value[1], str):
+        if len(value) != 2 or value[0] not in tuple(_WEIGHTS) or not isinstance(value[1], str):
             raise ValueError(
                 f"{folder / INDEX}: {name} is {value!r}; it must be a class of {' or '.join(_WEIGHTS)}, since no other "
                 "code is run."
             )
-        if os.sep in name or name == "..":
+        if Path(name).name != name:
             raise ValueError(f"{folder / INDEX}: {name!r} is no name of a component.")
         components[name] = Component(folder / name, value[0], value[1])
     return index["_class_name"], components
@@ -321,11 +321,11 @@ def _required(class_name: str) -> set[str]:
     import diffusers
 
     kind: Any = getattr(diffusers, class_name, None)
-    if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
+    if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
         return set()  # refused by name where it is loaded
     parameters = inspect.signature(kind.__init__).parameters
     needed = {name for name, each in parameters.items() if each.default is each.empty} - {"self"}
-    needed -= set(kind._optional_components)
+    needed -= set(getattr(kind, "_optional_components", ()))
     return {name for name in needed if not re.fullmatch(r"(text_encoder|tokenizer)_\d", name)}
 
 

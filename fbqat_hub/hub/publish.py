@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
@@ -116,7 +117,7 @@ def publish(
     problems += local_problems(run, items)
     targets = [Target(repo, MAIN, run, items)]
     if device_repo and not (soc := _soc_of(run)):
-        problems.append(f"{run} has no HTP bundle for --device-repo. Run: fbqat export {run}")
+        problems.append(f"{run} has no HTP bundle for --device-repo. Run: fbqat export {quote(str(run))}")
     elif device_repo and not problems:
         targets = [Target(name, MAIN, run, files) for name, files in _divided(repo, soc, items).items()]
     if branches:
