@@ -205,11 +205,8 @@ class Component:
                 output_loading_info=True,
                 **options,
             )
-        whole_numbers = [
-            name
-            for name, value in model.named_parameters()
-            if not (value.is_floating_point() or name.endswith(".weight_packed"))
-        ]
+        # of a quantized model the quantizer looks at each tensor
+        whole_numbers = [] if getattr(model, "is_quantized", False) else _whole_numbers(model, weights)
         # transformers' checkpoints may hold more than one of its models takes, a decoder beside the encoder, say
         extra = found["unexpected_keys"] if self.library == "diffusers" else ()
         for tensors, what in (
@@ -254,7 +251,7 @@ def variant_files(files: list[str], library: str) -> dict[str | None, str]:
 
     >>> variant_files(["config.json", "model.safetensors", "model.fp16-00001-of-00002.safetensors",
     ...     "model.safetensors.index.fp16.json"], "transformers")
-    {None: 'model.safetensors', 'fp16': 'model.safetensors.index.fp16.json'}
+    {'fp16': 'model.safetensors.index.fp16.json', None: 'model.safetensors'}
     """
     stem = _WEIGHTS[library]
     single = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors")
@@ -327,6 +324,15 @@ def _required(class_name: str) -> set[str]:
     needed = {name for name, each in parameters.items() if each.default is each.empty} - {"self"}
     needed -= set(getattr(kind, "_optional_components", ()))
     return {name for name in needed if not re.fullmatch(r"(text_encoder|tokenizer)_\d", name)}
+
+
+def _whole_numbers(model: Any, weights: Weights) -> list[str]:
+    """Tensors that are stored as whole numbers and are parameters of a float model, with or without a prefix."""
+    stored = [
+        name for path in weights.files for name, each in read_header(path).items() if not each.dtype.is_floating_point
+    ]
+    parameters = [f".{name}" for name, _ in model.named_parameters()] if stored else []
+    return [name for name in stored if any(f".{name}".endswith(p) or p.endswith(f".{name}") for p in parameters)]
 
 
 def _has(path: Path) -> bool:

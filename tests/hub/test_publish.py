@@ -204,7 +204,7 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
         ),
         (
             lambda run: (run / "transformer/diffusion_pytorch_model.safetensors").unlink(),
-            "transformer has no safetensors; only safetensors are loaded",
+            "transformer has no safetensors, but diffusion_pytorch_model.bin",
         ),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("license")), "license is empty"),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("family")), "recipe.yaml lacks family"),
