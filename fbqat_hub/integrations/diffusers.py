@@ -141,10 +141,7 @@ class FBQATQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        if state_dict is not None:  # of from_single_file, which cannot tell whether the file is packed
-            self.pre_quantized = any(key.endswith(".weight_packed") for key in state_dict)
-            if not self.pre_quantized:
-                self._refuse_static()
+        if state_dict is not None:
             self._keys = list(state_dict)
         self._floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         self._layers = packed_layers(model, self.quantization_config)
@@ -179,9 +176,21 @@ class FBQATQuantizer(DiffusersQuantizer):
             )
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self._layers:
+            return self._single_file(state_dict)
         state_dict = dict(state_dict)
-        if self._layers:  # else from_single_file asks, before there is a model
-            self._take(state_dict)
+        self._take(state_dict)
+        return state_dict
+
+    def _single_file(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What ``from_single_file`` asks first, before it has renamed the tensors and made a model.
+
+        The tensors come as ``state_dict`` of ``_process_model_before_weight_loading``, and are taken there.
+        """
+        if any(key.endswith(".weight_packed") for key in state_dict):
+            raise ValueError("this file is packed already; load the folder that it belongs to with from_pretrained.")
+        self.pre_quantized = False  # diffusers says True, whatever the file is
+        self._refuse_static()
         return state_dict
 
     def _take(self, state_dict: dict[str, Tensor]) -> None:
