@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_cached_repo_tree
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from fbqat_hub.components import INDEX, Component, check_pipeline, quiet, read_index, refusing, variant_files
 from fbqat_hub.files import whole
@@ -68,29 +69,37 @@ def downloaded(source: str | Path, variant: str | None = None) -> Path:
     check_source(source, variant)
     folder = Path(source)
     if not folder.is_dir():
-        variant = variant or _only_variant(str(source))
+        variant = _variant_of(str(source), variant)
         with step(f"download {source}"), quiet():
             folder = Path(DiffusionPipeline.download(str(source), use_safetensors=True, variant=variant))
         check_source(folder, variant)
     return folder
 
 
-def _only_variant(repo: str) -> str | None:
-    """The variant that parts of a repository have in place of files without one; None where there is no such part.
+def _variant_of(repo: str, asked: str | None) -> str | None:
+    """The variant to download: the one that is asked for, or that parts of a repository have in place of plain files.
 
     Raises:
-        ValueError: they have several.
+        ValueError: there is no such variant, or several to choose from.
     """
+    paths: list[str] = []
+    try:
+        with step(f"look up {repo}"):
+            paths = HfApi().list_repo_files(repo)
+    except HubError:  # the Hub does not answer: as it was when it last did
+        with contextlib.suppress(CachedRepoTreeNotFoundError):
+            paths = [file.path for file in get_cached_repo_tree(repo)]
     files: dict[str, list[str]] = {}
-    with contextlib.suppress(HubError), step(f"look up {repo}"):  # without a network the cache may have it
-        for sibling in HfApi().model_info(repo).siblings or ():
-            folder, _, name = sibling.rfilename.rpartition("/")
-            files.setdefault(folder, []).append(name)
+    for folder, _, name in (path.rpartition("/") for path in paths):
+        files.setdefault(folder, []).append(name)
     found = [variant_files(inside, library) for inside in files.values() for library in ("diffusers", "transformers")]
-    variants = {variant for each in found if None not in each for variant in each if variant}
-    if len(variants) > 1:
-        raise ValueError(f"{repo} has the variants {names(sorted(variants))}; choose one of them (--variant).")
-    return variants.pop() if variants else None
+    there = {variant for each in found for variant in each if variant}
+    if asked and files and asked not in there:
+        raise ValueError(f"{repo} has no weights of variant {asked}; it has {names(sorted(there)) or 'no variants'}.")
+    needed = {variant for each in found if None not in each for variant in each if variant}
+    if not asked and len(needed) > 1:
+        raise ValueError(f"{repo} has the variants {names(sorted(needed))}; choose one of them (--variant).")
+    return asked or (needed.pop() if needed else None)
 
 
 def load_pipeline(
