@@ -24,7 +24,7 @@ from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import set_bit_width
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 from fbqat_hub.training.cache import CachedSplit
@@ -203,7 +203,7 @@ class Bench:
     def __init__(self, family: str) -> None:
         self.family = family
         recipe = load_recipe(RECIPES[family])
-        self.pipeline = load_pipeline(resolve_teacher(recipe.teacher))
+        self.pipeline = load_pipeline(resolve_teacher(recipe.teacher), torch.float32)
         self.teacher = self.pipeline.transformer.eval().requires_grad_(False)
         self.splits = cached_splits(recipe, self.pipeline)
         self.extractor = OpenMojiFeatures.load()

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import Family, get_family
-from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipeline, save_stage
+from fbqat_hub.integrations.diffusers import attach
+from fbqat_hub.pipelines import downloaded, load_pipeline, save_quantized, save_stage
 from fbqat_hub.quantization import (
     FakeQuantizedLinear,
     calibrate,
@@ -92,8 +93,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         set_bit_width(student, recipe.config().weight_bits)
         convert(student)
         attach(student, recipe.config())
-        pipeline.transformer = student.cpu()
-        save_pipeline(pipeline, output, resolve_teacher(recipe.teacher))
+        save_quantized(student.cpu(), downloaded(resolve_teacher(recipe.teacher)), output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     return output
@@ -102,7 +102,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
 def load_teacher(recipe: Recipe) -> Any:
     """The recipe's full-precision pipeline; ValueError if it is of another family, or quantized."""
     family = get_family(recipe.family)
-    pipeline = load_pipeline(resolve_teacher(recipe.teacher))
+    pipeline = load_pipeline(resolve_teacher(recipe.teacher), torch.float32)
     if type(pipeline).__name__ != family.pipeline_class:
         raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
     if getattr(pipeline.transformer, "is_quantized", False):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.hub.card import write_card
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
 from fbqat_hub.quantization.convert import matches
 from fbqat_hub.training import distill

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import load_pipeline, load_stage
+from fbqat_hub.pipelines import load_pipeline, load_stage
 from fbqat_hub.quantization import FakeQuantizedLinear, PackedLinear, named_layers
 from fbqat_hub.training import checkpoint, distill
 from fbqat_hub.training.distill import train

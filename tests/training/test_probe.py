@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import FakeQuantizedLinear, SoftStaircase, named_layers, set_bit_width
 from fbqat_hub.training import probe
 from fbqat_hub.training.cache import CachedSplit
