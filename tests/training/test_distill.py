@@ -92,12 +92,12 @@ def test_what_a_run_leaves(run_folder: Path, recipe_fields: dict[str, Any]) -> N
 
 
 def test_log_follows_the_schedules(recipe_of, tmp_path: Path) -> None:
-    """10 steps: 4 bits throughout, softness 0.15 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
-    recipe = recipe_of(steps=10, validate_every=5, schedule={"softness": 0.15, "soft_until": 0.6})
+    """10 steps: 4 bits throughout, softness 0.06 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
+    recipe = recipe_of(steps=10, validate_every=5, schedule={"softness": 0.06, "soft_until": 0.6})
     lines = log_of(train(recipe, tmp_path / "run", progress=False))
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert {line["bit_width"] for line in lines} == {4}
-    softness = [0.15, 0.125, 0.1, 0.075, 0.05, 0.025, 0, 0, 0, 0]
+    softness = [0.06, 0.05, 0.04, 0.03, 0.02, 0.01, 0, 0, 0, 0]
     assert [line["softness"] for line in lines] == pytest.approx(softness, abs=1e-12)
     assert lines[0]["learning_rate"] == pytest.approx(0.5e-3)
     assert lines[5]["learning_rate"] == pytest.approx(0.5e-3)
