@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -64,7 +65,8 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, **changes_of(options.set))
     output = train(recipe, options.output, resume=options.resume)
-    print(f"saved {output}. Next: fbqat evaluate {output} ; fbqat card {output}")
+    named = shlex.quote(str(output))
+    print(f"saved {output}. Next: fbqat evaluate {named} ; fbqat card {named}")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -83,7 +85,7 @@ def _convert(options: argparse.Namespace) -> None:
     output = convert_pipeline(options.pipeline, options.output, settings, options.variant)
     print(
         f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "
-        f"fbqat evaluate {output} --prompts mjhq-30k --images 1000"
+        f"fbqat evaluate {shlex.quote(str(output))} --prompts mjhq-30k --images 1000"
     )
 
 

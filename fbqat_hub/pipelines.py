@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, get_cached_repo_tree
+from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from fbqat_hub.components import INDEX, Component, check_pipeline, quiet, read_index, refusing, variant_files
@@ -52,6 +52,23 @@ def check_source(source: str | Path, variant: str | None = None) -> None:
     for component in sorted({path.parent for path in folder.glob("*/*.json")}):
         check_component(component)
     check_pipeline(folder, variant)
+
+
+def class_of(source: str | Path) -> str:
+    """The name of a pipeline's class; of a repository only ``model_index.json`` is downloaded.
+
+    Args:
+        source: folder, or Hub id.
+
+    Raises:
+        HubError: the Hub refused or failed, or the repository has no such file.
+        ValueError: the file names no class.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        with step(f"look up {source}"):
+            folder = Path(hf_hub_download(str(source), INDEX)).parent
+    return read_index(folder)[0]
 
 
 def downloaded(source: str | Path, variant: str | None = None) -> Path:

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from fbqat_hub.components import read_index
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import family_of
-from fbqat_hub.hub.client import step
 from fbqat_hub.integrations.diffusers import packed_layers
-from fbqat_hub.pipelines import check_source, copy_parts, downloaded, load_pipeline, replacing
+from fbqat_hub.pipelines import check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_json
@@ -43,9 +40,7 @@ def convert_pipeline(
         raise FileExistsError(f"{output} exists and is not empty; give another --output.")
     teacher = resolve_teacher(source)
     check_source(teacher, variant)
-    with step(f"look up {teacher}"):  # before the whole of it is downloaded
-        index = diffusers.DiffusionPipeline.load_config(teacher)
-    family = family_of(index["_class_name"])
+    family = family_of(class_of(teacher))  # before the whole of it is downloaded
     options = {"module_overrides": family.activation_overrides, **(settings or {})}
     config = FBQATConfig(**options)
     folder = downloaded(teacher, variant)

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
+from fbqat_hub.hub.client import HubError
 from fbqat_hub.hub.contents import collect
 from fbqat_hub.hub.manifest import MANIFEST
 from fbqat_hub.hub.publish import hashes_of, manifest_of
@@ -165,4 +166,12 @@ def test_variants_to_choose_from_are_named(hub: LoopbackHub, half_sana: Path, tm
         convert_pipeline(TEACHER, tmp_path / "out")
     with pytest.raises(ValueError, match=f"{TEACHER} has no weights of variant fp32; it has bf16, fp16"):
         convert_pipeline(TEACHER, tmp_path / "out", variant="fp32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_repository_that_is_not_there_is_said(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add("me/empty", {"README.md": b""})
+    for repo, message in (("me/none", "look up me/none: HTTP 404"), ("me/empty", "look up me/empty: HTTP 404")):
+        with pytest.raises(HubError, match=message):
+            convert_pipeline(repo, tmp_path / "out")
     assert not (tmp_path / "out").exists()

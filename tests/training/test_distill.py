@@ -463,7 +463,7 @@ def test_full_disk_leaves_no_half_pipeline(recipe_of, run_folder: Path, tmp_path
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffusers.SanaPipeline.save_pretrained", full)
+        patch.setattr("diffusers.SanaTransformer2DModel.save_pretrained", full)
         with pytest.raises(OSError, match="No space left"):
             train(recipe_of(), run, progress=False)
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "recipe.yaml", "training_log.jsonl"]
