@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def check_source(source: str | Path, variant: str | None = None) -> None:
             "from, then save_pretrained."
         )
     if not folder.is_dir():
-        if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
             raise FileNotFoundError(f"{source} is no folder, nor a Hub id such as owner/name.")
         return
     if not (folder / INDEX).is_file():
@@ -66,7 +67,7 @@ def class_of(source: str | Path) -> str:
     """
     folder = Path(source)
     if not folder.is_dir():
-        with step(f"look up {source}"):
+        with step(f"look up {source}, which is no folder here"):
             folder = Path(hf_hub_download(str(source), INDEX)).parent
     return read_index(folder)[0]
 

@@ -24,7 +24,8 @@ def dtypes_of(pipeline: Any) -> dict[str, torch.dtype]:
 def test_not_a_pipeline(packed_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a diffusers pipeline: it has no model_index.json"):
         load_pipeline(packed_folder / "transformer")
-    for source in (tmp_path / "missing", "./missing", packed_folder / "model_index.json"):
+    mistyped = ("./missing", "missing", "C:\\models\\sana", "~/sana", "runs/sana/w4", "me/my sana")
+    for source in (tmp_path / "missing", packed_folder / "model_index.json", *mistyped):
         with pytest.raises(FileNotFoundError, match="is no folder, nor a Hub id"):
             load_pipeline(source)
 

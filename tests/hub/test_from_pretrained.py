@@ -171,7 +171,7 @@ def test_variants_to_choose_from_are_named(hub: LoopbackHub, half_sana: Path, tm
 
 def test_a_repository_that_is_not_there_is_said(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.add("me/empty", {"README.md": b""})
-    for repo, message in (("me/none", "look up me/none: HTTP 404"), ("me/empty", "look up me/empty: HTTP 404")):
+    for repo, message in (("me/none", "no folder here: HTTP 404"), ("me/empty", "no folder here: HTTP 404")):
         with pytest.raises(HubError, match=message):
             convert_pipeline(repo, tmp_path / "out")
     assert not (tmp_path / "out").exists()
