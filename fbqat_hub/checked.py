@@ -79,7 +79,7 @@ def _line(what: str, kind: Any, given: Any, error: ValidationError) -> str:
     for part in found["loc"]:
         if not dataclasses.is_dataclass(kind):
             break
-        fields = kind.__pydantic_fields__
+        fields: Mapping[Any, Any] = getattr(kind, "__pydantic_fields__")  # noqa: B009
         if part not in fields:
             return str(unknown_key_error(".".join([what, *names]), [str(part)], fields))
         names.append(str(part))

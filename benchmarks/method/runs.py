@@ -27,11 +27,14 @@ from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.quantization import set_bit_width
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
-from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.distill import Draws, cached_splits, distill, held_out_loss, prepare_student
+from fbqat_hub.training.cache import CachedSplit, cached_splits
+from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.evaluate import draw
+from fbqat_hub.training.loop import distill
+from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.probe import loss_against_width, widths_to
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.student import prepare_student
 from fbqat_hub.training.teachers import resolve_teacher
 
 RECIPES = {

@@ -111,10 +111,11 @@ def prepare(
     return list(chosen)
 
 
-def set_bit_width(model: nn.Module, bit_width: float, rounding: Rounding = HARD) -> None:
-    """Move every fake-quantized layer to a bit width and a rounding."""
-    for _, layer in named_layers(model, FakeQuantizedLinear):
-        layer.set_bit_width(bit_width, rounding)
+def set_bit_width(model: nn.Module, bit_width: float, rounding: Rounding = HARD) -> list[nn.Parameter]:
+    """Move every fake-quantized layer to a bit width and a rounding; returns the learned clips that were set anew."""
+    layers = [layer for _, layer in named_layers(model, FakeQuantizedLinear)]
+    moved = [layer.set_bit_width(bit_width, rounding) for layer in layers]
+    return [layer.log_clip for layer, anew in zip(layers, moved, strict=True) if anew]
 
 
 @contextmanager

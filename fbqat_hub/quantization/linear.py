@@ -116,23 +116,24 @@ class FakeQuantizedLinear(_Float32Buffers):
         self.bit_width = math.nan  # so that the first set_bit_width sets the clip
         self.set_bit_width(weight_scheme.bits)
 
-    def set_bit_width(self, bit_width: float, rounding: Rounding = HARD) -> None:
+    def set_bit_width(self, bit_width: float, rounding: Rounding = HARD) -> bool:
         """Move to a bit width and a rounding; a clip found by MSE, or learned, is set anew when the width changes.
 
-        A clip that is right at 8 bits is wrong at 4.
+        A clip that is right at 8 bits is wrong at 4. Returns True if a learned clip was set anew.
         """
         self.rounding = rounding
         if check_bit_width(bit_width) == self.bit_width:
-            return
+            return False
         self.bit_width = float(bit_width)
         if self.weight_scheme.clip == "max_abs":
-            return
+            return False
         with torch.no_grad():
             best = clips.mse_clip(self._grouped(), self.bit_width, narrow=self.weight_scheme.narrow)
             if self.weight_scheme.clip == "learned":
                 self.log_clip.copy_(best.log())
             else:
                 self.clip.copy_(best)
+        return self.weight_scheme.clip == "learned"
 
     def set_input_range(self, scale: float, zero_point: int) -> None:
         """Give the layer its static activation range; real = scale * (code - zero_point)."""

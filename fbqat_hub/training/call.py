@@ -46,7 +46,8 @@ def check_call(pipeline_class: str, arguments: Mapping[str, Any], where: str = "
     """
     allowed = call_types(pipeline_class)
     if unknown := set(map(str, arguments)) - set(allowed):
-        raise unknown_key_error(f"{where.strip('.') or 'the arguments'} (the call of {pipeline_class})", unknown, allowed)
+        what = f"{where.strip('.')} (the call of {pipeline_class})" if where else f"the call of {pipeline_class}"
+        raise unknown_key_error(what, unknown, allowed)
     for name, value in arguments.items():
         if problem := _problem(name, value, allowed[name], _size_multiple(pipeline_class)):
             raise ValueError(f"{where}{name} is {value!r:.80}; it must be {problem}.")
@@ -61,10 +62,9 @@ def call_types(pipeline_class: str) -> dict[str, tuple[Any, ...]]:
     """
     import diffusers
 
-    call = getattr(getattr(diffusers, pipeline_class, None), "__call__", None)
-    if call is None or not pipeline_class.endswith("Pipeline"):
+    if not pipeline_class.endswith("Pipeline") or not hasattr(diffusers, pipeline_class):
         raise ValueError(f"diffusers has no pipeline {pipeline_class!r}.")
-    parameters = inspect.signature(call).parameters.values()
+    parameters = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters.values()
     found = {each.name: _types(each) for each in parameters if each.kind is not each.VAR_KEYWORD}
     return {name: kinds for name, kinds in found.items() if kinds and name not in _OURS and "callback" not in name}
 

@@ -38,7 +38,8 @@ def check_dataset(dataset: Mapping[str, Any]) -> None:
         elif key == "data_files":
             named = value.values() if isinstance(value, Mapping) else [value]
             lists = [each if isinstance(each, list) else [each] for each in named]
-            good, must = all(isinstance(file, str) for each in lists for file in each), "a file, or a list or mapping of them"
+            good = all(isinstance(file, str) for each in lists for file in each)
+            must = "a file, or a list or a mapping of files"
         else:
             good, must = isinstance(value, str) and bool(value.strip()), "text that is not empty"
         if not good:
@@ -50,8 +51,8 @@ def check_local_data(dataset: Mapping[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: ``path`` or ``data_dir`` is no folder.
-        ValueError: a row of a ``metadata.jsonl`` that is not JSON, or whose caption is not text: file and row are named;
-            or an unknown group of OpenMoji.
+        ValueError: a row of a ``metadata.jsonl`` that is not JSON, or whose caption is not text (file and row are
+            named); or an unknown group of OpenMoji.
     """
     path, data_dir = str(dataset["path"]), dataset.get("data_dir")
     if path == "openmoji":
@@ -85,7 +86,7 @@ def _check_captions(file: Path, column: str) -> None:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, row {number} is not JSON ({error}).") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{file}, row {number} is {row!r:.80}; it must be an object such as {{\"file_name\": ...}}.")
+            raise ValueError(f"{file}, row {number} is {row!r:.80}; it must be an object with file_name.")
         rows.append((number, row))
     if not any(column in row for _, row in rows):
         return  # the column has another name, which is said when the columns are known

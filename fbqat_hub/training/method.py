@@ -42,9 +42,9 @@ class Quantization:
         Annotated[int, Field(strict=True, ge=2, multiple_of=2)] | None,
         Field(description="an even number of at least 2, or null"),
     ] = None
-    weight_clip: Annotated[
-        Literal["max_abs", "mse", "learned"], Field(description="max_abs, mse or learned")
-    ] = "max_abs"
+    weight_clip: Annotated[Literal["max_abs", "mse", "learned"], Field(description="max_abs, mse or learned")] = (
+        "max_abs"
+    )
     activation_bits: Annotated[Literal[8, 16, 32], Field(description="8, 16 or 32")] = 8
     activation_range: Annotated[
         Literal["per_token", "per_tensor", "static"], Field(description="per_token, per_tensor or static")
@@ -184,6 +184,6 @@ METHODS: dict[str, Method] = {
     "lsq-qat": replace(_VQAT, quantization=Quantization(weight_clip="learned")),
     "integer": replace(_VQAT, schedule=Schedule(stages="integer")),
     "simple": replace(_VQAT, schedule=Schedule(stages="simple")),
-    # The widths of arXiv 2510.14823. Its rate is constant: optimizer {learning_rate_schedule: constant, warmup_steps: 0}.
+    # The widths of arXiv 2510.14823. Its rate is constant (optimizer: learning_rate_schedule), which is worse here.
     "fbqat-paper": replace(_VQAT, schedule=Schedule(stages="paper")),
 }

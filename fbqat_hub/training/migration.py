@@ -45,15 +45,18 @@ def migrated(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if new.get(name) == "":
             del new[name]
     for (section, key), off in _REMOVED.items():
-        if isinstance(new.get(section), dict) and key in new[section]:
-            value = new[section].pop(key)
+        found = new.get(section)
+        if isinstance(found, dict) and key in found:
+            value = found.pop(key)
             if not any(value is each or (type(value) is type(each) and value == each) for each in off):
                 raise ValueError(
-                    f"recipe: {section}.{key} is {value!r:.80}; it was removed, since it made results worse or could not "
-                    "be stored (docs/method.md). Take it out."
+                    f"recipe: {section}.{key} is {value!r:.80}; it was removed, since it made results worse or could "
+                    "not be stored (docs/method.md). Take it out."
                 )
-    if new.get("start") in ("nearest", "compensated"):
-        new.setdefault("initialization", {"nearest": "nearest", "compensated": "gptq"}[new.pop("start")])
+    for start, initialization in (("nearest", "nearest"), ("compensated", "gptq")):
+        if new.get("start") == start:
+            del new["start"]
+            new.setdefault("initialization", initialization)
     if "compensation" in new:
         new.setdefault("gptq", new.pop("compensation"))
     schedule = new.get("schedule")

@@ -43,15 +43,15 @@ def convert_pipeline(source: str, output: Path, settings: Mapping[str, Any] | No
     transformer = denoiser.from_pretrained(teacher, subfolder="transformer", quantization_config=FBQATConfig(**options))
     pipeline = load_pipeline(teacher, transformer=transformer)
     method = "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse"
-    recipe = Recipe(
-        name=output.resolve().name,
-        family=family.name,
-        teacher=source,
-        method=method,
-        steps=0,
-        quantization=dict(settings or {}),
-        generation=family.native_size(pipeline),
-    )
+    fields: dict[str, Any] = {
+        "name": output.resolve().name,
+        "family": family.name,
+        "teacher": source,
+        "method": method,
+        "quantization": dict(settings or {}),
+        "generation": family.native_size(pipeline),
+    }
+    recipe = Recipe(**fields)
     output.mkdir(parents=True, exist_ok=True)
     try:
         recipe.save(output / "recipe.yaml")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -63,12 +63,17 @@ class Calibration:
 
 @checked("recipe.evaluation")
 class Evaluation:
-    """What ``fbqat evaluate`` measures on: pictures, steps of the sampler, held-out draws of each sample, batch size."""
+    """What ``fbqat evaluate`` measures on.
+
+    Attributes:
+        images: how many pictures.
+        inference_steps: of the sampler, for each.
+        draws: held-out noises and timesteps of each sample.
+        batch_size: of pictures and of held-out samples.
+    """
 
     images: Count = 128
-    inference_steps: Annotated[
-        Count, Field(le=1000, description="a whole number from 1 to 1000")
-    ] = 20
+    inference_steps: Annotated[Count, Field(le=1000, description="a whole number from 1 to 1000")] = 20
     draws: Count = 4
     batch_size: Count = 32
 
@@ -155,14 +160,15 @@ class Recipe:
         method = METHODS[filled["method"]]
         family = get_family(filled["family"]) if isinstance(filled.get("family"), str) else None
         filled.setdefault("steps", _STEPS if method.trains else 0)
-        for name, default in method.fields().items():
-            filled[name] = _whole_section(default, filled.get(name, {})) if is_dataclass(default) else filled.get(name, default)
+        for name, value in method.fields().items():
+            filled[name] = _whole_section(value, filled.get(name, {})) if name in _SECTIONS else filled.get(name, value)
         quantization, schedule = filled["quantization"], filled["schedule"]
         if isinstance(quantization, dict) and quantization["module_overrides"] is None and family:
             quantization["module_overrides"] = family.activation_overrides
-        if isinstance(schedule, dict) and isinstance(quantization, dict) and schedule["stages"] in list(PRESETS):
-            if quantization["weight_bits"] in range(3, 9):
-                schedule["stages"] = list(BitSchedule.preset(schedule["stages"], quantization["weight_bits"]).stages)
+        if isinstance(quantization, dict) and isinstance(schedule, dict) and schedule["stages"] in list(PRESETS):
+            bits = quantization["weight_bits"]
+            if isinstance(bits, int) and bits in range(3, 9):
+                schedule["stages"] = list(BitSchedule.preset(schedule["stages"], bits).stages)
         if isinstance(filled["generation"], Mapping) and family:
             filled["generation"] = _sized(filled["generation"], family.pipeline_class)
         return filled
@@ -180,7 +186,7 @@ class Recipe:
         self._check_stages()
         check_call(family.pipeline_class, self.generation, "recipe: generation.")
         if self.generation.get("num_images_per_prompt") not in (None, 1):
-            raise ValueError("recipe: generation.num_images_per_prompt must be 1: an evaluation pairs pictures by prompt.")
+            raise ValueError("recipe: generation.num_images_per_prompt must be 1; pictures are compared by prompt.")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -195,7 +201,8 @@ class Recipe:
     def bit_schedule(self) -> BitSchedule:
         """The bit schedule; it ends at the stored width."""
         given = self.schedule
-        schedule = BitSchedule(list(given.stages), softness=given.softness, soft_until=given.soft_until)
+        assert not isinstance(given.stages, str)  # a recipe has the list
+        schedule = BitSchedule(given.stages, softness=given.softness, soft_until=given.soft_until)
         if schedule.final_bits != self.quantization.weight_bits:
             raise ValueError(
                 f"recipe: schedule.stages ends at {schedule.final_bits:g} bits; what is stored has "
@@ -226,9 +233,9 @@ class Recipe:
             )
         if self.gptq.margin < schedule.softness / 2:
             raise ValueError(
-                f"recipe: gptq.margin is {self.gptq.margin:g} and schedule.softness {schedule.softness:g}; the margin must "
-                f"be at least half the softness, {schedule.softness / 2:g}, or training starts off the grid. Raise it, lower "
-                "the softness, or use initialization: nearest."
+                f"recipe: gptq.margin is {self.gptq.margin:g} and schedule.softness {schedule.softness:g}; the margin "
+                f"must be at least half the softness, {schedule.softness / 2:g}, or training starts off the grid. "
+                "Raise it, lower the softness, or use initialization: nearest."
             )
 
     def _check_stages(self) -> None:
@@ -250,7 +257,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Every value as plain data, as it is saved."""
-        plain: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        plain: dict[str, Any] = asdict(self)
         plain["schedule"]["stages"] = [list(stage) for stage in plain["schedule"]["stages"]]
         return plain
 
@@ -265,8 +272,8 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
 
     Raises:
         FileNotFoundError: neither a file nor a shipped name.
-        ValueError: an unknown key (the error names the nearest), a value that is not allowed, a saved recipe that is not
-            complete, or one of a newer version.
+        ValueError: an unknown key (the error names the nearest), a value that is not allowed, a saved recipe that is
+            not complete, or one of a newer version.
     """
     path = _find(source)
     data = read_yaml(path)
@@ -307,8 +314,8 @@ def _checked_version(path: Path, data: dict[str, Any]) -> dict[str, Any]:
             missing += [f"{section}.{key.name}" for key in fields(kind) if key.name not in data[section]]
     if missing:
         raise ValueError(
-            f"recipe {path.name} lacks {', '.join(missing[:5])}, and with a recipe_version it must be complete, since it "
-            "records a run. To have the method's values filled in, take recipe_version out."
+            f"recipe {path.name} lacks {', '.join(missing[:5])}, and with a recipe_version it must be complete, since "
+            "it records a run. To have the method's values filled in, take recipe_version out."
         )
     return data
 
@@ -328,8 +335,9 @@ def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
             new["steps"] = 0
     for name, value in changes.items():
         old = new.get(name)
-        merges = (name in _SECTIONS or name == "generation") and isinstance(value, Mapping) and isinstance(old, Mapping)
-        new[name] = {**old, **value} if merges else value
+        if (name in _SECTIONS or name == "generation") and isinstance(value, Mapping) and isinstance(old, Mapping):
+            value = {**old, **value}
+        new[name] = value
     return new
 
 
@@ -349,7 +357,7 @@ def _sized(generation: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]
     return sized
 
 
-_FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))  # type: ignore[arg-type]
+_FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))
 _SECTIONS: dict[str, Any] = {
     "evaluation": Evaluation,
     "calibration": Calibration,
