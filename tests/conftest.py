@@ -186,6 +186,7 @@ def recipe_fields(tiny_sana: Path, pictures: Path, fbqat_cache: Path) -> dict[st
         "steps": 6,
         "batch_size": 4,
         "learning_rate": 1e-3,
+        "gptq": {"samples": 4},
         "optimizer": {"warmup_steps": 2},
         "save_every": 2,
         "evaluation": {"images": 4, "inference_steps": 2, "draws": 1, "batch_size": 4},

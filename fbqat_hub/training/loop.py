@@ -10,7 +10,6 @@ Of several processes each trains on samples of its own, and gradients are averag
 from __future__ import annotations
 
 import datetime
-import gc
 import io
 import json
 import math
@@ -161,7 +160,6 @@ class Loop:
         """Undo what the accelerator wrapped: the student computes in its own precision again."""
         self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
-        gc.collect()
 
     def _keep_stage(self, bits: int) -> None:
         """Save a packed copy of the student at the width that its schedule leaves now."""
