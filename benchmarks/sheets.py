@@ -23,7 +23,7 @@ from fbqat_hub.training.recipe import load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
 ROOT = Path(__file__).parents[1]
-METHODS = {"ptq-mse": "PTQ W4A8", "ptq-gptq": "PTQ W4A8, compensated", "fbqat": "FB-QAT W4A8 (ours)"}
+METHODS = {"ptq-mse": "PTQ W4A8", "ptq-gptq": "PTQ W4A8, GPTQ", "fbqat": "FB-QAT W4A8 (ours)"}
 
 
 def sheet(family: str, runs: Path) -> Path:

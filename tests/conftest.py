@@ -218,7 +218,8 @@ def recipe_fields(tiny_sana: Path, pictures: Path, fbqat_cache: Path) -> dict[st
         "steps": 6,
         "batch_size": 4,
         "learning_rate": 1e-3,
-        "warmup_steps": 2,
+        "gptq": {"samples": 4},
+        "optimizer": {"warmup_steps": 2},
         "save_every": 2,
         "evaluation": {"images": 4, "inference_steps": 2, "draws": 1, "batch_size": 4},
         "generation": dict(CALL),
@@ -234,7 +235,7 @@ def run_folder(recipe_fields: dict[str, Any], tmp_path_factory: pytest.TempPathF
 
 
 # 8 bits are left after step 2, 6 after 4
-STAGES: dict[str, Any] = {"method": "integer", "steps": 10, "keep_stages": [8, 6], "license": "apache-2.0"}
+STAGES: dict[str, Any] = {"method": "integer", "steps": 10, "keep_stages": [8, 6]}
 
 
 @pytest.fixture(scope="session")

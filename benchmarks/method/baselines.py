@@ -20,7 +20,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, WeightScheme, calibrate
 from fbqat_hub.quantization.convert import Target, matches, observed_inputs, targets
 from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.distill import Draws
+from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
 

@@ -122,7 +122,7 @@ small extractor that ships, not on Inception; it and PSNR are over {pictures} pi
 """
 _TRACK_TITLES = {
     "w4a8": "W4A8, dynamic activations, annealed learning rate",
-    "groups": "W4A8, dynamic activations, annealed learning rate, one scale for every 32 inputs",
+    "groups": "W4A8, dynamic activations, annealed learning rate, one scale per group of 32",
     "constant": "W4A8, dynamic activations, constant learning rate",
     "static": "W4A8, static activations (one range a layer), annealed learning rate",
     "w3a8": "W3A8, dynamic activations, annealed learning rate",
@@ -138,7 +138,7 @@ _PLOTS = """
 
 ## Pictures
 
-Teacher, PTQ (MSE clip), PTQ with compensated codes and this project's default, from the same prompts and seeds, by
+Teacher, PTQ (MSE clip), PTQ with GPTQ codes and this project's default, from the same prompts and seeds, by
 `python -m benchmarks.sheets`: [Sana](images/sheet-sana.png), [PixArt-Sigma](images/sheet-pixart-sigma.png),
 [SD3.5](images/sheet-sd3.png), [FLUX.1-schnell](images/sheet-flux.png).
 """
@@ -273,7 +273,7 @@ def paired(results: Results) -> str:
 def at_equal_storage(results: Results) -> str:
     """Ours against the strongest baseline that stores as many bits: a line a metric and storage, a column a family."""
     cells: dict[str, dict[str, str]] = {}
-    for track, scales in (("w4a8", "a scale an output"), ("groups", "a scale for every 32 inputs")):
+    for track, scales in (("w4a8", "one scale per output channel"), ("groups", "one scale per group of 32")):
         for found in comparisons(results.named(track)):
             if found.as_small:
                 title = f"{_COMPARED[found.metric]}, {scales}: against {TITLES[found.method]}"

@@ -27,11 +27,14 @@ from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import set_bit_width
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
-from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.distill import Draws, cached_splits, distill, held_out_loss, prepare_student
+from fbqat_hub.training.cache import CachedSplit, cached_splits
+from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.evaluate import draw
+from fbqat_hub.training.loop import distill
+from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.probe import loss_against_width, widths_to
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.student import prepare_student
 from fbqat_hub.training.teachers import resolve_teacher
 
 RECIPES = {
@@ -94,21 +97,21 @@ METHODS: dict[str, Method] = {
 VARIANTS: dict[str, Method] = {
     "fbqat nearest 0.3/0.9": replace(
         _OURS,
-        fields={"start": "nearest", "schedule": {"preset": "constant", "softness": 0.3, "soft_until": 0.9}},
+        fields={"initialization": "nearest", "schedule": {"stages": "constant", "softness": 0.3, "soft_until": 0.9}},
     ),
-    "lsq-qat compensated": Method("lsq-qat", {"start": "compensated"}),
-    "fbqat ewgs": replace(_OURS, fields={"rounding": {"ewgs": 0.2}}),
+    "lsq-gptq": Method("lsq-qat", {"initialization": "gptq"}),
+    "fbqat ewgs": replace(_OURS, fields={"optimizer": {"ewgs": 0.2}}),
     "fbqat average": replace(_OURS, average=0.98),
     "fbqat freeze": replace(_OURS, freeze=0.02),
     "fbqat features": replace(_OURS, features=0.1),
     "lsq-qat average": Method("lsq-qat", average=0.98),
-    "lsq-qat ewgs": Method("lsq-qat", {"rounding": {"ewgs": 0.2}}),
+    "lsq-qat ewgs": Method("lsq-qat", {"optimizer": {"ewgs": 0.2}}),
     "lsq-qat freeze": Method("lsq-qat", freeze=0.02),
     "lsq-qat features": Method("lsq-qat", features=0.1),
     "fbqat-paper auto": Method("fbqat-paper", widths_by_curve=True),
     "fbqat-paper learned widths": Method("fbqat-paper", learned_widths=True),
     "fbqat widths": replace(
-        _OURS, fields={"start": "nearest", "schedule": {"preset": "paper", "softness": 0.3, "soft_until": 0.9}}
+        _OURS, fields={"initialization": "nearest", "schedule": {"stages": "paper", "softness": 0.3, "soft_until": 0.9}}
     ),
     "fbqat-paper lsq": Method("fbqat-paper", {"quantization": {"weight_clip": "learned"}}),
 }

@@ -19,7 +19,7 @@ from torchao.quantization.qat import QATConfig
 from benchmarks.method.baselines import student_of
 from fbqat_hub.quantization import ActivationScheme
 from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.distill import Draws
+from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import Recipe
 
 TORCHAO_GROUP_SIZE: int | None = 32

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
 from fbqat_hub.quantization.fake_quantize import symmetric_scale
 from fbqat_hub.quantization.quantize import quantize
-from fbqat_hub.training.distill import Draws
+from fbqat_hub.training.draws import Draws
 
 
 def weight_average(student: nn.Module, decay: float) -> AveragedModel:

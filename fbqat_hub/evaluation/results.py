@@ -62,7 +62,7 @@ METHODS: dict[str, str] = {
     "teacher": "teacher (full precision)",
     "ptq-maxabs": "PTQ, max-abs scale",
     "ptq-mse": "PTQ, MSE clip",
-    "ptq-gptq": "PTQ, compensated codes (GPTQ)",
+    "ptq-gptq": "PTQ, GPTQ",
     "svdquant": "PTQ, SVDQuant-style low-rank branch",
     "torchao-qat": "torchao's QAT, groups of 32",
     "vqat": "vanilla QAT",

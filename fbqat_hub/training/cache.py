@@ -20,12 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fbqat_hub.config import unknown_key_error
-from fbqat_hub.families import Family
+from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import whole
-from fbqat_hub.training.openmoji import load_openmoji
+from fbqat_hub.training.dataset import NAMED, check_local_data
+from fbqat_hub.training.openmoji import default_cache_dir, load_openmoji
 from fbqat_hub.training.pictures import pixels
-from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
+from fbqat_hub.training.prompts import load_prompts
+from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.teachers import resolve_teacher
 
 SHARD = 256
 SPLITS = ("train", "validation", "test")
@@ -53,7 +55,20 @@ class CachedSplit:
         return stacked.pop("latents"), stacked
 
 
-def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict:
+def cached_splits(recipe: Recipe, pipeline: Any) -> dict[str, CachedSplit]:
+    """Latents and conditioning of the recipe's data under its teacher, from disk or encoded now."""
+    data = load_pictures(recipe.dataset, max(recipe.size))
+    family, folder = get_family(recipe.family), cache_folder(recipe)
+    return build_cache(pipeline, family, data, recipe.size, recipe.generation, folder)
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where what the teacher makes of the recipe's data is kept."""
+    key = cache_key(resolve_teacher(recipe.teacher), recipe.dataset, recipe.size, recipe.generation)
+    return default_cache_dir() / "encoded" / f"{recipe.family}-{key}"
+
+
+def load_pictures(dataset: Mapping[str, Any], side: int) -> datasets.DatasetDict:
     """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``.
 
     Args:
@@ -61,57 +76,78 @@ def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict
             of `prompts.PROMPT_SETS`, perhaps with "count", of pictures; or arguments of ``datasets.load_dataset`` and
             the names of its columns, ``image_column`` and ``caption_column``. Splits that it lacks are cut from train,
             2.5% each, seed 1234.
-        size: side of the square pictures, in pixels.
+        side: of pictures that are drawn here (OpenMoji), in pixels; others have their own size.
 
     Raises:
-        ValueError: no train split, no such column, or a split without pictures.
+        FileNotFoundError: a folder that is not there.
+        ValueError: no train split, no such column, a split without pictures, or a caption that is not text.
     """
-    options = dict(dataset)
-    if options.pop("path") == "openmoji":
-        groups = options.pop("groups", ())
-        if options:
-            raise unknown_key_error("dataset (openmoji)", options, {"path", "groups"})
-        return load_openmoji(size, groups)
-    if dataset["path"] in PROMPT_SETS:
-        image_column, caption_column, count = "image", "prompt", options.pop("count", None)
-        if options:
-            raise unknown_key_error(f"dataset ({dataset['path']})", options, {"path", "count"})
-        data = load_prompts(dataset["path"], count, images=True)
+    check_local_data(dataset)
+    name = dataset["path"]
+    if name == "openmoji":
+        return load_openmoji(side, dataset.get("groups", ()))
+    if name in NAMED:
+        image_column, caption_column = "image", "prompt"
+        data: Any = load_prompts(name, dataset.get("count"), images=True)
     else:
+        options = dict(dataset)
         image_column, caption_column = options.pop("image_column", "image"), options.pop("caption_column", "caption")
-        data = datasets.load_dataset(dataset["path"], **options)
+        data = _loaded(options)
     if isinstance(data, datasets.Dataset):
         data = datasets.DatasetDict(train=data)
     if "train" not in data:
-        raise ValueError(f"data set {dataset['path']!r} has no split 'train'; it has {', '.join(data)}.")
+        raise ValueError(f"data set {name!r} has no split 'train'; it has {', '.join(data)}.")
     for column in (image_column, caption_column):
         if column not in data["train"].column_names:
             raise ValueError(
-                f"data set {dataset['path']!r} has no column {column!r}; it has "
-                f"{', '.join(data['train'].column_names)}. Name them in the recipe: dataset.image_column, "
-                "dataset.caption_column."
+                f"data set {name!r} has no column {column!r}; it has {', '.join(data['train'].column_names)}. Name "
+                "them in the recipe: dataset.image_column, dataset.caption_column."
             )
     data = data.select_columns([image_column, caption_column])
     data = data.rename_columns({image_column: "image", caption_column: "caption"})
+    for split, rows in data.items():
+        for row, caption in enumerate(rows["caption"]):
+            if not isinstance(caption, str):
+                raise ValueError(f"data set {name!r}, {split}, row {row + 1}: caption is {caption!r:.80}, not text.")
     if len(data["train"]) < 3:
-        raise ValueError(f"data set {dataset['path']!r} has {len(data['train'])} training pictures; give at least 3.")
+        raise ValueError(f"data set {name!r} has {len(data['train'])} training pictures; give at least 3.")
     for split in ("validation", "test"):
         if split not in data:
             parts = data["train"].train_test_split(test_size=0.025, seed=1234)
             data["train"], data[split] = parts["train"], parts["test"]
         if not len(data[split]):
-            raise ValueError(f"data set {dataset['path']!r} has an empty split {split!r}.")
+            raise ValueError(f"data set {name!r} has an empty split {split!r}.")
     return data
 
 
+def _loaded(options: dict[str, Any]) -> Any:
+    """``datasets.load_dataset``; what it says of data that it cannot read follows the name of the data set."""
+    try:
+        return datasets.load_dataset(**options)
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno:  # the disk is full, say
+            raise cause from None
+        raise ValueError(f"data set {options['path']!r} cannot be loaded: {type(cause).__name__}: {cause}") from error
+
+
 def build_cache(
-    pipeline: Any, family: Family, data: datasets.DatasetDict, size: int, generation: Mapping[str, Any], root: Path
+    pipeline: Any,
+    family: Family,
+    data: datasets.DatasetDict,
+    size: tuple[int, int],
+    generation: Mapping[str, Any],
+    root: Path,
 ) -> dict[str, CachedSplit]:
-    """Encode every split, or take it from ``root`` when the same pipeline and data were encoded before."""
+    """Encode every split, or take it from ``root`` when the same pipeline and data were encoded before.
+
+    Args:
+        size: (height, width) of the training pictures; others are scaled, and cut at the middle.
+    """
     return {split: _build_split(pipeline, family, data[split], size, generation, root / split) for split in SPLITS}
 
 
-def cache_key(teacher: str, dataset: Mapping[str, Any], size: int, generation: Mapping[str, Any]) -> str:
+def cache_key(teacher: str, dataset: Mapping[str, Any], size: Any, generation: Mapping[str, Any]) -> str:
     """A short name for what a cache depends on; local folders count by the names, sizes and times of their files."""
     folders = [_files(teacher), *(_files(dataset.get(key)) for key in ("path", "data_dir"))]
     text = json.dumps([teacher, folders, dict(dataset), size, dict(generation)], sort_keys=True, default=str)
@@ -129,7 +165,12 @@ def _files(folder: str | None) -> list[tuple[str, int, int]]:
 
 @torch.no_grad()
 def _build_split(
-    pipeline: Any, family: Family, data: datasets.Dataset, size: int, generation: Mapping[str, Any], folder: Path
+    pipeline: Any,
+    family: Family,
+    data: datasets.Dataset,
+    size: tuple[int, int],
+    generation: Mapping[str, Any],
+    folder: Path,
 ) -> CachedSplit:
     folder.mkdir(parents=True, exist_ok=True)
     captions = folder / "captions.json"
@@ -139,8 +180,7 @@ def _build_split(
         rows = data[start : start + SHARD]
         parts = []
         for first in range(0, len(rows["caption"]), 32):
-            # the middle square of a picture that is not square
-            images = [ImageOps.fit(image.convert("RGB"), (size, size)) for image in rows["image"][first : first + 32]]
+            images = [ImageOps.fit(image.convert("RGB"), size[::-1]) for image in rows["image"][first : first + 32]]
             part = family.encode_prompts(pipeline, rows["caption"][first : first + 32], generation)
             part["latents"] = family.encode_images(pipeline, pixels(images).float() / 127.5 - 1)
             parts.append(part)

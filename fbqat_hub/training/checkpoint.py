@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -13,18 +14,31 @@ from safetensors.torch import save_file
 from torch import nn
 
 _KEEP = 2
+# of a scaler's state, what is a whole number
+_COUNTS = ("growth_interval", "_growth_tracker")
+_ABSENT = "(none)"
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: str) -> None:
-    """Write ``folder/step-<step>`` with the model's and the optimizer's tensors, and keep the newest two.
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: str,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Write ``folder/step-<step>`` with the model's, the optimizer's and the scaler's tensors, and keep the newest two.
 
     Args:
         step: optimizer steps done.
-        recipe: the recipe as text, kept to refuse a resume with another one.
+        recipe: the recipe as YAML, kept to refuse a resume with another one.
+        scaler: of the loss in float16, if there is one.
     """
     tensors = {f"model.{name}": value.detach().clone() for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
+    for name, number in (scaler.state_dict() if scaler else {}).items():
+        tensors[f"scaler.{name}"] = torch.tensor(number, dtype=torch.float64)  # holds its floats and counts exactly
     partial, final = folder / f"step-{step:08d}.partial", folder / f"step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -40,34 +54,67 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: str) -> int:
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: str,
+    scaler: torch.amp.GradScaler | None = None,
+) -> int:
     """Restore the newest checkpoint; returns the steps done, 0 if there is none.
 
     Raises:
-        ValueError: the checkpoint was made with another recipe, or its file is damaged.
+        ValueError: the checkpoint was made with another recipe (the values that differ are listed), or its file is
+            damaged.
     """
     checkpoints = _complete(folder)
     if not checkpoints:
         return 0
     newest = checkpoints[-1]
-    if yaml.safe_load((newest / "recipe.yaml").read_text()) != yaml.safe_load(recipe):
+    if different := differences(yaml.safe_load((newest / "recipe.yaml").read_text()), yaml.safe_load(recipe)):
         raise ValueError(
-            f"{newest} was made with another recipe, so it cannot be continued with this one. "
+            f"{newest} was made with another recipe, so it cannot be continued with this one: {'; '.join(different)}. "
             "Give another --output, or the recipe it was started with."
         )
     model_state: dict[str, torch.Tensor] = {}
     optimizer_state: dict[int, dict[str, torch.Tensor]] = {}
+    scaler_state: dict[str, float | int] = {}
     for key, value in _tensors(newest / "state.safetensors"):
         kind, _, rest = key.partition(".")
         if kind == "model":
             model_state[rest] = value
+        elif kind == "scaler":
+            number = value.item()
+            scaler_state[rest] = int(number) if rest in _COUNTS else number
         else:
             index, _, name = rest.partition(".")
             optimizer_state.setdefault(int(index), {})[name] = value
     model.load_state_dict(model_state)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+    if scaler:
+        scaler.load_state_dict(scaler_state)
     return int(newest.name.removeprefix("step-"))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two mappings differ, one text a value.
+
+    >>> differences({"steps": 4, "adam": {"decay": 0}}, {"steps": 8, "adam": {"decay": 0, "rate": 1}})
+    ['steps: 4 -> 8', 'adam.rate: (none) -> 1']
+    """
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    return value if value is _ABSENT else f"{value!r:.100}"
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,8 +14,9 @@ from fbqat_hub.evaluation.results import METHODS, Record, read_records, write_re
 from fbqat_hub.export import ExportError
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.device import export_run
-from fbqat_hub.training.distill import cached_splits, train
+from fbqat_hub.training.distill import train
 from fbqat_hub.training.evaluate import DEFAULT, evaluate, evaluation_prompts, picture_sheet, teacher_pictures
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher

@@ -13,7 +13,8 @@ from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.families import family_of, get_family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training.distill import Draws, cached_splits
+from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 

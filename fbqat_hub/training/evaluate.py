@@ -38,8 +38,9 @@ from fbqat_hub.files import whole
 from fbqat_hub.pipelines import downloaded, load_pipeline, load_stage
 from fbqat_hub.quantization import stored_bits_per_weight
 from fbqat_hub.stages import find_stage
-from fbqat_hub.training.cache import CachedSplit, cache_key, load_pictures
-from fbqat_hub.training.distill import Draws, cache_folder, cached_splits, held_out_loss, picture_size
+from fbqat_hub.training.cache import CachedSplit, cache_folder, cache_key, cached_splits, load_pictures
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.memory import peak_of_a_picture
 from fbqat_hub.training.pictures import pixels
 from fbqat_hub.training.prompts import load_prompts
@@ -95,7 +96,7 @@ def evaluate(
     """
     recipe = load_recipe(run / "recipe.yaml")
     if images is not None:
-        recipe = replace(recipe, evaluation={**recipe.evaluation, "images": images})
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, images=images))
     chosen = list(metrics if metrics is not None else DEFAULT if prompts is None else DEFAULT_OF_PROMPTS)
     if unknown := [metric for metric in chosen if metric not in METRICS]:
         raise ValueError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(METRICS)}.")
@@ -142,13 +143,13 @@ def draw(
     pipeline: Any, prompts: Sequence[str], recipe: Recipe, *, first_seed: int = 0, progress: bool = True
 ) -> Tensor:
     """Pictures of the prompts, uint8 [N, 3, H, W]; picture i always starts from seed ``first_seed`` + i."""
-    settings = recipe.evaluation_settings()
-    call = {**recipe.generation, "num_inference_steps": settings["inference_steps"]}
+    settings = recipe.evaluation
+    call = {**recipe.generation, "num_inference_steps": settings.inference_steps}
     pipeline.set_progress_bar_config(disable=True)
     drawn = []
-    starts = range(0, len(prompts), settings["batch_size"])
+    starts = range(0, len(prompts), settings.batch_size)
     for first in tqdm(starts, desc="draw", unit="batch", disable=not progress):
-        batch = list(prompts[first : first + settings["batch_size"]])
+        batch = list(prompts[first : first + settings.batch_size])
         seeds = [torch.Generator().manual_seed(first_seed + first + index) for index in range(len(batch))]
         drawn.append(pixels(pipeline(batch, generator=seeds, **call).images))
     return torch.cat(drawn)
@@ -172,7 +173,7 @@ def draw_folder(
     if not folder.exists():
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         unfinished.mkdir(parents=True, exist_ok=True)
-        size = recipe.evaluation_settings()["batch_size"]
+        size = recipe.evaluation.batch_size
         starts = [first for first in range(0, len(names), size) if not (unfinished / names[first]).exists()]
         for first in tqdm(starts, desc=f"draw {folder.name}", unit="batch", disable=not progress):
             pictures = draw(pipeline(), prompts[first : first + size], recipe, first_seed=first, progress=False)
@@ -248,10 +249,10 @@ class _Drawn:
 
 
 def _held_out(models: _Models) -> Measurement:
-    recipe, settings = models.recipe, models.recipe.evaluation_settings()
+    recipe, settings = models.recipe, models.recipe.evaluation
     test = cached_splits(recipe, models.teacher)["test"]
     draws = Draws(get_family(recipe.family), models.teacher.scheduler, recipe.seed, models.device)
-    repeats, batch_size = settings["draws"], settings["batch_size"]
+    repeats, batch_size = settings.draws, settings.batch_size
     student, teacher = models.student.transformer, models.teacher.transformer
     losses = held_out_loss(student, teacher, test, draws, repeats=repeats, batch_size=batch_size)
     times = [time for inputs in draws.held_out(test, repeats, batch_size) for time in inputs["timestep"].tolist()]
@@ -268,9 +269,9 @@ def _held_out(models: _Models) -> Measurement:
 
 def _drawn(models: _Models, prompts: str | None, with_real: bool, exactly: bool, progress: bool) -> _Drawn:
     recipe = models.recipe
-    count = recipe.evaluation_settings()["images"]
+    count = recipe.evaluation.images
     if prompts is None:
-        data = load_pictures(recipe.dataset, picture_size(recipe))
+        data = load_pictures(recipe.dataset, max(recipe.size))
         texts = _prompts_of(recipe, data["train"]["caption"], data["test"]["caption"])
         source = str(recipe.dataset["path"])
     else:
@@ -283,8 +284,8 @@ def _drawn(models: _Models, prompts: str | None, with_real: bool, exactly: bool,
     real: list[Path] = []
     if with_real:
         pictures = _real_of_recipe(data, texts) if prompts is None else (row["image"] for row in rows)
-        key = cache_key(source, {"path": source, "prompts": texts}, picture_size(recipe), {})
-        real = _real_folder(pictures, cache_folder(recipe) / f"real-{key}")
+        key = cache_key(source, {"path": source, "prompts": texts}, recipe.size, {})
+        real = _real_folder(pictures, recipe.size, cache_folder(recipe) / f"real-{key}")
     original = teacher_pictures(recipe, texts, lambda: models.teacher, progress=progress)
     student = _student_pictures(models, texts, progress)
     return _Drawn(texts, original, student, real)
@@ -377,7 +378,7 @@ def _stored_mib(folder: Path) -> float:
 
 
 def _prompts_of(recipe: Recipe, seen: Sequence[str], held_out: Sequence[str]) -> list[str]:
-    count = recipe.evaluation_settings()["images"]
+    count = recipe.evaluation.images
     last = list(held_out[: count // 4])
     rest = max(0, count - len(last) - len(recipe.prompts))
     return [*recipe.prompts, *(seen[index * len(seen) // rest] for index in range(rest)), *last]
@@ -389,17 +390,18 @@ def _real_of_recipe(data: Any, texts: Sequence[str]) -> list[Image.Image]:
     return [data[split][row]["image"] for split, row in (rows[text] for text in dict.fromkeys(texts) if text in rows)]
 
 
-def _real_folder(pictures: Any, folder: Path) -> list[Path]:
-    """The middle squares of real pictures as PNG, not resized, kept for the next evaluation."""
+def _real_folder(pictures: Any, size: tuple[int, int], folder: Path) -> list[Path]:
+    """The middles of real pictures, in the proportions of ``size`` (height, width), as PNG, not resized; kept."""
     if not folder.exists():
         with whole(folder) as partial:
             partial.mkdir()
             for index, picture in enumerate(pictures):
-                square = (min(picture.size),) * 2
-                ImageOps.fit(picture.convert("RGB"), square).save(partial / f"{index:05d}.png")
+                scale = min(picture.height / size[0], picture.width / size[1])
+                middle = (max(1, round(scale * size[1])), max(1, round(scale * size[0])))
+                ImageOps.fit(picture.convert("RGB"), middle).save(partial / f"{index:05d}.png")
     return sorted(folder.glob("*.png"))
 
 
 def _key(model: str, recipe: Recipe, prompts: Sequence[str]) -> str:
     """Of the pictures that a model draws."""
-    return cache_key(model, {"prompts": list(prompts), **recipe.evaluation_settings()}, 0, recipe.generation)
+    return cache_key(model, {"prompts": list(prompts), **vars(recipe.evaluation)}, 0, recipe.generation)

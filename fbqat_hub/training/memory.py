@@ -30,7 +30,7 @@ def peak_of_a_picture(source: str, recipe: Recipe, prompt: str, stage: int | Non
         RuntimeError: the process failed (out of memory, say), with its last words; or the system does not tell
             (``/proc`` is Linux's).
     """
-    steps = recipe.evaluation_settings()["inference_steps"]
+    steps = recipe.evaluation.inference_steps
     call = {**recipe.generation, "prompt": prompt, "num_inference_steps": steps}
     command = [sys.executable, "-m", "fbqat_hub.training.memory", json.dumps([source, stage, call])]
     done = subprocess.run(command, capture_output=True, text=True)

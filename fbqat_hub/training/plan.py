@@ -1,25 +1,25 @@
-"""Plan a run before it is paid for: which bit widths, which layers, how long, how much memory."""
+"""Plan a run before it is paid for: what a bit width costs, which layers to train, how long, how much memory."""
 
 from __future__ import annotations
 
 import datetime
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from accelerate import Accelerator
 
 from fbqat_hub.evaluation.results import command_line, machine, versions
 from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
-from fbqat_hub.quantization import BitSchedule
-from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 from fbqat_hub.text import columns
-from fbqat_hub.training.distill import Draws, cached_splits, load_teacher, prepare_student
+from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.dataset import check_local_data
+from fbqat_hub.training.distill import load_teacher
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.loop import accelerator_of
 from fbqat_hub.training.probe import (
     DRAWS,
     Estimate,
@@ -31,9 +31,10 @@ from fbqat_hub.training.probe import (
     widths_to,
 )
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.student import prepare_student
 
 PROBE_STEPS = 40
-_INK, _STAGE = "#3355c8", "#d1671f"
+_INK = "#3355c8"
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,12 @@ class Plan:
     Attributes:
         recipe: that was planned.
         curve: bit width -> held-out loss of the untrained student, from 8 bits to the stored width.
-        schedule: stages placed by the curve.
         probes: one a group of layers, "all" among them.
         probe_steps: of each.
     """
 
     recipe: Recipe
     curve: dict[float, Estimate]
-    schedule: BitSchedule
     probes: dict[str, Probe]
     probe_steps: int
 
@@ -85,10 +84,6 @@ class Plan:
                 f"Loss against bit width before training ({pictures} validation pictures, {DRAWS} draws of each):",
                 columns([("bit width", "loss", "± error"), *curve], numbers_from=1),
                 "",
-                "Stages at equal steps of the loss's logarithm, to paste into a recipe:",
-                yaml.safe_dump(
-                    {"start": "nearest", "schedule": self.schedule.to_dict()}, sort_keys=False, default_flow_style=None
-                ),
                 f"Groups of layers, {self.probe_steps} steps of each at the recipe's method and rate:",
                 columns([(*titles, "s/step", "peak MiB"), *layers], numbers_from=1),
                 "",
@@ -104,11 +99,10 @@ class Plan:
         group, advice = advise(self.probes)
         own = self.probes[self.recipe.train_layers]
         return {
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.to_dict(),
             "pictures": len(own.losses),
             "draws": DRAWS,
             "curve": [{"bit_width": width, **loss._asdict()} for width, loss in self.curve.items()],
-            "schedule": self.schedule.to_dict(),
             "probe_steps": self.probe_steps,
             "layers": self._layers(),
             "train_layers": group,
@@ -126,11 +120,11 @@ class Plan:
         with whole(folder / "plan.json") as partial:
             partial.write_text(text)
         with whole(folder / "curve.png") as partial:
-            draw_curve(self.curve, self.schedule, partial)
+            draw_curve(self.curve, partial)
 
     def _layers(self) -> dict[str, dict[str, Any]]:
         """group -> its row of the table. ``removed`` is the share of the untrained student's loss that is gone."""
-        untrained = self.curve[self.schedule.final_bits].mean
+        untrained = self.curve[self.recipe.quantization.weight_bits].mean
         rows = {}
         for group, probe in self.probes.items():
             loss, difference = Estimate.of(probe.losses), relative_difference(probe.losses, self.probes["all"].losses)
@@ -161,7 +155,8 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
     """
     if not recipe.steps:
         raise ValueError(f"method {recipe.method} does not train, so there is nothing to plan; take e.g. fbqat.")
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    accelerator = accelerator_of(recipe)
+    check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)
     pipeline = load_teacher(recipe)
     if output:
@@ -171,22 +166,21 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, accelerator.device)
     teacher = pipeline.transformer.to(accelerator.device)
 
-    # weights where they are: GPTQ codes are for one width
-    student = prepare_student(replace(recipe, start="nearest"), teacher, splits["train"], draws)
-    widths = widths_to(recipe.config().weight_bits)
+    # weights where they are: GPTQ's codes are for one width
+    student = prepare_student(replace(recipe, initialization="nearest"), teacher, splits["train"], draws)
+    widths = widths_to(recipe.quantization.weight_bits)
     curve = loss_against_width(student, teacher, splits["validation"], draws, widths, progress=progress)
     del student
-    schedule = schedule_from_curve({width: loss.mean for width, loss in curve.items()})
     steps = min(PROBE_STEPS, recipe.steps)
     probes = probe_layers(recipe, teacher, splits, draws, accelerator, steps, progress=progress)
-    made = Plan(recipe, curve, schedule, probes, steps)
+    made = Plan(recipe, curve, probes, steps)
     if output:
         made.save(output)
     return made
 
 
-def draw_curve(curve: Mapping[float, Estimate], schedule: BitSchedule, path: Path) -> None:
-    """Write a PNG: loss against bit width with standard errors, and where the stages of ``schedule`` are."""
+def draw_curve(curve: Mapping[float, Estimate], path: Path) -> None:
+    """Write a PNG: loss against bit width with standard errors."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -196,10 +190,6 @@ def draw_curve(curve: Mapping[float, Estimate], schedule: BitSchedule, path: Pat
     losses = [loss.mean for loss in curve.values()]
     errors = [loss.error or 0.0 for loss in curve.values()]
     axis.errorbar(list(curve), losses, errors, color=_INK, linewidth=1.6, capsize=2, label="measured, ± standard error")
-    for number, (width, _) in enumerate(schedule.stages):
-        axis.axvline(width, color=_STAGE, linewidth=1, linestyle=":", label=None if number else "stages at equal steps")
-        above = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8}
-        axis.text(width, 1.01, f"{width:g}", color=_STAGE, **above)
     axis.set_yscale("log")
     axis.invert_xaxis()
     axis.set_xlabel("bit width")

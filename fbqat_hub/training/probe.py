@@ -26,8 +26,11 @@ from tqdm.auto import tqdm
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width
 from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.distill import Draws, distill, held_out_loss, prepare_student
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.loop import distill
+from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.student import prepare_student
 
 # A group of layers is advised if its loss is at most this share above that of training all.
 TOLERANCE = 0.05
@@ -126,8 +129,15 @@ def probe_layers(
         Group of the family -> probe, in the reverse of the family's order: "all" last.
     """
     groups = list(reversed(get_family(recipe.family).layer_groups))
-    warmup = recipe.warmup_steps * steps // recipe.steps
-    small = replace(recipe, steps=steps, warmup_steps=warmup, save_every=0, validate_every=0)
+    warmup = recipe.optimizer.warmup_steps * steps // recipe.steps
+    small = replace(
+        recipe,
+        steps=steps,
+        optimizer=replace(recipe.optimizer, warmup_steps=warmup),
+        keep_stages=[],
+        save_every=0,
+        validate_every=0,
+    )
     probes = {}
     with tqdm(total=len(groups) * steps, desc="probe layers", unit="step", disable=not progress) as bar:
         for group in groups:
@@ -160,7 +170,7 @@ def _probe(
     with tempfile.TemporaryDirectory() as folder:
         distill(recipe, student, teacher, splits, draws, Path(folder), accelerator, False, False, note)
     peak = torch.cuda.max_memory_allocated(accelerator.device) / 2**20 if on_gpu else _process_peak_mib()
-    set_bit_width(student, recipe.config().weight_bits)
+    set_bit_width(student, recipe.quantization.weight_bits)
     losses = _picture_losses(student.eval(), teacher, splits["validation"], draws)
     seconds = statistics.median(after - before for before, after in itertools.pairwise(times))
     return Probe(trained, trained / sum(size for size, _ in sizes), losses, seconds, peak)

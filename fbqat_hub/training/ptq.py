@@ -49,15 +49,15 @@ def convert_pipeline(
         raise ValueError(f"{source} is quantized already; give the full-precision pipeline.")
     pipeline = load_pipeline(folder, variant=variant, meta=True)
     packed_layers(pipeline.transformer, config)
-    recipe = Recipe(
-        name=output.resolve().name,
-        family=family.name,
-        teacher=source,
-        method="ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
-        steps=0,
-        quantization=dict(settings or {}),
-        generation=family.native_size(pipeline),
-    )
+    fields: dict[str, Any] = {
+        "name": output.resolve().name,
+        "family": family.name,
+        "teacher": source,
+        "method": "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
+        "quantization": dict(settings or {}),
+        "generation": family.native_size(pipeline),
+    }
+    recipe = Recipe(**fields)
     with replacing(output) as partial:
         copy_parts(folder, partial, variant)
         denoiser.load(variant=variant, quantization_config=config).save_pretrained(partial / "transformer")

@@ -1,202 +1,213 @@
-"""A recipe: everything about one run, one YAML file, validated, saved into the output and published with it."""
+"""A recipe: everything about one run, one YAML file, resolved when it is loaded, saved into the output, published.
+
+Resolved means that every value that runs is written out: what the file leaves out is taken from its method
+(`fbqat_hub.training.method`) and its family, once. A run saves the resolved recipe with its ``recipe_version``, and
+such a file loads to exactly itself, whatever the methods of the version that reads it are.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import Field, model_validator
+from pydantic_core import ArgsKwargs
 
+from fbqat_hub.checked import Amount, Count, Flag, Options, Text, Texts, Whole, checked, one_of
 from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.quantization import BitSchedule, SoftStaircase
-from fbqat_hub.quantization.gptq import check_margin
-from fbqat_hub.quantization.observer import RangeRule
+from fbqat_hub.training.call import call_types, check_call
+from fbqat_hub.training.dataset import check_dataset
+from fbqat_hub.training.method import (
+    GPTQ,
+    METHODS,
+    PRESETS,
+    Initialization,
+    Optimizer,
+    Quantization,
+    Schedule,
+    Weighting,
+)
+from fbqat_hub.training.migration import migrated
 from fbqat_hub.untrusted import read_yaml
+from fbqat_hub.version import __version__
 
 RECIPES = shipped("training/recipes")
-
-# What a method means: the parts of a recipe that it sets unless the recipe says otherwise.
-METHODS: dict[str, dict[str, Any]] = {
-    "ptq-maxabs": {"steps": 0, "quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "constant"}},
-    "ptq-mse": {"steps": 0, "quantization": {"weight_clip": "mse"}, "schedule": {"preset": "constant"}},
-    # rounding errors compensate each other: GPTQ
-    "ptq-gptq": {
-        "steps": 0,
-        "quantization": {"weight_clip": "mse"},
-        "schedule": {"preset": "constant"},
-        "start": "compensated",
-    },
-    # 4 bits from the start, max-abs scale: the paper's vQAT
-    "vqat": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "constant"}},
-    # vQAT with the scale learned (LSQ), started from the MSE-optimal clip: the strongest baseline
-    "lsq-qat": {"quantization": {"weight_clip": "learned"}, "schedule": {"preset": "constant"}},
-    "integer": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "integer"}},
-    "simple": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "simple"}},
-    # arXiv 2510.14823 as published
-    "fbqat-paper": {"quantization": {"weight_clip": "max_abs"}, "schedule": {"preset": "paper"}},
-    # this project's default: the 4-bit grid throughout, started from compensated codes; fractions by the annealed soft
-    # staircase, no softer at first than twice compensation.margin, so that training starts on the grid; learned clip
-    "fbqat": {
-        "start": "compensated",
-        "loss_weighting": "sampler",
-        "quantization": {"weight_clip": "learned"},
-        "schedule": {"preset": "constant", "softness": 0.1, "soft_until": 0.9},
-    },
-}
+RECIPE_VERSION = 1
+DEFAULT_METHOD = "fbqat"
+_DEFAULT_SIDE = 512
+_STEPS = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One run.
+@checked("recipe.calibration")
+class Calibration:
+    """Static activation ranges.
 
     Attributes:
+        samples: of the training split.
+        rule: "mean_3sigma" (arXiv 2510.14823), "min_max" or "percentile".
+        percentile: for rule "percentile".
+    """
+
+    samples: Count = 100
+    rule: Annotated[
+        Literal["mean_3sigma", "min_max", "percentile"], Field(description="mean_3sigma, min_max or percentile")
+    ] = "mean_3sigma"
+    percentile: Annotated[Amount, Field(le=100, description="a number from 0 to 100")] = 99.9
+
+
+@checked("recipe.evaluation")
+class Evaluation:
+    """What ``fbqat evaluate`` measures on.
+
+    Attributes:
+        images: how many pictures.
+        inference_steps: of the sampler, for each.
+        draws: held-out noises and timesteps of each sample.
+        batch_size: of pictures and of held-out samples.
+    """
+
+    images: Count = 128
+    inference_steps: Annotated[Count, Field(le=1000, description="a whole number from 1 to 1000")] = 20
+    draws: Count = 4
+    batch_size: Count = 32
+
+
+@checked("recipe")
+class Recipe:
+    """One run, resolved: what is left out when one is made is filled in from its method and its family.
+
+    What you decide:
+
+    Attributes:
+        recipe_version: of this format; in a saved file it says that the file is complete.
         name: of the model that is published, e.g. "Sana-600M-FBQAT-W4A8".
         family: "sana", ...
         teacher: Hub id or folder of the full-precision pipeline.
         method: a key of ``METHODS``.
         dataset: {"path": "openmoji"}, {"path": "ye-pop"} or another set of ``training.prompts``, or arguments of
             ``datasets.load_dataset`` with image_column, caption_column.
-        quantization: fields of ``FBQATConfig`` that differ from the method's.
-        schedule: fields of ``BitSchedule``, or {"preset": ...}.
-        rounding: {"ewgs": 0.2}, the gradient scaling of ``quantization.rounding``.
-        start: "nearest" codes, or "compensated" ones (GPTQ); the method's own if left empty.
-        loss_weighting: "none", or "sampler": an error at a timestep counts by what the sampler makes of it
-            (``Family.error_weight``; no difference where a family has none). The method's own if left empty.
-        compensation: {"samples": 100, "damping": 0.01, "margin": 0.05}, see ``quantization.gptq_initialize``.
-        calibration: {"samples": 100, "rule": "mean_3sigma"} for static activation ranges.
-        keep_stages: whole bit widths of the schedule before its last, e.g. [8, 6, 5]: at the end of each the packed
-            denoiser is kept in ``stages/w8`` and so on.
-        train_layers: a group of the family, or "all"; the others are quantized and frozen. Blocks alone do better than
-            all (docs/benchmark.md).
+        generation: arguments of the pipeline call. Its height and width (512 if neither is said) are also those of the
+            training pictures.
+        prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.
         steps, batch_size: optimizer steps, and samples in each (on each device).
-        learning_rate: peak. learning_rate_schedule: "cosine" (to 0) or "constant". warmup_steps: linear.
-        clip_learning_rate: learning rate of learned clips as a multiple of learning_rate.
-        weight_decay, max_grad_norm: of Adam; 0 leaves gradients unclipped.
+        learning_rate: peak.
+        seed: of everything random.
         mixed_precision: "no", "bf16" or "fp16", as accelerate takes it.
         gradient_checkpointing: less memory, more time.
         save_every, validate_every: in steps; 0 is never.
-        seed: of everything random.
-        evaluation: {"images", "inference_steps", "draws", "batch_size"}.
-        prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.
-        generation: arguments of the pipeline call.
-        license, license_link, attribution: of the base model and data, for the card. license_name: where license is
-            "other", which the Hub then asks for. dataset_license: where the attribution does not say it.
+        keep_stages: whole bit widths of the schedule before its last, e.g. [8, 6, 5]: at the end of each the packed
+            denoiser is kept in ``stages/w8`` and so on.
+        evaluation: see `Evaluation`.
+        calibration: see `Calibration`.
+        quantization: what is stored; only its clip is the method's. See `Quantization`.
+
+    What the method decides, unless the recipe says otherwise (see `fbqat_hub.training.method`):
+
+    Attributes:
+        initialization, gptq: the codes that training starts from.
+        schedule: bit widths and softness over training.
+        train_layers: a group of the family, or "all"; the others are quantized and frozen.
+        loss_weighting: "none", or "sampler": an error at a timestep counts by what the sampler makes of it
+            (``Family.error_weight``; no difference where a family has none).
+        optimizer: Adam and the rule of its rates.
+
+    Raises:
+        ValueError: an unknown field, or a value that is not allowed, in one line.
     """
 
-    name: str
-    family: str
-    teacher: str
-    method: str = "fbqat"
-    dataset: dict[str, Any] = field(default_factory=lambda: {"path": "openmoji"})
-    quantization: dict[str, Any] = field(default_factory=dict)
-    schedule: dict[str, Any] = field(default_factory=dict)
-    rounding: dict[str, Any] = field(default_factory=dict)
-    start: str = ""
-    loss_weighting: str = ""
-    compensation: dict[str, Any] = field(default_factory=dict)
-    calibration: dict[str, Any] = field(default_factory=dict)
-    keep_stages: list[int] = field(default_factory=list)
-    train_layers: str = "blocks"
-    steps: int = 1000
-    batch_size: int = 8
-    learning_rate: float = 2e-4
-    learning_rate_schedule: str = "cosine"
-    warmup_steps: int = 20
-    clip_learning_rate: float = 3.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.0
-    mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
-    save_every: int = 200
-    validate_every: int = 0
-    seed: int = 1234
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    prompts: list[str] = field(default_factory=list)
-    generation: dict[str, Any] = field(default_factory=dict)
-    license: str = ""
-    license_name: str = ""
-    license_link: str = ""
-    dataset_license: str = ""
-    attribution: str = ""
+    recipe_version: Count = RECIPE_VERSION
+    name: Text
+    family: Text
+    teacher: Text
+    method: Text
+    dataset: Options
+    generation: Options
+    prompts: Texts = field(default_factory=list)
+    steps: Whole
+    batch_size: Count = 8
+    learning_rate: Amount = 2e-4
+    seed: Annotated[Whole, Field(le=2**32 - 1, description="a whole number from 0 to 4294967295")] = 1234
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="'no', bf16 or fp16")] = "no"
+    gradient_checkpointing: Flag = False
+    save_every: Whole = 200
+    validate_every: Whole = 0
+    keep_stages: Annotated[
+        list[Annotated[int, Field(strict=True, ge=3, le=8)]],
+        Field(description="a list of whole numbers from 3 to 8"),
+    ] = field(default_factory=list)
+    evaluation: Evaluation = Evaluation()
+    calibration: Calibration = Calibration()
+    quantization: Quantization
+    initialization: Initialization
+    gptq: GPTQ
+    schedule: Schedule
+    train_layers: Text
+    loss_weighting: Weighting
+    optimizer: Optimizer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: ArgsKwargs) -> dict[str, Any]:
+        """Sections may be given in part; the rest of them is the method's."""
+        filled = {"method": DEFAULT_METHOD, "dataset": {"path": "openmoji"}, "generation": {}, **(given.kwargs or {})}
+        one_of("recipe: method", filled["method"], METHODS)
+        method = METHODS[filled["method"]]
+        family = get_family(filled["family"]) if isinstance(filled.get("family"), str) else None
+        filled.setdefault("steps", _STEPS if method.trains else 0)
+        for name, value in method.fields().items():
+            filled[name] = _whole_section(value, filled.get(name, {})) if name in _SECTIONS else filled.get(name, value)
+        quantization, schedule = filled["quantization"], filled["schedule"]
+        if isinstance(quantization, dict) and quantization["module_overrides"] is None and family:
+            quantization["module_overrides"] = family.activation_overrides
+        if isinstance(quantization, dict) and isinstance(schedule, dict) and schedule["stages"] in list(PRESETS):
+            bits = quantization["weight_bits"]
+            if isinstance(bits, int) and bits in range(3, 9):
+                schedule["stages"] = list(BitSchedule.preset(schedule["stages"], bits).stages)
+        if isinstance(filled["generation"], Mapping) and family:
+            filled["generation"] = _sized(filled["generation"], family.pipeline_class)
+        return filled
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            _typed(item.name, getattr(self, item.name), str(item.type))
-        family = get_family(self.family)
-        _one_of("method", self.method, METHODS)
-        _one_of("train_layers", self.train_layers, family.layer_groups)
-        _one_of("start", self.start, ("", "nearest", "compensated"))
-        _one_of("loss_weighting", self.loss_weighting, ("", "none", "sampler"))
-        _one_of("learning_rate_schedule", self.learning_rate_schedule, ("cosine", "constant"))
-        _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        for name in ("warmup_steps", "save_every", "validate_every"):
-            _number(name, getattr(self, name), 0, whole=True)
-        _number("seed", self.seed, 0, MAX_SEED, whole=True)
-        trains = "steps" not in METHODS[self.method]
-        _number(f"steps of method {self.method}", self.steps, int(trains), None if trains else 0, whole=True)
-        _number("batch_size", self.batch_size, 1, whole=True)
-        for name in ("learning_rate", "clip_learning_rate", "weight_decay", "max_grad_norm"):
-            _number(name, getattr(self, name), 0)
-        for name, value, allowed in (
-            ("calibration", self.calibration, {"samples", "rule", "percentile"}),
-            ("compensation", self.compensation, set(COMPENSATION)),
-            ("evaluation", self.evaluation, set(EVALUATION)),
-            ("rounding", self.rounding, {"ewgs"}),
-        ):
-            if extra := set(value) - allowed:
-                raise unknown_key_error(name, extra, allowed)
-        if not isinstance(self.dataset.get("path"), str):
-            raise ValueError(f"recipe: dataset is {self.dataset}; it needs a path, e.g. {{path: openmoji}}.")
-        if not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
-            raise ValueError(f"recipe: prompts are {self.prompts}; each must be a text that is not empty.")
-        for name, value in self.evaluation.items():
-            _number(f"evaluation.{name}", value, 1, whole=True)
-        for name, most in GENERATION.items():
-            if name in self.generation:
-                _number(f"generation.{name}", self.generation[name], 1, most, whole=True)
-        _check_calibration(self.calibration)
-        settings = self.compensation_settings()
-        _number("compensation.samples", settings["samples"], 1, whole=True)
-        _number("compensation.damping", settings["damping"], 0)
-        _number("compensation.margin", settings["margin"], 0, 0.5)
-        # each of these checks its own values
-        self.config()
-        self.bit_schedule()
-        softness = self.rounding_at(0.0).softness
-        if self.starts_compensated:
-            check_margin(settings["margin"], softness)
+        family, method = get_family(self.family), METHODS[self.method]
+        one_of("recipe: train_layers", self.train_layers, family.layer_groups)
+        if method.trains != bool(self.steps):
+            must = "at least 1" if method.trains else "0, for it does not train"
+            raise ValueError(f"recipe: steps of method {self.method} is {self.steps}; it must be {must}.")
+        check_dataset(self.dataset)
+        self.config()  # these two check their own values
+        schedule = self.bit_schedule()
+        self._check_start(schedule)
         self._check_stages()
+        check_call(family.pipeline_class, self.generation, "recipe: generation.")
+        if self.generation.get("num_images_per_prompt") not in (None, 1):
+            raise ValueError("recipe: generation.num_images_per_prompt must be 1; pictures are compared by prompt.")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the pictures, in pixels, in training and evaluation."""
+        return self.generation["height"], self.generation["width"]
 
     def config(self) -> FBQATConfig:
         """The quantization this recipe trains for."""
-        given = {**METHODS[self.method].get("quantization", {}), **self.quantization}
-        given.setdefault("module_overrides", get_family(self.family).activation_overrides)
-        return FBQATConfig(**given)
+        granularity: Any = "per_channel" if self.quantization.group_size is None else "per_group"
+        return FBQATConfig(weight_granularity=granularity, **asdict(self.quantization))
 
     def bit_schedule(self) -> BitSchedule:
-        """The bit schedule; it must end at the stored width."""
-        given = {**METHODS[self.method]["schedule"], **self.schedule}
-        if extra := set(given) - _SCHEDULE_KEYS:
-            raise unknown_key_error("schedule", extra, _SCHEDULE_KEYS)
-        for name in set(given) & {"bits", "softness", "soft_until"}:
-            _number(f"schedule.{name}", given[name], 0)
-        if "stages" in given and not _is_stages(given["stages"]):
+        """The bit schedule; it ends at the stored width."""
+        given = self.schedule
+        assert not isinstance(given.stages, str)  # a recipe has the list
+        schedule = BitSchedule(given.stages, softness=given.softness, soft_until=given.soft_until)
+        if schedule.final_bits != self.quantization.weight_bits:
             raise ValueError(
-                f"recipe: schedule.stages is {given['stages']!r}; it must be a list of [bit width, share of training], "
-                "e.g. [[8, 1], [4, 3]]."
+                f"recipe: schedule.stages ends at {schedule.final_bits:g} bits; what is stored has "
+                f"{self.quantization.weight_bits}."
             )
-        stored = self.config().weight_bits
-        if "preset" in given:
-            given.setdefault("bits", stored)
-        schedule = BitSchedule.from_dict(given)
-        if schedule.final_bits != stored:
-            raise ValueError(f"the bit schedule ends at {schedule.final_bits:g} bits; what is stored has {stored}.")
-        if self.starts_compensated and len(schedule.stages) > 1:
-            raise ValueError("start 'compensated' is for one width; codes of the first of several are left again.")
         return schedule
 
     def stage_ends(self) -> dict[int, int]:
@@ -208,11 +219,28 @@ class Recipe:
                 ends[int(width)] = step + 1
         return ends
 
+    def rounding_at(self, progress: float) -> SoftStaircase:
+        """The rounding at ``progress`` in [0, 1]."""
+        return SoftStaircase(self.bit_schedule().softness_at(progress), ewgs=self.optimizer.ewgs)
+
+    def _check_start(self, schedule: BitSchedule) -> None:
+        if self.initialization != "gptq":
+            return
+        if len(schedule.stages) > 1:
+            raise ValueError(
+                "recipe: initialization gptq is for one bit width; codes of the first of several are left again. Use "
+                "initialization: nearest, or schedule: {stages: constant}."
+            )
+        if self.gptq.margin < schedule.softness / 2:
+            raise ValueError(
+                f"recipe: gptq.margin is {self.gptq.margin:g} and schedule.softness {schedule.softness:g}; the margin "
+                f"must be at least half the softness, {schedule.softness / 2:g}, or training starts off the grid. "
+                "Raise it, lower the softness, or use initialization: nearest."
+            )
+
     def _check_stages(self) -> None:
         if not self.keep_stages:
             return
-        for bits in self.keep_stages:
-            _number("each of keep_stages", bits, 3, 8, whole=True)
         ends = self.stage_ends()
         if missing := sorted(set(self.keep_stages) - set(ends), reverse=True):
             there = ", ".join(map(str, ends))
@@ -222,42 +250,16 @@ class Recipe:
                 f"{self.method} does not leave; {has}. Methods with falling widths: fbqat-paper, integer, simple."
             )
 
-    def rounding_at(self, progress: float) -> SoftStaircase:
-        """Softness from the schedule, gradient compensation from the recipe."""
-        if "ewgs" in self.rounding:
-            _number("rounding.ewgs", self.rounding["ewgs"], 0)
-        return SoftStaircase(self.bit_schedule().softness_at(progress), **self.rounding)
-
-    @property
-    def starts_compensated(self) -> bool:
-        """True if training starts from compensated codes."""
-        return (self.start or METHODS[self.method].get("start", "nearest")) == "compensated"
-
-    @property
-    def weights_loss(self) -> bool:
-        """True if errors count by what the sampler makes of them."""
-        return (self.loss_weighting or METHODS[self.method].get("loss_weighting", "none")) == "sampler"
-
-    def compensation_settings(self) -> dict[str, Any]:
-        """``compensation`` with its defaults filled in."""
-        return {**COMPENSATION, **self.compensation}
-
-    def evaluation_settings(self) -> dict[str, int]:
-        """``evaluation`` with its defaults filled in."""
-        return {**EVALUATION, **self.evaluation}
-
     def save(self, path: Path) -> None:
-        """Write the recipe, every field, as YAML."""
+        """Write the recipe, every value, as YAML."""
         with whole(path) as partial:
-            partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
+            partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-
-MAX_SEED = 2**32 - 1  # torch's CPU generator drops higher bits: two seeds would be the same
-COMPENSATION = {"samples": 100, "damping": 0.01, "margin": 0.05}
-EVALUATION = {"images": 128, "inference_steps": 20, "draws": 4, "batch_size": 32}
-# A recipe that came with a model must not fill the memory of who draws with it.
-GENERATION = {"height": 8192, "width": 8192, "num_inference_steps": 1000, "num_images_per_prompt": 64}
-_SCHEDULE_KEYS = {"preset", "bits", "stages", "softness", "soft_until"}
+    def to_dict(self) -> dict[str, Any]:
+        """Every value as plain data, as it is saved."""
+        plain: dict[str, Any] = asdict(self)
+        plain["schedule"]["stages"] = [list(stage) for stage in plain["schedule"]["stages"]]
+        return plain
 
 
 def load_recipe(source: str | Path, **changes: Any) -> Recipe:
@@ -265,27 +267,24 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
 
     Args:
         source: path of a YAML file, or a name such as "sana-tiny".
-        changes: fields that replace the file's; a changed ``method`` brings its own quantization and schedule.
+        changes: fields that replace the file's. Of a section (``schedule``, say) what is given replaces, and the rest
+            stays. A changed ``method`` takes the method's own values with it where the file was saved by a run.
 
     Raises:
         FileNotFoundError: neither a file nor a shipped name.
-        ValueError: an unknown key (the error names the nearest) or a value out of range.
+        ValueError: an unknown key (the error names the nearest), a value that is not allowed, a saved recipe that is
+            not complete, or one of a newer version.
     """
     path = _find(source)
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"recipe {path.name} is not a mapping of keys to values.")
-    data.update(changes)
-    allowed = {item.name for item in fields(Recipe)}
-    if unknown := set(map(str, data)) - allowed:
-        raise unknown_key_error(f"recipe {path.name}", unknown, allowed)
-    required = {"name", "family", "teacher"} - set(data)
-    if required:
+    data = _checked_version(path, data) if "recipe_version" in data else migrated(data)
+    if unknown := set(map(str, [*data, *changes])) - set(_FIELDS):
+        raise unknown_key_error(f"recipe {path.name}", unknown, _FIELDS)
+    if required := {"name", "family", "teacher"} - {*data, *changes}:
         raise ValueError(f"recipe {path.name} lacks {', '.join(sorted(required))}.")
-    data.setdefault("method", "fbqat")
-    _one_of("method", data["method"], METHODS)
-    data.update({key: value for key, value in METHODS[data["method"]].items() if key == "steps"})
-    return Recipe(**data)
+    return Recipe(**_changed(data, changes))
 
 
 def _find(source: str | Path) -> Path:
@@ -299,48 +298,71 @@ def _find(source: str | Path) -> Path:
     return path
 
 
-def _is_stages(stages: Any) -> bool:
-    def is_stage(each: Any) -> bool:
-        if not isinstance(each, list | tuple) or len(each) != 2:
-            return False
-        return all(isinstance(number, int | float) and not isinstance(number, bool) for number in each)
-
-    return isinstance(stages, list | tuple) and all(is_stage(each) for each in stages)
-
-
-def _check_calibration(calibration: dict[str, Any]) -> None:
-    if "samples" in calibration:
-        _number("calibration.samples", calibration["samples"], 1, whole=True)
-    if "rule" in calibration:
-        _one_of("calibration.rule", calibration["rule"], get_args(RangeRule))
-    if "percentile" in calibration:
-        _number("calibration.percentile", calibration["percentile"], 0, 100)
-
-
-def _typed(name: str, value: Any, annotation: str) -> None:
-    """Numbers are checked by ``_number``."""
-    kinds: dict[str, tuple[type, str]] = {
-        "str": (str, "text"),
-        "bool": (bool, "true or false"),
-        "dict[str, Any]": (dict, "a mapping of keys to values"),
-        "list[str]": (list, "a list of texts"),
-        "list[int]": (list, "a list of whole numbers"),
-    }
-    kind, words = kinds.get(annotation, (object, ""))
-    text_keys = not isinstance(value, dict) or all(isinstance(key, str) for key in value)
-    if not isinstance(value, kind) or not text_keys:
-        raise ValueError(f"recipe: {name} is {value!r}; it must be {words}.")
+def _checked_version(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that says its version; it must be one that is read here, and complete."""
+    version = data["recipe_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError(f"recipe {path.name}: recipe_version is {version!r:.80}; it must be a whole number from 1.")
+    if version > RECIPE_VERSION:
+        raise ValueError(
+            f"recipe {path.name} has recipe_version {version}; this is fbqat_hub {__version__}, which reads up to "
+            f"{RECIPE_VERSION}. Update with: pip install -U fbqat-hub"
+        )
+    missing = [name for name in _FIELDS if name not in data]
+    for section, kind in _SECTIONS.items():
+        if isinstance(data.get(section), Mapping):
+            missing += [f"{section}.{key.name}" for key in fields(kind) if key.name not in data[section]]
+    if missing:
+        raise ValueError(
+            f"recipe {path.name} lacks {', '.join(missing[:5])}, and with a recipe_version it must be complete, since "
+            "it records a run. To have the method's values filled in, take recipe_version out."
+        )
+    return data
 
 
-def _one_of(name: str, value: Any, allowed: Any) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"recipe: {name} is {value!r}; allowed: {', '.join(map(str, allowed))}.")
+def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with ``changes``; of a section and of ``generation`` only what they name changes."""
+    new = dict(data)
+    method = changes.get("method", data.get("method"))
+    if method != data.get("method"):
+        if "recipe_version" in data:  # what it says is the other method's
+            for name in METHODS[DEFAULT_METHOD].fields():
+                if name == "quantization" and isinstance(data[name], Mapping):
+                    new[name] = {key: value for key, value in data[name].items() if key != "weight_clip"}
+                else:
+                    del new[name]
+        if isinstance(method, str) and method in METHODS and not METHODS[method].trains:
+            new["steps"] = 0
+    for name, value in changes.items():
+        old = new.get(name)
+        if (name in _SECTIONS or name == "generation") and isinstance(value, Mapping) and isinstance(old, Mapping):
+            value = {**old, **value}
+        new[name] = value
+    return new
 
 
-def _number(name: str, value: Any, least: float, most: float | None = None, *, whole: bool = False) -> None:
-    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or value < least or (most is not None and value > most):
-        kind = "a whole number" if whole else "a number"
-        allowed = f"of at least {least:g}" if most is None else f"from {least:g} to {most:g}"
-        hint = " (write 1.0e-4, not 1e-4: YAML reads that as text)" if isinstance(value, str) else ""
-        raise ValueError(f"recipe: {name} is {value!r}; it must be {kind} {allowed}{hint}.")
+def _whole_section(default: Any, given: Any) -> Any:
+    """A section of which a part may be given, as a mapping; what is no section stays, to be refused."""
+    given = asdict(given) if is_dataclass(given) and not isinstance(given, type) else given
+    return {**asdict(default), **given} if isinstance(given, Mapping) else given
+
+
+def _sized(generation: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]:
+    """Arguments of the call that say the size of the pictures; it is not to be changed to one of the model's own."""
+    sized = dict(generation)
+    sized.setdefault("height", sized.get("width", _DEFAULT_SIDE))
+    sized.setdefault("width", sized["height"])
+    if "use_resolution_binning" in call_types(pipeline_class):
+        sized.setdefault("use_resolution_binning", False)
+    return sized
+
+
+_FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))
+_SECTIONS: dict[str, Any] = {
+    "evaluation": Evaluation,
+    "calibration": Calibration,
+    "quantization": Quantization,
+    "gptq": GPTQ,
+    "schedule": Schedule,
+    "optimizer": Optimizer,
+}

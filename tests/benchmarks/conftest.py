@@ -13,8 +13,9 @@ from benchmarks.method.baselines import Pointwise
 from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import named_layers
-from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.distill import Draws, cached_splits, held_out_loss
+from fbqat_hub.training.cache import CachedSplit, cached_splits
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.recipe import Recipe
 
 

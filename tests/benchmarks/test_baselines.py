@@ -17,7 +17,7 @@ from fbqat_hub.quantization import (
     named_layers,
     quantization_disabled,
 )
-from fbqat_hub.training.distill import held_out_loss
+from fbqat_hub.training.loss import held_out_loss
 from tests.benchmarks.conftest import Scene, assert_every_layer_is, assert_feed_forward_trains
 
 MSE = WeightScheme(clip="mse")

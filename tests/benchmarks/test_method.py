@@ -200,9 +200,9 @@ def test_paired_differences_are_seed_by_seed_against_the_strongest() -> None:
 
 
 def test_forms_are_compared_at_the_same_seeds() -> None:
-    rows = [*ROWS, row("lsq-qat compensated", 1e-4, 1, 0.0189 * 1.05), row("lsq-qat compensated", 1e-4, 3, 9.0)]
+    rows = [*ROWS, row("lsq-gptq", 1e-4, 1, 0.0189 * 1.05), row("lsq-gptq", 1e-4, 3, 9.0)]
     lines = forms(Results(rows)).splitlines()
-    assert lines[-1] == "| lsq-qat compensated | +5.0 (1) |"
+    assert lines[-1] == "| lsq-gptq | +5.0 (1) |"
     assert lines[-2] == "| lsq-qat | +11.1 (2) |"  # 21 over 18.9 and 19 over 17.1
     assert forms(Results(ROWS)) == ""
 

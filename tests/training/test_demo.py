@@ -15,8 +15,8 @@ from PIL import Image
 from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.export import htp_available
 from fbqat_hub.families import get_family
+from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.demo import BASELINES, demo
-from fbqat_hub.training.distill import cached_splits
 from fbqat_hub.training.recipe import load_recipe
 from fbqat_hub.training.teacher import RECIPES as TEACHER_RECIPES
 from fbqat_hub.training.teachers import SHIPPED

@@ -10,37 +10,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline, load_stage
 from fbqat_hub.quantization import FakeQuantizedLinear, PackedLinear, named_layers
-from fbqat_hub.training import checkpoint, distill
+from fbqat_hub.training import checkpoint, loop
 from fbqat_hub.training.distill import train
-from fbqat_hub.training.recipe import METHODS, Recipe
+from fbqat_hub.training.method import METHODS, Schedule
+from fbqat_hub.training.recipe import Recipe
 from tests.conftest import STAGES, subprocess_environment, write_recipe
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
-
-
-@pytest.fixture
-def recipe_of(recipe_fields: dict[str, Any]) -> Callable[..., Recipe]:
-    def make(**changes: Any) -> Recipe:
-        """A method's presets are applied by the recipe itself, except for its steps."""
-        steps = {key: value for key, value in METHODS[changes.get("method", "fbqat")].items() if key == "steps"}
-        return Recipe(**{**recipe_fields, **steps, **changes})
-
-    return make
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
@@ -92,8 +80,10 @@ def test_what_a_run_leaves(run_folder: Path, recipe_fields: dict[str, Any]) -> N
 
 
 def test_log_follows_the_schedules(recipe_of, tmp_path: Path) -> None:
-    """10 steps: 4 bits throughout, softness 0.06 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
-    recipe = recipe_of(steps=10, validate_every=5, schedule={"softness": 0.06, "soft_until": 0.6})
+    """10 steps: 4 bits throughout, softness 0.15 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
+    recipe = recipe_of(
+        steps=10, validate_every=5, schedule={"softness": 0.15, "soft_until": 0.6}, gptq={"margin": 0.075}
+    )
     lines = log_of(train(recipe, tmp_path / "run", progress=False))
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert {line["bit_width"] for line in lines} == {4}
@@ -124,37 +114,6 @@ def test_same_seed_same_run_other_seed_other_run(recipe_of, run_folder: Path, tm
     assert [line["loss"] for line in log_of(other)] != [line["loss"] for line in log_of(run_folder)]
 
 
-def test_every_draw_has_random_numbers_of_its_own(recipe_of, tiny_sana: Path) -> None:
-    """Steps, processes, seeds and the three streams (training, calibration, held-out) never share noise."""
-    recipe, pipeline = recipe_of(), load_pipeline(tiny_sana)
-    splits = distill.cached_splits(recipe, pipeline)
-    noisy = []
-    for seed in (0, 1, 2):
-        draws = distill.Draws(get_family("sana"), pipeline.scheduler, seed)
-        noisy += [draws.training(splits["test"], step, 1, process) for step in (0, 1) for process in (0, 1)]
-        noisy += list(draws.calibration(splits["test"], 2))
-    noisy += list(draws.held_out(splits["test"], 2, 1))
-    assert len({float(inputs["hidden_states"].sum()) for inputs in noisy}) == len(noisy) == 20
-    again = distill.Draws(get_family("sana"), pipeline.scheduler, 0).training(splits["test"], 0, 1)
-    assert torch.equal(again["hidden_states"], noisy[0]["hidden_states"])
-
-
-def test_held_out_draws_are_the_same_for_every_seed(recipe_of, tiny_sana: Path) -> None:
-    pipeline = load_pipeline(tiny_sana)
-    split = distill.cached_splits(recipe_of(), pipeline)["train"]
-    seen = [
-        torch.cat(
-            [
-                batch["hidden_states"]
-                for batch in distill.Draws(get_family("sana"), pipeline.scheduler, seed).held_out(split, 2, 4)
-            ]
-        )
-        for seed in (0, 7)
-    ]
-    assert seen[0].shape[0] == 20
-    assert torch.equal(*seen)
-
-
 @pytest.mark.parametrize("group", ["attention", "feed_forward"])
 def test_only_the_chosen_layers_change(group: str, recipe_of, tmp_path: Path) -> None:
     """The others are what they are without training."""
@@ -183,18 +142,6 @@ def test_static_ranges_train_and_load(quantization: dict[str, Any], recipe_of, t
     assert layer.activation_bits == 16
 
 
-@pytest.mark.parametrize(
-    "changes", [{"gradient_checkpointing": True}, {"max_grad_norm": 0.1}, {"mixed_precision": "bf16"}]
-)
-def test_options_run(changes: dict[str, Any], recipe_of, run_folder: Path, tmp_path: Path, request) -> None:
-    if "mixed_precision" in changes:  # accelerate takes one precision a process
-        AcceleratorState._reset_state()
-        request.addfinalizer(AcceleratorState._reset_state)
-    first = log_of(train(recipe_of(**changes), tmp_path / "run", progress=False))[0]["loss"]
-    exact = "mixed_precision" not in changes
-    assert first == pytest.approx(log_of(run_folder)[0]["loss"], rel=1e-6 if exact else 0.5)
-
-
 def test_three_bits_are_trained_for_and_stored_in_the_space_of_four(recipe_of, tmp_path: Path) -> None:
     run = train(recipe_of(quantization={"weight_bits": 3}), tmp_path / "w3", progress=False)
     codes = [layer.codes() for _, layer in named_layers(load_pipeline(run).transformer, PackedLinear)]
@@ -209,14 +156,11 @@ def stage_tensors(run: Path, bits: int) -> dict[str, Tensor]:
     return load_file(run / "stages" / f"w{bits}" / WEIGHTS)
 
 
-def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sana: Path, staged_run, tmp_path: Path):
+def test_stages_are_what_the_schedule_left_and_change_nothing(scene_of, staged_run: Path, tmp_path: Path) -> None:
     """The codes, scales and biases of the student when its last step at 8 and 6 bits was done."""
-    recipe = recipe_of(**{**STAGES, "keep_stages": []})
-    assert recipe.stage_ends() == {8: 2, 7: 3, 6: 4, 5: 5}
-    pipeline = load_pipeline(tiny_sana)
-    splits = distill.cached_splits(recipe, pipeline)
-    draws = distill.Draws(get_family("sana"), pipeline.scheduler, recipe.seed)
-    student = distill.prepare_student(recipe, pipeline.transformer, splits["train"], draws)
+    scene = scene_of(**{**STAGES, "keep_stages": []})
+    assert scene.recipe.stage_ends() == {8: 2, 7: 3, 6: 4, 5: 5}
+    student = scene.student()
     seen: dict[int, dict[str, Any]] = {}
 
     def look(step: int) -> None:
@@ -224,8 +168,7 @@ def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sa
         seen[step + 1] = {name: (*layer.codes_and_scales(), layer.bias) for name, layer in layers}
         seen[step + 1] = copy.deepcopy(seen[step + 1])
 
-    settings = (recipe, student, pipeline.transformer, splits, draws, tmp_path, Accelerator(), False, False)
-    distill.distill(*settings, after_step=look)
+    scene.distill(student, tmp_path, look)
     assert sorted(path.name for path in (staged_run / "stages").iterdir()) == ["w6", "w8"]
     for bits, end in ((8, 2), (6, 4)):
         tensors = stage_tensors(staged_run, bits)
@@ -235,7 +178,7 @@ def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sa
             assert torch.equal(tensors[f"{name}.weight_scale"], scale), name
             assert bias is None or torch.equal(tensors[f"{name}.bias"], bias), name
     assert not torch.equal(*(stage_tensors(staged_run, bits)["proj_out.weight_packed"] for bits in (8, 6)))
-    same_run(staged_run, train(recipe, tmp_path / "without", progress=False))
+    same_run(staged_run, train(scene.recipe, tmp_path / "without", progress=False))
 
 
 def test_a_stage_draws_with_the_components_of_the_run(staged_run: Path, recipe_fields: dict[str, Any]) -> None:
@@ -274,34 +217,13 @@ def test_stages_survive_an_interruption(stop: int, recipe_of, staged_run: Path, 
     assert not list(run.rglob("*.partial*"))
 
 
-def test_after_step_is_called_when_the_update_is_done(recipe_of, tiny_sana: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(steps=3)
-    pipeline = load_pipeline(tiny_sana)
-    splits = distill.cached_splits(recipe, pipeline)
-    draws = distill.Draws(get_family("sana"), pipeline.scheduler, recipe.seed)
-    student = distill.prepare_student(recipe, pipeline.transformer, splits["train"], draws)
-    layer = next(layer for _, layer in named_layers(student, FakeQuantizedLinear) if layer.weight.requires_grad)
-    seen: dict[int, Tensor] = {}
-    distill.distill(
-        recipe,
-        student,
-        pipeline.transformer,
-        splits,
-        draws,
-        tmp_path,
-        Accelerator(),
-        resume=False,
-        progress=False,
-        after_step=lambda step: seen.update({step: layer.weight.detach().clone()}),
-    )
-    assert list(seen) == [0, 1, 2]
-    assert torch.equal(seen[2], layer.weight)
-    assert not torch.equal(seen[1], seen[2])
-
-
 def test_diverging_run_says_what_to_do(recipe_of, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+; lower learning_rate"):
-        train(recipe_of(method="vqat", learning_rate=1e30, warmup_steps=0), tmp_path / "run", progress=False)
+        train(
+            recipe_of(method="vqat", learning_rate=1e30, optimizer={"warmup_steps": 0}),
+            tmp_path / "run",
+            progress=False,
+        )
 
 
 # a teacher that cannot be one
@@ -313,7 +235,12 @@ def test_diverging_run_says_what_to_do(recipe_of, tmp_path: Path) -> None:
         ({"teacher": "{run}"}, ValueError, "is quantized already; give the full-precision pipeline"),
         ({"teacher": "{run}/missing"}, FileNotFoundError, "missing is no folder, nor a Hub id"),
         ({"quantization": {"modules_to_not_convert": ["proj_uot"]}}, ValueError, "'proj_uot' matches no linear layer"),
-        ({"dataset": {"path": "openmoji", "size": 3}}, ValueError, r"unknown key in dataset .openmoji.: .size."),
+        (
+            {"dataset": {"path": "openmoji", "groups": ["Smilies"]}},
+            ValueError,
+            r"unknown emoji groups \['Smilies'\]; known",
+        ),
+        ({"dataset": {"path": "./squares"}}, FileNotFoundError, "dataset.path is './squares'; there is no such folder"),
     ],
 )
 def test_wrong_recipe_leaves_no_folder(
@@ -351,7 +278,7 @@ def test_finished_run_is_not_trained_again(recipe_of, run_folder: Path) -> None:
     assert train(recipe_of(), run_folder, resume=True, progress=False) == run_folder
     with pytest.raises(FileExistsError, match="give another --output"):
         train(recipe_of(), run_folder, progress=False)
-    with pytest.raises(FileExistsError, match="give another --output"):
+    with pytest.raises(ValueError, match=r"started with another recipe, .*: seed: 1234 -> 5. Give another --output"):
         train(recipe_of(seed=5), run_folder, resume=True, progress=False)
     assert (run_folder / WEIGHTS).stat().st_mtime_ns == before
 
@@ -359,7 +286,7 @@ def test_finished_run_is_not_trained_again(recipe_of, run_folder: Path) -> None:
 # interruptions
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException, module: Any = distill) -> None:
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
     """Raise ``error`` instead of writing the checkpoint of ``step``."""
     save = checkpoint.save_checkpoint
 
@@ -368,7 +295,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException, mo
             raise error
         save(folder, done, *rest)
 
-    monkeypatch.setattr(distill, "save_checkpoint", saving)
+    monkeypatch.setattr(loop, "save_checkpoint", saving)
 
 
 def test_interrupted_run_resumes_to_the_bit(recipe_of, run_folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -390,10 +317,21 @@ def test_interrupted_run_resumes_to_the_bit(recipe_of, run_folder: Path, tmp_pat
     assert not (run / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("method", ["lsq-qat", "fbqat-paper", "vqat"])
-def test_resume_is_exact_for_every_kind_of_clip_and_width(method: str, recipe_of, tmp_path: Path, monkeypatch) -> None:
-    static = {"quantization": {"activation_range": "static"}, "calibration": {"samples": 4}}
-    recipe = recipe_of(method=method, steps=8, save_every=3, **static)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "lsq-qat"},
+        {"method": "fbqat-paper"},
+        {"method": "fbqat-paper", "quantization": {"weight_clip": "learned"}},
+        {"method": "vqat", "mixed_precision": "bf16"},
+    ],
+    ids=["learned clip", "widths", "widths and learned clip", "bf16"],
+)
+def test_resume_is_exact(changes: dict[str, Any], recipe_of, tmp_path: Path, monkeypatch, other_precision) -> None:
+    """For every kind of clip and width, with static ranges, and under autocast. Widths change on both sides of it."""
+    static = {"activation_range": "static", **changes.get("quantization", {})}
+    fields = {**changes, "quantization": static, "calibration": {"samples": 4}, "steps": 8, "save_every": 3}
+    recipe = recipe_of(**fields, validate_every=4)
     whole = train(recipe, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
         stop_at(patch, 6, KeyboardInterrupt())
@@ -402,28 +340,44 @@ def test_resume_is_exact_for_every_kind_of_clip_and_width(method: str, recipe_of
     same_run(train(recipe, tmp_path / "cut", resume=True, progress=False), whole)
 
 
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_resume_with_another_recipe_is_refused_and_changes_nothing(recipe_of, tmp_path: Path, monkeypatch) -> None:
+    """The error lists what differs, whether it was given or is a default that changed since the run was started."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_at(patch, 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             train(recipe_of(), run, progress=False)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="another recipe, so it cannot be continued"):
-        train(recipe_of(learning_rate=2e-3), run, resume=True, progress=False)
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    before = files_of(run)
+    with pytest.raises(
+        ValueError, match=r"another recipe, .*: learning_rate: 0\.001 -> 0\.002; train_layers: 'blocks' -> 'all'\."
+    ):
+        train(recipe_of(learning_rate=2e-3, train_layers="all"), run, resume=True, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "fbqat", replace(METHODS["fbqat"], schedule=Schedule(softness=0.05, soft_until=0.9)))
+        with pytest.raises(ValueError, match=r"another recipe, .*: schedule\.softness: 0\.1 -> 0\.05\."):
+            train(recipe_of(), run, resume=True, progress=False)
+    assert files_of(run) == before
 
 
-def test_finished_run_of_an_older_version_is_the_same_recipe(recipe_of, tmp_path: Path) -> None:
-    """Its recipe lacks a field that came later; a field that differs is another recipe."""
-    run = train(recipe_of(method="ptq-mse", steps=0), tmp_path / "run", progress=False)
-    saved = run / "recipe.yaml"
-    fields = yaml.safe_load(saved.read_text())
-    del fields["keep_stages"]
-    saved.write_text(yaml.safe_dump(fields))
-    assert train(recipe_of(method="ptq-mse", steps=0), run, resume=True, progress=False) == run
-    with pytest.raises(FileExistsError, match="give another --output"):
-        train(recipe_of(method="ptq-maxabs", steps=0), run, resume=True, progress=False)
+def test_a_run_that_did_not_record_what_its_method_meant_is_not_continued(recipe_of, run_folder: Path, tmp_path: Path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    fields = yaml.safe_load((run / "recipe.yaml").read_text())
+    del fields["recipe_version"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    with pytest.raises(ValueError, match=r"saved by an older version of fbqat_hub, .*Give another --output"):
+        train(recipe_of(), run, resume=True, progress=False)
+
+
+def test_a_run_of_a_newer_version_is_not_continued(recipe_of, run_folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    fields = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**fields, "recipe_version": 99}))
+    with pytest.raises(ValueError, match=r"recipe_version 99; .*Update with"):
+        train(recipe_of(), run, resume=True, progress=False)
 
 
 def test_damaged_checkpoint_is_named(recipe_of, tmp_path: Path, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from fbqat_hub.evaluation.results import Record, read_records, write_records
 from fbqat_hub.export.htp.runtime.qnn_session import peak_rss_mib
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.training import evaluate as module
-from fbqat_hub.training.distill import cache_folder
+from fbqat_hub.training.cache import cache_folder
 from fbqat_hub.training.evaluate import DEFAULT, draw, draw_folder, evaluate
 from fbqat_hub.training.recipe import load_recipe
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from fbqat_hub.training import plan as planning
-from fbqat_hub.training.distill import cached_splits
+from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.plan import Plan, plan
 from fbqat_hub.training.recipe import Recipe, load_recipe
 

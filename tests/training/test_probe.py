@@ -18,10 +18,13 @@ from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import FakeQuantizedLinear, SoftStaircase, named_layers, set_bit_width
 from fbqat_hub.training import probe
-from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.distill import Draws, cached_splits, distill, held_out_loss, prepare_student
+from fbqat_hub.training.cache import CachedSplit, cached_splits
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.loop import distill
+from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.probe import Estimate, Probe, advise, loss_against_width, probe_layers, relative_difference
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.student import prepare_student
 
 
 class Bench:

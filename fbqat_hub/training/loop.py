@@ -1,0 +1,243 @@
+"""The loop: bit width from the schedule, student against the frozen teacher (arXiv 2510.14823, algorithm 1).
+
+There is no ground truth. Student and teacher see the same noisy latents, timestep and conditioning, and the loss is
+the squared distance of their predictions. Everything random in a step is drawn from (seed, step, process), so a
+resumed run continues to the bit-identical result.
+
+Of several processes each trains on samples of its own, and gradients are averaged; the first one writes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+from tqdm.auto import tqdm
+
+from fbqat_hub.config import FBQATConfig
+from fbqat_hub.integrations.diffusers import attach
+from fbqat_hub.pipelines import save_stage
+from fbqat_hub.quantization import converted, set_bit_width
+from fbqat_hub.stages import stage_folder
+from fbqat_hub.training.cache import CachedSplit
+from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.loss import held_out_loss, mean_squared
+from fbqat_hub.training.recipe import Recipe
+
+
+def accelerator_of(recipe: Recipe) -> Accelerator:
+    """The accelerator of a run: of this process alone, or of those that ``accelerate launch`` started."""
+    # While the first process encodes the data, which takes hours, the others wait.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=2))
+    # A trained layer may have no effect: the last block of SD3 has no text output.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=recipe.mixed_precision, kwargs_handlers=[patience, unused])
+
+
+@dataclass
+class LogLine:
+    """One line of ``training_log.jsonl``. ``step`` counts from 1; ``loss`` is the mean over all processes."""
+
+    step: int
+    loss: float
+    bit_width: float
+    softness: float
+    learning_rate: float
+    validation_loss: float | None = None
+
+
+class Loop:
+    """A student in training, with its optimizer.
+
+    Args:
+        student: from ``prepare_student``; changed in place.
+        teacher: the full-precision denoiser.
+        splits, draws: what is learned from.
+        output: folder of the log, the stages and the checkpoints.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: Any,
+        teacher: nn.Module,
+        splits: dict[str, CachedSplit],
+        draws: Draws,
+        output: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self.recipe, self.student, self.splits, self.draws = recipe, student, splits, draws
+        self.output, self.accelerator = output, accelerator
+        self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+        if recipe.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        self.optimizer = _optimizer(recipe, student)
+        self._schedule = recipe.bit_schedule()
+        self._text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+        ends = recipe.stage_ends()
+        self._stages = {ends[bits]: bits for bits in recipe.keep_stages}
+        self._wrapped, self._stepping = student, self.optimizer
+
+    def start(self, resume: bool) -> int:
+        """Wrap what is trained for the accelerator; returns the steps that are done already.
+
+        Raises:
+            FileNotFoundError: a stage that the checkpoint is past was taken away.
+            ValueError: as ``load_checkpoint``.
+        """
+        checkpoints, first = self.output / "checkpoints", 0
+        if resume:
+            first = load_checkpoint(checkpoints, self.student, self.optimizer, self._text, self.accelerator.scaler)
+        for end, bits in self._stages.items():
+            if end <= first and not stage_folder(self.output, bits).exists():
+                raise FileNotFoundError(
+                    f"{stage_folder(self.output, bits)} is missing, and the newest checkpoint is past it; put it back, "
+                    f"or delete {checkpoints} to start again."
+                )
+        self._wrapped, self._stepping = self.accelerator.prepare(self.student, self.optimizer)
+        self._wrapped.train()
+        return first
+
+    def step(self, step: int) -> LogLine:
+        """One update, of the step with this number from 0.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        recipe, accelerator = self.recipe, self.accelerator
+        progress = step / recipe.steps
+        rounding, width = recipe.rounding_at(progress), self._schedule.bit_width(progress)
+        for clip in set_bit_width(self.student, width, rounding):
+            self.optimizer.state.pop(clip, None)  # moments of the clip at another width
+        rate = recipe.learning_rate * learning_rate_factor(recipe, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        inputs = self.draws.training(self.splits["train"], step, recipe.batch_size, accelerator.process_index)
+        with torch.no_grad(), accelerator.autocast():
+            target = self.draws.predict(self.teacher, inputs)
+        weight = self.draws.error_weight(inputs) if recipe.loss_weighting == "sampler" else None
+        loss = mean_squared(self.draws.predict(self._wrapped, inputs).float(), target.float(), weight)
+        accelerator.backward(loss)
+        if recipe.optimizer.max_grad_norm:
+            accelerator.clip_grad_norm_(self._wrapped.parameters(), recipe.optimizer.max_grad_norm)
+        self._stepping.step()
+        self._stepping.zero_grad()
+        mean = accelerator.reduce(loss.detach(), reduction="mean").item()
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss is {mean} at step {step + 1}; lower learning_rate ({recipe.learning_rate:g}) or set "
+                f"optimizer.max_grad_norm. The last checkpoint is kept in {self.output / 'checkpoints'}."
+            )
+        return LogLine(step + 1, mean, width, rounding.softness, rate)
+
+    def validation_loss(self) -> float:
+        """Mean held-out loss of the validation split, student and teacher in the precision of training."""
+        with self.accelerator.autocast():
+            losses = held_out_loss(self.student.eval(), self.teacher, self.splits["validation"], self.draws)
+        self.student.train()
+        return sum(losses) / len(losses)
+
+    def keep(self, done: int) -> None:
+        """Write the stage and the checkpoint that are due after ``done`` steps."""
+        if done in self._stages:  # before the checkpoint of this step: a run that is resumed from it has the stage
+            self._keep_stage(self._stages[done])
+        if self.recipe.save_every and done % self.recipe.save_every == 0 and done < self.recipe.steps:
+            folder, scaler = self.output / "checkpoints", self.accelerator.scaler
+            save_checkpoint(folder, done, self.student, self.optimizer, self._text, scaler)
+
+    def finish(self) -> None:
+        """Undo what the accelerator wrapped: the student computes in its own precision again."""
+        self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+    def _keep_stage(self, bits: int) -> None:
+        """Save a packed copy of the student at the width that its schedule leaves now."""
+        set_bit_width(self.student, bits)
+        packed = converted(self.student).cpu()
+        attach(packed, FBQATConfig(**{**self.recipe.config().to_dict(), "weight_bits": bits}))
+        save_stage(packed, stage_folder(self.output, bits))
+
+
+def distill(
+    recipe: Recipe,
+    student: Any,
+    teacher: nn.Module,
+    splits: dict[str, CachedSplit],
+    draws: Draws,
+    output: Path,
+    accelerator: Accelerator,
+    resume: bool,
+    progress: bool,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Run the recipe's steps on a prepared student; writes ``output/training_log.jsonl``, stages and checkpoints.
+
+    Args:
+        recipe, student, teacher, splits, draws, output, accelerator: as `Loop`.
+        resume: continue from the newest checkpoint in ``output``.
+        progress: show a progress bar.
+        after_step: called with the number of each step, from 0, when its update is done.
+
+    Raises:
+        FileNotFoundError, FloatingPointError, ValueError: as `Loop.start` and `Loop.step`.
+    """
+    loop = Loop(recipe, student, teacher, splits, draws, output, accelerator)
+    first, writes = loop.start(resume), accelerator.is_main_process
+    log = _open_log(output / "training_log.jsonl", first) if writes else io.StringIO()
+    bar = tqdm(total=recipe.steps, initial=first, desc=recipe.method, unit="step", disable=not (progress and writes))
+    with log, bar:
+        for step in range(first, recipe.steps):
+            line = loop.step(step)
+            if after_step:
+                after_step(step)
+            if writes:
+                if recipe.validate_every and line.step % recipe.validate_every == 0:
+                    line.validation_loss = loop.validation_loss()
+                log.write(json.dumps({key: value for key, value in asdict(line).items() if value is not None}) + "\n")
+                log.flush()
+                loop.keep(line.step)
+            bar.update()
+            shown = {"loss": f"{line.loss:.2e}", "bits": f"{line.bit_width:g}", "soft": f"{line.softness:.3f}"}
+            bar.set_postfix(shown, refresh=False)
+    loop.finish()
+
+
+def learning_rate_factor(recipe: Recipe, step: int) -> float:
+    """Learning rate at ``step`` as a share of the peak: linear warm-up, then constant or cosine to 0."""
+    rule = recipe.optimizer
+    warm = min(1.0, (step + 1) / rule.warmup_steps) if rule.warmup_steps else 1.0
+    if rule.learning_rate_schedule == "constant":
+        return warm
+    return warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+
+
+def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+    clips: list[nn.Parameter] = []
+    weights: list[nn.Parameter] = []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (clips if name.endswith(".log_clip") else weights).append(parameter)
+    rule = recipe.optimizer
+    groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0, "weight_decay": rule.weight_decay}]
+    if clips:
+        groups.append({"params": clips, "factor": rule.clip_learning_rate, "weight_decay": 0.0})
+    return torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
+
+
+def _open_log(path: Path, steps_done: int) -> io.TextIOBase:
+    """The log, cut back to the steps of the checkpoint that is continued."""
+    lines = path.read_text().splitlines(keepends=True)[:steps_done] if path.exists() else []
+    path.write_text("".join(lines))
+    return path.open("a")

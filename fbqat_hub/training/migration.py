@@ -1,0 +1,74 @@
+"""Recipes without a ``recipe_version``, of fbqat_hub 0.1 and before, in today's words.
+
+| was | is |
+|---|---|
+| `start: compensated` | `initialization: gptq` |
+| `compensation:` | `gptq:` |
+| `schedule: {preset: paper}` | `schedule: {stages: paper}` |
+| `rounding: {ewgs: 0.1}` | `optimizer: {ewgs: 0.1}` |
+| `learning_rate_schedule`, `warmup_steps`, `clip_learning_rate`, `weight_decay`, `max_grad_norm` | in `optimizer:` |
+| `quantization: {weight_granularity: per_group, group_size: 32}` | `quantization: {group_size: 32}` |
+| `license`, `license_name`, `license_link`, `dataset_license`, `attribution` | data of the card: `fbqat card --data` |
+| empty `start`, `loss_weighting` | left out: the method's |
+
+What was removed (ramps, `slope`, `dampening`, 15 levels, one scale for a whole tensor) is dropped where it was off, and
+is an error where it was on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CARD_FIELDS = ("license", "license_name", "license_link", "dataset_license", "attribution")
+_OF_OPTIMIZER = ("learning_rate_schedule", "warmup_steps", "clip_learning_rate", "weight_decay", "max_grad_norm")
+# (section, key) -> what it was where it was off
+_REMOVED = {
+    ("schedule", "ramp"): ("steps",),
+    ("rounding", "slope"): (False,),
+    ("rounding", "dampening"): (0, 0.0),
+    ("quantization", "weight_narrow"): (False,),
+    ("quantization", "weight_granularity"): ("per_channel", "per_group"),
+}
+
+
+def migrated(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with today's names; what it says in them already stays as it is.
+
+    Raises:
+        ValueError: it uses what was removed since.
+    """
+    new = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
+    for name in CARD_FIELDS:
+        new.pop(name, None)
+    for name in ("start", "loss_weighting"):
+        if new.get(name) == "":
+            del new[name]
+    for (section, key), off in _REMOVED.items():
+        found = new.get(section)
+        if isinstance(found, dict) and key in found:
+            value = found.pop(key)
+            if not any(value is each or (type(value) is type(each) and value == each) for each in off):
+                raise ValueError(
+                    f"recipe: {section}.{key} is {value!r:.80}; it was removed, since it made results worse or could "
+                    "not be stored (docs/method.md). Take it out."
+                )
+    for start, initialization in (("nearest", "nearest"), ("compensated", "gptq")):
+        if new.get("start") == start:
+            del new["start"]
+            new.setdefault("initialization", initialization)
+    if "compensation" in new:
+        new.setdefault("gptq", new.pop("compensation"))
+    schedule = new.get("schedule")
+    if isinstance(schedule, dict) and "preset" in schedule:
+        schedule.setdefault("stages", schedule.pop("preset"))
+        schedule.pop("bits", None)  # where a preset ends: at the stored width, as it must
+    moved = {name: new.pop(name) for name in _OF_OPTIMIZER if name in new}
+    rounding = new.get("rounding")
+    if isinstance(rounding, dict):
+        del new["rounding"]
+        moved |= rounding
+    if moved:
+        given = new.get("optimizer", {})
+        new["optimizer"] = {**moved, **given} if isinstance(given, dict) else given
+    return new
