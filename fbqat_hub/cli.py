@@ -130,7 +130,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _card(options: argparse.Namespace) -> None:
     from fbqat_hub.hub.card import write_card
 
-    print(f"saved {write_card(options.run_folder, options.repo)}")
+    print(f"saved {write_card(options.run_folder, options.repo, options.data)}")
 
 
 def _space(options: argparse.Namespace) -> None:
@@ -358,6 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("card", _card, "write a run's model card from what was measured", "fbqat card runs/tiny --repo me/tiny")
     sub.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run")
     sub.add_argument("--repo", help="Hub id it will be published as, for the code block")
+    sub.add_argument("--data", type=Path, metavar="FILE", help="YAML file: license, license_link, attribution, notes")
 
     sub = verb(
         "export",

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fbqat_hub.config import unknown_key_error
 from fbqat_hub.hub.card import Facts, card, facts_of_run, read_recipe
+from fbqat_hub.hub.card_data import read_card_data
 from fbqat_hub.hub.tables import files_of
 from fbqat_hub.training.recipe import RECIPES, load_recipe
 from fbqat_hub.untrusted import read_json, read_yaml
@@ -58,15 +58,12 @@ def zoo_card(name: str) -> str:
         ValueError: the data file has an unknown key.
     """
     data: dict[str, Any] = read_yaml(ROOT / f"{name}.yaml")
-    allowed = {"recipe", "repo", "notes"}
-    if unknown := set(data) - allowed:
-        raise unknown_key_error(f"model_cards/{name}.yaml", unknown, allowed)
     shipped, folder = RECIPES / f"{data['recipe']}.yaml", ROOT / name
     run = f"runs/{name}"
     own = {"source": run, "made_by": f"fbqat train {data['recipe']} --output {run}"}
     if "repo" in data:
         own = {"source": data["repo"], "made_by": ""}
-    given: dict[str, Any] = {"notes": data.get("notes", {}), **own}
+    given: dict[str, Any] = {"data": read_card_data(ROOT / f"{name}.yaml"), **own}
     if not (folder / "results.json").is_file():
         load_recipe(shipped)  # what is not valid has no card
         return card(Facts(recipe=read_recipe(shipped), recipe_text=shipped.read_text(), records=[], **given))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -117,8 +117,10 @@ def prepare_low_rank(
     weights = replace(weights, clip="mse")
     tokens, largest = _layer_inputs(recipe, teacher, train_split, draws)
 
+    ranges = {key: value for key, value in asdict(recipe.calibration).items() if key != "samples"}
+
     def search(name: str, linear: nn.Linear, scheme: ActivationScheme) -> LowRankLinear:
-        return svdquant(linear, weights, scheme, rank, tokens.pop(name), largest[name], _range_options(recipe))
+        return svdquant(linear, weights, scheme, rank, tokens.pop(name), largest[name], ranges)
 
     return student_of(recipe, teacher, train_split, draws, search).requires_grad_(False)
 
@@ -182,7 +184,8 @@ def student_of(
         for name in names:
             student.set_submodule(name, made.requires_grad_(matches(name, trained)))
     if config.needs_calibration:
-        calibrate(student, draws.calibration(train_split, _samples(recipe)), **_range_options(recipe))
+        options = asdict(recipe.calibration)
+        calibrate(student, draws.calibration(train_split, options.pop("samples")), **options)
     return student
 
 
@@ -245,7 +248,7 @@ def _layer_inputs(
     """Of each layer to quantize, on the float model's calibration samples: random tokens [n, in], and max|x| [in]."""
     teacher = teacher.to(draws.device)
     layers = {target.names[0]: target.layer for target in _targets(recipe, teacher)}
-    samples = _samples(recipe)
+    samples = recipe.calibration.samples
     random = generator(recipe.seed, "calibration tokens")
     kept: dict[str, list[Tensor]] = {}
     largest: dict[str, Tensor] = {}
@@ -261,11 +264,3 @@ def _layer_inputs(
         for batch in draws.calibration(train_split, samples):
             teacher(**batch)
     return {name: torch.cat(tokens) for name, tokens in kept.items()}, largest
-
-
-def _samples(recipe: Recipe) -> int:
-    return int(recipe.calibration.get("samples", 100))
-
-
-def _range_options(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in recipe.calibration.items() if key != "samples"}

@@ -118,13 +118,13 @@ VARIANTS: dict[str, Method] = {
 for _share in (0.05, 0.1):  # softer ones leave the GPTQ codes that training starts from
     for _until in (0.6, 0.8, 0.9):
         VARIANTS[f"fbqat {_share:g}/{_until:g}"] = replace(
-            _OURS, fields={"schedule": {"preset": "constant", "softness": _share, "soft_until": _until}}
+            _OURS, fields={"schedule": {"softness": _share, "soft_until": _until}}
         )
 
-_GROUPS = {"quantization": {"weight_granularity": "per_group", "group_size": 32}}
+_GROUPS = {"quantization": {"group_size": 32}}
 _TRACKS: dict[str, dict[str, Any]] = {
     "w4a8": {},
-    "constant": {"learning_rate_schedule": "constant"},
+    "constant": {"optimizer": {"learning_rate_schedule": "constant"}},
     "static": {"quantization": {"activation_range": "static"}, "calibration": {"rule": "min_max"}},
     "w3a8": {"quantization": {"weight_bits": 3}},
     "groups": _GROUPS,
@@ -235,7 +235,7 @@ class Bench:
         if method.widths_by_curve:
             curve = loss_against_width(student, self.teacher, splits["validation"], draws, widths_to(bits))
             stages = schedule_from_curve({width: loss.mean for width, loss in curve.items()})
-            recipe = replace(recipe, schedule=stages.to_dict())
+            recipe = replace(recipe, schedule=replace(recipe.schedule, stages=[list(stage) for stage in stages.stages]))
         row: dict[str, Any] = {**vars(setting), "batch_size": recipe.batch_size}
         dynamics = Dynamics(student, bits, recipe.steps)
         if recipe.steps:
@@ -304,7 +304,7 @@ class Bench:
                     live.copy_(mean)
 
     def _pictures(self, recipe: Recipe, student: nn.Module) -> dict[str, Any]:
-        recipe = replace(recipe, evaluation={**recipe.evaluation, "batch_size": 64})
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, batch_size=64))
         prompts = self._prompts()
         if self._original is None:
             original = draw(self.pipeline, prompts, recipe, progress=False).float() / 255
@@ -321,7 +321,7 @@ class Bench:
             "fd": distance,
             "psnr": ratios[ratios.isfinite()].mean().item(),
             "pictures": len(prompts),
-            "inference_steps": recipe.evaluation_settings()["inference_steps"],
+            "inference_steps": recipe.evaluation.inference_steps,
         }
 
     def _prompts(self) -> list[str]:

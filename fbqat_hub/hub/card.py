@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.files import shipped, whole
+from fbqat_hub.hub.card_data import FILE, CardData, data_of_run
 from fbqat_hub.hub.names import public_name, without_local_paths
 from fbqat_hub.hub.tables import (
     SUITE_TITLES,
@@ -47,7 +48,7 @@ PROMPT_DATA = {
     "mjhq-30k": "playgroundai/MJHQ-30K",
     "pixart-eval-30k": "PixArt-alpha/PixArt-Eval30K",
 }
-_NEEDED = ("name", "family", "teacher", "method", "license")
+_NEEDED = ("name", "family", "teacher", "method")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Facts:
         files: (path, bytes, what for) of what is worth downloading.
         source: what ``from_pretrained`` takes: a Hub id or a folder.
         made_by: the command that makes ``source``, where it is not published.
-        notes: title -> what there is to say besides, e.g. of the access to the base model.
+        data: what was not measured: licence, attribution, notes.
         stage: the bit width of the run's stage that the card is of; None for the run's own.
         widths: of the run and its stages, where it kept any.
     """
@@ -75,7 +76,7 @@ class Facts:
     files: Sequence[tuple[str, int, str]] = ()
     source: str = "."
     made_by: str = ""
-    notes: Mapping[str, str] = field(default_factory=dict)
+    data: CardData = field(default_factory=CardData)
     stage: int | None = None
     widths: Sequence[Width] = ()
 
@@ -95,7 +96,9 @@ def _quantization(recipe: Mapping[str, Any], key: str, default: int) -> int:
     return int(given.get(key, default)) if isinstance(given, Mapping) else default
 
 
-def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> Path:
+def write_card(
+    run_dir: str | os.PathLike[str], repo_id: str | None = None, data: str | os.PathLike[str] | None = None
+) -> Path:
     """Write ``run_dir/README.md``, the model card of a finished run, and one of each of its stages that was measured.
 
     Every number comes from ``results.json``, ``htp/certificate.json`` or the sizes of the files themselves; a
@@ -106,6 +109,8 @@ def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> P
             ``htp/certificate.json``.
         repo_id: the Hub repository the folder will be published as, for the code block; None loads the folder
             itself.
+        data: YAML file of licence, attribution and notes (`fbqat_hub.hub.card_data`), kept in the run as ``card.yaml``;
+            None takes the run's own, or those that ship for its base model.
 
     Returns:
         The run's card.
@@ -115,20 +120,21 @@ def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> P
         ValueError: a file is broken, or the recipe lacks a key that the card needs.
     """
     run = Path(run_dir)
-    facts = facts_of_run(run)
+    facts = facts_of_run(run, data=None if data is None else Path(data))
     if not facts.records:
         raise ValueError(f"{run / 'results.json'} holds no records. Run: fbqat evaluate {shlex.quote(str(run))}")
     cards = {run: facts}
     for bits, folder in stages_of(run).items():
         if (folder / "results.json").is_file():
-            cards[folder] = facts_of_run(run, bits)
+            cards[folder] = replace(facts_of_run(run, bits), data=facts.data)
     for folder, found in cards.items():
         with whole(folder / "README.md") as partial:
             partial.write_text(card(replace(found, source=repo_id or found.source)), encoding="utf-8")
+    facts.data.save(run / FILE)
     return run / "README.md"
 
 
-def facts_of_run(run: Path, stage: int | None = None) -> Facts:
+def facts_of_run(run: Path, stage: int | None = None, data: Path | None = None) -> Facts:
     """What a run's folder holds for its card, or for that of a stage.
 
     Raises:
@@ -154,6 +160,7 @@ def facts_of_run(run: Path, stage: int | None = None) -> Facts:
         source="." if (run / "model_index.json").is_file() or not (run / "pipeline").is_dir() else "./pipeline",
         stage=stage,
         widths=_widths(run, recipe),
+        data=data_of_run(run, recipe, data),
     )
 
 
@@ -170,11 +177,7 @@ def _widths(run: Path, recipe: Mapping[str, Any]) -> list[Width]:
 
 
 def card(facts: Facts) -> str:
-    """The card as Markdown with front matter.
-
-    Raises:
-        ValueError: the licence is "other" without the name and the link that the Hub then asks for.
-    """
+    """The card as Markdown with front matter."""
     return ModelCard(f"---\n{_front_matter(facts).to_yaml()}\n---\n\n{_body(facts)}").content
 
 
@@ -206,8 +209,6 @@ def _certificate(path: Path) -> dict[str, Any] | None:
 
 def _front_matter(facts: Facts) -> ModelCardData:
     recipe, datasets = facts.recipe, _dataset_names(facts.recipe)
-    if recipe["license"] == "other" and not (recipe.get("license_name") and recipe.get("license_link")):
-        raise ValueError("the recipe's license is 'other'; the Hub then asks for license_name and license_link too.")
     measured = [
         EvalResult(
             task_type="text-to-image",
@@ -221,7 +222,7 @@ def _front_matter(facts: Facts) -> ModelCardData:
             r for r in facts.records if r.method == recipe["method"] and r.suite == "method"
         ).items()
     ]
-    extra = {"license_name": recipe.get("license_name"), "datasets": datasets}
+    extra = {"license_name": facts.data.license_name, "datasets": datasets}
     return ModelCardData(
         base_model=public_name(str(recipe["teacher"])),
         base_model_relation="quantized",
@@ -234,8 +235,8 @@ def _front_matter(facts: Facts) -> ModelCardData:
             "quantization-aware-training",
             str(recipe["family"]),
         ],
-        license=str(recipe["license"]),
-        license_link=recipe.get("license_link") or None,
+        license=facts.data.license,
+        license_link=facts.data.license_link or None,
         model_name=str(recipe["name"]) if measured else None,
         eval_results=measured or None,
         **{key: value for key, value in extra.items() if value},
@@ -246,10 +247,10 @@ def _body(facts: Facts) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    recipe, records, images = facts.recipe, facts.records, facts.images
+    recipe, records, images, data = facts.recipe, facts.records, facts.images, facts.data
     comparison = [name for name in images if name.startswith("comparison")]
     curves = [name for name in images if name.startswith("curve")]
-    licence = recipe.get("license_name") or recipe["license"]
+    licence = data.license_name or data.license
     teacher = public_name(str(recipe["teacher"]))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         recipe=recipe,
@@ -257,12 +258,13 @@ def _body(facts: Facts) -> str:
         # those that ship have the form of a Hub id and are not on the Hub
         teacher_link=teacher if "/" not in teacher or teacher.startswith(OWN) else f"[{teacher}]({HUB}/{teacher})",
         method_title=METHODS[recipe["method"]],
-        license=f"[{licence}]({recipe['license_link']})" if recipe.get("license_link") else licence,
+        license=f"[{licence}]({data.license_link})" if data.license_link else licence,
+        data=data,
         datasets=[f"[{name}]({HUB}/datasets/{name})" if "/" in name else name for name in _dataset_names(recipe)],
         code=_code(facts),
         made_by=facts.made_by,
         source=facts.source,
-        notes=facts.notes,
+        notes=data.notes,
         stage=facts.stage,
         weight_bits=facts.weight_bits,
         activation_bits=facts.activation_bits,

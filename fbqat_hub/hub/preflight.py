@@ -14,6 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fbqat_hub.components import read_index
+from fbqat_hub.hub.card_data import UNKNOWN, data_of_run
 from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, step, whoami
 from fbqat_hub.hub.contents import Item, packed_config, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST
@@ -73,7 +74,7 @@ def local_problems(run: Path, items: list[Item], stage: int | None = None) -> li
     return [
         *_component_problems(run, folder),
         *_card_problems(folder / CARD, run),
-        *_recipe_problems(recipe_of(run), paths),
+        *_recipe_problems(run, recipe_of(run), paths),
         *_size_problems(items),
     ]
 
@@ -85,13 +86,14 @@ def branch_problems(repo: str, branch: str, state: Remote) -> Iterator[str]:
 
 
 def remote_problems(
-    api: HfApi, repo: str, recipe: Mapping[str, Any], paths: set[str], private: bool
+    api: HfApi, repo: str, recipe: Mapping[str, Any], licence: str, paths: set[str], private: bool
 ) -> tuple[list[str], Remote | None]:
     """What the Hub would refuse, or should not be done there: token, name, base model.
 
     Args:
         repo: Hub id to publish as.
         recipe: the run's.
+        licence: of the base model, as the card's data say.
         paths: files that go up.
         private: whether a private repository is asked for.
 
@@ -111,7 +113,7 @@ def remote_problems(
         return ["no token: log in with `hf auth login`, or set HF_TOKEN, with a token that may write."], None
     user = whoami(api)
     problems = list(_scope_problems(user, repo))
-    problems += _base_problems(api, recipe, paths)
+    problems += _base_problems(api, recipe, licence, paths)
     state = remote_state(api, repo)
     if state is not None:
         if state.files - {GIT_ATTRIBUTES, CARD} and MANIFEST not in state.files:
@@ -153,19 +155,28 @@ def _card_problems(card: Path, run: Path) -> Iterator[str]:
         yield f"{card}: tags lack fbqat, by which `fbqat list` finds the model. {remedy}"
 
 
-def _recipe_problems(recipe: Mapping[str, Any], paths: set[str]) -> Iterator[str]:
-    """What the recipe lacks, and what the licence it gives for the base model asks for."""
+def _recipe_problems(run: Path, recipe: Mapping[str, Any], paths: set[str]) -> Iterator[str]:
+    """What the recipe lacks, and what the base model's licence asks for."""
     if lacking := [key for key in ("name", "family", "teacher", "method") if not recipe.get(key)]:
         yield f"recipe.yaml lacks {', '.join(lacking)}; it must be the recipe that the run was made with."
-    licence, link = str(recipe.get("license") or ""), recipe.get("license_link")
-    if not licence or licence == "unknown":
-        yield "recipe.yaml: license is empty; write the base model's, as its page has it (apache-2.0, other, ...)."
-    elif licence == "other" and not link:
-        yield "recipe.yaml: license is other without license_link; give the address of the licence's text."
+    try:
+        licence = data_of_run(run, recipe).license
+    except ValueError as error:
+        yield f"{error} {_card_remedy(run)}"
+        return
+    if licence == UNKNOWN:
+        yield f"the base model's licence is unknown. {_card_remedy(run)}"
     elif "-nd" in licence:
-        yield f"recipe.yaml: license {licence} forbids passing on changed versions; a quantized model is one."
+        yield f"the base model's licence {licence} forbids passing on changed versions; a quantized model is one."
     if licence == "other" and not _has_licence_text(paths):
         yield "license is other: such licences ask for a copy of their text; put it beside recipe.yaml as LICENSE.md."
+
+
+def _card_remedy(run: Path) -> str:
+    return (
+        "Write `license:` as the base model's page has it (apache-2.0, other, ...) into a YAML file, then: "
+        f"fbqat card {quote(str(run))} --data FILE.yaml"
+    )
 
 
 def _size_problems(items: list[Item]) -> Iterator[str]:
@@ -195,8 +206,8 @@ def _scope_problems(user: Mapping[str, Any], repo: str) -> Iterator[str]:
             yield f"the fine-grained token has no write permission (repo.write) for {owner}; add it, or use another."
 
 
-def _base_problems(api: HfApi, recipe: Mapping[str, Any], paths: set[str]) -> Iterator[str]:
-    """What the base model's own page says against the recipe; nothing where it is not on the Hub."""
+def _base_problems(api: HfApi, recipe: Mapping[str, Any], given: str, paths: set[str]) -> Iterator[str]:
+    """What the base model's own page says against the licence that is given; nothing where it is not on the Hub."""
     base = public_name(str(recipe.get("teacher", "")))
     if base.count("/") != 1:
         return
@@ -206,8 +217,8 @@ def _base_problems(api: HfApi, recipe: Mapping[str, Any], paths: set[str]) -> It
         except RepositoryNotFoundError:
             return
     licence = card_value(info.card_data, "license")
-    if licence and licence != recipe.get("license"):
-        yield f"recipe.yaml: license is {recipe.get('license')!r}; the base model's page says {licence!r}: write that."
+    if licence and licence != given:
+        yield f"the card's data say license {given!r}; the base model's page says {licence!r}: write that."
     if info.gated and licence not in _OPEN and not _has_licence_text(paths):
         yield f"{base} is gated with licence {licence!r}: put the licence's text beside recipe.yaml as LICENSE.md."
 

@@ -20,6 +20,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from tqdm import tqdm
 
 from fbqat_hub.evaluation.results import read_records
+from fbqat_hub.hub.card_data import UNKNOWN, data_of_run
 from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, remote_files, step
 from fbqat_hub.hub.contents import Item, collect, packed_config, private_things, read_json, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST, FileEntry, Manifest, hash_file, parse_manifest, read_manifest, serves
@@ -182,7 +183,7 @@ def _states(
         state = None
         if target.branch == MAIN:
             paths = {item.path for item in target.items}
-            found, state = remote_problems(api, target.repo, recipe_of(run), paths, private)
+            found, state = remote_problems(api, target.repo, recipe_of(run), _licence(run), paths, private)
             problems += found
         elif states[0] is not None:
             there = there or branches_of(api, target.repo)
@@ -200,6 +201,14 @@ def hashes_of(items: list[Item], progress: Callable[[int], object] = lambda _: N
         with item.open() as file:
             hashes[item] = hash_file(file, progress)
     return hashes
+
+
+def _licence(run: Path) -> str:
+    """Of the base model; unknown where the card's data cannot be read, of which the preflight tells."""
+    try:
+        return data_of_run(run, recipe_of(run)).license
+    except ValueError:
+        return UNKNOWN
 
 
 def manifest_of(run: Path, folder: Path, items: list[Item], hashes: Mapping[Item, FileEntry]) -> Manifest:
@@ -222,7 +231,7 @@ def manifest_of(run: Path, folder: Path, items: list[Item], hashes: Mapping[Item
         weight_bits=config.weight_bits,
         activation_bits=config.activation_bits,
         base_model=public_name(str(recipe["teacher"])),
-        license=str(recipe["license"]),
+        license=_licence(run),
         recipe=_public(recipe),
         versions=dict(records[-1].versions) if records else {"fbqat_hub": config.fbqat_version},
         provenance={

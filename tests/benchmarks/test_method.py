@@ -98,7 +98,7 @@ def test_every_setting_is_a_valid_recipe_that_keeps_the_method(method: str, trac
     config = recipe.config()
     assert config.weight_bits == recipe.bit_schedule().final_bits == (3 if track == "w3a8" else 4)
     assert config.activation_range == ("static" if track == "static" else "per_token")
-    assert recipe.learning_rate_schedule == ("constant" if track == "constant" else "cosine")
+    assert recipe.optimizer.learning_rate_schedule == ("constant" if track == "constant" else "cosine")
 
 
 def test_every_family_and_method_has_its_place() -> None:
@@ -150,8 +150,9 @@ def test_at_equal_storage_ours_meets_the_strongest_of_either_kind_of_scale() -> 
     grouped = row("fbqat", 1e-4, 1, 0.009, track="train-blocks-groups", bits_per_weight=5.0)
     lines = at_equal_storage(Results([*per_channel, torchao, grouped])).splitlines()
     assert lines[2:] == [
-        "| distillation loss, a scale an output: against QAT, learned step size (LSQ) | -10.0% (-10.0 to -10.0) |",
-        "| distillation loss, a scale for every 32 inputs: against torchao's QAT, groups of 32 | -10.0% (one seed) |",
+        "| distillation loss, one scale per output channel: against QAT, learned step size (LSQ) | "
+        "-10.0% (-10.0 to -10.0) |",
+        "| distillation loss, one scale per group of 32: against torchao's QAT, groups of 32 | -10.0% (one seed) |",
     ]
 
 

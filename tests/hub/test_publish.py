@@ -177,7 +177,7 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
     for expected in (
         "lacks base_model, base_model_relation, library_name, pipeline_tag. Run: fbqat card",
         "tags lack fbqat",
-        "license is other without license_link",
+        "license is other; the Hub then asks for license_name and license_link",
         "put it beside recipe.yaml as LICENSE.md",
         "diffusion_pytorch_model.safetensors is damaged or cut short",
         "scheduler_config.json is empty",
@@ -206,11 +206,11 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
             lambda run: (run / "transformer/diffusion_pytorch_model.safetensors").unlink(),
             "transformer has no safetensors, but diffusion_pytorch_model.bin",
         ),
-        (lambda run: change(run / "recipe.yaml", lambda it: it.pop("license")), "license is empty"),
+        (lambda run: change(run / "recipe.yaml", lambda it: it.pop("license")), "the base model's licence is unknown"),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("family")), "recipe.yaml lacks family"),
         (
             lambda run: change(run / "recipe.yaml", lambda it: it.update(license="cc-by-nc-nd-4.0")),
-            "license cc-by-nc-nd-4.0 forbids passing on changed versions",
+            "licence cc-by-nc-nd-4.0 forbids passing on changed versions",
         ),
     ],
 )
@@ -254,9 +254,12 @@ def test_base_model_and_visibility(hub: LoopbackHub, run: Path) -> None:
     card = "---\nlicense: other\n---\n"
     hub.add("somebody/base", {"README.md": card.encode()}, gated="auto")
     problems = problems_of(run)
-    assert "license is 'apache-2.0'; the base model's page says 'other'" in problems
+    assert "license 'apache-2.0'; the base model's page says 'other'" in problems
     assert "somebody/base is gated with licence 'other': put the licence's text beside recipe.yaml" in problems
-    change(run / "recipe.yaml", lambda recipe: recipe.update(license="other", license_link="https://example.org/l"))
+    change(
+        run / "recipe.yaml",
+        lambda recipe: recipe.update(license="other", license_name="own", license_link="https://example.org/l"),
+    )
     (run / "LICENSE.md").write_text("the terms")
     publish(run, REPO)
     assert hub.repositories[REPO].files["LICENSE.md"].content == b"the terms"
