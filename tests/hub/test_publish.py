@@ -178,14 +178,13 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
         "lacks base_model, base_model_relation, library_name, pipeline_tag. Run: fbqat card",
         "tags lack fbqat",
         "license is other; the Hub then asks for license_name and license_link",
-        "put it beside recipe.yaml as LICENSE.md",
         "diffusion_pytorch_model.safetensors is damaged or cut short",
         "scheduler_config.json is empty",
         "scheduler lacks scheduler_config.json",
         "--repo you/x: the token is of me, who may publish under: me, lab, readers",
     ):
         assert sum(expected in problem for problem in problems) == 1, expected
-    assert len(problems) == 8
+    assert len(problems) == 7
     assert hub.repositories == {}
 
 
