@@ -50,7 +50,7 @@ def test_splits_are_cut_from_train_and_share_nothing(data: datasets.DatasetDict)
 @torch.no_grad()
 def test_a_sample_is_what_the_pipeline_makes_of_it(pipeline, data, tmp_path: Path) -> None:
     family = get_family("sana")
-    split = build_cache(pipeline, family, data, 32, CALL, tmp_path)["train"]
+    split = build_cache(pipeline, family, data, (32, 32), CALL, tmp_path)["train"]
     assert split.captions == list(data["train"]["caption"])
     latents, conditioning = split.batch(torch.tensor([7, 2]))
     expected = family.encode_prompts(pipeline, [split.captions[7], split.captions[2]], CALL)
@@ -62,9 +62,9 @@ def test_a_sample_is_what_the_pipeline_makes_of_it(pipeline, data, tmp_path: Pat
 
 
 def test_second_build_reads_from_disk(pipeline, data, tmp_path: Path, encoded: list[int]) -> None:
-    first = build_cache(pipeline, get_family("sana"), data, 32, CALL, tmp_path)
+    first = build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path)
     assert sum(encoded) == 12
-    again = build_cache(None, get_family("sana"), data, 32, CALL, tmp_path)
+    again = build_cache(None, get_family("sana"), data, (32, 32), CALL, tmp_path)
     assert sum(encoded) == 12
     everything = torch.arange(10)
     assert torch.equal(first["train"].batch(everything)[0], again["train"].batch(everything)[0])
@@ -74,7 +74,7 @@ def test_second_build_reads_from_disk(pipeline, data, tmp_path: Path, encoded: l
 def test_interrupted_build_goes_on(error, pipeline, data, tmp_path: Path, encoded, monkeypatch) -> None:
     """Stopped while the third of four shards is written: the two before it are kept, nothing half-written stays."""
     monkeypatch.setattr(cache, "SHARD", 3)
-    whole = build_cache(pipeline, get_family("sana"), data, 32, CALL, tmp_path / "whole")
+    whole = build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path / "whole")
     encoded.clear()
     write = cache.save_file
 
@@ -87,11 +87,11 @@ def test_interrupted_build_goes_on(error, pipeline, data, tmp_path: Path, encode
     with monkeypatch.context() as patch:
         patch.setattr(cache, "save_file", stopping)
         with pytest.raises(type(error)):
-            build_cache(pipeline, get_family("sana"), data, 32, CALL, tmp_path / "cut")
+            build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path / "cut")
     kept = sorted(path.name for path in (tmp_path / "cut" / "train").iterdir())
     assert kept == ["000000000.safetensors", "000000003.safetensors"]
     encoded.clear()
-    resumed = build_cache(pipeline, get_family("sana"), data, 32, CALL, tmp_path / "cut")
+    resumed = build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path / "cut")
     assert sum(encoded) == 6  # rows 6 to 9, and one of each other split
     everything = torch.arange(10)
     assert torch.equal(resumed["train"].batch(everything)[0], whole["train"].batch(everything)[0])
@@ -105,7 +105,7 @@ def test_picture_that_is_not_square_is_cut_not_squeezed(pipeline, tmp_path: Path
     seen = []
     encode = Sana.encode_images
     monkeypatch.setattr(Sana, "encode_images", lambda *args: [seen.append(args[2]), encode(*args)][1])
-    build_cache(pipeline, get_family("sana"), dict.fromkeys(cache.SPLITS, rows), 32, CALL, tmp_path)
+    build_cache(pipeline, get_family("sana"), dict.fromkeys(cache.SPLITS, rows), (32, 32), CALL, tmp_path)
     assert seen[0][0, :, 16, 16].tolist() == [-1, -1, 1]
     assert seen[0][0, 0].max() == -1  # no red of the sides is left
 
@@ -113,7 +113,7 @@ def test_picture_that_is_not_square_is_cut_not_squeezed(pipeline, tmp_path: Path
 def test_key_depends_on_all_that_is_encoded(tiny_sana: Path, pictures: Path, tmp_path: Path) -> None:
     teacher = shutil.copytree(tiny_sana, tmp_path / "teacher")
     images = shutil.copytree(pictures, tmp_path / "images")
-    given: dict[str, Any] = {"teacher": str(teacher), "dataset": {"path": str(images)}, "size": 32, "generation": CALL}
+    given: dict[str, Any] = {"teacher": str(teacher), "dataset": {"path": str(images)}, "size": (32, 32), "generation": CALL}
     key = cache_key(**given)
     assert key == cache_key(**given)
     others = [
