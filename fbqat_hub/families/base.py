@@ -17,6 +17,7 @@ class Family(ABC):
     Attributes:
         name: as in recipes and results.
         pipeline_class: name of the diffusers pipeline class.
+        size_multiple: sides of pictures are multiples of it: the autoencoder's factor times the patch's side.
         layer_groups: what can be trained alone -> fnmatch patterns of module names.
         activation_overrides: pattern -> activation settings that differ by default (the last layer runs W4A16 on the
             device, arXiv 2510.14823 section 4.3).
@@ -24,6 +25,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     pipeline_class: ClassVar[str]
+    size_multiple: ClassVar[int] = 16
     layer_groups: ClassVar[dict[str, tuple[str, ...]]]
     activation_overrides: ClassVar[dict[str, dict[str, Any]]] = {"proj_out": {"bits": 16}}
 

@@ -15,6 +15,7 @@ class Sana(Family):
 
     name: ClassVar[str] = "sana"
     pipeline_class: ClassVar[str] = "SanaPipeline"
+    size_multiple: ClassVar[int] = 32
     layer_groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "all": ("*",),
         "blocks": ("transformer_blocks.*",),

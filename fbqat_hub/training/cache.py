@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import torch
-from PIL import ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,8 +22,9 @@ from tqdm.auto import tqdm
 from fbqat_hub.config import unknown_key_error
 from fbqat_hub.families import Family
 from fbqat_hub.files import whole
+from fbqat_hub.pictures import pixels
 from fbqat_hub.training.openmoji import load_openmoji
-from fbqat_hub.training.pictures import pixels
+from fbqat_hub.training.pictures import training_picture, undecoded
 from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
 
 SHARD = 256
@@ -54,7 +54,8 @@ class CachedSplit:
 
 
 def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict:
-    """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``.
+    """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``; pictures
+    as they are stored (`pictures.picture_of` reads one), but for OpenMoji's.
 
     Args:
         dataset: {"path": "openmoji"}, perhaps with "groups" (see ``load_openmoji``); {"path": "ye-pop"} or another set
@@ -93,6 +94,7 @@ def load_pictures(dataset: Mapping[str, Any], size: int) -> datasets.DatasetDict
             )
     data = data.select_columns([image_column, caption_column])
     data = data.rename_columns({image_column: "image", caption_column: "caption"})
+    data = datasets.DatasetDict({split: undecoded(rows, "image", dataset["path"]) for split, rows in data.items()})
     if len(data["train"]) < 3:
         raise ValueError(f"data set {dataset['path']!r} has {len(data['train'])} training pictures; give at least 3.")
     for split in ("validation", "test"):
@@ -139,8 +141,10 @@ def _build_split(
         rows = data[start : start + SHARD]
         parts = []
         for first in range(0, len(rows["caption"]), 32):
-            # the middle square of a picture that is not square
-            images = [ImageOps.fit(image.convert("RGB"), (size, size)) for image in rows["image"][first : first + 32]]
+            images = [
+                training_picture(image, (size, size), f"training data, {folder.name}, row {start + first + row}")
+                for row, image in enumerate(rows["image"][first : first + 32], 1)
+            ]
             part = family.encode_prompts(pipeline, rows["caption"][first : first + 32], generation)
             part["latents"] = family.encode_images(pipeline, pixels(images).float() / 127.5 - 1)
             parts.append(part)

@@ -65,18 +65,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         FileExistsError: ``output`` has other content.
         ValueError: ``output`` was started with another recipe, or the teacher is not a float pipeline of the family.
     """
-    if (output / "model_index.json").exists() and resume and _same_recipe(recipe, output):
+    if is_finished(recipe, output, resume):
         shutil.rmtree(output / "checkpoints", ignore_errors=True)  # killed just before it did so itself
         return output
-    if output.exists() and any(output.iterdir()) and not (resume and _is_unfinished(output)):
-        hint = "use --resume to continue it" if _is_unfinished(output) else "give another --output"
-        raise FileExistsError(f"{output} exists and is not empty; {hint}.")
-    if _is_unfinished(output) and not _same_recipe(recipe, output):
-        raise ValueError(
-            f"{output} was started with another recipe, so it cannot be continued with this one. Give another "
-            "--output, or the recipe it was started with."
-        )
-
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     torch.manual_seed(recipe.seed)
     pipeline = load_teacher(recipe)
@@ -97,6 +88,26 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     return output
+
+
+def is_finished(recipe: Recipe, output: Path, resume: bool) -> bool:
+    """Whether ``output`` is a finished run of the recipe that is to be resumed.
+
+    Raises:
+        FileExistsError: it has content that is not to be, or cannot be, continued.
+        ValueError: it was started with another recipe.
+    """
+    if (output / "model_index.json").exists() and resume and _same_recipe(recipe, output):
+        return True
+    if output.exists() and any(output.iterdir()) and not (resume and _is_unfinished(output)):
+        hint = "use --resume to continue it" if _is_unfinished(output) else "give another --output"
+        raise FileExistsError(f"{output} exists and is not empty; {hint}.")
+    if _is_unfinished(output) and not _same_recipe(recipe, output):
+        raise ValueError(
+            f"{output} was started with another recipe, so it cannot be continued with this one. Give another "
+            "--output, or the recipe it was started with."
+        )
+    return False
 
 
 def load_teacher(recipe: Recipe) -> Any:
