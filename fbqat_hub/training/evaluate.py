@@ -251,9 +251,7 @@ def _of_pictures(metric: str, samples: _Samples, device: str, seed: int) -> Meas
     name = _name(metric)
     if metric in TO_REAL:
         if len(samples.real) < 2:
-            raise NotMeasurableError(
-                f"{len(samples.real)} of the prompts have a real picture; 2 are needed"
-            )
+            raise NotMeasurableError(f"{len(samples.real)} of the prompts have a real picture; 2 are needed")
         real, student, original = (
             features_of(name, files, device=device) for files in (samples.real, samples.student, samples.original)
         )
