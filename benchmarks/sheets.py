@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.method.runs import RECIPES
-from fbqat_hub.evaluation.folders import as_image
 from fbqat_hub.evaluation.pictures import comparison_sheet
+from fbqat_hub.pictures import as_image
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.distill import train
-from fbqat_hub.training.evaluate import draw
 from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.samples import generate_samples
 from fbqat_hub.training.teachers import resolve_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ METHODS = {"ptq-mse": "PTQ W4A8", "ptq-gptq": "PTQ W4A8, GPTQ", "fbqat": "FB-QAT
 
 
 def sheet(family: str, runs: Path) -> Path:
-    """Train what is not there yet and draw the sheet of one family."""
+    """Train what is not there yet and make the sheet of one family."""
     recipe = load_recipe(RECIPES[family])
     sources = {"teacher": Path(resolve_teacher(recipe.teacher))}
     for method, label in METHODS.items():
@@ -35,7 +35,7 @@ def sheet(family: str, runs: Path) -> Path:
         sources[label] = train(load_recipe(RECIPES[family], method=method), folder, resume=True)
     columns = {}
     for label, folder in sources.items():
-        pictures = draw(load_pipeline(folder, torch.float32), recipe.prompts, recipe)
+        pictures = generate_samples(load_pipeline(folder, torch.float32), recipe.prompts, recipe)
         columns[label] = [as_image(picture) for picture in pictures]
     path = ROOT / "docs" / "images" / f"sheet-{family}.png"
     comparison_sheet(columns, recipe.prompts).save(path)

@@ -29,11 +29,11 @@ from fbqat_hub.quantization import set_bit_width
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.draws import Draws
-from fbqat_hub.training.evaluate import draw
 from fbqat_hub.training.loop import distill
 from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.probe import loss_against_width, widths_to
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.samples import generate_samples
 from fbqat_hub.training.student import prepare_student
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -307,12 +307,12 @@ class Bench:
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, batch_size=64))
         prompts = self._prompts()
         if self._original is None:
-            original = draw(self.pipeline, prompts, recipe, progress=False).float() / 255
+            original = generate_samples(self.pipeline, prompts, recipe, progress=False).float() / 255
             self._original = original, extract(self.extractor, original)
         original, features = self._original
         self.pipeline.transformer = student
         try:
-            drawn = draw(self.pipeline, prompts, recipe, progress=False).float() / 255
+            drawn = generate_samples(self.pipeline, prompts, recipe, progress=False).float() / 255
         finally:
             self.pipeline.transformer = self.teacher
         distance = frechet_distance(features, extract(self.extractor, drawn))

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
-from tqdm.auto import tqdm
 
 from fbqat_hub.evaluation.folders import PictureFolder, matched
 from fbqat_hub.evaluation.pictures import comparison_sheet
@@ -19,10 +15,14 @@ from fbqat_hub.evaluation.suite import (
     PAIRED,
     PROMPTED,
     SINGLE,
-    Measurement,
+    NotMeasurableError,
+    check_libraries,
     measure,
 )
 from fbqat_hub.files import whole
+from fbqat_hub.inputs import checked_device, output_folder
+from fbqat_hub.pictures import read_rgb
+from fbqat_hub.progress import each
 from fbqat_hub.text import columns
 
 COMPARABLE = (*PAIRED, *DISTANCES, *PROMPTED, *SINGLE)
@@ -37,7 +37,7 @@ def compare(
     output: Path | None = None,
     metrics: Sequence[str] = DEFAULT,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Measure the pictures of ``a`` against those of the same names in ``b``, the reference.
@@ -47,21 +47,28 @@ def compare(
         b: the same.
         output: folder for ``comparison.json`` and ``comparison.png``; nothing is written if None.
         metrics: of `COMPARABLE`. Metrics of one set alone (clip_score, image_reward, clip_iqa) are measured for both.
-        device: where networks run.
+        device: where networks run; a GPU if there is one and None is given.
         seed: of the bootstrap.
 
     Returns:
         A mapping for each row of the table: ``metric``, ``of`` ("a to b", "a" or "b"), ``value``, ``unit``, ``better``,
-        ``n``, ``spread``, ``interval``, and what else the metric needs. ``value`` is None for psnr where all pairs are
-        equal.
+        ``n``, ``spread``, ``interval``, and what else the metric needs. Where the pictures do not give it, ``value`` is
+        None and ``why`` says why.
 
     Raises:
-        NotADirectoryError: ``a`` or ``b`` is no folder.
+        NotADirectoryError: ``a`` or ``b`` is no folder, or ``output`` is none.
+        ImportError: a library that a metric needs is missing.
         ValueError: an unknown metric, no pictures, no common names, pairs of two sizes, or no prompts for a metric
             that needs them.
     """
     if unknown := [metric for metric in metrics if metric not in COMPARABLE]:
         raise ValueError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(COMPARABLE)}.")
+    if not metrics:
+        raise ValueError(f"no metrics to measure; name some of: {', '.join(COMPARABLE)}.")
+    device = checked_device(device)
+    if output:
+        output_folder(output)
+    check_libraries(metrics)
     first, second = PictureFolder.open(a), PictureFolder.open(b)
     names = matched(first, second)
     files, references = [first.files[name] for name in names], [second.files[name] for name in names]
@@ -72,54 +79,54 @@ def compare(
             '{"file_name": "1.png", "prompt": "red heart"}.'
         )
     rows = []
-    for metric in tqdm(metrics, desc="compare", unit="metric"):
+    for metric in each(metrics, "compare", "metric"):
+        how: dict[str, Any] = {"device": device, "seed": seed}
         if metric in PAIRED or metric in DISTANCES:
-            found = measure(metric, files, references=references, device=device, seed=seed)
-            rows.append(_row(metric, "a to b", found, len(names)))
+            rows.append(_row(metric, "a to b", files, {"references": references, **how}))
         else:
-            texts = [prompts.get(name, "") for name in names]
-            for of, each in (("a", files), ("b", references)):
-                found = measure(metric, each, prompts=texts, device=device, seed=seed)
-                rows.append(_row(metric, of, found, len(names)))
+            how["prompts"] = [prompts.get(name, "") for name in names]
+            rows += [_row(metric, of, pictures, how) for of, pictures in (("a", files), ("b", references))]
     if output:
         labels = {"a": a.resolve().name, "b": b.resolve().name}
         left_out = {"a": len(first.files) - len(names), "b": len(second.files) - len(names)}
         _write(output, rows, {**labels, "without_partner": left_out, "seed": seed})
         shown = names[:_SHOWN]
         sides = {
-            f"A: {labels['a']}": [Image.open(first.files[name]) for name in shown],
-            f"B: {labels['b']}": [Image.open(second.files[name]) for name in shown],
+            f"A: {labels['a']}": [read_rgb(first.files[name]) for name in shown],
+            f"B: {labels['b']}": [read_rgb(second.files[name]) for name in shown],
         }
         comparison_sheet(sides, [prompts.get(name, name) for name in shown]).save(output / "comparison.png")
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `compare` as text: metric, value, 95% interval, n."""
+    """The rows of `compare` as text: metric, value, 95% interval, n; below it why a metric could not be measured."""
     cells = [("metric", "of", "value", "95% interval", "n")]
     for row in rows:
         arrow = {"lower": "↓", "higher": "↑"}[row["better"]]
         unit = "" if row["unit"] == "1" else f" {row['unit']}"
         interval = "–" if row["interval"] is None else "{:.4g} to {:.4g}".format(*row["interval"])
-        value = "all equal" if row["value"] is None else f"{row['value']:.4g}{unit}"
-        cells.append((f"{row['metric']} {arrow}", row["of"], value, interval, str(row["n"])))
-    return columns(cells)
+        value = "not measured" if row["value"] is None else f"{row['value']:.4g}{unit}"
+        equal = f" ({row['equal']} more are equal)" if row.get("equal") else ""
+        cells.append((f"{row['metric']} {arrow}", row["of"], value, interval, f"{row['n']}{equal}"))
+    reasons = [f"{row['metric']}: not measured: {row['why']}" for row in rows if row["value"] is None]
+    return "\n".join([columns(cells), *reasons])
 
 
-def _row(metric: str, of: str, found: Measurement | None, n: int) -> dict[str, Any]:
-    """Without a measurement all ``n`` pairs are equal."""
+def _row(metric: str, of: str, files: Sequence[Path], how: Mapping[str, Any]) -> dict[str, Any]:
     about = METRICS[metric if metric in METRICS else f"{metric}_teacher"]
-    known = found or Measurement(math.inf, n, extra={"equal": n})
+    row = {"metric": metric, "of": of, "value": None, "unit": about.unit, "better": about.better, "n": 0}
+    try:
+        found = measure(metric, files, **how)
+    except NotMeasurableError as reason:
+        return {**row, "spread": None, "interval": None, "why": str(reason)}
     return {
-        "metric": metric,
-        "of": of,
-        "value": found.value if found else None,
-        "unit": about.unit,
-        "better": about.better,
-        "n": known.n,
-        "spread": known.spread,
-        "interval": known.interval,
-        **known.extra,
+        **row,
+        "value": found.value,
+        "n": found.n,
+        "spread": found.spread,
+        "interval": found.interval,
+        **found.extra,
     }
 
 

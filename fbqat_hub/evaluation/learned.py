@@ -27,12 +27,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fbqat_hub.evaluation.folders import batches, pairs
+from fbqat_hub.extras import missing
 
 CLIP_FID_MODEL = "openai/clip-vit-base-patch32"
 CLIP_SCORE_MODEL = "openai/clip-vit-large-patch14"
+# metric -> the modules that it needs, and which of them is imported here
+LIBRARIES = {"fid": ("cleanfid.features", "cleanfid.fid"), "lpips": ("lpips",), "clip_iqa": ("piq",)}
+_TITLES = {"fid": "FID", "lpips": "LPIPS", "clip_iqa": "CLIP-IQA"}
 # Names the Python that has image-reward.
 REWARD_PYTHON = "FBQAT_IMAGE_REWARD_PYTHON"
 
@@ -48,7 +51,7 @@ def inception_features(files: Sequence[Path], device: str = "cpu", batch_size: i
         ImportError: clean-fid is not installed.
         OSError: its weights cannot be had.
     """
-    features, fid = _library("cleanfid.features", "FID", "clean-fid"), _library("cleanfid.fid", "FID", "clean-fid")
+    features, fid = library("fid")
     with _weights("FID", "nvlabs-fi-cdn.nvidia.com"):
         model = features.build_feature_extractor("clean", device=torch.device(device), use_dataparallel=False)
     rows = fid.get_files_features(
@@ -72,7 +75,7 @@ def clip_features(files: Sequence[Path], device: str = "cpu", batch_size: int = 
     """
     model, processor = _clip(CLIP_FID_MODEL, "CLIP-FID", device)
     rows = []
-    for batch in _progress(batches(files, batch_size), "CLIP"):
+    for batch in batches(files, batch_size):
         seen = model.vision_model(pixel_values=_pixels(processor, batch, device)).pooler_output
         rows.append(model.visual_projection(seen).float().cpu())
     return torch.cat(rows)
@@ -90,7 +93,7 @@ def clip_scores(
     model, processor = _clip(CLIP_SCORE_MODEL, "CLIP score", device)
     most = model.config.text_config.max_position_embeddings
     scores: list[float] = []
-    for batch in _progress(batches(files, batch_size), "CLIP score"):
+    for batch in batches(files, batch_size):
         texts = list(prompts[len(scores) : len(scores) + len(batch)])
         tokens = processor.tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
         out = model(**tokens.to(device), pixel_values=_pixels(processor, batch, device))
@@ -106,11 +109,11 @@ def clip_iqa_scores(files: Sequence[Path], device: str = "cpu", batch_size: int 
         ImportError: piq is not installed.
         OSError: its weights cannot be had.
     """
-    piq = _library("piq", "CLIP-IQA", "piq")
+    (piq,) = library("clip_iqa")
     with _weights("CLIP-IQA", "github.com/photosynthesis-team/piq"):
         model = piq.CLIPIQA(data_range=1.0).to(device)
     scores: list[float] = []
-    for batch in _progress(batches(files, batch_size), "CLIP-IQA"):
+    for batch in batches(files, batch_size):
         scores += model(batch.to(device)).flatten().tolist()
     return scores
 
@@ -126,11 +129,11 @@ def lpips_distances(
         OSError: AlexNet's weights cannot be had.
         ValueError: a pair of two sizes.
     """
-    lpips = _library("lpips", "LPIPS", "lpips")
+    (lpips,) = library("lpips")
     with _weights("LPIPS", "download.pytorch.org"):
         model = lpips.LPIPS(net="alex", version="0.1", verbose=False).to(device)
     distances: list[float] = []
-    for a, b in _progress(pairs(files, references, batch_size), "LPIPS"):
+    for a, b in pairs(files, references, batch_size):
         distances += model(a.to(device), b.to(device), normalize=True).flatten().tolist()
     return distances
 
@@ -168,14 +171,17 @@ def image_rewards(files: Sequence[Path], prompts: Sequence[str], device: str = "
     )
 
 
-def _library(module: str, metric: str, package: str) -> Any:
+def library(metric: str) -> list[Any]:
+    """The modules of a metric of `LIBRARIES`.
+
+    Raises:
+        ImportError: one cannot be imported; says what installs it.
+    """
     try:
-        return importlib.import_module(module)
+        return [importlib.import_module(module) for module in LIBRARIES[metric]]
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
-        raise ImportError(
-            f"{metric} needs {package}, which cannot be imported ({' '.join(str(error).split())}). Install it with "
-            "what it needs: pip install 'fbqat-hub[metrics]'"
-        ) from error
+        module = LIBRARIES[metric][0].partition(".")[0]
+        raise missing(ImportError(str(error), name=module), _TITLES[metric]) from error
 
 
 @contextmanager
@@ -201,7 +207,3 @@ def _clip(name: str, metric: str, device: str) -> tuple[Any, Any]:
 def _pixels(processor: Any, batch: Tensor, device: str) -> Tensor:
     levels = (batch * 255).round().to(torch.uint8)
     return processor.image_processor(images=list(levels), return_tensors="pt")["pixel_values"].to(device)
-
-
-def _progress(items: Iterator[Any], what: str) -> Iterator[Any]:
-    yield from tqdm(items, desc=what, unit="batch", leave=False)

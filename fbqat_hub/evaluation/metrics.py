@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5  # Wang et al. 2004, section III-C
+SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5  # Wang et al. 2004, section III-C
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 
 
@@ -58,9 +58,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     tensor([1., 1.], dtype=torch.float64)
     """
     a, b = _checked_pictures(a, b)
-    if min(a.shape[-2:]) < _SSIM_WINDOW:
+    if min(a.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(
-            f"ssim needs pictures of at least {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, got {tuple(a.shape)}. "
+            f"ssim needs pictures of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {tuple(a.shape)}. "
             "Compare larger pictures, or use psnr."
         )
 
@@ -170,7 +170,7 @@ def _checked_pictures(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gaussian_valid(images: Tensor) -> Tensor:
     """Gaussian-weighted mean of each full window: [N, C, H, W] -> [N, C, H - 10, W - 10]."""
-    offsets = torch.arange(_SSIM_WINDOW, dtype=images.dtype, device=images.device) - _SSIM_WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=images.dtype, device=images.device) - SSIM_WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * _SSIM_SIGMA**2))
     window = window / window.sum()
     channels = images.shape[1]

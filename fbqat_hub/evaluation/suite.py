@@ -22,12 +22,17 @@ from fbqat_hub.evaluation import learned
 from fbqat_hub.evaluation.features import EXTRACTOR, OpenMojiFeatures
 from fbqat_hub.evaluation.folders import batches, pairs
 from fbqat_hub.evaluation.intervals import bootstrap_interval, jackknife_interval
-from fbqat_hub.evaluation.metrics import frechet_distance, psnr, ssim
+from fbqat_hub.evaluation.metrics import SSIM_WINDOW, frechet_distance, psnr, ssim
+from fbqat_hub.pictures import size_of
 
 PAIRED = ("psnr", "ssim", "lpips")
 DISTANCES = {"fd": EXTRACTOR, "fid": "inception-2015-12-05", "clip_fid": "clip-vit-base-patch32"}
 PROMPTED = ("clip_score", "image_reward")
 SINGLE = ("clip_iqa",)
+
+
+class NotMeasurableError(ValueError):
+    """The pictures do not give this metric; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def measure(
     prompts: Sequence[str] = (),
     device: str = "cpu",
     seed: int = 0,
-) -> Measurement | None:
+) -> Measurement:
     """A metric by name over pictures.
 
     A pair of equal pictures has no PSNR (it is infinite): it is left out, and ``extra["equal"]`` says how many were.
@@ -70,11 +75,10 @@ def measure(
         device: where networks run.
         seed: of the bootstrap.
 
-    Returns:
-        None for psnr where all pairs are equal.
-
     Raises:
-        ValueError: no pictures, a pair of two sizes, or fewer than 2 pictures for a distance.
+        NotMeasurableError: psnr where all pairs are equal, ssim of pictures smaller than its window, a distance of
+            fewer than 2 pictures.
+        ValueError: no pictures, a pair of two sizes, or a value that is not finite.
     """
     if metric in DISTANCES:
         return measure_distance(metric, *(features_of(metric, each, device=device) for each in (files, references)))
@@ -85,13 +89,28 @@ def measure(
         return of_samples(learned.clip_iqa_scores(files, device), seed=seed)
     if metric == "lpips":
         return of_samples(learned.lpips_distances(files, references, device), seed=seed)
+    if metric == "ssim" and files:
+        width, height = min((size_of(file) for file in files), key=min)
+        if min(width, height) < SSIM_WINDOW:
+            raise NotMeasurableError(f"pictures of {width} x {height} pixels; SSIM needs {SSIM_WINDOW} on each side")
     function = {"psnr": psnr, "ssim": ssim}[metric]
     values = [value for a, b in pairs(files, references) for value in function(a, b).tolist()]
-    finite = [value for value in values if math.isfinite(value)]
-    if values and not finite:
-        return None
-    equal = len(values) - len(finite)
-    return of_samples(finite, seed=seed, extra={"equal": equal} if equal else {})
+    different = [value for value in values if value != math.inf]  # of equal pictures the PSNR is infinite
+    if values and not different:
+        raise NotMeasurableError(f"all {len(values)} pairs are equal, and the PSNR of equal pictures is infinite")
+    equal = len(values) - len(different)
+    return of_samples(different, seed=seed, extra={"equal": equal} if equal else {})
+
+
+def check_libraries(metrics: Sequence[str]) -> None:
+    """See that the libraries of metrics can be imported, before anything is generated for them.
+
+    Raises:
+        ImportError: names the library and what installs it.
+    """
+    for metric in metrics:
+        if metric in learned.LIBRARIES:
+            learned.library(metric)
 
 
 def features_of(distance: str, files: Sequence[Path], *, device: str = "cpu") -> Tensor:
@@ -112,8 +131,12 @@ def measure_distance(distance: str, features: Tensor, references: Tensor) -> Mea
         size.
 
     Raises:
-        ValueError: fewer than 2 pictures in a set.
+        NotMeasurableError: fewer than 2 pictures in a set.
     """
+    if min(len(features), len(references)) < 2:
+        raise NotMeasurableError(
+            f"a distance of two sets needs at least 2 pictures in each; there are {len(features)} and {len(references)}"
+        )
     extra: dict[str, Any] = {"extractor": DISTANCES[distance]}
     if len(features) != len(references):
         extra["n_reference"] = len(references)
@@ -126,10 +149,12 @@ def of_samples(values: Sequence[float], *, seed: int = 0, extra: dict[str, Any] 
     """The mean of independent samples, with its spread and interval (None for one sample).
 
     Raises:
-        ValueError: no samples.
+        ValueError: no samples, or one that is not finite.
     """
     if not values:
         raise ValueError("There is nothing to measure: no pictures.")
+    if broken := sum(not math.isfinite(value) for value in values):
+        raise ValueError(f"{broken} of {len(values)} values are not finite (NaN): a picture or the network is broken.")
     spread = statistics.stdev(values) if len(values) > 1 else None
     interval = bootstrap_interval(values, seed=seed)
     return Measurement(statistics.fmean(values), len(values), spread, interval, extra or {})

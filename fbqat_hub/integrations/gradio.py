@@ -1,4 +1,4 @@
-"""gradio: a page that draws with a teacher and its quantized student, side by side, from the same prompt and seed."""
+"""gradio: a page with pictures of a teacher and of its quantized student, side by side, from one prompt and seed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
+from fbqat_hub.extras import missing
+from fbqat_hub.generation import generate_pictures
+from fbqat_hub.inputs import MAX_SEED, checked_device, seeds
+from fbqat_hub.pictures import as_image
 from fbqat_hub.pipelines import check_source, load_pipeline
 from fbqat_hub.untrusted import read_yaml
 
@@ -41,8 +45,8 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What one pipeline drew.
+class Generated:
+    """What one pipeline generated.
 
     Attributes:
         image: of the size that the recipe asks for.
@@ -56,7 +60,7 @@ class Drawing:
 
 
 def open_pair(source: str, resolve: Callable[[str], str] = str) -> Pair:
-    """The pair of a run's folder or a repository: its ``recipe.yaml`` names the teacher and how to draw.
+    """The pair of a run's folder or a repository: its ``recipe.yaml`` names the teacher and how to generate.
 
     Args:
         source: folder or Hub id of a packed pipeline.
@@ -80,31 +84,44 @@ def open_pair(source: str, resolve: Callable[[str], str] = str) -> Pair:
     return Pair(recipe["name"], source, resolve(recipe["teacher"]), generation, list(recipe.get("prompts") or ()))
 
 
-def draw_pair(pair: Pair, prompt: str, seed: int, steps: int) -> tuple[Drawing, Drawing]:
-    """What teacher and student draw from the same prompt, seed and number of steps.
+def generate_pair(
+    pair: Pair, prompt: str, seed: int, steps: int, device: str | None = None
+) -> tuple[Generated, Generated]:
+    """What teacher and student make of the same prompt, seed and number of steps.
+
+    Args:
+        device: where networks run; a GPU if there is one and None is given.
 
     Raises:
-        ValueError: an empty or too long prompt, or a seed or number of steps out of range.
+        ValueError: an empty or too long prompt, a seed or number of steps out of range, or a device that is not there.
     """
     if not prompt.strip() or len(prompt) > _LONGEST_PROMPT:
         raise ValueError(f"the prompt has {len(prompt.strip())} characters; write 1 to {_LONGEST_PROMPT}.")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"the seed is {seed}; it must be a whole number from 0 to {2**32 - 1}.")
+    seeds(seed, 1)
     if not 1 <= steps <= _MOST_STEPS:
         raise ValueError(f"{steps} steps were asked for; choose 1 to {_MOST_STEPS}.")
     call = {**pair.generation, "num_inference_steps": steps}
     warm = json.dumps({**pair.generation, "num_inference_steps": 1})
-    teacher, student = _pipeline(pair.teacher, warm), _pipeline(pair.student, warm)
-    return _draw(teacher, prompt, seed, call), _draw(student, prompt, seed, call)
+    on = checked_device(device)
+    teacher, student = _pipeline(pair.teacher, on, warm), _pipeline(pair.student, on, warm)
+    return _generate(teacher, prompt, seed, call), _generate(student, prompt, seed, call)
 
 
-def app(pairs: Sequence[Pair]) -> Any:
+def app(pairs: Sequence[Pair], device: str | None = None) -> Any:
     """The page, a ``gradio.Blocks``; ``.launch()`` serves it.
 
+    Args:
+        device: as `generate_pair`.
+
     Raises:
-        ValueError: no pairs, or two of one title.
+        ImportError: gradio is not installed.
+        ValueError: no pairs, two of one title, or a device that is not there.
     """
-    import gradio  # an extra, and `open_pair` and `draw_pair` do without it
+    try:
+        import gradio  # an extra, and `open_pair` and `generate_pair` do without it
+    except ImportError as error:
+        raise missing(error, "the page") from error
+    device = checked_device(device)
 
     by_title = {pair.title: pair for pair in pairs}
     if not pairs or len(by_title) < len(pairs):
@@ -114,10 +131,10 @@ def app(pairs: Sequence[Pair]) -> Any:
 
     def compare(title: str, prompt: str, seed: float, steps: float) -> tuple[Image.Image, str, Image.Image, str]:
         try:
-            drawn = draw_pair(by_title[title], prompt, int(seed), int(steps))
+            both = generate_pair(by_title[title], prompt, int(seed or 0), int(steps), device)
         except ValueError as error:
             raise gradio.Error(str(error)) from error
-        teacher, student = drawn
+        teacher, student = both
         return _enlarged(teacher.image), _caption(teacher), _enlarged(student.image), _caption(student)
 
     def choose(title: str) -> tuple[str, Any]:
@@ -126,13 +143,13 @@ def app(pairs: Sequence[Pair]) -> Any:
 
     first = pairs[0]
     with gradio.Blocks(title="fbqat_hub: teacher and quantized", analytics_enabled=False) as page:
-        gradio.Markdown("# Teacher beside quantized\nThe same prompt and seed, drawn by both.")
+        gradio.Markdown("# Teacher beside quantized\nBoth from the same prompt and seed.")
         title = gradio.Dropdown(list(by_title), value=first.title, label="model")
         prompt = gradio.Textbox(next(iter(first.prompts), ""), label="prompt", max_length=_LONGEST_PROMPT)
         with gradio.Row():
-            seed = gradio.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1)
+            seed = gradio.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED)
             steps = gradio.Slider(1, _MOST_STEPS, value=_steps(first), step=1, label="steps")
-        button = gradio.Button("Draw both", variant="primary")
+        button = gradio.Button("Generate both", variant="primary")
         outputs: list[Any] = []
         with gradio.Row():
             for label in ("teacher", "quantized"):
@@ -146,21 +163,19 @@ def app(pairs: Sequence[Pair]) -> Any:
     return page
 
 
-@torch.no_grad()
-def _draw(pipeline: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> Drawing:
+def _generate(pipeline: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> Generated:
     began = time.perf_counter()
-    image = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
+    (picture,) = generate_pictures(pipeline, [prompt], {**call, "num_images_per_prompt": 1}, [seed])
     seconds = time.perf_counter() - began
     size = sum(tensor.nbytes for tensor in pipeline.transformer.state_dict().values())
-    return Drawing(image, seconds, size / 2**20)
+    return Generated(as_image(picture), seconds, size / 2**20)
 
 
 @lru_cache(maxsize=4)
-def _pipeline(source: str, warm: str) -> Any:
-    """Loaded, and one step drawn with the arguments ``warm`` (JSON): a first call is slower than those after it."""
-    pipeline = load_pipeline(source, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.set_progress_bar_config(disable=True)
-    _draw(pipeline, "warm", 0, json.loads(warm))
+def _pipeline(source: str, device: str, warm: str) -> Any:
+    """Loaded, and one step run with the arguments ``warm`` (JSON): a first call is slower than those after it."""
+    pipeline = load_pipeline(source, torch.float32).to(device)
+    _generate(pipeline, "warm", 0, json.loads(warm))
     return pipeline
 
 
@@ -174,5 +189,5 @@ def _enlarged(image: Image.Image) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _caption(drawing: Drawing) -> str:
-    return f"weights of the denoiser: {drawing.mebibytes:.2f} MiB; drawn in {drawing.seconds:.2f} s"
+def _caption(generated: Generated) -> str:
+    return f"weights of the denoiser: {generated.mebibytes:.2f} MiB; generated in {generated.seconds:.2f} s"

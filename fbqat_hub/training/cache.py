@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import torch
-from PIL import ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,9 +21,10 @@ from tqdm.auto import tqdm
 
 from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import whole
+from fbqat_hub.pictures import pixels
 from fbqat_hub.training.dataset import NAMED, check_local_data
 from fbqat_hub.training.openmoji import default_cache_dir, load_openmoji
-from fbqat_hub.training.pictures import pixels
+from fbqat_hub.training.pictures import training_picture, undecoded
 from fbqat_hub.training.prompts import load_prompts
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teachers import resolve_teacher
@@ -69,7 +69,8 @@ def cache_folder(recipe: Recipe) -> Path:
 
 
 def load_pictures(dataset: Mapping[str, Any], side: int) -> datasets.DatasetDict:
-    """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``.
+    """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``; pictures
+    as they are stored (`pictures.picture_of` reads one), but for OpenMoji's.
 
     Args:
         dataset: {"path": "openmoji"}, perhaps with "groups" (see ``load_openmoji``); {"path": "ye-pop"} or another set
@@ -109,6 +110,7 @@ def load_pictures(dataset: Mapping[str, Any], side: int) -> datasets.DatasetDict
         for row, caption in enumerate(rows["caption"]):
             if not isinstance(caption, str):
                 raise ValueError(f"data set {name!r}, {split}, row {row + 1}: caption is {caption!r:.80}, not text.")
+    data = datasets.DatasetDict({split: undecoded(rows, "image", name) for split, rows in data.items()})
     if len(data["train"]) < 3:
         raise ValueError(f"data set {name!r} has {len(data['train'])} training pictures; give at least 3.")
     for split in ("validation", "test"):
@@ -180,7 +182,10 @@ def _build_split(
         rows = data[start : start + SHARD]
         parts = []
         for first in range(0, len(rows["caption"]), 32):
-            images = [ImageOps.fit(image.convert("RGB"), size[::-1]) for image in rows["image"][first : first + 32]]
+            images = [
+                training_picture(image, size[::-1], f"training data, {folder.name}, row {start + first + row}")
+                for row, image in enumerate(rows["image"][first : first + 32], 1)
+            ]
             part = family.encode_prompts(pipeline, rows["caption"][first : first + 32], generation)
             part["latents"] = family.encode_images(pipeline, pixels(images).float() / 127.5 - 1)
             parts.append(part)

@@ -43,7 +43,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         FileNotFoundError, ValueError: data that is not there.
         ValueError: ``output`` was started with another recipe, or the teacher is not a float pipeline of the family.
     """
-    finished = _is_finished(recipe, output, resume)
+    finished = is_finished(recipe, output, resume)
     accelerator = accelerator_of(recipe)
     accelerator.wait_for_everyone()  # all have seen the folder as it was
     if finished:
@@ -86,7 +86,7 @@ def load_teacher(recipe: Recipe) -> Any:
     return pipeline
 
 
-def _is_finished(recipe: Recipe, output: Path, resume: bool) -> bool:
+def is_finished(recipe: Recipe, output: Path, resume: bool) -> bool:
     """Whether ``output`` is a finished run of the recipe that is to be resumed.
 
     Raises:

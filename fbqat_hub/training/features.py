@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from fbqat_hub.evaluation.features import DIMENSIONS, EXTRACTOR, WEIGHTS, OpenMojiFeatures, extract
 from fbqat_hub.files import whole
+from fbqat_hub.progress import Progress
 from fbqat_hub.training.openmoji import ATTRIBUTION, LICENSE, load_openmoji
 
 _TEMPERATURE = 0.1
@@ -88,8 +88,8 @@ def train(
     partner = torch.arange(2 * batch_size).roll(batch_size)  # view i of the first half and view i of the second
     order = torch.empty(0, dtype=torch.long)
     running = math.log(2 * batch_size - 1)
-    with tqdm(range(steps), desc="train features", unit="step") as bar:
-        for _ in bar:
+    with Progress("train features", steps, "step") as progress:
+        for _ in range(steps):
             if len(order) < batch_size:
                 order = torch.cat([order, torch.randperm(len(images), generator=generator)])
             chosen, order = order[:batch_size], order[batch_size:]
@@ -102,7 +102,7 @@ def train(
             adam.step()
             schedule.step()
             running += 0.02 * (loss.item() - running)
-            bar.set_postfix(loss=f"{running:.3f}")
+            progress.update(loss=f"{running:.3f}")
     model.eval().requires_grad_(False)
     model.scale.copy_(extract(model, images).var(dim=0).mean().rsqrt())  # mean variance 1
     return model, running

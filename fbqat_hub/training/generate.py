@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fbqat_hub.config import unknown_key_error
+from fbqat_hub.components import read_index
 from fbqat_hub.evaluation.pictures import grid
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.files import whole
-from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.generation import generate_pictures
+from fbqat_hub.inputs import checked_device, output_picture, seeds
+from fbqat_hub.pictures import as_image, is_one_colour
+from fbqat_hub.pipelines import downloaded, load_pipeline
+from fbqat_hub.training.call import check_call
 from fbqat_hub.training.recipe import load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
 
 def generate(
-    model: str, prompts: Sequence[str], output: Path, *, seed: int = 0, call: Mapping[str, Any] | None = None
+    model: str,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    device: str | None = None,
 ) -> Path:
-    """Draw the prompts and write one PNG, a grid if there are several.
+    """Generate a picture of each prompt and write one PNG, a grid if there are several.
 
     Args:
-        model: folder or Hub id; arguments of the call come from its ``recipe.yaml``, if it has one.
+        model: folder or Hub id; arguments of the call come from its ``recipe.yaml``, if it has one, and else the size
+            is the one that the denoiser was trained for.
         seed: of the first picture; the next one has the next seed.
-        call: arguments of the pipeline call that replace the recipe's.
+        call: arguments of the pipeline call that replace the recipe's; of ``num_images_per_prompt`` each has its own
+            seed.
+        device: where networks run; a GPU if there is one and None is given.
 
     Raises:
-        ValueError: no prompt, an output that is not a PNG, or an argument that the pipeline does not take.
+        ValueError: no prompt, a seed out of range, an output that is not a PNG, a device that is not there, an argument
+            that the pipeline does not take, or a picture that only a broken model makes: not finite, or of one colour.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("no prompt, or an empty one; say what to draw, e.g. fbqat generate MODEL 'red heart'.")
-    if output.suffix.lower() != ".png" or output.is_dir():
-        raise ValueError(f"output is {output}; it must be a file that ends in .png.")
-    recipe = Path(model) / "recipe.yaml"
-    arguments = {**(load_recipe(recipe).generation if recipe.is_file() else {}), **(call or {})}
-    pipeline = load_pipeline(resolve_teacher(model), torch.float32)
-    allowed = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
-    if extra := set(arguments) - allowed:
-        raise unknown_key_error(f"the call of {type(pipeline).__name__}", extra, allowed)
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-    images = pipeline(list(prompts), generator=generators, **arguments).images
-    picture = images[0] if len(images) == 1 else grid(images, min(8, len(images)))
+        raise ValueError("no prompt, or an empty one; say what is to be seen, e.g. fbqat generate MODEL 'red heart'.")
+    output_picture(output)
+    device = checked_device(device)
+    folder = downloaded(resolve_teacher(model))
+    pipeline_class, _ = read_index(folder)
+    check_call(pipeline_class, call or {}, "--set ")
+    recipe = folder / "recipe.yaml"
+    given = dict(load_recipe(recipe).generation) if recipe.is_file() else None
+    count = len(prompts) * {**(given or {}), **(call or {})}.get("num_images_per_prompt", 1)
+    each_seed = seeds(seed, count)
+    pipeline = load_pipeline(folder, torch.float32).to(device)
+    if given is None:
+        families = (family for family in FAMILIES.values() if family.pipeline_class == pipeline_class)
+        given = next((dict(family.native_size(pipeline)) for family in families), {})
+    pictures = generate_pictures(pipeline, prompts, {**given, **(call or {})}, each_seed)
+    for number, picture in enumerate(pictures):
+        if is_one_colour(picture):
+            raise ValueError(
+                f"picture {number + 1} of {count}, seed {each_seed[number]}, is of one colour throughout, as those of "
+                "a broken model are; nothing was saved. Look at the model with fbqat evaluate, or try another --seed."
+            )
+    images = [as_image(picture) for picture in pictures]
     with whole(output) as partial:
-        picture.save(partial, format="PNG")
+        (images[0] if count == 1 else grid(images, min(8, count))).save(partial, format="PNG")
     return output

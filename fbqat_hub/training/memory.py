@@ -1,4 +1,4 @@
-"""Peak memory of loading a pipeline and drawing one picture with it on the CPU, in a process of its own.
+"""Peak memory of loading a pipeline and generating one picture with it on the CPU, in a process of its own.
 
 What a process has loaded once stays in its peak, so teacher and student each get a fresh one.
 """
@@ -19,7 +19,7 @@ from fbqat_hub.training.recipe import Recipe
 
 
 def peak_of_a_picture(source: str, recipe: Recipe, prompt: str, stage: int | None = None) -> float:
-    """Peak resident memory, in MiB, of a fresh process that loads a pipeline in float32 and draws one picture.
+    """Peak resident memory, in MiB, of a fresh process that loads a pipeline in float32 and generates one picture.
 
     Args:
         source: folder or Hub id of a pipeline.
@@ -27,7 +27,7 @@ def peak_of_a_picture(source: str, recipe: Recipe, prompt: str, stage: int | Non
         stage: bit width of a stage that the run ``source`` kept.
 
     Raises:
-        RuntimeError: the process failed (out of memory, say), with its last words; or the system does not tell
+        ChildProcessError: the process failed (out of memory, say), with its last words; or the system does not tell
             (``/proc`` is Linux's).
     """
     steps = recipe.evaluation.inference_steps
@@ -35,13 +35,15 @@ def peak_of_a_picture(source: str, recipe: Recipe, prompt: str, stage: int | Non
     command = [sys.executable, "-m", "fbqat_hub.training.memory", json.dumps([source, stage, call])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"peak memory of {source} could not be measured: {said[0]}")
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        if done.returncode < 0:
+            said = f"the system stopped it (signal {-done.returncode}), perhaps for want of memory"
+        raise ChildProcessError(f"peak memory of {source} could not be measured: {said}")
     return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Of the fresh process: draw, and print the peak."""
+    """Of the fresh process: generate, and print the peak."""
     source, stage, call = json.loads(sys.argv[1])
     dtype = torch.float32
     pipeline: Any = load_pipeline(source, dtype) if stage is None else load_stage(Path(source), stage, dtype)

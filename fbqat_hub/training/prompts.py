@@ -1,4 +1,4 @@
-"""Prompts to draw in an evaluation, as `datasets`: OpenMoji offline, MJHQ-30K, PixArt-Sigma's and YE-POP from the Hub.
+"""Prompts of an evaluation, as `datasets`: OpenMoji offline, MJHQ-30K, PixArt-Sigma's and YE-POP from the Hub.
 
 Each of the sets on the Hub is one JSON table of prompts and one zip of pictures; the zip is downloaded only where the
 pictures are asked for.
@@ -7,7 +7,6 @@ pictures are asked for.
 from __future__ import annotations
 
 import difflib
-import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.seeding import generator
+from fbqat_hub.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ PROMPT_SETS: dict[str, HubPrompts | None] = {
 
 
 _LARGEST_PICTURE = 2**28  # bytes, as unpacked
+_LARGEST_TABLE = 2**28
 
 
 def load_prompts(name: str, count: int | None = None, *, seed: int = 0, images: bool = False) -> datasets.Dataset:
@@ -80,16 +81,17 @@ def load_prompts(name: str, count: int | None = None, *, seed: int = 0, images: 
         images: also the real pictures.
 
     Returns:
-        Columns ``prompt`` and, where asked for, ``image``.
+        Columns ``prompt`` and, where asked for, ``image`` (as stored; `training.pictures.picture_of` reads it).
 
     Raises:
-        ValueError: an unknown name, a count below 1, or a table that does not have the expected fields.
+        ImportError: for openmoji, its package is missing.
+        ValueError: an unknown name, a count below 1, or a table or archive that is not as expected.
         OSError: the Hub cannot be reached, and the files were not downloaded before.
     """
     if name not in PROMPT_SETS:
         near = difflib.get_close_matches(name, PROMPT_SETS, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown prompts {name!r}.{hint} Known: {', '.join(PROMPT_SETS)}.")
+        raise ValueError(f"unknown prompts {name!r}.{hint} Known: {', '.join(PROMPT_SETS)}, or a text file.")
     if count is not None and count < 1:
         raise ValueError(f"{count} prompts of {name} were asked for; ask for at least 1.")
     source = PROMPT_SETS[name]
@@ -102,20 +104,22 @@ def load_prompts(name: str, count: int | None = None, *, seed: int = 0, images: 
         return datasets.Dataset.from_dict({"prompt": [prompt for prompt, _ in chosen]})
     return datasets.Dataset.from_generator(
         _with_pictures,
-        features=datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()}),
+        features=datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image(decode=False)}),
         gen_kwargs={"archive": str(_file(source, name, source.archive)), "rows": [chosen]},
     )
 
 
 def _rows(source: HubPrompts, name: str) -> list[tuple[str, str]]:
     """(prompt, stem of the picture's file name) of every row that has a prompt, in the order of the stems."""
-    table = json.loads(_file(source, name, source.table).read_text(encoding="utf-8"))
+    table = read_json(_file(source, name, source.table), _LARGEST_TABLE)
     named: list[tuple[str, Mapping[str, Any]]] = (
         list(table.items()) if isinstance(table, dict) else [("", row) for row in table]
     )
     fields = {source.text} | ({source.picture} if source.picture else set())
     found = {}
     for key, row in named:
+        if not isinstance(row, dict):
+            raise ValueError(f"{source.repo}: a row of {source.table} is {row!r:.80}; the data set has changed.")
         if missing := fields - row.keys():
             raise ValueError(
                 f"{source.repo}: a row of {source.table} has {', '.join(sorted(row))}, but not "
@@ -129,7 +133,7 @@ def _rows(source: HubPrompts, name: str) -> list[tuple[str, str]]:
 
 def _with_pictures(archive: str, rows: list[list[tuple[str, str]]]) -> Iterator[dict[str, Any]]:
     """``rows`` is wrapped in a list, of which `datasets` makes a shard."""
-    with zipfile.ZipFile(archive) as pictures:
+    with _opened(Path(archive)) as pictures:
         members = {PurePosixPath(name).stem: name for name in pictures.namelist() if not name.endswith("/")}
         for part in rows:
             for prompt, stem in part:
@@ -140,6 +144,13 @@ def _with_pictures(archive: str, rows: list[list[tuple[str, str]]]) -> Iterator[
                         f"{Path(archive).name}: {members[stem]} unpacks to {size} bytes; it is no picture."
                     )
                 yield {"prompt": prompt, "image": {"path": None, "bytes": pictures.read(members[stem])}}
+
+
+def _opened(archive: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(archive)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive.name} is damaged ({error}); delete it and download it again.") from None
 
 
 def _file(source: HubPrompts, name: str, path: str) -> Path:

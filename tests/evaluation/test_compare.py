@@ -44,15 +44,35 @@ def test_table_file_and_sheet(folders: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_a_folder_compared_with_itself_has_no_psnr(folders: tuple[Path, Path], tmp_path: Path) -> None:
     rows = compare(folders[0], folders[0], tmp_path / "out", ["psnr", "ssim"])
-    assert [(row["value"], row["n"]) for row in rows] == [(None, 4), (1.0, 4)]
-    assert "all equal" in table(rows)
-    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"][0]["value"] is None
+    assert [(row["value"], row["n"]) for row in rows] == [(None, 0), (1.0, 4)]
+    lines = table(rows).splitlines()
+    assert lines[1].split() == ["psnr", "↑", "a", "to", "b", "not", "measured", "–", "0"]
+    assert lines[-1] == "psnr: not measured: all 4 pairs are equal, and the PSNR of equal pictures is infinite"
+    saved = json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"][0]
+    assert (saved["value"], saved["why"]) == (None, "all 4 pairs are equal, and the PSNR of equal pictures is infinite")
+
+
+def test_equal_pairs_are_counted_and_one_pair_has_no_distance(folders: tuple[Path, Path]) -> None:
+    a, b = folders
+    Image.open(a / "1.png").save(b / "1.png")
+    (row,) = compare(a, b, metrics=["psnr"])
+    assert table([row]).splitlines()[1].endswith("2 (1 more are equal)")
+    for name in ("2", "3"):
+        (b / f"{name}.png").unlink()
+    lines = table(compare(a, b, metrics=["ssim", "fd"])).splitlines()
+    assert lines[-1].startswith("fd: not measured: a distance of two sets needs at least 2 pictures in each")
 
 
 def test_wrong_input_is_refused_before_anything_is_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = folders
     with pytest.raises(ValueError, match="unknown metrics psnrr; known: psnr, ssim"):
         compare(a, b, tmp_path / "out", ["psnrr"])
+    with pytest.raises(ValueError, match="no metrics to measure"):
+        compare(a, b, tmp_path / "out", [])
+    with pytest.raises(ValueError, match="device is 'gpu'; allowed: cpu"):
+        compare(a, b, tmp_path / "out", device="gpu")
+    with pytest.raises(NotADirectoryError, match=r"1\.png is a file; give a folder as --output"):
+        compare(a, b, a / "1.png")
     with pytest.raises(ValueError, match=r"clip_score needs the prompt of each picture, in .*a/metadata.jsonl"):
         compare(a, b, tmp_path / "out", ["clip_score"])
     Image.new("RGB", (12, 24)).save(b / "2.png")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fbqat_hub.evaluation.folders import PictureFolder, batches, matched, pairs, read_picture
+from fbqat_hub.evaluation.folders import PictureFolder, batches, matched, pairs
 
 
 def put(folder: Path, *names: str, size: tuple[int, int] = (16, 16), colour: str = "red") -> Path:
@@ -41,11 +41,11 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.yaml").write_text("name: x")
     twice = put(tmp_path / "twice", "1.png", "1.jpg")
     broken = put(tmp_path / "broken", "1.png")
-    (broken / "metadata.jsonl").write_text("{}\nx\n")
+    (broken / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png"}) + "\nx\n")
     for path, says in (
         (tmp_path / "none", "none is not a folder"),
         (tmp_path / "empty", r"empty holds no pictures \(.png, .jpg, .jpeg, .webp\)\.$"),
-        (tmp_path / "run", "holds no pictures .* Draw them: fbqat evaluate .*run"),
+        (tmp_path / "run", "holds no pictures .* Generate them: fbqat evaluate .*run"),
         (twice, "1.jpg and 1.png; keep one"),
         (broken, "metadata.jsonl, line 2"),
     ):
@@ -56,16 +56,28 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
         matched(PictureFolder.open(a), PictureFolder.open(b))
 
 
-def test_pictures_are_rgb_in_zero_to_one_and_transparency_is_white(tmp_path: Path) -> None:
+def test_pictures_are_read_as_training_reads_them(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("L", (4, 2), 51).save(tmp_path / "grey.png")
     (batch,) = batches([tmp_path / "clear.png", tmp_path / "grey.png"])
     assert batch.shape == (2, 3, 2, 4)
     torch.testing.assert_close(batch[0], torch.ones(3, 2, 4))
     torch.testing.assert_close(batch[1], torch.full((3, 2, 4), 0.2))
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ValueError, match=r"broken.png cannot be read as a picture"):
-        read_picture(tmp_path / "broken.png")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"x", b"3", b'["prompt"]', b'{"prompt": "red"}', b'{"file_name": "1.png", "prompt": null}',
+     b'{"file_name": 3, "prompt": "red"}', b'{"file_name": "1.png", "prompt": ["red"]}'],
+)  # fmt: skip
+def test_a_wrong_row_of_prompts_is_named(line: bytes, tmp_path: Path) -> None:
+    put(tmp_path, "1.png")
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "1.png", "prompt": "a\xe2\x80\xa8b"}\n\n' + line)
+    with pytest.raises(ValueError, match=r'metadata\.jsonl, line 3 is .*; it must be {"file_name": "1.png", "prompt"'):
+        PictureFolder.open(tmp_path)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xff" + line)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is not text in UTF-8"):
+        PictureFolder.open(tmp_path)
 
 
 def test_a_batch_ends_where_the_size_changes_and_a_pair_of_two_sizes_is_refused(tmp_path: Path) -> None:

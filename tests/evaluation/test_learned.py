@@ -69,7 +69,7 @@ def test_clip_features_are_the_embeddings_that_are_not_normalized(files, tiny_cl
 @pytest.mark.parametrize(
     ("module", "measure", "says"),
     [
-        ("cleanfid.features", learned.inception_features, "FID needs clean-fid"),
+        ("cleanfid.features", learned.inception_features, "FID needs cleanfid"),
         ("piq", learned.clip_iqa_scores, "CLIP-IQA needs piq"),
         ("lpips", lambda files: learned.lpips_distances(files, files), "LPIPS needs lpips"),
     ],

@@ -7,9 +7,16 @@ import torch
 from PIL import Image
 
 from fbqat_hub.evaluation.features import EXTRACTOR, OpenMojiFeatures, extract
-from fbqat_hub.evaluation.folders import read_picture
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr, ssim
-from fbqat_hub.evaluation.suite import features_of, measure, measure_distance, of_samples, of_timesteps
+from fbqat_hub.evaluation.suite import (
+    NotMeasurableError,
+    features_of,
+    measure,
+    measure_distance,
+    of_samples,
+    of_timesteps,
+)
+from fbqat_hub.pictures import read_picture
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,16 @@ def test_paired_metrics_are_means_over_the_pairs_and_equal_pairs_have_no_psnr(no
     similar = measure("ssim", noisy[0], references=noisy[1])
     assert (similar.n, similar.extra) == (44, {})
     assert similar.value == pytest.approx(ssim(a, b).mean().item())
-    assert measure("psnr", noisy[0], references=noisy[0]) is None
+
+
+def test_what_the_pictures_do_not_give_says_why(noisy, tmp_path: Path) -> None:
+    with pytest.raises(NotMeasurableError, match="all 44 pairs are equal, and the PSNR of equal pictures is infinite"):
+        measure("psnr", noisy[0], references=noisy[0])
+    with pytest.raises(NotMeasurableError, match="at least 2 pictures in each; there are 1 and 44"):
+        measure("fd", noisy[0][:1], references=noisy[1])
+    Image.new("RGB", (24, 10)).save(tmp_path / "small.png")
+    with pytest.raises(NotMeasurableError, match="pictures of 24 x 10 pixels; SSIM needs 11 on each side"):
+        measure("ssim", [tmp_path / "small.png"], references=[tmp_path / "small.png"])
 
 
 def test_distance_is_on_the_named_extractor_and_says_how_many_references(noisy) -> None:
@@ -74,5 +90,7 @@ def test_a_model_of_four_steps_has_a_bin_for_each() -> None:
 def test_nothing_to_measure_is_said() -> None:
     with pytest.raises(ValueError, match="no pictures"):
         of_samples([])
+    with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+        of_samples([1.0, float("nan")])
     alone = of_samples([3.0])
     assert (alone.value, alone.n, alone.spread, alone.interval) == (3.0, 1, None, None)

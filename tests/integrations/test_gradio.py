@@ -17,21 +17,21 @@ import torch
 import yaml
 from PIL import Image
 
-from fbqat_hub.integrations.gradio import app, draw_pair, open_pair
+from fbqat_hub.integrations.gradio import app, generate_pair, open_pair
 from fbqat_hub.pipelines import load_pipeline
 from tests.conftest import CALL, subprocess_environment
 
 
-def test_teacher_and_student_draw_what_they_draw_alone(run_folder: Path, tiny_sana: Path) -> None:
+def test_teacher_and_student_generate_what_they_do_alone(run_folder: Path, tiny_sana: Path) -> None:
     pair = open_pair(str(run_folder))
     assert (pair.title, pair.teacher, pair.generation) == ("Tiny-FBQAT-W4A8", str(tiny_sana), CALL)
-    for source, drawing in zip((tiny_sana, run_folder), draw_pair(pair, "dark red", 3, 2), strict=True):
+    for source, made in zip((tiny_sana, run_folder), generate_pair(pair, "dark red", 3, 2), strict=True):
         pipeline = load_pipeline(source)
         alone = pipeline("dark red", generator=torch.Generator().manual_seed(3), **CALL).images[0]
-        assert np.array_equal(np.array(drawing.image), np.array(alone))
+        assert np.array_equal(np.array(made.image), np.array(alone))
         tensors = pipeline.transformer.state_dict().values()
-        assert drawing.mebibytes == sum(tensor.nbytes for tensor in tensors) / 2**20
-        assert drawing.seconds > 0
+        assert made.mebibytes == sum(tensor.nbytes for tensor in tensors) / 2**20
+        assert made.seconds > 0
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_teacher_and_student_draw_what_they_draw_alone(run_folder: Path, tiny_sa
         ("red", 0, 51, "51 steps were asked for; choose 1 to 50"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(prompt: str, seed: int, steps: int, message: str, run_folder: Path) -> None:
+def test_what_cannot_be_generated_is_said(prompt: str, seed: int, steps: int, message: str, run_folder: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        draw_pair(open_pair(str(run_folder)), prompt, seed, steps)
+        generate_pair(open_pair(str(run_folder)), prompt, seed, steps)
 
 
 def test_a_folder_without_its_recipe_has_no_teacher(tiny_sana: Path, tmp_path: Path) -> None:
@@ -94,15 +94,15 @@ def test_the_page_in_a_browser(run_folder: Path, tmp_path: Path) -> None:
             assert prompt.input_value() == "dark red"
             prompt.fill("sky")
             page.get_by_label("seed").fill("5")
-            page.get_by_role("button", name="Draw both").click()
-            page.get_by_text("MiB; drawn in").nth(1).wait_for()
+            page.get_by_role("button", name="Generate both").click()
+            page.get_by_text("MiB; generated in").nth(1).wait_for()
             shown = [page.locator("img[src*='/file=']").nth(number) for number in (0, 1)]
             pictures = [page.request.get(each.get_attribute("src") or "").body() for each in shown]
-            for drawing, picture in zip(draw_pair(open_pair(str(run)), "sky", 5, 2), pictures, strict=True):
-                large = drawing.image.resize((320, 320), Image.Resampling.NEAREST)
+            for made, picture in zip(generate_pair(open_pair(str(run)), "sky", 5, 2), pictures, strict=True):
+                large = made.image.resize((320, 320), Image.Resampling.NEAREST)
                 assert np.array_equal(np.array(Image.open(io.BytesIO(picture)).convert("RGB")), np.array(large))
             prompt.fill("")
-            page.get_by_role("button", name="Draw both").click()
+            page.get_by_role("button", name="Generate both").click()
             page.get_by_text("the prompt has 0 characters; write 1 to 1000.").wait_for()
             browser.close()
     finally:

@@ -20,8 +20,8 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
-from fbqat_hub.evaluation.folders import read_picture
 from fbqat_hub.evaluation.results import read_records
+from fbqat_hub.pictures import read_picture
 from fbqat_hub.pipelines import load_pipeline, save_quantized
 from fbqat_hub.training.prompts import _with_pictures
 from fbqat_hub.training.recipe import load_recipe

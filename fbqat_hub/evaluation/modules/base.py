@@ -10,6 +10,7 @@ import evaluate
 
 from fbqat_hub.evaluation.modules import answer, saved
 from fbqat_hub.evaluation.suite import PROMPTED, SINGLE, measure
+from fbqat_hub.inputs import checked_device
 
 ALONE = {"predictions": datasets.Image()}
 TWO_SETS = {"predictions": datasets.Image(), "references": datasets.Image()}
@@ -28,8 +29,9 @@ class PictureMetric(evaluate.Metric):
     def _compute(
         self, predictions: Sequence[Any], references: Sequence[Any] = (), device: str = "cpu", seed: int = 0
     ) -> dict[str, Any]:
+        how: dict[str, Any] = {"device": checked_device(device), "seed": seed}
         if self.metric in PROMPTED or self.metric in SINGLE:
             with saved(predictions) as (files,):
-                return answer(self.metric, measure(self.metric, files, prompts=references, device=device, seed=seed))
+                return answer(self.metric, lambda: measure(self.metric, files, prompts=references, **how))
         with saved(predictions, references) as (files, others):
-            return answer(self.metric, measure(self.metric, files, references=others, device=device, seed=seed))
+            return answer(self.metric, lambda: measure(self.metric, files, references=others, **how))

@@ -1,0 +1,365 @@
+"""What can be typed: the verbs with their options, each with an example, and the checks of single values."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from fbqat_hub.cli import verbs
+from fbqat_hub.cli.errors import UsageError
+from fbqat_hub.inputs import MAX_SEED, local_path, model_source, output_folder, output_picture, whole_number
+
+Value = TypeVar("Value")
+
+_EXAMPLES = """examples:
+  fbqat demo                                          a tiny Sana: train, pack, compare, compile, card; all local
+  fbqat train sana-tiny --output runs/tiny            quantize by fractional-bit quantization-aware training
+  fbqat train my-recipe.yaml --output runs/mine --resume
+  fbqat plan my-recipe.yaml --output runs/plan        widths, layers, time and memory, before the run is paid for
+  fbqat convert my-finetune/ --output mine-w4a8       quantize without training
+  fbqat generate runs/tiny "red heart" --output heart.png
+  fbqat evaluate runs/tiny && fbqat card runs/tiny
+  fbqat compare runs/tiny runs/other --output compared
+  fbqat space runs/tiny                               a page: teacher beside W4A8, same prompt and seed
+  fbqat export runs/tiny --soc sm8750                 compile for the Snapdragon 8 Elite's NPU
+  fbqat doctor runs/tiny/htp --log logcat.txt         what would fail on a phone, and what its errors mean
+  fbqat publish runs/tiny --repo me/tiny --dry-run    check everything, show what would go to the Hub
+  fbqat pull me/tiny --for diffusers                  download whole, verified by its manifest
+  fbqat list --author me                              published, downloaded and local models
+"""
+_RUN = "folder of a run: what fbqat train or convert left"
+_RECIPE = "YAML file, or the name of a recipe that ships, e.g. sana-tiny"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"fbqat: error: {message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; ``run`` of what it returns is the verb's function."""
+    from fbqat_hub.version import __version__
+
+    whole = _Parser(
+        prog="fbqat",
+        description="4-bit diffusion models by fractional-bit quantization-aware training.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole.add_argument("--version", action="version", version=f"fbqat_hub {__version__}")
+    whole.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="verb")
+    for add in (
+        _demo, _train, _plan, _convert, _generate, _evaluate, _compare, _card, _space, _export, _doctor, _publish,
+        _pull, _list,
+    ):  # fmt: skip
+        add(commands)
+    return whole
+
+
+def _demo(commands: Any) -> None:
+    sub = _verb(commands, verbs.demo, "quantize the tiny Sana that ships, from end to end", "demo --output runs/demo")
+    sub.add_argument(
+        "--output", type=_checked(_folder), default=Path("runs/demo"), help="folder to leave (default: runs/demo)"
+    )
+    sub.add_argument("--steps", type=_number(1, 10**7), help="training steps of each method (default: the recipe's)")
+
+
+def _train(commands: Any) -> None:
+    sub = _verb(
+        commands, verbs.train, "train a W4A8 model by a recipe", "train sana-tiny --output runs/tiny --set steps=800"
+    )
+    sub.add_argument("recipe", type=_checked(model_source), help=_RECIPE)
+    sub.add_argument(
+        "--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline, its log and recipe"
+    )
+    sub.add_argument("--resume", action="store_true", help="continue an interrupted run of the same recipe")
+    _settings(sub, "fields of the recipe", "steps=800 learning_rate=1e-4")
+
+
+def _plan(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.plan,
+        "measure what a recipe has to choose from: bit widths, layers to train, time and memory",
+        "plan sana-tiny --output runs/plan --set method=fbqat-paper",
+    )
+    sub.add_argument("recipe", type=_checked(model_source), help=_RECIPE)
+    sub.add_argument(
+        "--output", type=_checked(_folder), help="folder for plan.json and curve.png (default: print only)"
+    )
+    _settings(sub, "fields of the recipe", "method=fbqat-paper")
+
+
+def _convert(commands: Any) -> None:
+    sub = _verb(
+        commands, verbs.convert, "quantize a pipeline without training", "convert my-finetune/ --output mine-w4a8"
+    )
+    sub.add_argument("pipeline", type=_checked(model_source), help="folder or Hub id of a diffusers pipeline")
+    sub.add_argument("--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline")
+    sub.add_argument("--variant", help="of the weight files, e.g. fp16 for *.fp16.safetensors (default: those without)")
+    sub.add_argument(
+        "--clip",
+        choices=("mse", "max_abs"),
+        default="mse",
+        help="how the scale of each output channel is found: least squared error, or the largest weight (default: mse)",
+    )
+    _list_option(sub, "--leave", "PATTERN", "modules to leave in float, e.g. 'proj_out' or '*.attn2.*'")
+
+
+def _generate(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.generate,
+        "generate pictures with a packed or a full-precision pipeline",
+        'generate runs/tiny "red heart" "flag of france" --seed 3 --set num_inference_steps=12',
+    )
+    sub.add_argument("model", type=_checked(model_source), help="folder or Hub id of a pipeline")
+    sub.add_argument("prompt", nargs="*", help="what is to be seen, in quotes; several give a grid")
+    sub.add_argument(
+        "--prompts", type=_checked(local_path), metavar="FILE", help="text file with a prompt on each line"
+    )
+    sub.add_argument(
+        "--output",
+        type=_checked(lambda text: output_picture(local_path(text))),
+        default=Path("generated.png"),
+        help="PNG to write (default: generated.png)",
+    )
+    sub.add_argument(
+        "--seed",
+        type=_number(0, MAX_SEED),
+        default=0,
+        help="of the first picture, a whole number (default: 0); the next one has the next seed",
+    )
+    _device(sub)
+    _settings(sub, "arguments of the pipeline call", "num_inference_steps=20 negative_prompt=blurry")
+
+
+def _evaluate(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.evaluate,
+        "measure a run against its teacher, the full-precision model that it was made from",
+        "evaluate runs/tiny --prompts openmoji --images 32 --metrics psnr ssim fd_teacher",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=_checked(local_path), help=_RUN)
+    sub.add_argument(
+        "--stage", type=_number(3, 8), metavar="BITS", help="measure what the run kept at this width (keep_stages)"
+    )
+    sub.add_argument(
+        "--prompts",
+        metavar="NAME",
+        help="openmoji, mjhq-30k, pixart-eval-30k, ye-pop, or a text file with a prompt on each line (default: the "
+        "recipe's prompts and data)",
+    )
+    sub.add_argument(
+        "--images",
+        type=_number(1, 100_000),
+        metavar="N",
+        help="how many pictures of each model (default: the recipe's)",
+    )
+    _measuring(
+        sub,
+        "kd_loss, bits_per_weight, denoiser_mib, peak_rss_mib (not by default), fd_teacher, fd_real, fid_teacher, "
+        "fid_real, clip_fid_teacher, clip_fid_real",
+    )
+
+
+def _compare(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.compare,
+        "measure two folders of pictures, matched by file name, against each other",
+        "compare runs/tiny runs/other --metrics psnr ssim fd --output compared",
+    )
+    sub.add_argument(
+        "a", metavar="A", type=_checked(local_path), help="folder of pictures (PNG, JPEG, WebP) or of an evaluated run"
+    )
+    sub.add_argument("b", metavar="B", type=_checked(local_path), help="the same; the reference")
+    sub.add_argument("--output", type=_checked(_folder), help="folder for comparison.json and comparison.png")
+    _measuring(sub, "fd, fid, clip_fid")
+
+
+def _card(commands: Any) -> None:
+    sub = _verb(
+        commands, verbs.card, "write a run's model card from what was measured", "card runs/tiny --repo me/tiny"
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=_checked(local_path), help=_RUN)
+    sub.add_argument("--repo", help="Hub id it will be published as, for the code block")
+    sub.add_argument("--data", type=Path, metavar="FILE", help="YAML file: license, license_link, attribution, notes")
+
+
+def _space(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.space,
+        "serve a page that generates with teacher and quantized model side by side",
+        "space runs/tiny --port 7860",
+    )
+    sub.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        type=_checked(model_source),
+        help="folder or Hub id of a run (default: all in runs/)",
+    )
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    sub.add_argument("--port", type=_number(1, 65535), default=7860, help="port to listen on (default: 7860)")
+    _device(sub)
+
+
+def _export(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.export,
+        "compile a run for a Snapdragon's NPU (QNN HTP) and certify it",
+        "export runs/tiny --soc sm8750 --precision auto",
+    )
+    sub.add_argument(
+        "run_folder",
+        metavar="RUN",
+        type=_checked(model_source),
+        help="folder of a run, or of a packed pipeline, or the Hub id of one",
+    )
+    sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
+    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp)")
+    sub.add_argument(
+        "--precision",
+        default="w4a8",
+        choices=("w4a8", "w4a16", "w8a8", "w8a16", "auto"),
+        help="weights and activations (default: w4a8; w8a8 and w8a16: the same 4-bit codes, stored one per byte; auto: "
+        "8 bits where they cost least)",
+    )
+    _list_option(sub, "--a16", "PATTERN", "layers at 16 activation bits, e.g. '*.attn2.*'")
+    sub.add_argument(
+        "--graphs", type=_number(1, 1000), default=1, metavar="N", help="split the model into N graphs (default: 1)"
+    )
+    sub.add_argument(
+        "--prompts",
+        type=_checked(local_path),
+        metavar="FILE",
+        help="text file with a prompt on each line, to calibrate on and to generate (default: the recipe's data)",
+    )
+    sub.add_argument(
+        "--images",
+        type=_number(1, 1000),
+        default=2,
+        metavar="N",
+        help="how many pictures to generate with the emulator (default: 2)",
+    )
+
+
+def _doctor(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.doctor,
+        "say what will fail before it is compiled, whether a bundle is whole, what a device's error means",
+        "doctor runs/tiny --soc sm8750 --log logcat.txt",
+    )
+    sub.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        type=_checked(model_source),
+        help="folder of a bundle, or a packed pipeline",
+    )
+    sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
+    sub.add_argument("--log", type=_checked(local_path), help="text file of a device's log")
+
+
+def _publish(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.publish,
+        "publish a run on the Hub: checked first, one commit, verified after",
+        "publish runs/tiny --repo me/Sana-tiny-FBQAT-W4A8 --dry-run",
+    )
+    sub.add_argument("run_folder", metavar="RUN", type=_checked(local_path), help="folder of a run with its card")
+    sub.add_argument("--repo", required=True, help="Hub id, owner/name")
+    sub.add_argument("--private", action="store_true", help="make a private repository")
+    sub.add_argument("--device-repo", action="store_true", help="put htp/ into REPO-QNN-SM8750 (default: a subfolder)")
+    sub.add_argument("--branches", action="store_true", help="a branch for each width of keep_stages: w8, w6, w4")
+    sub.add_argument("--collection", metavar="TITLE", help="add it to this collection, by title or slug")
+    sub.add_argument("--dry-run", action="store_true", help="do everything but the upload")
+
+
+def _pull(commands: Any) -> None:
+    sub = _verb(
+        commands,
+        verbs.pull,
+        "download a published model, complete and verified by its manifest",
+        "pull me/Sana-tiny-FBQAT-W4A8 --for diffusers --output sana",
+    )
+    sub.add_argument("model", type=_checked(model_source), help="Hub id; with --verify also a folder")
+    sub.add_argument("--output", type=_checked(_folder), help="folder for the files (default: the Hub's cache)")
+    sub.add_argument("--for", dest="use", choices=("diffusers", "htp"), help="only what this needs (default: all)")
+    sub.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
+    sub.add_argument("--offline", action="store_true", help="take what is on this machine, and verify it")
+    sub.add_argument("--verify", action="store_true", help="download nothing; verify what is on this machine")
+
+
+def _list(commands: Any) -> None:
+    sub = _verb(
+        commands, verbs.list_models, "list published, downloaded and local models", "list --author me --runs runs"
+    )
+    sub.add_argument("--author", help="only this user's or organization's on the Hub")
+    sub.add_argument("--runs", type=_checked(local_path), default=Path("runs"), help="folder of runs (default: runs)")
+    sub.add_argument("--local", action="store_true", help="do not ask the Hub")
+
+
+def _verb(commands: Any, run: Callable[[Any], None], text: str, example: str) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = commands.add_parser(
+        example.partition(" ")[0],
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  fbqat {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    sub.set_defaults(run=run)
+    return sub
+
+
+def _measuring(sub: argparse.ArgumentParser, own: str) -> None:
+    metrics = f"of psnr, ssim, lpips, {own}, clip_score, clip_iqa, image_reward (default: those without a download)"
+    _list_option(sub, "--metrics", "METRIC", metrics)
+    _device(sub)
+
+
+def _device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, mps or xpu: where networks run (default: a GPU if any)")
+
+
+def _settings(sub: argparse.ArgumentParser, what: str, example: str) -> None:
+    _list_option(sub, "--set", "KEY=VALUE", f"change {what}, e.g. {example}")
+
+
+def _list_option(sub: argparse.ArgumentParser, name: str, metavar: str, text: str) -> None:
+    """An option of several values; given again, it adds to them."""
+    sub.add_argument(name, nargs="+", action="extend", default=[], metavar=metavar, help=text)
+
+
+def _checked(check: Callable[[str], Value]) -> Callable[[str], Value]:
+    """A check of one value as argparse takes it: the sentence of its error is shown."""
+
+    @functools.wraps(check)
+    def convert(text: str) -> Value:
+        try:
+            return check(text)
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(" ".join(str(error).split())) from None
+
+    return convert
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    return _checked(lambda text: whole_number(text, least, most))
+
+
+def _folder(text: str) -> Path:
+    return output_folder(local_path(text))

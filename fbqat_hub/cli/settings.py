@@ -1,0 +1,45 @@
+"""``--set KEY=VALUE``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+
+def changes_of(pairs: Sequence[str], texts: Collection[str] = ()) -> dict[str, Any]:
+    """KEY=VALUE pairs as a mapping; values are read as YAML, 1e-4 is a number, and nothing is an empty text.
+
+    Args:
+        texts: keys whose values are text, and are taken as they are.
+
+    Raises:
+        ValueError: no KEY=VALUE, a key given twice, or a value that is not YAML.
+
+    >>> changes_of(["steps=800", "learning_rate=1e-4", "method=vqat"])
+    {'steps': 800, 'learning_rate': 0.0001, 'method': 'vqat'}
+    >>> changes_of(["negative_prompt="], texts=["negative_prompt"])
+    {'negative_prompt': ''}
+    """
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r:.80}; what is no setting stands before --set.")
+        if key in changes:
+            raise ValueError(f"--set {key} is given twice; give it once.")
+        changes[key] = value if key in texts else _value(key, value)
+    return changes
+
+
+def _value(key: str, value: str) -> Any:
+    import yaml
+
+    try:
+        read = yaml.safe_load(value) if value else ""
+    except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError of a date that is none
+        raise ValueError(f"--set {key}: {value!r:.80} is not YAML, such as 5, true or '{{preset: paper}}'.") from None
+    if isinstance(read, str) and "e" in read:
+        with contextlib.suppress(ValueError):
+            return float(read)
+    return read

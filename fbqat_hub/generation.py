@@ -1,0 +1,41 @@
+"""Generating with any pipeline: seeds on the CPU, and a picture that is not finite is an error, not black."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def generate_pictures(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any], seeds: Sequence[int]) -> Tensor:
+    """Pictures of the prompts, in one batch, the same to the bit as the pipeline's own PIL pictures.
+
+    Args:
+        call: arguments of the pipeline call, without prompt and generator. Of ``num_images_per_prompt`` those of one
+            prompt follow each other.
+        seeds: one for each picture, on the CPU whatever the device.
+
+    Returns:
+        uint8 [N, 3, H, W], on the CPU.
+
+    Raises:
+        ValueError: a picture that is not finite.
+    """
+    arguments = dict(call)
+    # not the pipeline's own repeats: SanaPipeline's put the attention masks of several prompts in another order
+    texts = [prompt for prompt in prompts for _ in range(arguments.pop("num_images_per_prompt", 1))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pipeline.set_progress_bar_config(disable=True)
+    levels = pipeline(texts, generator=generators, output_type="pt", **arguments).images.float().cpu()
+    finite = torch.isfinite(levels).flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        first = finite.index(False)
+        raise ValueError(
+            f"{finite.count(False)} of {len(texts)} pictures of {type(pipeline).__name__} are not finite (NaN), first "
+            f"that of {texts[first]!r:.80}, seed {seeds[first]}: the model is broken, or its dtype too narrow. "
+            "Nothing of them was saved."
+        )
+    return (levels * 255).round().to(torch.uint8)
