@@ -143,7 +143,7 @@ def _space(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from fbqat_hub.training.device import export_run
+    from fbqat_hub.export_run import export_run
 
     certificate = export_run(
         options.run_folder,
@@ -369,12 +369,13 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         default="w4a8",
         choices=("w4a8", "w4a16", "w8a8", "w8a16", "auto"),
-        help="weights and activations (default: w4a8; auto: 8 bits where they cost least)",
+        help="weights and activations (default: w4a8; w8a8 and w8a16: the same 4-bit codes, stored one per byte; auto: "
+        "8 bits where they cost least)",
     )
     sub.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
     sub.add_argument("--graphs", type=int, default=1, metavar="N", help="split the model into N graphs (default: 1)")
-    sub.add_argument("--prompts", type=Path, help="text file to calibrate on and draw (default: the recipe's data)")
-    sub.add_argument("--images", type=int, default=2, metavar="N", help="drawn on the emulator (default: 2)")
+    sub.add_argument("--prompts", type=Path, help="text file to calibrate on and generate (default: the recipe's data)")
+    sub.add_argument("--images", type=int, default=2, metavar="N", help="generated on the emulator (default: 2)")
 
     sub = verb(
         "doctor",

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from fbqat_hub.families import FAMILIES
+from fbqat_hub.families import FAMILIES, component_configs
 from fbqat_hub.integrations.diffusers import save_pipeline
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teacher import RECIPES, untrained_pipeline
@@ -137,7 +137,7 @@ def teacher_recipe(family: str) -> dict[str, Any]:
 def call_of(family: str, pipeline: Any) -> dict[str, Any]:
     """Arguments of the pipeline call: 32 x 32 pixels in two steps, texts as the teacher's recipe has them."""
     size = {"height": 32, "width": 32, "num_inference_steps": 2}
-    return {**FAMILIES[family].native_size(pipeline), **teacher_recipe(family)["generation"], **size}
+    return {**FAMILIES[family].native_size(component_configs(pipeline)), **teacher_recipe(family)["generation"], **size}
 
 
 @pytest.fixture(scope="session")

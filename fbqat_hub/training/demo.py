@@ -10,9 +10,9 @@ from pathlib import Path
 from fbqat_hub.evaluation.folders import PictureFolder
 from fbqat_hub.evaluation.results import METHODS, Record, read_records, write_records
 from fbqat_hub.export import ExportError
+from fbqat_hub.export_run import export_run
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.integrations.diffusers import load_pipeline
-from fbqat_hub.training.device import export_run
 from fbqat_hub.training.distill import cached_splits, train
 from fbqat_hub.training.evaluate import DEFAULT, evaluate, evaluation_prompts, picture_sheet, teacher_pictures
 from fbqat_hub.training.recipe import Recipe, load_recipe

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 
 from fbqat_hub.config import FBQATConfig
-from fbqat_hub.families import family_of
+from fbqat_hub.families import component_configs, family_of
 from fbqat_hub.integrations.diffusers import check_source, load_pipeline, save_pipeline
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teachers import resolve_teacher
@@ -50,7 +50,7 @@ def convert_pipeline(source: str, output: Path, settings: Mapping[str, Any] | No
         method=method,
         steps=0,
         quantization=dict(settings or {}),
-        generation=family.native_size(pipeline),
+        generation=family.native_size(component_configs(pipeline)),
     )
     output.mkdir(parents=True, exist_ok=True)
     try:
