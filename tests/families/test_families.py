@@ -179,7 +179,7 @@ def test_native_size_is_what_the_denoiser_was_made_for(family_and_pipeline, monk
     }
     size = family.native_size(configs)
     assert size == family.native_size(component_configs(pipeline))
-    side = 8 if "sample_size" not in configs["transformer"] else configs["transformer"]["sample_size"]
+    side = configs["transformer"].get("sample_size", 8)
     image = pipeline("red", **{**call_of(family.name, pipeline), **size}).images[0]
     assert image.size == (size["width"], size["height"]) == (side * pipeline.vae_scale_factor,) * 2
 

@@ -87,14 +87,20 @@ def asked(target: Target) -> dict[str, Any]:
     }
 
 
-def coverage(assigned: Mapping[str, int]) -> dict[str, Any]:
+def coverage(assigned: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Where the nodes of a QDQ graph went, by the compiling session's own account.
 
     Args:
-        assigned: execution provider -> how many nodes it was given (`compiler.compile_context`).
+        assigned: execution provider -> op -> how many nodes it was given (`compiler.compile_context`).
+
+    Returns:
+        `ops_on_qnn`, without the QuantizeLinear and DequantizeLinear around them, which ONNX Runtime copies, and after
+        it joined transpositions; `nodes_elsewhere`, of any kind; `all_on_qnn`.
     """
-    on_qnn, nodes = assigned.get(PROVIDER, 0), sum(assigned.values())
-    return {"all_on_qnn": 0 < on_qnn == nodes, "nodes_on_qnn": on_qnn, "nodes_elsewhere": nodes - on_qnn}
+    around = ("QuantizeLinear", "DequantizeLinear")
+    on_qnn = sum(count for op, count in assigned.get(PROVIDER, {}).items() if op not in around)
+    elsewhere = sum(sum(ops.values()) for provider, ops in assigned.items() if provider != PROVIDER)
+    return {"all_on_qnn": on_qnn > 0 and not elsewhere, "ops_on_qnn": on_qnn, "nodes_elsewhere": elsewhere}
 
 
 def ran_on(hardware: str) -> str:

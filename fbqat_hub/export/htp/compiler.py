@@ -54,7 +54,7 @@ class Worker:
 
     Attributes:
         loaded: the child's answer to loading: `seconds`; `hardware`, what ONNX Runtime says QNN's device is;
-            `assigned`, execution provider -> how many of the graph's nodes it was given.
+            `assigned`, execution provider -> op -> how many of the graph's nodes it was given.
         seconds: what all runs so far took.
         peak_rss_mib: of the child so far; None where the system does not tell.
 

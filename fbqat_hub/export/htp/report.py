@@ -30,7 +30,7 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     coverage = certificate["coverage"]
     lines += [
         "",
-        f"{coverage['nodes_on_qnn']:,} nodes of the QDQ graph are on QNN, {coverage['nodes_elsewhere']:,} elsewhere.",
+        f"{coverage['ops_on_qnn']:,} ops are on QNN, {coverage['nodes_elsewhere']:,} nodes of the graph elsewhere.",
     ]
     if (probed := certificate["probed_blocks"])["probed"] < probed["of"]:
         lines += ["", f"Blocks and single ops were compared in the first {probed['probed']} of {probed['of']} blocks."]

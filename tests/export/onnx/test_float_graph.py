@@ -81,5 +81,5 @@ def test_group_scales_are_refused_by_name() -> None:
 
 def test_wider_weights_than_the_export_takes_are_refused_by_name() -> None:
     model = nn.Sequential(PackedLinear(4, 4), PackedLinear(4, 4, weight_bits=8))
-    with pytest.raises(ExportError, match="layer '1' has weights of 8 bits; the HTP export takes 4-bit ones"):
+    with pytest.raises(ExportError, match="layer '1' has weights of 8 bits; the export takes 4-bit ones"):
         packed_layers(model)

@@ -38,7 +38,8 @@ def qdq_of(model: nn.Module, items: list[Item], precision: Precision | None = No
 
 @pytest.fixture(scope="module")
 def qdq(packed_sana: nn.Module, calibration: list[Item]) -> onnx.ModelProto:
-    return qdq_of(packed_sana, calibration)
+    """At the bits that an export gives a Sana."""
+    return qdq_of(packed_sana, calibration, Precision(a16_layers=get_family("sana").a16_layers))
 
 
 def read(model: onnx.ModelProto, name: str) -> np.ndarray:

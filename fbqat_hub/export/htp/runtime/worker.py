@@ -36,11 +36,13 @@ def main(job_path: str) -> None:
     job: dict[str, Any] = json.loads(Path(job_path).read_text(encoding="utf-8"))
     start = time.perf_counter()
     loaded = qnn_session(job["model"], job["provider_options"], job["session_entries"] | RECORD)
-    parts = loaded.get_provider_graph_assignment_info()
+    assigned: dict[str, Counter[str]] = {}
+    for part in loaded.get_provider_graph_assignment_info():
+        assigned.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
     answer(
         seconds=time.perf_counter() - start,
         hardware=devices()[0].device.type.name,
-        assigned=Counter(part.ep_name for part in parts for _ in part.get_nodes()),
+        assigned=assigned,
     )
     for line in sys.stdin:
         path = Path(line.strip())
