@@ -21,14 +21,15 @@ import torch
 from PIL import Image
 
 from fbqat_hub.evaluation.results import Record, write_records
-from fbqat_hub.export.bundle.export import psnr_db
-from fbqat_hub.training.device import export_run
+from fbqat_hub.export.bundle.pipeline import picture_psnr
+from fbqat_hub.export_run import export_run
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 CERTIFICATES = RESULTS / "certificates"
-RECIPES = ("sana-tiny", "pixart-sigma-tiny", "sd3-tiny", "flux-schnell-tiny")
+RECIPES = [family.tiny for family in FAMILIES.values() if family.tiny]
 PRECISIONS = ("w4a8", "auto")
 METHOD = "ptq-gptq"
 
@@ -42,10 +43,10 @@ def bundle(run: Path, folder: Path, precision: str) -> dict[str, Any]:
 
 
 def runner_psnr(folder: Path, picture: Path, *arguments: str) -> float:
-    """PSNR in dB to torch's of the first prompt's picture as the bundle's own runner draws it, in a process alone."""
+    """PSNR in dB to torch's of the first prompt's picture by the bundle's own runner, in a process alone."""
     subprocess.run([sys.executable, folder / "generate.py", "--output", picture, *arguments], check=True)
     ours, reference = (np.asarray(Image.open(path)) for path in (picture, folder / "pictures" / "0-torch.png"))
-    return round(psnr_db(reference, ours), 3)
+    return picture_psnr(reference, ours)
 
 
 def compared(parity: dict[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,13 @@ from benchmarks.htp_true_size import RESULTS, PeakMemory
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export.bundle.float_part import build_part
 from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
-from fbqat_hub.export.htp.export import staging, write_certificate
-from fbqat_hub.export.htp.graph import STEPS, Progress
+from fbqat_hub.export.folder import staging
+from fbqat_hub.export.htp import certificate
+from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.export.htp.targets import target_for
-from fbqat_hub.export.onnx.float_graph import GraphWrapper
-from fbqat_hub.export.onnx.wrappers import wrap_decoder
+from fbqat_hub.export.progress import Progress
+from fbqat_hub.families import get_family
+from fbqat_hub.families.graph import GraphWrapper
 
 # Rows of the token table, which stays on the host.
 VOCABULARY = 1000
@@ -62,7 +64,7 @@ class Part:
         torch.manual_seed(0)
         module = self.build(self.layers).eval()
         if self.channels:
-            return wrap_decoder(module)
+            return get_family(self.family).decoder_graph(module)
         return wrap_text_encoder("text_encoder", module, self.size, self.masked).wrapper
 
     def items(self) -> list[dict[str, Tensor]]:
@@ -164,13 +166,11 @@ def main() -> None:
     memory.start()
     began = time.perf_counter()
     *calibration, held_out = part.items()
-    bar = Progress(2 + len(STEPS), shown=True)
-    with staging(options.output) as folder:
+    with staging(options.output) as folder, Progress(2 + len(STEPS), shown=True) as bar:
         wrapper = part.graph()
         kind = part.build.__name__
         section = build_part(options.part, kind, wrapper, calibration, [held_out], folder, target, bar)
-        write_certificate(folder, target, section, bar)
-    bar.bar.close()
+        certificate.write(folder, target, section, bar.seconds)
     parity = section["parity"]
     extra = {
         "part": options.part,

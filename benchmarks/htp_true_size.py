@@ -10,7 +10,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export import export_htp
 from fbqat_hub.export.htp.graph import STEPS
+from fbqat_hub.families import get_family
 from fbqat_hub.quantization import ActivationScheme, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.convert import named_layers, targets
 
@@ -34,49 +34,39 @@ class TrueSize:
     """A denoiser to export.
 
     Attributes:
-        family: of the results.
-        transformer: name of its class in diffusers.
+        family: of the results; says the class, and how inputs are made of latents and conditioning.
         config: of the checkpoint, but for the number of blocks and the picture size.
         shape: what was left out, and the tokens, for the tables.
-        inputs: shape of every tensor of its forward; `timestep` is added.
-        positions: FLUX's token positions, constants of the graph.
+        latents: [N, C, H, W], N = 1.
+        conditioning: shapes of what the text encoders make.
         graphs: into how many graphs it is split.
     """
 
     family: str
-    transformer: str
     config: dict[str, Any]
     shape: str
-    inputs: dict[str, tuple[int, ...]]
-    positions: Callable[[], dict[str, Tensor]] = dict
+    latents: tuple[int, ...]
+    conditioning: dict[str, tuple[int, ...]]
     graphs: int = 1
 
     def items(self, count: int, seed: int) -> list[dict[str, Tensor]]:
         """`count` random inputs of its forward."""
         generator = torch.Generator().manual_seed(seed)
-        largest = 1 if self.family == "flux" else 1000
+        family = get_family(self.family)
         return [
-            {
-                **{name: torch.randn(shape, generator=generator) for name, shape in self.inputs.items()},
-                "timestep": largest * torch.rand(1, generator=generator),
-                **self.positions(),
-            }
+            family.denoiser_inputs(
+                torch.randn(self.latents, generator=generator),
+                1000 * torch.rand(1, generator=generator),
+                {name: torch.randn(shape, generator=generator) for name, shape in self.conditioning.items()},
+            )
             for _ in range(count)
         ]
-
-
-def flux_positions() -> dict[str, Tensor]:
-    """Of 128 text tokens, all 0, and of 8 x 8 picture tokens: [tokens, (0, row, column)]."""
-    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    picture = torch.stack([torch.zeros(64), rows.reshape(-1), columns.reshape(-1)], dim=1)
-    return {"txt_ids": torch.zeros(128, 3), "img_ids": picture}
 
 
 #: Configurations of the public checkpoints (their transformer/config.json).
 MODELS = {
     "sana-600m": TrueSize(
         family="sana",
-        transformer="SanaTransformer2DModel",
         config={
             "in_channels": 32, "out_channels": 32, "num_layers": 28, "num_attention_heads": 36,
             "attention_head_dim": 32, "num_cross_attention_heads": 16, "cross_attention_head_dim": 72,
@@ -84,22 +74,22 @@ MODELS = {
             "patch_size": 1,
         },
         shape="all 28 blocks, 512 px: 256 + 300 tokens",
-        inputs={"hidden_states": (1, 32, 16, 16), "encoder_hidden_states": (1, 300, 2304)},
+        latents=(1, 32, 16, 16),
+        conditioning={"encoder_hidden_states": (1, 300, 2304)},
     ),
     "pixart-block": TrueSize(
         family="pixart-sigma",
-        transformer="PixArtTransformer2DModel",
         config={
             "num_layers": 1, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
             "cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 32, "patch_size": 2,
             "use_additional_conditions": False,
         },
         shape="1 of 28 blocks, 256 px: 256 + 300 tokens",
-        inputs={"hidden_states": (1, 4, 32, 32), "encoder_hidden_states": (1, 300, 4096)},
+        latents=(1, 4, 32, 32),
+        conditioning={"encoder_hidden_states": (1, 300, 4096)},
     ),
     "sd3-block": TrueSize(
         family="sd3",
-        transformer="SD3Transformer2DModel",
         config={
             "num_layers": 2, "num_attention_heads": 24, "attention_head_dim": 64, "in_channels": 16,
             "out_channels": 16, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
@@ -107,22 +97,18 @@ MODELS = {
             "dual_attention_layers": (0,), "qk_norm": "rms_norm",
         },
         shape="a dual-attention block and the last one, of 24, 128 px: 64 + 333 tokens",
-        inputs={
-            "hidden_states": (1, 16, 16, 16), "encoder_hidden_states": (1, 333, 4096), "pooled_projections": (1, 2048),
-        },
+        latents=(1, 16, 16, 16),
+        conditioning={"encoder_hidden_states": (1, 333, 4096), "pooled_projections": (1, 2048)},
     ),
     "flux-blocks": TrueSize(
         family="flux",
-        transformer="FluxTransformer2DModel",
         config={
             "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 24, "attention_head_dim": 128,
             "joint_attention_dim": 4096, "pooled_projection_dim": 768, "in_channels": 64, "guidance_embeds": False,
         },
         shape="1 of 19 double and 1 of 38 single blocks, 128 px: 64 + 128 tokens",
-        inputs={
-            "hidden_states": (1, 64, 64), "encoder_hidden_states": (1, 128, 4096), "pooled_projections": (1, 768),
-        },
-        positions=flux_positions,
+        latents=(1, 16, 16, 16),  # 64 tokens of 64 channels
+        conditioning={"encoder_hidden_states": (1, 128, 4096), "pooled_projections": (1, 768)},
         graphs=2,
     ),
 }  # fmt: skip
@@ -131,7 +117,9 @@ MODELS = {
 def random_packed(described: TrueSize, **config: Any) -> nn.Module:
     """The packed denoiser of random weights, built layer by layer: none of its layers is ever in float."""
     with torch.device("meta"):
-        model: nn.Module = getattr(diffusers, described.transformer)(**(described.config | config))
+        model: nn.Module = getattr(diffusers, get_family(described.family).denoiser_class)(
+            **(described.config | config)
+        )
     generator = torch.Generator().manual_seed(0)
     scheme = ActivationScheme(bits=8, range="per_token")
     for layer, names, _ in targets(model, scheme):

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import markdown
-from benchmarks.method.report import FAMILIES, Results, at_equal_storage, table
+from benchmarks.method.report import Results, at_equal_storage, table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.export.onnx.precision import OP_KINDS
+from fbqat_hub.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -139,7 +140,7 @@ def htp_table() -> str:
         found, parity = record.extra, record.extra["parity"]
         cost = found["cost"]
         cells = [
-            FAMILIES[record.family],
+            FAMILIES[record.family].title,
             f"`{found['precision']}`",
             *(
                 f"{parity[pair]['sqnr_db']:.1f} ({parity[pair]['cosine']:.4f})"
@@ -160,7 +161,7 @@ def htp_text_table() -> str:
     """Parity of the text encoders and the decoder, of the bundles at W4A8 (they are the same in both)."""
     shown = ("emulator_vs_torch_packed", "emulator_vs_cpu_qdq")
     rows = [
-        (FAMILIES[record.family], f"`{name}`", *(f"{pairs[pair]['sqnr_db']:.1f}" for pair in shown))
+        (FAMILIES[record.family].title, f"`{name}`", *(f"{pairs[pair]['sqnr_db']:.1f}" for pair in shown))
         for record in _bundles()
         if record.extra["precision"] == "w4a8"
         for name, pairs in record.extra["graphs"].items()
@@ -189,7 +190,7 @@ def htp_ops_table() -> str:
     ]
     rows.append(("worst layers", *(f"`{each['name']}` {cell(each)}" for each in worst)))
     rows.append(("nothing", *(f"{report['all_at_16_db']:.1f}" for report in reports.values())))
-    return markdown(("at 8 bits", *(FAMILIES[family] for family in reports)), rows)
+    return markdown(("at 8 bits", *(FAMILIES[family].title for family in reports)), rows)
 
 
 def htp_gain_table() -> str:
@@ -205,7 +206,7 @@ def htp_gain_table() -> str:
         sqnr = [each["parity"]["emulator_vs_torch_packed"]["sqnr_db"] for each in (before, after)]
         wide = [each["cost"]["macs_a16"] / each["cost"]["macs"] for each in (before, after)]
         cells = (
-            FAMILIES[family],
+            FAMILIES[family].title,
             f"{sqnr[1] - sqnr[0]:+.1f}",
             f"{after['pictures_psnr_db'] - before['pictures_psnr_db']:+.1f}",
             f"{after['cost']['activation_bytes'] / before['cost']['activation_bytes'] - 1:+.0%}",

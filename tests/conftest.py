@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fbqat_hub.families import FAMILIES
+from fbqat_hub.families import FAMILIES, component_configs
 from fbqat_hub.pipelines import load_pipeline, save_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe
@@ -141,7 +141,7 @@ def teacher_recipe(family: str) -> dict[str, Any]:
 def call_of(family: str, pipeline: Any) -> dict[str, Any]:
     """Arguments of the pipeline call: 32 x 32 pixels in two steps, texts as the teacher's recipe has them."""
     size = {"height": 32, "width": 32, "num_inference_steps": 2}
-    return {**FAMILIES[family].native_size(pipeline), **teacher_recipe(family)["generation"], **size}
+    return {**FAMILIES[family].native_size(component_configs(pipeline)), **teacher_recipe(family)["generation"], **size}
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,13 @@ from typing import Any
 from benchmarks.markdown import markdown
 from benchmarks.method.__main__ import RESULTS, read
 from benchmarks.method.runs import PICTURES, TRACKS
+from fbqat_hub import families
 from fbqat_hub.evaluation.results import METHODS as TITLES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmark.md"
-FAMILIES = {"sana": "Sana", "pixart-sigma": "PixArt-Sigma", "sd3": "SD3.5", "flux": "FLUX.1-schnell"}
+# Those that were measured, with their titles.
+FAMILIES = {name: family.title for name, family in families.FAMILIES.items() if (RESULTS / f"{name}.json").exists()}
 OURS = "fbqat"
 BLOCKS = "train-blocks"
 # Tracks whose best setting counts as one: a method trains what suits it.
@@ -103,7 +105,8 @@ def page(results: Results) -> str:
         parts.append(forms(Results(rows)))
     parts.append(budgets(results))
     parts.append(layers(results))
-    parts.append(_PLOTS)
+    sheets = ", ".join(f"[{title}](images/sheet-{family}.png)" for family, title in FAMILIES.items())
+    parts.append(_PLOTS.format(sheets=sheets))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -139,8 +142,7 @@ _PLOTS = """
 ## Pictures
 
 Teacher, PTQ (MSE clip), PTQ with GPTQ codes and this project's default, from the same prompts and seeds, by
-`python -m benchmarks.sheets`: [Sana](images/sheet-sana.png), [PixArt-Sigma](images/sheet-pixart-sigma.png),
-[SD3.5](images/sheet-sd3.png), [FLUX.1-schnell](images/sheet-flux.png).
+`python -m benchmarks.sheets`: {sheets}.
 """
 
 

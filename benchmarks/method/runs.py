@@ -23,7 +23,7 @@ from benchmarks.method.variants import FeatureDraws, Freezing, LearnedWidths, we
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
-from fbqat_hub.families import get_family
+from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import set_bit_width
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
@@ -37,12 +37,7 @@ from fbqat_hub.training.samples import generate_samples
 from fbqat_hub.training.student import prepare_student
 from fbqat_hub.training.teachers import resolve_teacher
 
-RECIPES = {
-    "sana": "sana-tiny",
-    "pixart-sigma": "pixart-sigma-tiny",
-    "sd3": "sd3-tiny",
-    "flux": "flux-schnell-tiny",
-}
+RECIPES = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
 LOW_RANK = 4
 # For the Fréchet distance and PSNR; the distance's bias at N pictures is about 1/N.
 PICTURES = 768

@@ -140,7 +140,7 @@ def _check_free(host: str, port: int) -> None:
 def export(options: argparse.Namespace) -> None:
     """``fbqat export``."""
     prompts = read_prompts(options.prompts) if options.prompts else ()
-    from fbqat_hub.training.device import export_run
+    from fbqat_hub.export_run import export_run
 
     certificate = export_run(
         options.run_folder,

@@ -1,12 +1,16 @@
 """How close a student comes to its teacher: pure functions on tensors.
 
-sqnr_db             one output against another        dB, higher is better
+sqnr_db             outputs against others            dB, higher is better
 psnr, ssim          paired pictures, one per image    dB / [-1, 1], higher is better
 frechet_distance    two sets of features              >= 0, lower is better
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,32 +126,41 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return max(0.0, distance.item())
 
 
-def sqnr_db(reference: Tensor, other: Tensor) -> float:
+def sqnr_db(reference: Sequence[Tensor | np.ndarray], other: Sequence[Tensor | np.ndarray]) -> float:
     """Signal-to-quantization-noise ratio, ``10 log10(sum(reference^2) / sum((reference - other)^2))``.
 
     Args:
-        reference: the exact tensor, any shape and real dtype.
-        other: its approximation, same shape.
+        reference: exact tensors or arrays, any shapes and real dtypes; the sums go over all of them together.
+        other: their approximations, of the same shapes.
 
     Returns:
-        The ratio in dB, computed in float64; ``inf`` where the two are equal, ``-inf`` for a zero reference
-        with a non-zero approximation.
+        The ratio in dB, computed in float64; ``inf`` where all are equal, ``-inf`` where an approximation is not
+        finite, or the reference is zero and its approximation is not.
 
     Raises:
-        ValueError: shapes differ, or empty tensors.
+        ValueError: lengths or shapes differ, or nothing is compared.
 
-    >>> round(sqnr_db(torch.tensor([1.0, -1.0]), torch.tensor([1.1, -1.1])), 4)
+    >>> round(sqnr_db([torch.tensor([1.0, -1.0])], [torch.tensor([1.1, -1.1])]), 4)
     20.0
     """
-    if reference.shape != other.shape or reference.numel() == 0:
-        raise ValueError(
-            f"sqnr_db needs two non-empty tensors of one shape, got {tuple(reference.shape)} and {tuple(other.shape)}."
-        )
-    exact = reference.detach().to(torch.float64)
-    noise = (exact - other.detach().to(torch.float64)).square().sum()
+    signal = noise = 0.0
+    count = 0
+    for exact, approximate in zip(map(torch.as_tensor, reference), map(torch.as_tensor, other), strict=True):
+        if exact.shape != approximate.shape:
+            raise ValueError(
+                f"sqnr_db compares tensors of one shape, got {tuple(exact.shape)} and {tuple(approximate.shape)}."
+            )
+        wide = exact.detach().to(torch.float64)
+        signal += float(wide.square().sum())
+        noise += float((wide - approximate.detach().to(torch.float64)).square().sum())
+        count += exact.numel()
+    if not count:
+        raise ValueError("sqnr_db needs at least one number to compare, got none.")
+    if not math.isfinite(noise):
+        return -math.inf
     if noise == 0:
-        return float("inf")
-    return float(10.0 * (exact.square().sum() / noise).log10())
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def _checked_pictures(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

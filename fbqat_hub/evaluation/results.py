@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,10 +91,11 @@ _INSTRUCTION_SETS = (
 )
 
 
-def versions() -> dict[str, str]:
-    """Python and those of our dependencies that are installed, name -> version; nothing is imported."""
+def versions(*more: str) -> dict[str, str]:
+    """Python and those of our dependencies, and of ``more`` packages, that are installed: name -> version; nothing is
+    imported."""
     found = {"python": platform.python_version(), "fbqat_hub": __version__}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -117,6 +119,22 @@ def machine() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
     return described
+
+
+def peak_rss_mib(pid: int | None = None) -> float | None:
+    """The most memory that was resident at once so far, in MiB, of this process or of another one.
+
+    ``None`` where the system does not tell: anywhere but on Linux of another process, on Windows of this one too.
+    """
+    status = Path(f"/proc/{pid or 'self'}/status")
+    if status.exists():  # `getrusage` would count in what the parent had, which is kept across exec
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        return int(found[1]) / 1024 if found else None
+    if pid is not None or sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fbqat_hub.families.base import Family
+from fbqat_hub.families.base import Family, component_configs
 from fbqat_hub.families.flux import Flux
 from fbqat_hub.families.pixart_sigma import PixArtSigma
 from fbqat_hub.families.sana import Sana
@@ -19,12 +19,20 @@ def get_family(name: str) -> Family:
 
 
 def family_of(pipeline_class: str) -> Family:
-    """The family whose pipeline has that class name, as in model_index.json."""
-    for family in FAMILIES.values():
-        if family.pipeline_class == pipeline_class:
-            return family
-    known = ", ".join(family.pipeline_class for family in FAMILIES.values())
-    raise ValueError(f"{pipeline_class} is of no supported family; supported pipelines: {known}.")
+    """The family whose pipeline has that class name (model_index.json); ValueError with the pipelines there are."""
+    return _with("pipeline_class", pipeline_class, "pipelines")
 
 
-__all__ = ["FAMILIES", "Family", "family_of", "get_family"]
+def family_of_denoiser(denoiser_class: str) -> Family:
+    """The family whose denoiser has that class name; ValueError with the classes there are."""
+    return _with("denoiser_class", denoiser_class, "denoisers")
+
+
+def _with(attribute: str, value: str, kind: str) -> Family:
+    found = {getattr(family, attribute): family for family in FAMILIES.values()}
+    if value not in found:
+        raise ValueError(f"{value} is of no supported family; supported {kind}: {', '.join(found)}.")
+    return found[value]
+
+
+__all__ = ["FAMILIES", "Family", "component_configs", "family_of", "family_of_denoiser", "get_family"]

@@ -1,4 +1,4 @@
-"""What quantizing needs to know of a model architecture."""
+"""What training, evaluation and export need to know of a model architecture."""
 
 from __future__ import annotations
 
@@ -8,27 +8,51 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fbqat_hub.families.decoder import decoder_graph
+from fbqat_hub.families.graph import GraphWrapper, Item
 
 
 class Family(ABC):
-    """One architecture. A new family is one subclass in one file and one recipe.
+    """One architecture. A new family is one subclass in one file, its name in ``FAMILIES``, and one recipe.
+
+    Nobody else knows an architecture: training, evaluation, export, cards, benchmarks, tests and the doctor ask here.
 
     Attributes:
         name: as in recipes and results.
-        pipeline_class: name of the diffusers pipeline class.
+        title: as in tables.
+        pipeline_class, denoiser_class, autoencoder_class: names of the diffusers classes; the denoiser is the
+            pipeline's ``transformer``.
         size_multiple: sides of pictures are multiples of it: the autoencoder's factor times the patch's side.
         layer_groups: what can be trained alone -> fnmatch patterns of module names.
         activation_overrides: pattern -> activation settings that differ by default (the last layer runs W4A16 on the
             device, arXiv 2510.14823 section 4.3).
+        a16_layers: fnmatch patterns of layers that an export computes at A16 though they were trained at A8: the last
+            one, and those of one row a picture, which cost nothing (the timestep's path, modulations).
+        few_steps: in how many steps a model that was distilled for few of them samples; 0 of others.
+        stacks: names of the denoiser's lists of blocks, in the order in which they run.
+        constant_inputs: arguments of the denoiser's forward without a batch, which are constants of its graph.
+        options_without_graph: switches of the denoiser's config which, when on, keep it from being exported.
+        tiny: what the tiny teacher that ships (``training/teachers/<tiny>``) and its recipe are called; None without.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     pipeline_class: ClassVar[str]
+    denoiser_class: ClassVar[str]
+    autoencoder_class: ClassVar[str] = "AutoencoderKL"
     size_multiple: ClassVar[int] = 16
     layer_groups: ClassVar[dict[str, tuple[str, ...]]]
     activation_overrides: ClassVar[dict[str, dict[str, Any]]] = {"proj_out": {"bits": 16}}
+    a16_layers: ClassVar[tuple[str, ...]] = ("proj_out",)
+    few_steps: ClassVar[int] = 0
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    constant_inputs: ClassVar[tuple[str, ...]] = ()
+    options_without_graph: ClassVar[tuple[str, ...]] = ()
+    tiny: ClassVar[str | None] = None
 
+    # -- pictures and texts ----------------------------------------------------------------------------------------
     def encode_images(self, pipeline: Any, pixels: Tensor) -> Tensor:
         """Scaled latents [N, C, H/f, W/f] of pictures in [-1, 1], [N, 3, H, W]: the mean of an ``AutoencoderKL``."""
         config = pipeline.vae.config
@@ -43,10 +67,31 @@ class Family(ABC):
             generation: arguments of the pipeline call; what it leaves out has the call's own default.
         """
 
-    @abstractmethod
-    def native_size(self, pipeline: Any) -> dict[str, Any]:
-        """Arguments of the pipeline call that draw at the size the denoiser was trained for."""
+    def instruction(self, pipeline: Any, generation: Mapping[str, Any]) -> str:
+        """What the pipeline puts before every prompt; by default nothing."""
+        return ""
 
+    def native_size(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Arguments of the pipeline call that generate at the size the denoiser was trained for.
+
+        Args:
+            configs: ``config.json`` of the components ``transformer`` and ``vae``, by their names (`component_configs`
+                of a loaded pipeline).
+
+        Raises:
+            ValueError: a config that does not say it.
+        """
+        side = self.latent_side(configs["transformer"]) * pixels_per_latent(configs["vae"])
+        return {"height": side, "width": side}
+
+    def latent_side(self, config: Mapping[str, Any]) -> int:
+        """Side of the latents that the denoiser of this config was trained for."""
+        side = config.get("sample_size")
+        if not isinstance(side, int):
+            raise ValueError(f"the transformer's config.json has sample_size {side!r}; a {self.title} needs a number.")
+        return side
+
+    # -- training --------------------------------------------------------------------------------------------------
     def noisy(
         self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, *, few_step: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -57,14 +102,15 @@ class Family(ABC):
             progress: [N] uniform in (0, 1), turned into a timestep by the family's noise schedule.
             few_step: a model that samples in few steps gets the times of those steps only.
         """
-        t = logit_normal(progress)
+        few = self.few_steps and few_step
+        t = (progress * self.few_steps).ceil() / self.few_steps if few else logit_normal(progress)
         shift = scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0
         sigma = shift * t / (1 + (shift - 1) * t)
         return torch.lerp(latents, noise, sigma[:, None, None, None]), 1000 * sigma
 
     def target(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What the denoiser of a perfect model predicts; by default the velocity of flow matching, noise - latents."""
-        return noise - latents
+        return self.pack_latents(noise - latents)
 
     def error_weight(self, scheduler: Any, timestep: Tensor) -> Tensor | None:
         """How much the sampler makes of a squared error at these timesteps, mean 1 over all of training: fp32 [N].
@@ -75,11 +121,77 @@ class Family(ABC):
 
     @abstractmethod
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keyword arguments of the denoiser's forward."""
+        """Keyword arguments of the denoiser's forward, of noisy latents [N, C, H, W]."""
 
     def prediction(self, output: Tensor) -> Tensor:
         """The part of the denoiser's output that the sampler uses; by default all of it."""
         return output
+
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, H, W] as the denoiser and the sampler have them; by default the same."""
+        return latents
+
+    def unpack_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The reverse of ``pack_latents``: [N, C, height, width]."""
+        return latents
+
+    # -- export ----------------------------------------------------------------------------------------------------
+    def blocks(self, denoiser: nn.Module) -> tuple[str, ...]:
+        """Names of the denoiser's blocks, in order."""
+        return tuple(f"{stack}.{index}" for stack in self.stacks for index in range(len(getattr(denoiser, stack))))
+
+    def check_graph(self, denoiser: Any) -> None:
+        """ValueError where the config of ``denoiser`` has an option on that its graph does not have."""
+        for option in self.options_without_graph:
+            if denoiser.config.get(option):
+                raise ValueError(f"{self.denoiser_class} with {option}=True cannot be exported; use one without it.")
+
+    @abstractmethod
+    def graph(self, denoiser: Any, example: Item) -> GraphWrapper:
+        """The graph of a (packed) denoiser, which is itself not changed.
+
+        Inputs, float32, batch 1: `hidden_states` (latents as ``pack_latents`` makes them), `encoder_hidden_states`
+        [1, tokens, D], and what `families.graph.host_inputs` says.
+
+        Args:
+            example: keyword arguments of the denoiser's forward; says the shapes, whether there is a text mask, and
+                the values of ``constant_inputs``.
+
+        Raises:
+            ValueError: an option that has no graph.
+        """
+
+    def decoder_graph(self, vae: Any) -> GraphWrapper:
+        """The graph of the autoencoder's decoder, see `families.decoder.decoder_graph`.
+
+        Raises:
+            ValueError: an autoencoder of another class than the family's.
+        """
+        if type(vae).__name__ != self.autoencoder_class:
+            raise ValueError(
+                f"the decoder of {type(vae).__name__} cannot be exported; a {self.title} has an "
+                f"{self.autoencoder_class}."
+            )
+        return decoder_graph(vae)
+
+
+def component_configs(pipeline: Any) -> dict[str, Mapping[str, Any]]:
+    """Name -> config of every component of a loaded pipeline that has one."""
+    configs = {name: getattr(part, "config", None) for name, part in pipeline.components.items()}
+    return {name: config for name, config in configs.items() if isinstance(config, Mapping)}
+
+
+def pixels_per_latent(config: Mapping[str, Any]) -> int:
+    """How many pixels a side one latent stands for: a level of an autoencoder's encoder halves the picture, but the
+    last.
+
+    >>> pixels_per_latent({"block_out_channels": [128, 256, 512, 512]})
+    8
+    """
+    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    if not isinstance(levels, Sequence) or not levels:
+        raise ValueError("the vae's config.json has neither block_out_channels nor encoder_block_out_channels.")
+    return int(2 ** (len(levels) - 1))
 
 
 def call_arguments(pipeline: Any, generation: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

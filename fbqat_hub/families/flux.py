@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fbqat_hub.families.attention import ExplicitRotaryAttention
 from fbqat_hub.families.base import Family, call_arguments
-
-_STEPS = 4  # what FLUX.1-schnell is drawn with
+from fbqat_hub.families.graph import GraphWrapper, Item, TwinModule, float_twin, host_inputs
 
 
 class Flux(Family):
@@ -20,7 +20,9 @@ class Flux(Family):
     """
 
     name: ClassVar[str] = "flux"
+    title: ClassVar[str] = "FLUX.1-schnell"
     pipeline_class: ClassVar[str] = "FluxPipeline"
+    denoiser_class: ClassVar[str] = "FluxTransformer2DModel"
     layer_groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "all": ("*",),
         "blocks": ("transformer_blocks.*", "single_transformer_blocks.*"),
@@ -32,53 +34,90 @@ class Flux(Family):
             "single_transformer_blocks.*.proj_out",
         ),
     }
+    a16_layers: ClassVar[tuple[str, ...]] = (
+        "proj_out",
+        "time_text_embed.*",
+        "norm_out.linear",
+        "transformer_blocks.*.norm1.linear",
+        "transformer_blocks.*.norm1_context.linear",
+        "single_transformer_blocks.*.norm.linear",
+    )
+    few_steps: ClassVar[int] = 4
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    constant_inputs: ClassVar[tuple[str, ...]] = ("txt_ids", "img_ids")
+    options_without_graph: ClassVar[tuple[str, ...]] = ("guidance_embeds",)
+    tiny: ClassVar[str | None] = "flux-schnell-tiny"
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
         arguments = call_arguments(pipeline, generation, ("max_sequence_length",))
         embeds, pooled, _ = pipeline.encode_prompt(list(prompts), **arguments)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def native_size(self, pipeline: Any) -> dict[str, Any]:
-        side = pipeline.default_sample_size * pipeline.vae_scale_factor
-        return {"height": side, "width": side}
-
-    def noisy(
-        self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, *, few_step: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Flow matching; with ``few_step`` at one of the four times 1, 3/4, 1/2 and 1/4 that the sampler visits."""
-        if not few_step:
-            return super().noisy(scheduler, latents, noise, progress)
-        sigma = (progress * _STEPS).ceil() / _STEPS
-        return torch.lerp(latents, noise, sigma[:, None, None, None]), 1000 * sigma
-
-    def target(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The velocity, as tokens."""
-        return pack(noise - latents)
+    def latent_side(self, config: Mapping[str, Any]) -> int:
+        """128, FluxPipeline's own: positions are rotary, and the denoiser's config says no size."""
+        return 128
 
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        height, width = noisy.shape[-2:]
-        return self.token_inputs(pack(noisy), height, width, timestep, conditioning)
+        from diffusers import FluxPipeline
 
-    def token_inputs(
-        self, tokens: Tensor, height: int, width: int, timestep: Tensor, conditioning: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Keyword arguments of the denoiser's forward from packed latents [N, height/2 * width/2, 4 C]."""
-        rows, columns = height // 2, width // 2
-        positions = torch.zeros(rows, columns, 3)
-        positions[..., 1] += torch.arange(rows)[:, None]
-        positions[..., 2] += torch.arange(columns)
-        text_tokens = conditioning["encoder_hidden_states"].shape[1]
+        height, width = noisy.shape[-2:]
+        ids = FluxPipeline._prepare_latent_image_ids(len(noisy), height // 2, width // 2, noisy.device, torch.float32)
         return {
-            "hidden_states": tokens,
+            "hidden_states": self.pack_latents(noisy),
             "timestep": timestep / 1000,
-            "img_ids": positions.view(-1, 3),
-            "txt_ids": torch.zeros(text_tokens, 3),
+            "img_ids": ids,
+            "txt_ids": torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=noisy.device),
             **conditioning,
         }
 
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """[N, C, H, W] as tokens [N, H/2 * W/2, 4 C], each channel's 2 x 2 square in reading order."""
+        from diffusers import FluxPipeline
 
-def pack(latents: Tensor) -> Tensor:
-    """Latents [N, C, H, W] as tokens [N, H/2 * W/2, 4 C], each channel's 2 x 2 square in reading order."""
-    count, channels, height, width = latents.shape
-    squares = latents.view(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return squares.reshape(count, height // 2 * (width // 2), 4 * channels)
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+
+    def unpack_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
+        from diffusers import FluxPipeline
+
+        return FluxPipeline._unpack_latents(latents, height, width, vae_scale_factor=1)
+
+    def graph(self, denoiser: Any, example: Item) -> GraphWrapper:
+        self.check_graph(denoiser)
+        twin = float_twin(denoiser)
+        twin.set_attn_processor(ExplicitRotaryAttention())
+        with torch.no_grad():
+            rotary = twin.pos_embed(torch.cat([example[ids] for ids in self.constant_inputs]))
+        names = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+        made = host_inputs(twin.time_text_embed.time_proj, names, time_scale=1000.0)
+
+        def inputs(item: Item) -> dict[str, Tensor]:
+            for ids in self.constant_inputs:
+                if not torch.equal(item[ids], example[ids]):
+                    raise ValueError(
+                        f"an item's {ids} differ from the first item's; positions are constants of the graph, so "
+                        "export for one picture size and one number of text tokens."
+                    )
+            return made(item)
+
+        return GraphWrapper(module=_Forward(twin, self.blocks(twin), rotary), host_inputs=inputs)
+
+
+class _Forward(TwinModule):
+    """FLUX's forward with the timestep's sin/cos given and the rotary positions as constants."""
+
+    def __init__(self, twin: Any, blocks: Sequence[str], rotary: tuple[Tensor, Tensor]) -> None:
+        super().__init__(twin, blocks)
+        self.register_buffer("cosine", rotary[0])
+        self.register_buffer("sine", rotary[1])
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        hidden_states, encoder_hidden_states, pooled_projections, timestep_embedding = inputs
+        twin: Any = self.twin
+        rotary = (self.cosine, self.sine)
+        embed = twin.time_text_embed
+        temb = embed.timestep_embedder(timestep_embedding) + embed.text_embedder(pooled_projections)
+        picture, text = twin.x_embedder(hidden_states), twin.context_embedder(encoder_hidden_states)
+        for block in [*twin.transformer_blocks, *twin.single_transformer_blocks]:
+            text, picture = block(hidden_states=picture, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
+        output: Tensor = twin.proj_out(twin.norm_out(picture, temb))
+        return output

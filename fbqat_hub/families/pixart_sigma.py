@@ -7,29 +7,35 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fbqat_hub.families.attention import ExplicitAttention
 from fbqat_hub.families.base import Family, call_arguments
+from fbqat_hub.families.graph import GraphWrapper, Item, float_twin, through_own_forward
 
 
 class PixArtSigma(Family):
     """PixArtSigmaPipeline with PixArtTransformer2DModel."""
 
     name: ClassVar[str] = "pixart-sigma"
+    title: ClassVar[str] = "PixArt-Sigma"
     pipeline_class: ClassVar[str] = "PixArtSigmaPipeline"
+    denoiser_class: ClassVar[str] = "PixArtTransformer2DModel"
     layer_groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "all": ("*",),
         "blocks": ("transformer_blocks.*",),
         "attention": ("transformer_blocks.*.attn1.*", "transformer_blocks.*.attn2.*"),
         "feed_forward": ("transformer_blocks.*.ff.*",),
     }
+    a16_layers: ClassVar[tuple[str, ...]] = ("proj_out", "adaln_single.*")
+    options_without_graph: ClassVar[tuple[str, ...]] = ("use_additional_conditions",)
+    tiny: ClassVar[str | None] = "pixart-sigma-tiny"
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
         arguments = call_arguments(pipeline, generation, ("max_sequence_length", "clean_caption"))
         embeds, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **arguments)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
-    def native_size(self, pipeline: Any) -> dict[str, Any]:
-        side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-        return {"height": side, "width": side, "use_resolution_binning": False}
+    def native_size(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {**super().native_size(configs), "use_resolution_binning": False}
 
     def noisy(
         self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, *, few_step: bool = True
@@ -60,3 +66,12 @@ class PixArtSigma(Family):
     def prediction(self, output: Tensor) -> Tensor:
         """The noise; the second half of the channels is the learned variance, which no sampler here uses."""
         return output.chunk(2, dim=1)[0]
+
+    def graph(self, denoiser: Any, example: Item) -> GraphWrapper:
+        self.check_graph(denoiser)
+        twin = float_twin(denoiser)
+        for block in twin.transformer_blocks:
+            block.attn1.set_processor(ExplicitAttention())
+            block.attn2.set_processor(ExplicitAttention())
+        names = ("hidden_states", "encoder_hidden_states")
+        return through_own_forward(twin, self.blocks(twin), twin.adaln_single.emb, example, names)

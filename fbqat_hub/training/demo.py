@@ -14,11 +14,11 @@ import torch
 from fbqat_hub.evaluation.folders import PictureFolder
 from fbqat_hub.evaluation.results import METHODS, Record, read_records, write_records
 from fbqat_hub.export import ExportError
+from fbqat_hub.export_run import export_run
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.inputs import output_folder
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.cache import cached_splits
-from fbqat_hub.training.device import export_run
 from fbqat_hub.training.distill import is_finished, train
 from fbqat_hub.training.evaluate import evaluate
 from fbqat_hub.training.recipe import Recipe, load_recipe

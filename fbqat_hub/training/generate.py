@@ -10,7 +10,7 @@ import torch
 
 from fbqat_hub.components import read_index
 from fbqat_hub.evaluation.pictures import grid
-from fbqat_hub.families import FAMILIES
+from fbqat_hub.families import FAMILIES, component_configs
 from fbqat_hub.files import whole
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.inputs import checked_device, output_picture, seeds
@@ -58,7 +58,7 @@ def generate(
     pipeline = load_pipeline(folder, torch.float32).to(device)
     if given is None:
         families = (family for family in FAMILIES.values() if family.pipeline_class == pipeline_class)
-        given = next((dict(family.native_size(pipeline)) for family in families), {})
+        given = next((dict(family.native_size(component_configs(pipeline))) for family in families), {})
     pictures = generate_pictures(pipeline, prompts, {**given, **(call or {})}, each_seed)
     for number, picture in enumerate(pictures):
         if is_one_colour(picture):

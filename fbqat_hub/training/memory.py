@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fbqat_hub.export.htp.runtime.qnn_session import peak_rss_mib
+from fbqat_hub.evaluation.results import peak_rss_mib
 from fbqat_hub.pipelines import load_pipeline, load_stage
 from fbqat_hub.training.recipe import Recipe
 
@@ -27,8 +27,7 @@ def peak_of_a_picture(source: str, recipe: Recipe, prompt: str, stage: int | Non
         stage: bit width of a stage that the run ``source`` kept.
 
     Raises:
-        ChildProcessError: the process failed (out of memory, say), with its last words; or the system does not tell
-            (``/proc`` is Linux's).
+        ChildProcessError: the process failed (out of memory, say), with its last words; or the system does not tell.
     """
     steps = recipe.evaluation.inference_steps
     call = {**recipe.generation, "prompt": prompt, "num_inference_steps": steps}
@@ -48,7 +47,9 @@ def main() -> None:
     dtype = torch.float32
     pipeline: Any = load_pipeline(source, dtype) if stage is None else load_stage(Path(source), stage, dtype)
     pipeline(**call, generator=torch.Generator().manual_seed(0))
-    print(peak_rss_mib())
+    if (peak := peak_rss_mib()) is None:
+        sys.exit("this system does not tell")
+    print(peak)
 
 
 if __name__ == "__main__":

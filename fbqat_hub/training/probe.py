@@ -10,7 +10,6 @@ import copy
 import itertools
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from fbqat_hub.evaluation.results import peak_rss_mib
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width
 from fbqat_hub.training.cache import CachedSplit
@@ -169,7 +169,7 @@ def _probe(
 
     with tempfile.TemporaryDirectory() as folder:
         distill(recipe, student, teacher, splits, draws, Path(folder), accelerator, False, False, note)
-    peak = torch.cuda.max_memory_allocated(accelerator.device) / 2**20 if on_gpu else _process_peak_mib()
+    peak = torch.cuda.max_memory_allocated(accelerator.device) / 2**20 if on_gpu else peak_rss_mib()
     set_bit_width(student, recipe.quantization.weight_bits)
     losses = _picture_losses(student.eval(), teacher, splits["validation"], draws)
     seconds = statistics.median(after - before for before, after in itertools.pairwise(times))
@@ -208,11 +208,3 @@ def _picture_losses(student: nn.Module, teacher: nn.Module, split: CachedSplit, 
     part.captions = split.captions[:PICTURES]
     losses = held_out_loss(student, teacher, part, draws, repeats=DRAWS)
     return [statistics.fmean(losses[picture :: len(part)]) for picture in range(len(part))]
-
-
-def _process_peak_mib() -> float | None:
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fbqat_hub.components import read_index
 from fbqat_hub.config import FBQATConfig
-from fbqat_hub.families import family_of
+from fbqat_hub.families import component_configs, family_of
 from fbqat_hub.integrations.diffusers import packed_layers
 from fbqat_hub.pipelines import check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
 from fbqat_hub.training.recipe import Recipe
@@ -55,7 +55,7 @@ def convert_pipeline(
         "teacher": source,
         "method": "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
         "quantization": dict(settings or {}),
-        "generation": family.native_size(pipeline),
+        "generation": family.native_size(component_configs(pipeline)),
     }
     recipe = Recipe(**fields)
     with replacing(output) as partial:

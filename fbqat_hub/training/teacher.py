@@ -303,7 +303,8 @@ def _distil_few_steps(recipe: dict[str, Any], family: Any, pipeline: Any, captio
         start, end = path[chosen, segment], path[chosen, segment + 1]
         sigma = 1 - segment / settings["segments"]
         conditioning = {name: value[chosen % len(captions)] for name, value in encoded.items()}
-        inputs = family.token_inputs(start, side, side, 1000 * sigma, conditioning)
+        latents = family.unpack_latents(start, side, side)
+        inputs = family.denoiser_inputs(latents, 1000 * sigma, conditioning)
         return F.mse_loss(transformer(**inputs, return_dict=False)[0], (start - end) * settings["segments"])
 
     _fit("few steps", transformer.train(), settings, loss_at, work / "few_step", yaml.safe_dump(recipe))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.files import shipped
 
-_FOLDER = shipped("training/teachers")
 SHIPPED = {
-    f"fbqat-hub/{name}-openmoji": _FOLDER / name
-    for name in ("sana-tiny", "pixart-sigma-tiny", "sd3-tiny", "flux-schnell-tiny")
+    f"fbqat-hub/{family.tiny}-openmoji": shipped("training/teachers") / family.tiny
+    for family in FAMILIES.values()
+    if family.tiny
 }
 
 

@@ -131,8 +131,18 @@ def test_wrong_features_are_refused(a: torch.Tensor, b: torch.Tensor, says: str)
 
 def test_sqnr_of_uniform_rounding_is_six_decibels_a_bit() -> None:
     signal = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-    coarse, fine = (sqnr_db(signal, (signal * 2**bits).round() / 2**bits) for bits in (6, 7))
+    coarse, fine = (sqnr_db([signal], [(signal * 2**bits).round() / 2**bits]) for bits in (6, 7))
     assert fine - coarse == pytest.approx(20 * math.log10(2), abs=0.05)
-    assert sqnr_db(signal, signal) == math.inf
+
+
+def test_sqnr_is_of_all_tensors_together() -> None:
+    """10 log10((9 + 16 + 0) / (0 + 0.25 + 0)); arrays and tensors alike."""
+    reference = [torch.tensor([3.0, 4.0]), np.array([0.0])]
+    assert sqnr_db(reference, [np.array([3.0, 4.5]), torch.zeros(1)]) == pytest.approx(20)
+    assert sqnr_db(reference, reference) == math.inf
+    assert sqnr_db(reference, [torch.tensor([3.0, math.nan]), torch.zeros(1)]) == -math.inf
+    assert sqnr_db([torch.zeros(1)], [torch.ones(1)]) == -math.inf
     with pytest.raises(ValueError, match="one shape"):
-        sqnr_db(signal, signal[:5])
+        sqnr_db(reference, [torch.zeros(1), torch.zeros(1)])
+    with pytest.raises(ValueError, match="at least one number"):
+        sqnr_db([], [])

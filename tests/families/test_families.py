@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,9 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from fbqat_hub.families import FAMILIES, Family, family_of, get_family
+from fbqat_hub.families import FAMILIES, Family, component_configs, family_of, family_of_denoiser, get_family
 from fbqat_hub.families.base import logit_normal
-from fbqat_hub.families.flux import pack
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization.convert import quantizable
 from fbqat_hub.training.teacher import RECIPES
@@ -58,18 +58,24 @@ def test_looked_up_by_name_and_by_pipeline() -> None:
     for name, family in FAMILIES.items():
         assert get_family(name) is family
         assert family_of(family.pipeline_class) is family
-        assert hasattr(diffusers, family.pipeline_class)
+        assert family_of_denoiser(family.denoiser_class) is family
 
 
-@pytest.mark.parametrize(("look_up", "name"), [(get_family, "dalle"), (family_of, "DallePipeline")])
+@pytest.mark.parametrize(
+    ("look_up", "name"), [(get_family, "dalle"), (family_of, "DallePipeline"), (family_of_denoiser, "Dalle2DModel")]
+)
 def test_unknown_family_names_the_known(look_up, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}.*; supported.*(sana|SanaPipeline)"):
+    with pytest.raises(ValueError, match=f"{name}.*; supported.*(sana|SanaPipeline|SanaTransformer2DModel)"):
         look_up(name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_has_a_teacher_of_its_own_class(family: str, load) -> None:
-    assert type(load(family)).__name__ == FAMILIES[family].pipeline_class
+    """Of every class that it names, as diffusers has them."""
+    pipeline, rules = load(family), FAMILIES[family]
+    assert type(pipeline) is getattr(diffusers, rules.pipeline_class)
+    assert type(pipeline.transformer) is getattr(diffusers, rules.denoiser_class)
+    assert type(pipeline.vae) is getattr(diffusers, rules.autoencoder_class)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -99,7 +105,7 @@ def test_layer_groups(family_and_pipeline) -> None:
     assert groups["attention"] | groups["feed_forward"] <= groups["blocks"] < groups["all"]
     rest = groups["blocks"] - groups["attention"] - groups["feed_forward"]
     assert all(".norm" in name and name.endswith(".linear") for name in rest), rest  # modulation
-    for patterns in (*family.layer_groups.values(), family.activation_overrides):
+    for patterns in (*family.layer_groups.values(), family.activation_overrides, family.a16_layers):
         for pattern in patterns:
             assert any(fnmatchcase(name, pattern) for name in names), pattern
 
@@ -161,13 +167,33 @@ def test_latents_are_those_that_the_pipeline_decodes(family_and_pipeline) -> Non
     assert torch.allclose(drawn, (alone / 2 + 0.5).clamp(0, 1), atol=1e-5)
 
 
-def test_native_size_is_what_the_denoiser_draws(family_and_pipeline) -> None:
+def test_native_size_is_what_the_denoiser_was_made_for(family_and_pipeline, monkeypatch) -> None:
+    """From the files of its components alone."""
     family, pipeline = family_and_pipeline
-    pipeline.default_sample_size = 8  # FLUX: of the pipeline, as its denoiser draws any size
-    side = pipeline.transformer.config.get("sample_size", 8)
-    call = {**call_of(family.name, pipeline), **family.native_size(pipeline)}
-    image = pipeline("red", **call).images[0]
-    assert image.size == (call["width"], call["height"]) == (side * pipeline.vae_scale_factor,) * 2
+    if "sample_size" not in pipeline.transformer.config:  # FLUX: the pipeline's own, 128, takes a while
+        assert family.latent_side({}) == pipeline.default_sample_size
+        monkeypatch.setattr(type(family), "latent_side", lambda *_: 8)
+    configs = {
+        name: json.loads(config.to_json_string())
+        for name, config in (("transformer", pipeline.transformer), ("vae", pipeline.vae))
+    }
+    size = family.native_size(configs)
+    assert size == family.native_size(component_configs(pipeline))
+    side = configs["transformer"].get("sample_size", 8)
+    image = pipeline("red", **{**call_of(family.name, pipeline), **size}).images[0]
+    assert image.size == (size["width"], size["height"]) == (side * pipeline.vae_scale_factor,) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "configs", "says"),
+    [
+        ("sana", {"transformer": {}, "vae": {"encoder_block_out_channels": [8]}}, "sample_size None; a Sana needs"),
+        ("flux", {"transformer": {}, "vae": {}}, "vae's config.json has neither block_out_channels"),
+    ],
+)
+def test_a_config_without_a_size_is_named(name: str, configs: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        get_family(name).native_size(configs)
 
 
 @torch.no_grad()
@@ -280,10 +306,13 @@ def test_flux_before_its_distillation_is_trained_at_all_levels(load) -> None:
 
 
 def test_flux_packs_and_places_tokens_as_diffusers_does() -> None:
-    latents = ramp(2, 4, 6, 8)
-    assert torch.equal(pack(latents), diffusers.FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
-    assert torch.equal(get_family("flux").target(latents, 2 * latents), pack(latents))
-    inputs = get_family("flux").denoiser_inputs(latents, torch.ones(2), {"encoder_hidden_states": ramp(2, 5, 16)})
+    """The first token is the first square of 2 x 2, channel by channel."""
+    family, latents = get_family("flux"), ramp(2, 4, 6, 8)
+    tokens = family.pack_latents(latents)
+    assert torch.equal(tokens[:, 0], latents[:, :, :2, :2].flatten(1))
+    assert torch.equal(family.unpack_latents(tokens, 6, 8), latents)
+    assert torch.equal(family.target(latents, 2 * latents), tokens)
+    inputs = family.denoiser_inputs(latents, torch.ones(2), {"encoder_hidden_states": ramp(2, 5, 16)})
     expected = diffusers.FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32)
     assert torch.equal(inputs["img_ids"], expected)
     assert torch.equal(inputs["txt_ids"], torch.zeros(5, 3))

@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 
 from fbqat_hub import cli
 from fbqat_hub.evaluation.results import METRICS
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.hub.listing import published
 from fbqat_hub.hub.manifest import read_manifest
 from fbqat_hub.hub.publish import publish
@@ -23,7 +24,7 @@ from tests.conftest import subprocess_environment
 from tests.hub.conftest import TOKEN
 from tests.hub.server import LoopbackHub
 
-RECIPES = ("sana-tiny", "pixart-sigma-tiny", "sd3-tiny", "flux-schnell-tiny")
+RECIPES = [family.tiny for family in FAMILIES.values() if family.tiny]
 
 
 def run_of(name: str, folder: Path, metric: str) -> Recipe:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub import FBQATConfig
-from fbqat_hub.families import FAMILIES
+from fbqat_hub.families import FAMILIES, component_configs
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLinear, named_layers, stored_bits_per_weight
 from fbqat_hub.quantization.convert import quantizable
@@ -79,5 +79,5 @@ def test_conversion_says_what_it_made(converted, teacher_of) -> None:
     family, folder = converted
     recipe = load_recipe(folder / "recipe.yaml")
     assert (recipe.family, recipe.method, recipe.teacher) == (family, "ptq-mse", str(teacher_of(family)))
-    assert recipe.generation == FAMILIES[family].native_size(load_pipeline(folder))
+    assert recipe.generation == FAMILIES[family].native_size(component_configs(load_pipeline(folder)))
     assert DiffusionPipeline.load_config(folder)["_class_name"] == FAMILIES[family].pipeline_class

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from fbqat_hub import cli
 from fbqat_hub.evaluation.folders import PictureFolder
 from fbqat_hub.evaluation.metrics import psnr
-from fbqat_hub.evaluation.results import Record, read_records, write_records
-from fbqat_hub.export.htp.runtime.qnn_session import peak_rss_mib
+from fbqat_hub.evaluation.results import Record, peak_rss_mib, read_records, write_records
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.pictures import read_picture
 from fbqat_hub.pipelines import load_pipeline

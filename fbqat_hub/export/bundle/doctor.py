@@ -7,13 +7,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
-from fbqat_hub.export.onnx.wrappers import WRAPPERS, blocks_of
+from fbqat_hub.families import family_of_denoiser
 from fbqat_hub.files import sha256
 from fbqat_hub.quantization.linear import PackedLinear
 
@@ -82,7 +82,7 @@ def diagnose_log(text: str) -> list[Finding]:
 
 
 def graph_bytes(transformer: nn.Module) -> int:
-    """Bytes of constants of the transformer's graph: two 4-bit codes a byte, other weights at 8 bits, biases int32."""
+    """Bytes of constants of the transformer's graph: two 4-bit codes per byte, other weights 8 bits, biases int32."""
     packed = [module for module in transformer.modules() if isinstance(module, PackedLinear)]
     inside = {id(parameter) for layer in packed for parameter in layer.parameters()}
     four_bit = sum(layer.weight_packed.nbytes + 8 * layer.out_features for layer in packed)
@@ -93,8 +93,10 @@ def graph_bytes(transformer: nn.Module) -> int:
 def diagnose_model(transformer: nn.Module, target: Target) -> list[Finding]:
     """What stands in the way of exporting `transformer` for `target`, from its modules alone: nothing is traced."""
     name = type(transformer).__name__
-    if name not in WRAPPERS:
-        return [Finding("error", f"no HTP graph for {name}", f"there is one for {', '.join(sorted(WRAPPERS))}")]
+    try:
+        family = family_of_denoiser(name)
+    except ValueError as error:
+        return [Finding("error", str(error), "export a pipeline of one of these families")]
     layers = {key: module for key, module in transformer.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
         return [Finding("error", f"{name} has no packed layer", "quantize it first: fbqat convert, or fbqat train")]
@@ -110,10 +112,10 @@ def diagnose_model(transformer: nn.Module, target: Target) -> list[Finding]:
                 "error", f"{len(grouped)} layers have per-group scales, e.g. {grouped[0]}", "use per_channel scales"
             )
         )
-    config: Any = getattr(transformer, "config", None)
-    for option in ("guidance_embeds", "use_additional_conditions"):
-        if getattr(config, option, False):
-            findings.append(Finding("error", f"{option}=True has no graph", "use a checkpoint without it"))
+    try:
+        family.check_graph(transformer)
+    except ValueError as error:
+        findings.append(Finding("error", str(error)))
     missing = [key for key, layer in layers.items() if layer.input_scale is None]
     if missing:
         findings.append(
@@ -124,7 +126,7 @@ def diagnose_model(transformer: nn.Module, target: Target) -> list[Finding]:
             )
         )
     size = graph_bytes(transformer)
-    blocks = blocks_of(transformer)
+    blocks = family.blocks(transformer)
     graphs = 1 if size < MAX_GRAPH_BYTES else math.ceil(size / (0.9 * MAX_GRAPH_BYTES))
     if graphs > 1:
         findings.append(

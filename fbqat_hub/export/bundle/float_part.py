@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from fbqat_hub.export.htp.graph import GraphSource, Progress, compile_graph, trace_graph
+from fbqat_hub.export.htp.graph import GraphSource, compile_graph
 from fbqat_hub.export.htp.targets import Target
-from fbqat_hub.export.onnx.float_graph import GraphWrapper, as_feed
+from fbqat_hub.export.onnx.float_graph import as_feed
 from fbqat_hub.export.onnx.precision import PRESETS
-from fbqat_hub.export.onnx.wrappers import Item
+from fbqat_hub.export.progress import Progress
+from fbqat_hub.families.graph import GraphWrapper, Item
 
 
 def build_part(
@@ -32,9 +33,10 @@ def build_part(
     """
     from fbqat_hub.export.htp import certificate
     from fbqat_hub.export.onnx.calibration import calibrate
+    from fbqat_hub.export.onnx.rewrite import traced
 
     with bar.step(f"{name}: trace"):
-        graph, rewrites = trace_graph(wrapper, calibration[0], {})
+        graph, rewrites = traced(wrapper, calibration[0], {})
     with bar.step(f"{name}: calibrate"):
         ranges = calibrate(graph.model, [as_feed(wrapper.host_inputs(item)) for item in calibration])
     inputs = [wrapper.host_inputs(item) for item in held_out]

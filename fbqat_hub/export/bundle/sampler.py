@@ -39,10 +39,10 @@ def sampler_matrix(scheduler: Any) -> np.ndarray:
     """M of the module's formula, float32 [steps, 1 + steps].
 
     Args:
-        scheduler: a diffusers scheduler after `set_timesteps` (a pipeline's own, after it drew once).
+        scheduler: a diffusers scheduler after `set_timesteps` (a pipeline's own, after one picture).
 
     Raises:
-        ExportError: a step is not linear (thresholding), or draws noise of its own.
+        ExportError: a step is not linear (thresholding), or adds noise of its own.
     """
     config = scheduler.config
     stochastic = config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde")

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export.bundle.float_part import build_part
 from fbqat_hub.export.bundle.runtime.text import denoiser_inputs, tokenize
-from fbqat_hub.export.bundle.text_encoder import COMPONENTS, TextEncoder, wrap_text_encoder
+from fbqat_hub.export.bundle.text_encoder import COMPONENTS, ENCODER_MASK_BIAS, TextEncoder, wrap_text_encoder
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.export.htp.graph import Progress
 from fbqat_hub.export.htp.targets import Target
-from fbqat_hub.export.onnx.parity import sqnr_db
-from fbqat_hub.export.onnx.wrappers import Item
+from fbqat_hub.export.progress import Progress
+from fbqat_hub.families.graph import Item
 
 #: The denoiser's inputs of a text as the host and float encoders make them, against the pipeline's: SQNR in dB. Half
 #: precision alone leaves 60.
@@ -52,8 +52,9 @@ def build_text(
     pipeline: Any,
     recorded: Recorded,
     texts: Sequence[str],
-    drawn: Sequence[tuple[str, Mapping[str, Tensor]]],
+    generated: Sequence[tuple[str, Mapping[str, Tensor]]],
     instruction: str,
+    mask_bias: float | None,
     folder: Path,
     target: Target,
     bar: Progress,
@@ -61,10 +62,11 @@ def build_text(
     """All text encoders of `pipeline`, into `folder`.
 
     Args:
-        recorded: what each was given while the pipeline drew `PROBE` (`text_encoder.recorded_tokens`).
+        recorded: what each was given while the pipeline generated `PROBE` (`text_encoder.recorded_tokens`).
         texts: to calibrate on.
-        drawn: prompts, and the graph inputs that the pipeline's denoiser got of them.
-        instruction: what the pipeline puts before a prompt (Sana's `complex_human_instruction`), or nothing.
+        generated: prompts, and the graph inputs that the pipeline's denoiser got of them.
+        instruction: what the pipeline puts before a prompt (`Family.instruction`), or nothing.
+        mask_bias: of the denoiser (`host.host_parts`).
     """
     scratch = folder / "text"
     scratch.mkdir()
@@ -78,7 +80,7 @@ def build_text(
             encoder = wrap_text_encoder(name, getattr(pipeline, name), len(rows[0][0]), masked)
             encoders.append(encoder)
             found.tables[f"embedding.{name}"] = encoder.table
-            kept = drawn[0][1]["encoder_hidden_states"].shape[1] if instruction else None
+            kept = generated[0][1]["encoder_hidden_states"].shape[1] if instruction else None
             found.described.append(
                 {
                     "graph": name,
@@ -87,14 +89,15 @@ def build_text(
                     "instruction": instruction,
                     "kept": kept,
                     "bias": encoder.bias,
+                    "mask_bias": ENCODER_MASK_BIAS,
                     "end": encoder.end,
                 }
             )
-        _check(encoders, found.described, scratch, drawn)
+        _check(encoders, found.described, scratch, generated, mask_bias)
         for encoder, described in zip(encoders, found.described, strict=True):
             kind = type(getattr(pipeline, encoder.name)).__name__
             calibration = [_item(scratch, described, text) for text in texts]
-            held_out = [_item(scratch, described, prompt) for prompt, _ in drawn]
+            held_out = [_item(scratch, described, prompt) for prompt, _ in generated]
             found.sections[encoder.name] = build_part(
                 encoder.name, kind, encoder.wrapper, calibration, held_out, scratch, target, bar
             )
@@ -146,10 +149,11 @@ def _check(
     encoders: Sequence[TextEncoder],
     described: Sequence[Mapping[str, Any]],
     folder: Path,
-    drawn: Sequence[tuple[str, Mapping[str, Tensor]]],
+    generated: Sequence[tuple[str, Mapping[str, Tensor]]],
+    mask_bias: float | None,
 ) -> None:
     """ExportError unless tokenizers, graphs in float and `denoiser_inputs` give what the pipeline's denoiser got."""
-    for prompt, wanted in drawn:
+    for prompt, wanted in generated:
         items = [_item(folder, each, prompt) for each in described]
         with torch.no_grad():
             outputs = [
@@ -157,7 +161,7 @@ def _check(
                 for encoder, item in zip(encoders, items, strict=True)
             ]
         mask = items[-1]["attention_mask"].numpy()
-        made = denoiser_inputs(described, outputs, mask, "encoder_attention_bias" in wanted)
+        made = denoiser_inputs(described, outputs, mask, mask_bias)
         for name, value in made.items():
             expected = wanted[name].float().numpy()
             reached = sqnr_db([expected], [value]) if expected.shape == value.shape else float("-inf")

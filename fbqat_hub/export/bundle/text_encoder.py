@@ -16,12 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.export.bundle.runtime.text import ENCODER_MASK_BIAS, encoder_feed
+from fbqat_hub.export.bundle.runtime.text import encoder_feed
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.export.onnx.float_graph import GraphWrapper, TwinModule, float_twin
+from fbqat_hub.families.graph import GraphWrapper, TwinModule, float_twin
 
 #: Text encoder -> its tokenizer, as diffusers' pipelines name them.
 COMPONENTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
+
+#: Added to a text encoder's attention score of a token that is not to be seen. Its scores go further apart than a
+#: denoiser's (`families.graph.MASK_BIAS`): Gemma's up to 50 from 0.
+ENCODER_MASK_BIAS = -100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +176,7 @@ def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool) -> Tex
                 module.config._attn_implementation = "eager"
         _one_op_norms_and_gelus(twin)
         graph = GRAPHS[kind](twin, tokens)
-    described = {"bias": bias, "end": end}
+    described = {"bias": bias, "mask_bias": ENCODER_MASK_BIAS, "end": end}
     values = table.float().numpy()
 
     def host_inputs(item: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
-from fbqat_hub.export.onnx.float_graph import TWIN
+from fbqat_hub.families.graph import TWIN
 from fbqat_hub.quantization.linear import PackedLinear
 
 #: QNN's numbers, from the public API reference of the Qualcomm AI Runtime SDK (Qnn_DataType_t, Qnn_TensorType_t,
@@ -73,12 +73,13 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
     for node in graph.node:
         if node.op_type in ("Gemm", "Conv"):
             readers[producer[node.input[1]].input[0]] = node
-    static = 0
+    equal = static = 0
     for name, layer in layers.items():
         codes_name = f"{TWIN}.{name}.weight/codes"
         if codes_name not in readers or codes_name not in constants:
             raise _fail(f"no Gemm or Conv reads the codes of packed layer {name!r}")
         _audit_weight(name, layer, constants, producer[readers[codes_name].input[1]], weight_bits)
+        equal += 1
         if layer.input_scale is not None:
             _audit_input(name, layer, readers[codes_name], producer, constants)
             static += 1
@@ -97,7 +98,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
                 raise _fail(f"output {name!r} of {node.op_type} is not quantized")
     weights = Counter(TensorProto.DataType.Name(constants[name].data_type).lower() for name in readers)
     return {
-        "packed_weights_bit_equal": len(layers),
+        "packed_weights_bit_equal": equal,
         "static_input_encodings_bit_equal": static,
         "weights_by_type": dict(sorted(weights.items())),
         "ops": dict(sorted(kinds.items())),

@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 import onnx
 
+from fbqat_hub.evaluation.results import peak_rss_mib
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
 
@@ -52,9 +53,10 @@ class Worker:
     """A child process with one session; loading compiles where the model is a QDQ graph.
 
     Attributes:
-        loaded: the child's answer to loading: `seconds`, `providers`, `peak_rss_mib`.
+        loaded: the child's answer to loading: `seconds`; `hardware`, what ONNX Runtime says QNN's device is;
+            `assigned`, execution provider -> op -> how many of the graph's nodes it was given.
         seconds: what all runs so far took.
-        peak_rss_mib: of the child so far.
+        peak_rss_mib: of the child so far; None where the system does not tell.
 
     Raises:
         ExportError: the child failed or crashed (signal named); ends with its last words.
@@ -96,7 +98,7 @@ class Worker:
         for line in self._child.stdout:
             if line.startswith(_ANSWER):
                 found: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
-                self.peak_rss_mib = float(found["peak_rss_mib"])
+                self.peak_rss_mib = peak_rss_mib(self._child.pid)
                 return found
             self._said.append(line.rstrip())
         raise self._failure(self._child.wait())
@@ -188,14 +190,14 @@ class EmulatorChain:
         self._stack.__exit__(kind, error, trace)
 
 
-def compile_context(qdq: Path, context: Path, target: Target, scratch: Path) -> dict[str, Any]:
+def compile_context(qdq: Path, context: Path, target: Target, scratch: Path) -> Worker:
     """Compile `qdq` for `target`.
 
     Writes `context` (an ONNX file with one EPContext node), the binary beside it (named `<stem>_qnn.bin`), and the
     compiler's own JSON description of the graph under `scratch/qnn_graph`.
 
     Returns:
-        `seconds` (the compilation), `peak_rss_mib`, `providers` of the child.
+        The child that did it, closed: `loaded` (`seconds`, `assigned`) and `peak_rss_mib`.
 
     Raises:
         ExportError: see `Worker`.
@@ -213,7 +215,7 @@ def compile_context(qdq: Path, context: Path, target: Target, scratch: Path) -> 
         "ep.context_embed_mode": "0",
     }
     with Worker("compile", qdq, options, entries) as worker:
-        return worker.loaded
+        return worker
 
 
 def rename_binary(context: Path) -> Path:

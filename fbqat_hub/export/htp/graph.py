@@ -1,41 +1,24 @@
-"""One graph, all steps: trace, calibrate, quantize, audit, compile, emulate, compare."""
+"""One traced graph, all steps: quantize, audit, compile, emulate, compare."""
 
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fbqat_hub.export.htp.targets import Target
-from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph, GraphWrapper, blocks_of_outputs
+from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph
 from fbqat_hub.export.onnx.precision import Precision
+from fbqat_hub.export.progress import Progress
+from fbqat_hub.families.graph import blocks_of_outputs
 from fbqat_hub.quantization.linear import PackedLinear
 
-
-class Progress:
-    """A bar over named steps, and the seconds each took."""
-
-    def __init__(self, steps: int, shown: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self.bar = tqdm(total=steps, disable=not shown, desc="export", unit="step")
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """One step of that name."""
-        self.bar.set_postfix_str(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.bar.update()
-
+if TYPE_CHECKING:
+    import onnx
 
 #: Held-out inputs on which blocks and ops are compared; the output is compared on all. The probe, whose every tensor
 #: is an output, runs several times slower than the graph that ships.
@@ -68,17 +51,6 @@ class GraphSource:
     clipped: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def trace_graph(
-    wrapper: GraphWrapper, example: Mapping[str, Any], layers: Mapping[str, PackedLinear]
-) -> tuple[FloatGraph, dict[str, int]]:
-    """The float graph after all rewrites, and how many places each rewrite changed."""
-    from fbqat_hub.export.onnx.float_graph import trace
-    from fbqat_hub.export.onnx.rewrite import rewrite
-
-    graph = trace(wrapper, example, layers)
-    return graph, rewrite(graph.model)
-
-
 def compile_graph(
     source: GraphSource,
     folder: Path,
@@ -105,7 +77,7 @@ def compile_graph(
     """
     import onnx
 
-    from fbqat_hub.export.htp import audit, certificate, compiler, op_parity
+    from fbqat_hub.export.htp import audit, certificate, compiler, cost, op_parity
     from fbqat_hub.export.onnx.qdq import insert_qdq
     from fbqat_hub.export.onnx.reference import exact_session
 
@@ -120,8 +92,6 @@ def compile_graph(
     compared = [
         tensor for tensor in op_parity.made_tensors(qdq) if tensor.float_name in (output, *source.graph.block_outputs)
     ]
-    prefix = qdq if probe_blocks is None else op_parity.first_blocks(qdq, source.graph.block_outputs, probe_blocks)
-    probed = op_parity.made_tensors(prefix)
     with progress.step(f"{name}: reference"):
         session = exact_session(op_parity.probe_graph(qdq, compared))
         cpu = [_by_float_name(compared, session.run(None, feed)) for feed in source.held_out]
@@ -129,55 +99,83 @@ def compile_graph(
     scratch = folder / "scratch"
     scratch.mkdir()
     with progress.step(f"{name}: compile"):
-        compiled = compiler.compile_context(qdq_path, context, target, scratch)
-        binary = compiler.rename_binary(context)
-        compiled_context = onnx.load(context)
-        read_back = audit.audit_context(compiled_context, target)
-        audited_compiled = audit.audit_compiled(scratch / "qnn_graph", list(source.layers), precision.weight_bits)
+        compiled = _compiled(qdq_path, context, target, scratch, list(source.layers), precision.weight_bits)
     with progress.step(f"{name}: emulate"), compiler.emulator(context, target) as emulator:
         emulated = [dict(zip(outputs, emulator.run(feed), strict=True)) for feed in source.held_out]
     with progress.step(f"{name}: probe"):
-        onnx.save(op_parity.probe_graph(prefix, probed), scratch / "probe.onnx")
-        feeds = [{value.name: feed[value.name] for value in prefix.graph.input} for feed in source.held_out[:PROBED]]
-        values = compiler.run_probe(scratch / "probe.onnx", feeds, target)
-        errors = op_parity.op_errors(prefix, feeds[0], values[0])
-        op_parity.gate_ops(errors)
+        errors, probed = _probed(qdq, source, scratch / "probe.onnx", target, probe_blocks)
     shutil.rmtree(scratch)
-    on_emulator = [_by_float_name(probed, each) for each in values]
-    blocks = {
-        block: certificate.comparisons(
-            *([each[block] for each in run[: len(on_emulator)]] for run in (on_emulator, cpu, source.expected))
+
+    def compare(tensor: str, runs: Sequence[Feed]) -> dict[str, Any]:
+        """One tensor of the first of so many held-out inputs, on the emulator, the CPU and in torch."""
+        return certificate.comparisons(
+            *([each[tensor] for each in run[: len(runs)]] for run in (runs, cpu, source.expected))
         )
-        for block in source.graph.block_outputs
-        if block in on_emulator[0]
-    }
-    measured = certificate.comparisons(*([each[output] for each in run] for run in (emulated, cpu, source.expected)))
+
+    blocks = {block: compare(block, probed) for block in source.graph.block_outputs if block in probed[0]}
+    code_bits = max((layer.weight_bits for layer in source.layers.values()), default=8)
     section = {
-        "read_back": read_back,
-        "precision": vars(precision),
-        "tensors": certificate.describe_tensors(qdq),
-        "coverage": {"all_on_qnn": True, "nodes_on_qnn": audited_compiled["nodes"], "nodes_elsewhere": 0},
-        "audit": {"qdq": audited, "compiled": audited_compiled},
-        "cost": certificate.cost(qdq)
-        | {"binary_bytes": binary.stat().st_size, "spill_fill_bytes": audit.spill_fill_bytes(compiled_context)},
-        "parity": {"held_out_inputs": len(emulated), **measured},
+        **compiled,
+        "precision": vars(precision) | {"code_bits": code_bits},
+        "tensors": cost.describe_tensors(qdq),
+        "audit": {"qdq": audited, **compiled["audit"]},
+        "cost": cost.cost(qdq) | compiled["cost"],
+        "parity": {"held_out_inputs": len(emulated), **compare(output, emulated)},
         "blocks": blocks,
         "op_parity": op_parity.summarize(errors),
         "probed_blocks": {
             "probed": len(blocks_of_outputs(list(blocks))),
             "of": len(blocks_of_outputs(source.graph.block_outputs)),
         },
-        "compiler": {
-            "seconds": round(compiled["seconds"], 3),
-            "peak_rss_mib": round(compiled["peak_rss_mib"], 1),
-        },
         "emulator": {
+            "hardware": emulator.loaded["hardware"],
             "load_seconds": round(emulator.loaded["seconds"], 3),
             "run_seconds": round(emulator.seconds, 3),
-            "peak_rss_mib": round(emulator.peak_rss_mib, 1),
+            "peak_rss_mib": certificate.rounded(emulator.peak_rss_mib),
         },
     }
     return section, emulated
+
+
+def _compiled(
+    qdq: Path, context: Path, target: Target, scratch: Path, layers: list[str], weight_bits: int
+) -> dict[str, Any]:
+    """Compile, and audit what came out: the section's `read_back`, `coverage`, `compiler`, parts of `audit`, `cost`."""
+    import onnx
+
+    from fbqat_hub.export.htp import audit, certificate, compiler
+
+    worker = compiler.compile_context(qdq, context, target, scratch)
+    binary = compiler.rename_binary(context)
+    model = onnx.load(context)
+    return {
+        "read_back": audit.audit_context(model, target),
+        "coverage": certificate.coverage(worker.loaded["assigned"]),
+        "audit": {"compiled": audit.audit_compiled(scratch / "qnn_graph", layers, weight_bits)},
+        "cost": {"binary_bytes": binary.stat().st_size, "spill_fill_bytes": audit.spill_fill_bytes(model)},
+        "compiler": {
+            "seconds": round(worker.loaded["seconds"], 3),
+            "peak_rss_mib": certificate.rounded(worker.peak_rss_mib),
+        },
+    }
+
+
+def _probed(
+    qdq: onnx.ModelProto, source: GraphSource, probe: Path, target: Target, blocks: int | None
+) -> tuple[list[dict[str, Any]], list[Feed]]:
+    """The error of every op in the first `blocks` blocks, gated, and their tensors for the first held-out inputs."""
+    import onnx
+
+    from fbqat_hub.export.htp import compiler, op_parity
+
+    prefix = qdq if blocks is None else op_parity.first_blocks(qdq, source.graph.block_outputs, blocks)
+    tensors = op_parity.made_tensors(prefix)
+    onnx.save(op_parity.probe_graph(prefix, tensors), probe)
+    feeds = [{value.name: feed[value.name] for value in prefix.graph.input} for feed in source.held_out[:PROBED]]
+    values = compiler.run_probe(probe, feeds, target)
+    errors = op_parity.op_errors(prefix, feeds[0], values[0])
+    op_parity.gate_ops(errors)
+    return errors, [_by_float_name(tensors, each) for each in values]
 
 
 def _by_float_name(made: Sequence[Any], values: Sequence[np.ndarray]) -> Feed:

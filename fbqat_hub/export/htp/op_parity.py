@@ -16,8 +16,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.export.onnx.float_graph import block_of, blocks_of_outputs
 from fbqat_hub.export.onnx.reference import exact_session
+from fbqat_hub.families.graph import block_of, blocks_of_outputs
 
 #: Root-mean-square error of one op over the width of its output's range. One code of an 8-bit tensor is 1/255 of it.
 #: Measured on tiny Sanas, outlier-ridden ones among them: at most 0.66 codes at 8 bits (RMSNorm, 4-bit convolutions),
@@ -154,5 +154,5 @@ def gate_ops(records: list[dict[str, Any]]) -> None:
         raise ExportError(
             f"{worst['op']} at {worst['bits']} bits is silently wrong on the HTP: its output {worst['tensor']!r} is "
             f"off by {worst['error']:.4f} of its range (root mean square), at most {MAX_OP_ERROR:.4f} is allowed; "
-            "write the op another way in the graph's wrapper or in rewrite.py, or give it other bits"
+            "write the op another way in the family's graph or in rewrite.py, or give it other bits"
         )

@@ -15,17 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export.onnx.calibration import Ranges
 from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph
-from fbqat_hub.export.onnx.parity import sqnr_db
-from fbqat_hub.export.onnx.precision import VIEW_OPS, Precision, op_kind
+from fbqat_hub.export.onnx.precision import TARGET_DB, VIEW_OPS, Precision, op_kind
 from fbqat_hub.export.onnx.qdq import insert_qdq
 from fbqat_hub.export.onnx.reference import exact_session
 from fbqat_hub.export.onnx.rewrite import static_shapes
 from fbqat_hub.quantization.convert import matches
-
-#: SQNR of the exact CPU reference to the packed torch model that must be kept.
-TARGET_DB = 25.0
 
 
 @dataclass(frozen=True)

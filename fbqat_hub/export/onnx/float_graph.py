@@ -1,31 +1,22 @@
-"""From a packed transformer to a float ONNX graph whose every weight still knows which packed layer it is.
-
-The packed model is copied into a *float twin*: each packed layer becomes a float layer of the same shape, written in
-the form the compiler wants, whose weight is never filled in: the graph takes the codes instead. Linear layers become
-`Reshape -> Gemm -> Reshape` (one matrix product with its bias, which the HTP runs as one FullyConnected; `MatMul + Add`
-would cost an extra requantization). The exporter keeps parameter names, so the ONNX initializer `twin.proj_out.weight`
-is the packed layer `proj_out`.
-"""
+"""A float ONNX graph, traced from a packed model, whose every weight still knows which packed layer it is."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.quantization.linear import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.families.graph import TWIN, GraphWrapper, Item, TwinModule
+from fbqat_hub.quantization.linear import PackedLinear
 from fbqat_hub.quantization.packing import pack_int4
 
 #: Graph inputs or outputs by name.
@@ -36,43 +27,6 @@ if TYPE_CHECKING:
 
 #: The first ONNX opset with RMSNormalization; INT4 needs 21.
 OPSET = 23
-#: The attribute under which a wrapper module holds the twin; initializer names start with it.
-TWIN = "twin"
-
-
-class RowLinear(nn.Module):
-    """`nn.Linear` over flattened rows: [..., in] -> [rows, in] -> Gemm -> [rows, out] -> [..., out], float32."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        shape = hidden_states.shape
-        rows = F.linear(hidden_states.reshape(-1, shape[-1]), self.weight, self.bias)
-        return rows.reshape(*shape[:-1], self.weight.shape[0])
-
-
-def _stand_in(layer: nn.Module, number: int) -> nn.Module | None:
-    """The float layer that stands for `layer` in the twin, or None where `layer` stays as it is.
-
-    A packed layer's weight is one number, expanded to the weight's shape: the graph needs its name and shape, and what
-    runs the graph takes the codes (`runnable`). A model whose float weights fill the memory is so traced in little. The
-    numbers differ, or the exporter would make one constant of weights of one shape.
-    """
-    if isinstance(layer, PackedLinear):
-        weight = torch.full((), 1e-6 * (1 + number)).expand(layer.out_features, layer.in_features)
-        if not isinstance(layer, PackedPointwiseConv2d):
-            return RowLinear(weight, layer.bias)
-        convolution = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None, device="meta")
-        convolution.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)
-        if layer.bias is not None:
-            convolution.bias = nn.Parameter(layer.bias.detach().float().clone(), requires_grad=False)
-        return convolution
-    if type(layer) is nn.Linear:
-        return RowLinear(layer.weight.detach().float().clone(), layer.bias)
-    return None
 
 
 def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
@@ -90,116 +44,15 @@ def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
     for name, layer in layers.items():
         if layer.weight_bits > 4:
             raise ExportError(
-                f"layer {name!r} has weights of {layer.weight_bits} bits; the HTP export takes 4-bit ones: export "
+                f"layer {name!r} has weights of {layer.weight_bits} bits; the export takes 4-bit ones: export "
                 "a model of 4 bits"
             )
         if tuple(layer.weight_scale.shape) != (layer.out_features,):
             raise ExportError(
-                f"layer {name!r} has per-group weight scales {tuple(layer.weight_scale.shape)}; the HTP export takes "
+                f"layer {name!r} has per-group weight scales {tuple(layer.weight_scale.shape)}; the export takes "
                 f"one scale per output channel ({layer.out_features}): train with granularity 'per_channel'"
             )
     return layers
-
-
-def float_twin(transformer: nn.Module) -> nn.Module:
-    """A float32 copy of `transformer` on the CPU, in eval mode, with stand-ins for packed layers: for tracing only."""
-    replaced: dict[int, nn.Module] = {}
-    for number, module in enumerate(transformer.modules()):
-        float_layer = _stand_in(module, number)
-        if float_layer is not None:
-            replaced[id(module)] = float_layer
-    # deepcopy takes what is in `memo` as already copied: the packed layers are never copied themselves.
-    twin = copy.deepcopy(transformer, memo=dict(replaced))
-    # nn.Module.to, not diffusers' own: that one warns about modules to keep in float32, and all are
-    return nn.Module.to(twin, device="cpu", dtype=torch.float32).eval()
-
-
-@dataclass(frozen=True)
-class GraphWrapper:
-    """A module of positional tensors around a twin, and how a person's inputs become its inputs.
-
-    Attributes:
-        module: forward takes the tensors of `host_inputs` in order. A `TwinModule`, whose blocks' outputs keep their
-            names in the graph, so that they can be compared and the graph be cut there; or any module of one output.
-        host_inputs: keyword arguments of the transformer's forward -> the graph's inputs, float32, batch 1
-            (what is cheap or impossible on the HTP, such as sin/cos of the timestep, happens here).
-        output_name: the name of the graph's one output.
-    """
-
-    module: nn.Module
-    host_inputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    output_name: str = "sample"
-
-
-def block_output_name(block: str, place: int) -> str:
-    """The graph's name of a block's output; `place` counts where a block has several, 0 is the picture's stream."""
-    return f"{block}/output_{place}"
-
-
-def block_of(output: str) -> str:
-    """The block whose output is called that.
-
-    >>> block_of("transformer_blocks.3/output_0")
-    'transformer_blocks.3'
-    """
-    return output.rpartition("/")[0]
-
-
-def blocks_of_outputs(outputs: Sequence[str]) -> list[str]:
-    """The blocks whose outputs are called that, in order."""
-    return list(dict.fromkeys(block_of(name) for name in outputs))
-
-
-@contextlib.contextmanager
-def block_outputs(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Within the block of code, every forward of `model` fills the yielded mapping with its blocks' outputs by name.
-
-    A block of two streams returns (text, picture); the picture's comes first here. Absent ones (None) are left out.
-    """
-    found: dict[str, Tensor] = {}
-
-    def hook(block: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            streams = reversed(output) if isinstance(output, tuple) else [output]
-            found.update(
-                {block_output_name(block, place): item for place, item in enumerate(streams) if item is not None}
-            )
-
-        return keep
-
-    handles = [model.get_submodule(block).register_forward_hook(hook(block)) for block in blocks]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class TwinModule(nn.Module, ABC):
-    """A twin, a forward of positional tensors (`compute`), and the outputs of some of the twin's blocks behind its own.
-
-    Args:
-        blocks: names of submodules of `twin`.
-    """
-
-    def __init__(self, twin: nn.Module, blocks: tuple[str, ...] = ()) -> None:
-        super().__init__()
-        self.twin, self.blocks = twin, blocks
-
-    @abstractmethod
-    def compute(self, *inputs: Tensor) -> Tensor:
-        """The graph's output."""
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with block_outputs(self.twin, self.blocks) as found:
-            output = self.compute(*inputs)
-        return (output, *found.values())
-
-    def block_output_names(self, *inputs: Tensor) -> list[str]:
-        """Names of what `forward` returns behind its first output."""
-        with block_outputs(self.twin, self.blocks) as found, torch.no_grad():
-            self.compute(*inputs)
-        return list(found)
 
 
 @dataclass(frozen=True)
@@ -233,7 +86,7 @@ def _quiet_exporter() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def trace(wrapper: GraphWrapper, example: Mapping[str, Tensor], layers: Mapping[str, PackedLinear]) -> FloatGraph:
+def trace(wrapper: GraphWrapper, example: Item, layers: Mapping[str, PackedLinear]) -> FloatGraph:
     """Export `wrapper` at the shapes of `example` (keyword arguments of the transformer's forward).
 
     Raises:

@@ -6,22 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
-def sqnr_db(reference: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
-    """Signal-to-quantization-noise ratio in dB, over all arrays together: 10 log10(sum r^2 / sum (r - o)^2).
-
-    Returns +inf where both are equal; not finite values in `other` give -inf.
-
-    >>> round(sqnr_db([np.array([3.0, 4.0])], [np.array([3.0, 4.5])]), 6)
-    20.0
-    """
-    signal = noise = 0.0
-    for expected, actual in zip(reference, other, strict=True):
-        if not np.isfinite(actual).all():
-            return float("-inf")
-        signal += float(np.square(expected, dtype=np.float64).sum())
-        noise += float(np.square(expected.astype(np.float64) - actual).sum())
-    return float("inf") if noise == 0 else float(10 * np.log10(max(signal, 1e-300) / noise))
+from fbqat_hub.evaluation.metrics import sqnr_db
 
 
 def cosine(reference: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.quantization.linear import PackedLinear
 
@@ -31,31 +33,25 @@ _KIND_OF_OP = {
     "Sigmoid": "activation", "Tanh": "activation", "MatMul": "matmul",
 }  # fmt: skip
 
-#: The last layer, as in arXiv 2510.14823, and what has one row in a graph: the timestep's path and the modulations.
-DEFAULT_A16_LAYERS = (
-    "proj_out", "time_embed.*", "adaln_single.*", "time_text_embed.*", "norm_out.linear",
-    "transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear",
-    "single_transformer_blocks.*.norm.linear",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """Weight storage and activation bits.
 
     The layers that hold the weights' mass compute at the activation bits they were trained with (8); what lies
-    between them costs little and is kept at 16, and so are a few layers named here.
+    between them costs little and is kept at 16, and so are a few layers that the model's family names.
 
     Attributes:
-        weight_bits: 4, or 8 to store the same 4-bit codes one to a byte: equal numbers, twice the bytes.
+        weight_bits: 4, or 8 to store the same 4-bit codes one per byte: equal numbers, twice the bytes.
         activation_bits: of packed layers trained at A8: 8, or 16 for W4A16 and W8A16.
-        a16_layers: fnmatch patterns of layers that compute at A16 though trained at A8.
+        a16_layers: fnmatch patterns of layers that compute at A16 though trained at A8. The export of a denoiser puts
+            its family's (`Family.a16_layers`) before them.
         a16_ops: kinds of `OP_KINDS` that compute at 16 bits; the others at 8.
     """
 
     weight_bits: int = 4
     activation_bits: int = 8
-    a16_layers: tuple[str, ...] = DEFAULT_A16_LAYERS
+    a16_layers: tuple[str, ...] = ()
     a16_ops: tuple[str, ...] = OP_KINDS
 
     def __post_init__(self) -> None:
@@ -80,7 +76,7 @@ class Precision:
 
 
 #: No op has 16 bits that could have 8.
-LOWEST = Precision(a16_layers=(), a16_ops=())
+LOWEST = Precision(a16_ops=())
 
 PRESETS = {
     "w4a8": Precision(),
@@ -90,19 +86,43 @@ PRESETS = {
 }
 
 
-def precision_named(name: str, a16: Sequence[str] = ()) -> Precision:
-    """A preset, with further layers at A16.
+#: SQNR in dB of the exact CPU reference to the packed torch model that `auto` keeps.
+TARGET_DB = 25.0
+#: What `precision_named` takes.
+NAMES = (*PRESETS, "auto")
+
+
+def precision_named(name: str, a16: Sequence[str] = ()) -> tuple[Precision, float | None]:
+    """A preset with further layers at A16, and the SQNR that activation bits are chosen for (None: they are not).
 
     Args:
-        name: a key of `PRESETS`.
+        name: one of `NAMES`; "auto" is W4A8 with 8 bits wherever the output keeps `TARGET_DB`.
         a16: fnmatch patterns of layer names, e.g. "transformer_blocks.0.*".
 
     Raises:
         ExportError: another name.
+
+    >>> precision_named("w4a16", ["proj_in"])[0].a16_layers
+    ('proj_in',)
     """
-    if name not in PRESETS:
-        raise ExportError(f"unknown precision {name!r}; known: {', '.join(PRESETS)}")
-    return replace(PRESETS[name], a16_layers=(*DEFAULT_A16_LAYERS, *a16))
+    if name not in NAMES:
+        raise ExportError(f"unknown precision {name!r}; known: {', '.join(NAMES)}")
+    preset = PRESETS["w4a8" if name == "auto" else name]
+    return replace(preset, a16_layers=tuple(a16)), TARGET_DB if name == "auto" else None
+
+
+def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    """ExportError unless each of `patterns` is of a layer of `model` whose activation bits can be chosen."""
+    names = [name for name, module in model.named_modules() if _has_bits(module)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            examples = ", ".join(dict.fromkeys([*names[:2], *names[-1:]]))
+            raise ExportError(f"a16 pattern {pattern!r} matches no layer of the model; there are e.g. {examples}")
+
+
+def _has_bits(module: nn.Module) -> bool:
+    """Of a layer that `Precision.layer_bits` is asked for: a matrix product, or a convolution over all channels."""
+    return isinstance(module, PackedLinear | nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def op_kind(

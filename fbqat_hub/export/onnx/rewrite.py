@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -15,6 +16,9 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from fbqat_hub.export.errors import ExportError
+from fbqat_hub.export.onnx.float_graph import FloatGraph, trace
+from fbqat_hub.families.graph import GraphWrapper, Item
+from fbqat_hub.quantization.linear import PackedLinear
 
 #: Ops no rewrite cures, with the reason they must not reach the compiler.
 FORBIDDEN = {
@@ -268,3 +272,11 @@ def rewrite(model: onnx.ModelProto) -> dict[str, int]:
     del model.graph.value_info[:]
     model.graph.value_info.extend(value for value in inferred.graph.value_info if value.name in made)
     return counts
+
+
+def traced(
+    wrapper: GraphWrapper, example: Item, layers: Mapping[str, PackedLinear]
+) -> tuple[FloatGraph, dict[str, int]]:
+    """The float graph of `wrapper` after all rewrites, and how many places each changed (`trace`, `rewrite`)."""
+    graph = trace(wrapper, example, layers)
+    return graph, rewrite(graph.model)

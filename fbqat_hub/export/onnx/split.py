@@ -16,7 +16,8 @@ import onnx
 from onnx import helper
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.export.onnx.float_graph import FloatGraph, block_of, blocks_of_outputs
+from fbqat_hub.export.onnx.float_graph import FloatGraph
+from fbqat_hub.families.graph import block_of, blocks_of_outputs
 
 
 def split_graph(graph: FloatGraph, parts: int) -> list[FloatGraph]:
@@ -76,7 +77,7 @@ def describe_chain(graphs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, An
     """The order of the graphs, and where each input comes from.
 
     Args:
-        graphs: name -> `inputs` and `outputs` (`certificate.describe_tensors`), in order.
+        graphs: name -> `inputs` and `outputs`, a record each with the tensor's `name`, in order.
 
     Returns:
         One record a graph: `graph`, its name, and `reads`, input -> the graph that made it, or "host".
@@ -88,38 +89,3 @@ def describe_chain(graphs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, An
         chain.append({"graph": name, "reads": reads})
         made.update({tensor["name"]: name for tensor in tensors["outputs"]})
     return chain
-
-
-def join_sections(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The certificate's section of the whole chain from those of its graphs (`compile_graph`), which stay as `parts`.
-
-    Costs and seconds are sums, memory and op errors the largest of all; `parity` is the last graph's, whose inputs the
-    graphs before it made.
-    """
-    parts = list(sections.values())
-    errors = [part["op_parity"] for part in parts]
-    by_op: dict[str, float] = {}
-    for name, error in itertools.chain(*(each["largest_by_op"].items() for each in errors)):
-        by_op[name] = max(error, by_op.get(name, 0.0))
-    worst = max(errors, key=lambda each: each["largest"]["error"])
-
-    def total(field: str) -> dict[str, Any]:
-        return {
-            key: (max if key.startswith("peak") else sum)(part[field][key] for part in parts) for key in parts[0][field]
-        }
-
-    return {
-        "read_back": parts[0]["read_back"],
-        "precision": parts[0]["precision"],
-        "tensors": {"inputs": parts[0]["tensors"]["inputs"], "outputs": parts[-1]["tensors"]["outputs"]},
-        "coverage": total("coverage"),
-        "audit": {},
-        "cost": total("cost"),
-        "parity": dict(parts[-1]["parity"]),
-        "blocks": {name: block for part in parts for name, block in part["blocks"].items()},
-        "op_parity": worst | {"ops": sum(each["ops"] for each in errors), "largest_by_op": dict(sorted(by_op.items()))},
-        "probed_blocks": total("probed_blocks"),
-        "compiler": total("compiler"),
-        "emulator": total("emulator"),
-        "parts": dict(sections),
-    }

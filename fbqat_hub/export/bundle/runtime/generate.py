@@ -1,4 +1,4 @@
-"""Draw a picture from this bundle alone: numpy, Pillow, safetensors and onnxruntime-qnn; no torch, no diffusers.
+"""Generate a picture from this bundle alone: numpy, Pillow, safetensors and onnxruntime-qnn; no torch, no diffusers.
 
 python generate.py --prompt 0 --output picture.png
 python generate.py --text "red heart" --seed 7         # a text of yours: needs tokenizers too
@@ -59,8 +59,7 @@ def encode(folder: Path, manifest: dict[str, Any], host: dict[str, np.ndarray], 
         ids, mask = tokenize(folder / each["tokenizer"], text, each["lower"], each["instruction"])
         feed = encoder_feed(each, host[f"embedding.{each['graph']}"], ids, mask)
         outputs.append(open_graph(folder, manifest, each["graph"]).run(None, feed)[0])
-    inputs = [tensor["name"] for part in manifest["denoiser"] for tensor in manifest["graphs"][part["graph"]]["inputs"]]
-    return denoiser_inputs(manifest["text"], outputs, mask, "encoder_attention_bias" in inputs)
+    return denoiser_inputs(manifest["text"], outputs, mask, manifest["sampler"]["mask_bias"])
 
 
 def sample(
@@ -75,14 +74,14 @@ def sample(
         prediction = outputs[0]
         if len(outputs) == 2:  # without the prompt, with it
             prediction = outputs[0] + settings["guidance_scale"] * (outputs[1] - outputs[0])
-        terms.append(prediction[:, : noise.shape[1]])  # PixArt-Sigma's second half is a variance nobody uses
+        terms.append(prediction[:, : noise.shape[1]])  # channels behind it are a learned variance, which is not used
         used = zip(weights[: len(terms)], terms, strict=True)  # zeros follow
         latents = sum(weight * term for weight, term in used).astype(np.float32)
     return latents
 
 
 def unpack_tokens(tokens: Any, grid: list[int]) -> Any:
-    """FLUX's tokens [1, h/2 * w/2, 4 C] as latents [1, C, h, w]."""
+    """Tokens [1, h/2 * w/2, 4 C] as latents [1, C, h, w]: each token is a square of 2 x 2."""
     height, width = grid
     squares = tokens.reshape(1, height // 2, width // 2, -1, 2, 2).transpose(0, 3, 1, 4, 2, 5)
     return np.ascontiguousarray(squares.reshape(1, -1, height, width))
@@ -122,8 +121,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=0, help="place of the prompt in manifest.json (default: 0)")
-    parser.add_argument("--text", help="draw this text, with that prompt's noise")
-    parser.add_argument("--seed", type=int, help="draw from another noise than the bundle's own")
+    parser.add_argument("--text", help="generate this text, with that prompt's noise")
+    parser.add_argument("--seed", type=int, help="start from another noise than the bundle's own")
     parser.add_argument("--output", type=Path, default=Path("picture.png"), help="default: picture.png")
     options = parser.parse_args()
     generate(Path(__file__).resolve().parent, options.prompt, options.seed, options.text).save(options.output)

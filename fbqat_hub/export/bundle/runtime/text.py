@@ -8,12 +8,6 @@ from typing import Any
 
 import numpy as np
 
-#: Added to the denoiser's attention score of a padded text token. exp(-30) = 1e-13 of the weight of a real one, while
-#: diffusers' -10000 would stretch the range of the scores until 16 bits hold nothing else.
-MASK_BIAS = -30.0
-#: The same within a text encoder, whose scores go further apart (Gemma's up to 50 from 0).
-ENCODER_MASK_BIAS = -100.0
-
 
 def tokenize(path: Path, text: str, lower: bool, instruction: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [tokens] and mask [tokens] (1 = text, 0 = padding), int64, cut and padded as the file says.
@@ -45,7 +39,7 @@ def encoder_feed(
     feed = {"token_embeddings": table[ids][None].astype(np.float32)}
     if described["bias"] is not None:
         seen = mask[None] * (np.tri(len(ids)) if described["bias"] == "causal" else 1)
-        feed["encoder_bias"] = (ENCODER_MASK_BIAS * (1 - seen)).astype(np.float32)[None, None]
+        feed["encoder_bias"] = (described["mask_bias"] * (1 - seen)).astype(np.float32)[None, None]
     if described["end"] is not None:
         place = ids.argmax() if described["end"] == "highest" else (ids == described["end"]).argmax()
         feed["end"] = np.eye(len(ids), dtype=np.float32)[place][None, :, None]
@@ -53,7 +47,7 @@ def encoder_feed(
 
 
 def denoiser_inputs(
-    text: Sequence[Mapping[str, Any]], outputs: Sequence[np.ndarray], mask: np.ndarray, masked: bool
+    text: Sequence[Mapping[str, Any]], outputs: Sequence[np.ndarray], mask: np.ndarray, mask_bias: float | None
 ) -> dict[str, np.ndarray]:
     """What the denoiser gets of the encoders' outputs.
 
@@ -65,7 +59,7 @@ def denoiser_inputs(
         text: the manifest's `text`.
         outputs: of each encoder: tokens [1, tokens, D], then (or only) its pooled vector as one more token.
         mask: of the last encoder's tokens.
-        masked: whether the denoiser is told the padding.
+        mask_bias: what a padded token adds to the denoiser's attention score; None where it is not told the padding.
     """
     inputs: dict[str, np.ndarray] = {}
     pooled = [output[:, -1] for each, output in zip(text, outputs, strict=True) if each["end"] is not None]
@@ -81,6 +75,6 @@ def denoiser_inputs(
     inputs["encoder_hidden_states"] = hidden
     if pooled:
         inputs["pooled_projections"] = np.concatenate(pooled, axis=1)
-    if masked:
-        inputs["encoder_attention_bias"] = (MASK_BIAS * (1 - mask)).astype(np.float32)[None, None]
+    if mask_bias is not None:
+        inputs["encoder_attention_bias"] = (mask_bias * (1 - mask)).astype(np.float32)[None, None]
     return inputs

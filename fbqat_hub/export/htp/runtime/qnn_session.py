@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
+
+#: QNN's execution provider, as ONNX Runtime calls it.
+PROVIDER = "QNNExecutionProvider"
+
+
+def devices() -> list[Any]:
+    """QNN's devices on this machine, the first of which is used; none before the first session."""
+    import onnxruntime
+
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
 
 
 def qnn_session(model: str, provider_options: dict[str, str], entries: dict[str, str] | None = None) -> Any:
@@ -21,10 +29,9 @@ def qnn_session(model: str, provider_options: dict[str, str], entries: dict[str,
     import onnxruntime
     import onnxruntime_qnn
 
-    if "QNNExecutionProvider" not in [device.ep_name for device in onnxruntime.get_ep_devices()]:
-        onnxruntime.register_execution_provider_library("QNNExecutionProvider", onnxruntime_qnn.get_library_path())
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == "QNNExecutionProvider"]
-    if not devices:
+    if not devices():
+        onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+    if not devices():
         raise RuntimeError("the QNN execution provider registered no device on this machine")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -33,14 +40,7 @@ def qnn_session(model: str, provider_options: dict[str, str], entries: dict[str,
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     backend = {"backend_path": onnxruntime_qnn.get_qnn_htp_path()}
-    options.add_provider_for_devices(devices[:1], backend | provider_options)
+    options.add_provider_for_devices(devices()[:1], backend | provider_options)
     made = onnxruntime.InferenceSession(model, sess_options=options)
     made.disable_fallback()  # `run` would otherwise retry elsewhere on failure and hide the first error
     return made
-
-
-def peak_rss_mib() -> float:
-    """This process's own peak of resident memory (`getrusage` would report the parent's, kept across exec)."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) / 1024 if found else float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -16,27 +17,31 @@ class QNNExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """The options; those of `fbqat export`."""
+        """The options of `fbqat export`, which this runs."""
         parser.add_argument("--model", "-m", required=True, help="folder or Hub id of a packed pipeline")
         parser.add_argument("output", type=Path, help="new folder")
         parser.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
-        parser.add_argument("--precision", default="w4a8", help="w4a8 (default), w4a16, w8a8, w8a16 or auto")
+        parser.add_argument(
+            "--precision",
+            default="w4a8",
+            help="w4a8 (default), w4a16, w8a8 or w8a16 (the same 4-bit codes, stored one per byte), or auto",
+        )
         parser.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
-        parser.add_argument("--graphs", type=int, default=1, metavar="N", help="split the model into N graphs")
-        parser.add_argument("--prompts", type=Path, help="text file to calibrate on and draw (default: the recipe's)")
-        parser.add_argument("--images", type=int, default=2, metavar="N", help="drawn on the emulator (default: 2)")
+        parser.add_argument("--graphs", default="1", metavar="N", help="split the model into N graphs")
+        parser.add_argument("--prompts", help="text file to calibrate on and generate (default: the recipe's data)")
+        parser.add_argument("--images", default="2", metavar="N", help="generated on the emulator (default: 2)")
 
     def run(self) -> None:
-        """Export."""
-        from fbqat_hub.integrations.optimum import export_qnn
+        """Export, or exit with status 1 and one line that says what failed and what to do."""
+        from fbqat_hub.cli import main
 
-        options = vars(self.args)
-        export_qnn(
-            **{
-                name: options[name]
-                for name in ("model", "output", "soc", "precision", "a16", "graphs", "prompts", "images")
-            }
-        )
+        given = self.args
+        command = ["export", given.model, "--output", str(given.output), "--soc", given.soc]
+        command += ["--precision", given.precision, "--graphs", given.graphs, "--images", given.images]
+        command += ["--a16", *given.a16] if given.a16 else []
+        command += ["--prompts", given.prompts] if given.prompts else []
+        if status := main(command):
+            sys.exit(status)
 
 
 REGISTER_COMMANDS = [(QNNExportCommand, ExportCommand)]

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.bundle.runtime.text import MASK_BIAS, denoiser_inputs
+from fbqat_hub.export.bundle.runtime.text import denoiser_inputs
 from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
+from fbqat_hub.families.graph import MASK_BIAS
 
 TOKENS = 6
 CLIP = {"vocab_size": 20, "hidden_size": 16, "projection_dim": 16, "num_attention_heads": 2, "intermediate_size": 32}
@@ -93,7 +94,7 @@ def test_outputs_are_joined_as_sd3_does() -> None:
     """Two pooled encoders side by side in channels, padded to the third's width, whose tokens follow."""
     first, second, third = np.ones((1, 3, 2)), 2 * np.ones((1, 3, 2)), 3 * np.ones((1, 4, 5))
     text: list[dict[str, Any]] = [{"end": 1}, {"end": 1}, {"end": None, "kept": None}]
-    made = denoiser_inputs(text, [first, second, third], np.array([1, 1, 0, 0]), masked=True)
+    made = denoiser_inputs(text, [first, second, third], np.array([1, 1, 0, 0]), mask_bias=MASK_BIAS)
     assert made["encoder_hidden_states"].shape == (1, 2 + 4, 5)
     assert made["encoder_hidden_states"][0, 0].tolist() == [1, 1, 2, 2, 0]
     assert made["pooled_projections"].tolist() == [[1, 1, 2, 2]]
@@ -102,6 +103,6 @@ def test_outputs_are_joined_as_sd3_does() -> None:
 
 def test_of_an_instruction_and_a_text_the_first_token_and_the_last_ones_stay() -> None:
     hidden, mask = np.arange(6).reshape(1, 6, 1), np.array([1, 1, 1, 1, 1, 0])
-    made = denoiser_inputs([{"end": None, "kept": 3}], [hidden], mask, masked=True)
+    made = denoiser_inputs([{"end": None, "kept": 3}], [hidden], mask, mask_bias=MASK_BIAS)
     assert made["encoder_hidden_states"].reshape(-1).tolist() == [0, 4, 5]
     assert made["encoder_attention_bias"].tolist() == [[[0, 0, MASK_BIAS]]]

@@ -12,23 +12,24 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.htp.audit import audit_qdq
 from fbqat_hub.export.onnx.calibration import calibrate
 from fbqat_hub.export.onnx.encoding import Encoding, encoding_for_range
-from fbqat_hub.export.onnx.float_graph import FloatGraph, GraphWrapper, as_feed, packed_layers, runnable, trace
-from fbqat_hub.export.onnx.parity import sqnr_db
+from fbqat_hub.export.onnx.float_graph import FloatGraph, as_feed, packed_layers, runnable, trace
 from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.export.onnx.qdq import insert_qdq
 from fbqat_hub.export.onnx.reference import exact_session
 from fbqat_hub.export.onnx.rewrite import rewrite
-from fbqat_hub.export.onnx.wrappers import wrap
+from fbqat_hub.families import get_family
+from fbqat_hub.families.graph import GraphWrapper
 from tests.export.conftest import Item, float_sana, make_items, pack
 from tests.export.graphs import one_op, quantized
 
 
 def qdq_of(model: nn.Module, items: list[Item], precision: Precision | None = None) -> onnx.ModelProto:
-    wrapper = wrap(model, items[0])
+    wrapper = get_family("sana").graph(model, items[0])
     graph = trace(wrapper, items[0], packed_layers(model))
     rewrite(graph.model)
     ranges = calibrate(runnable(graph), [as_feed(wrapper.host_inputs(item)) for item in items])
@@ -37,7 +38,8 @@ def qdq_of(model: nn.Module, items: list[Item], precision: Precision | None = No
 
 @pytest.fixture(scope="module")
 def qdq(packed_sana: nn.Module, calibration: list[Item]) -> onnx.ModelProto:
-    return qdq_of(packed_sana, calibration)
+    """At the bits that an export gives a Sana."""
+    return qdq_of(packed_sana, calibration, Precision(a16_layers=get_family("sana").a16_layers))
 
 
 def read(model: onnx.ModelProto, name: str) -> np.ndarray:
@@ -54,7 +56,7 @@ def test_calibration_keeps_no_tensor_longer_than_needed() -> None:
 import numpy as np, onnx
 from onnx import TensorProto, helper
 from fbqat_hub.export.onnx.calibration import calibrate
-from fbqat_hub.export.htp.runtime.qnn_session import peak_rss_mib
+from fbqat_hub.evaluation.results import peak_rss_mib
 value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2**20])
 nodes = [helper.make_node("Relu", [f"x{index}"], [f"x{index + 1}"]) for index in range(64)]
 model = helper.make_model(helper.make_graph(nodes, "chain", [value("x0")], [value("x64")]),
@@ -179,7 +181,7 @@ def test_a_divisor_that_rounds_to_zero_divides_nothing_by_zero() -> None:
 def test_a_dead_head_of_linear_attention_stays_silent(held_out: list[Item]) -> None:
     model = pack(float_sana())
     model.get_submodule("transformer_blocks.0.attn1.to_k").weight_packed.data[:32] = 0  # head 0: 0 / 0
-    wrapper = wrap(model, held_out[0])
+    wrapper = get_family("sana").graph(model, held_out[0])
     session = exact_session(qdq_of(model, make_items(8, seed=1)))
     for item in held_out:
         output = session.run(None, as_feed(wrapper.host_inputs(item)))[0]

@@ -45,7 +45,7 @@ def test_a_graph_of_two_gibibytes_is_to_be_split(packed_sana: nn.Module, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("model", "what"), [(nn.Linear(2, 2), "no HTP graph for Linear"), (float_sana(), "has no packed layer")]
+    ("model", "what"), [(nn.Linear(2, 2), "Linear is of no supported family"), (float_sana(), "has no packed layer")]
 )
 def test_what_cannot_be_exported(model: nn.Module, what: str) -> None:
     findings = doctor.diagnose_model(model, ELITE)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.bundle.runtime.text import MASK_BIAS
 from fbqat_hub.export.onnx.float_graph import as_feed, packed_layers, runnable, trace
 from fbqat_hub.export.onnx.rewrite import rewrite
-from fbqat_hub.export.onnx.wrappers import wrap
+from fbqat_hub.families import get_family
+from fbqat_hub.families.graph import MASK_BIAS
 from fbqat_hub.quantization import ActivationScheme, PackedLinear, WeightScheme, convert, prepare, set_bit_width
 from tests.export.conftest import float_sana, make_items, pack
 
@@ -25,7 +25,7 @@ def test_the_float_graph_is_the_model_with_its_mask(patch_size: int) -> None:
     """
     model = pack(float_sana(patch_size=patch_size), activation_range="per_token", overrides={"*": {"bits": 32}})
     items = make_items(3, seed=5)
-    wrapper = wrap(model, items[0])
+    wrapper = get_family("sana").graph(model, items[0])
     graph = trace(wrapper, items[0], packed_layers(model))
     rewrite(graph.model)
     session = onnxruntime.InferenceSession(runnable(graph).SerializeToString())
@@ -42,7 +42,9 @@ def test_the_float_graph_is_the_model_with_its_mask(patch_size: int) -> None:
 
 def test_linear_layers_are_one_gemm_each(packed_sana: nn.Module) -> None:
     """MatMul + Add would cost a requantization between them."""
-    graph = trace(wrap(packed_sana, make_items(1, 0)[0]), make_items(1, 0)[0], packed_layers(packed_sana)).model.graph
+    graph = trace(
+        get_family("sana").graph(packed_sana, make_items(1, 0)[0]), make_items(1, 0)[0], packed_layers(packed_sana)
+    ).model.graph
     weights = {item.name for item in graph.initializer if item.name.endswith(".weight")}
     readers = {node.op_type for node in graph.node if weights & set(node.input) and "norm" not in str(node.input)}
     assert readers == {"Gemm", "Conv"}
@@ -50,14 +52,14 @@ def test_linear_layers_are_one_gemm_each(packed_sana: nn.Module) -> None:
 
 def test_without_a_text_mask_the_graph_has_no_bias_input(packed_sana: nn.Module) -> None:
     item = {name: tensor for name, tensor in make_items(1, 0)[0].items() if name != "encoder_attention_mask"}
-    graph = trace(wrap(packed_sana, item), item, packed_layers(packed_sana)).model.graph
+    graph = trace(get_family("sana").graph(packed_sana, item), item, packed_layers(packed_sana)).model.graph
     assert [value.name for value in graph.input] == ["hidden_states", "encoder_hidden_states", "timestep_embedding"]
 
 
 def test_the_packed_model_is_not_changed(packed_sana: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in packed_sana.state_dict().items()}
     processors = dict(packed_sana.attn_processors)
-    wrap(packed_sana, make_items(1, 0)[0])
+    get_family("sana").graph(packed_sana, make_items(1, 0)[0])
     assert packed_sana.attn_processors == processors
     assert all(torch.equal(tensor, before[name]) for name, tensor in packed_sana.state_dict().items())
     assert sum(isinstance(module, PackedLinear) for module in packed_sana.modules()) == 17
@@ -79,5 +81,5 @@ def test_group_scales_are_refused_by_name() -> None:
 
 def test_wider_weights_than_the_export_takes_are_refused_by_name() -> None:
     model = nn.Sequential(PackedLinear(4, 4), PackedLinear(4, 4, weight_bits=8))
-    with pytest.raises(ExportError, match="layer '1' has weights of 8 bits; the HTP export takes 4-bit ones"):
+    with pytest.raises(ExportError, match="layer '1' has weights of 8 bits; the export takes 4-bit ones"):
         packed_layers(model)

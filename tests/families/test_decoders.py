@@ -11,9 +11,10 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import nn
 
-from fbqat_hub.export.htp.graph import trace_graph
 from fbqat_hub.export.onnx.float_graph import as_feed
-from fbqat_hub.export.onnx.wrappers import wrap_decoder
+from fbqat_hub.export.onnx.rewrite import traced
+from fbqat_hub.families import get_family
+from fbqat_hub.families.decoder import decoder_graph
 
 
 def kl() -> nn.Module:
@@ -36,10 +37,15 @@ def test_a_decoder_with_attention(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     vae = make().eval()
     latents = torch.randn(1, 4, 4, 4)
-    wrapper = wrap_decoder(vae)
-    graph, _ = trace_graph(wrapper, {"latents": latents}, {})
+    wrapper = decoder_graph(vae)
+    graph, _ = traced(wrapper, {"latents": latents}, {})
     session = onnxruntime.InferenceSession(graph.model.SerializeToString())
     picture = session.run(None, as_feed(wrapper.host_inputs({"latents": latents})))[0]
     with torch.no_grad():
         expected = vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)).sample
     np.testing.assert_allclose(picture.reshape(expected.shape), expected.numpy(), atol=1e-4)
+
+
+def test_an_autoencoder_of_another_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="decoder of AutoencoderDC cannot be exported; a FLUX"):
+        get_family("flux").decoder_graph(dc())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export.onnx.calibration import Ranges, calibrate
 from fbqat_hub.export.onnx.clipping import clipped_ranges, least_error_range, tensors_at_8_bits
 from fbqat_hub.export.onnx.float_graph import FloatGraph
-from fbqat_hub.export.onnx.parity import sqnr_db
 from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.export.onnx.qdq import insert_qdq
 from fbqat_hub.export.onnx.reference import exact_session

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fbqat_hub.export.htp.export import torch_outputs
-from fbqat_hub.export.htp.graph import trace_graph
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export.onnx.allocation import allocate, candidates
 from fbqat_hub.export.onnx.calibration import Ranges, calibrate
 from fbqat_hub.export.onnx.float_graph import FloatGraph, as_feed, packed_layers, runnable
-from fbqat_hub.export.onnx.parity import sqnr_db
-from fbqat_hub.export.onnx.precision import DEFAULT_A16_LAYERS, OP_KINDS, PRESETS
+from fbqat_hub.export.onnx.items import torch_outputs
+from fbqat_hub.export.onnx.precision import OP_KINDS, PRESETS
 from fbqat_hub.export.onnx.qdq import insert_qdq
 from fbqat_hub.export.onnx.reference import exact_session
-from fbqat_hub.export.onnx.wrappers import wrap
+from fbqat_hub.export.onnx.rewrite import traced
+from fbqat_hub.families import get_family
 from tests.export.conftest import Item, float_sana, make_items, pack
+
+START = replace(PRESETS["w4a8"], a16_layers=get_family("sana").a16_layers)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +40,8 @@ def outlier_sana() -> tuple[nn.Module, FloatGraph, Ranges, Any]:
     exact = pack(copy.deepcopy(model), activation_range="per_token", overrides={"*": {"bits": 32}})
     pack(model, activation_range="per_token")
     items = make_items(8, seed=1)
-    wrapper = wrap(model, items[0])
-    graph, _ = trace_graph(wrapper, items[0], packed_layers(model))
+    wrapper = get_family("sana").graph(model, items[0])
+    graph, _ = traced(wrapper, items[0], packed_layers(model))
     return exact, graph, calibrate(runnable(graph), [as_feed(wrapper.host_inputs(item)) for item in items]), wrapper
 
 
@@ -60,19 +63,19 @@ def test_costs_are_shares_of_everything(outlier_sana: Any) -> None:
 def test_what_costs_most_noise_keeps_16_bits_and_the_target_holds(outlier_sana: Any) -> None:
     feeds, expected = run(outlier_sana, make_items(3, seed=1))
     _, graph, ranges, _ = outlier_sana
-    lowest, everything = allocate(graph, ranges, feeds, expected, start=PRESETS["w4a8"], target_db=-99.0)
+    lowest, everything = allocate(graph, ranges, feeds, expected, start=START, target_db=-99.0)
     assert lowest.a16_ops == ()
-    assert lowest.a16_layers == DEFAULT_A16_LAYERS
+    assert lowest.a16_layers == START.a16_layers
     assert {row["bits"] for row in everything["candidates"]} == {8}
     assert everything["share_at_16"] == pytest.approx(0, abs=1e-3)
 
     target = (everything["all_at_16_db"] + everything["reached_db"]) / 2
     assert everything["reached_db"] < target - 1
-    precision, report = allocate(graph, ranges, feeds, expected, start=PRESETS["w4a8"], target_db=target)
+    precision, report = allocate(graph, ranges, feeds, expected, start=START, target_db=target)
     rows = report["candidates"]
     assert [row["bits"] for row in rows] == sorted((row["bits"] for row in rows), reverse=True)
     assert {row["bits"] for row in rows} == {8, 16}
-    assert set(precision.a16_layers) > set(DEFAULT_A16_LAYERS)
+    assert set(precision.a16_layers) > set(START.a16_layers)
     assert 0 < report["share_at_16"] < 1
     session = exact_session(insert_qdq(graph, ranges, precision))
     assert sqnr_db(expected, [session.run(None, feed)[0] for feed in feeds]) >= target

@@ -13,12 +13,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export import ExportError, Precision
-from fbqat_hub.export.bundle.runtime.text import ENCODER_MASK_BIAS, MASK_BIAS
+from fbqat_hub.export.bundle.text_encoder import ENCODER_MASK_BIAS
 from fbqat_hub.export.htp import op_parity
 from fbqat_hub.export.onnx import rewrite
-from fbqat_hub.export.onnx.parity import sqnr_db
 from fbqat_hub.export.onnx.reference import exact_session
+from fbqat_hub.families.graph import MASK_BIAS
 from tests.export.graphs import Feed, compiled, emulated_op_errors, norm_and_bias, one_op, quantized
 
 pytest.importorskip("onnxruntime_qnn")

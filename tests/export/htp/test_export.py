@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import nn
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export import ExportError, HTPUnavailableError, Precision, export_htp
 from fbqat_hub.export.htp import certificate, compiler
-from fbqat_hub.export.onnx.parity import sqnr_db
+from fbqat_hub.families import get_family
 from tests.export.conftest import Item, float_sana, make_items, pack
 
 Export = Callable[..., dict[str, Any]]
@@ -57,11 +58,10 @@ def test_the_files_alone_compute_it(
     """The shipped context, from a copied folder, on an input that changes only the mask."""
     from fbqat_hub.export.htp.targets import target_for
     from fbqat_hub.export.onnx.float_graph import as_feed
-    from fbqat_hub.export.onnx.wrappers import wrap
 
     for name in ("transformer.onnx", "transformer.bin"):
         (tmp_path / name).write_bytes((exported[0] / name).read_bytes())
-    wrapper = wrap(packed_sana, held_out[0])
+    wrapper = get_family("sana").graph(packed_sana, held_out[0])
     items = [held_out[0] | {"encoder_attention_mask": torch.arange(16)[None] < count} for count in (2, 16)]
     with compiler.emulator(tmp_path / "transformer.onnx", target_for("sm8750")) as emulator:
         outputs = [emulator.run(as_feed(wrapper.host_inputs(item)))[0] for item in items]
@@ -120,6 +120,25 @@ def test_five_blocks(activation_range: str, calibration: list[Item], tmp_path: P
     assert result["parity"]["emulator_vs_cpu_qdq"]["sqnr_db"] > 33
     assert result["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 32
     assert sum(result["seconds"].values()) < 600
+
+
+@pytest.mark.slow
+def test_two_graphs_on_the_emulator(calibration: list[Item], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_qnn")
+    model = pack(float_sana(blocks=2))
+    result = export_htp(model, calibration, make_items(2, seed=3), tmp_path / "out", graphs=2, progress=False)
+    assert list(result["parts"]) == ["transformer_0", "transformer_1"]
+    assert {"transformer_0.bin", "transformer_1.bin"} <= set(result["files"])
+    layers = [part["audit"]["qdq"]["packed_weights_bit_equal"] for part in result["parts"].values()]
+    assert sum(layers) == result["model"]["packed_layers"]
+    assert result["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
+    parts = list(result["parts"].values())
+    for key, value in result["cost"].items():
+        assert value == parts[0]["cost"][key] + parts[1]["cost"][key], key
+    assert list(result["blocks"]) == [f"transformer_blocks.{index}/output_0" for index in range(2)]
+    assert result["op_parity"]["ops"] == parts[0]["op_parity"]["ops"] + parts[1]["op_parity"]["ops"]
+    assert result["op_parity"]["largest"]["error"] == max(part["op_parity"]["largest"]["error"] for part in parts)
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text()) == result
 
 
 def test_the_certificate_for_a_person(exported: tuple[Path, dict[str, Any]]) -> None:
@@ -203,7 +222,7 @@ def test_other_content_is_not_overwritten(packed_sana: nn.Module, export: Export
 
 def test_other_models_are_refused_by_name(calibration: list[Item], tmp_path: Path, export: Export) -> None:
     pytest.importorskip("onnxruntime_qnn")
-    with pytest.raises(ExportError, match="no HTP export for Sequential; there is one for: Flux"):
+    with pytest.raises(ValueError, match="Sequential is of no supported family; supported denoisers: Sana"):
         export(pack_linear(), tmp_path / "out")
 
 

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.onnx import rewrite as rewrites
-from fbqat_hub.export.onnx.float_graph import GraphWrapper, trace
+from fbqat_hub.export.onnx.float_graph import trace
+from fbqat_hub.families.graph import GraphWrapper
 from tests.export.graphs import norm_and_bias, one_op
 
 

@@ -17,17 +17,18 @@ from safetensors.numpy import load_file
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle import text_encoder
-from fbqat_hub.export.bundle.export import draw as draw_in_torch
-from fbqat_hub.export.bundle.export import export_bundle, psnr_db
+from fbqat_hub.export.bundle.export import export_bundle
+from fbqat_hub.export.bundle.pipeline import generate, picture_psnr
 from fbqat_hub.export.bundle.sampler import sampler_matrix
 from fbqat_hub.export.bundle.text_bundle import PROBE, build_text
-from fbqat_hub.export.bundle.text_encoder import recorded_tokens
-from fbqat_hub.export.htp.graph import Progress
+from fbqat_hub.export.bundle.text_encoder import ENCODER_MASK_BIAS, recorded_tokens
 from fbqat_hub.export.htp.targets import target_for
+from fbqat_hub.export.progress import Progress
+from fbqat_hub.families.graph import MASK_BIAS
 from fbqat_hub.files import sha256
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import CALL, CAPTIONS
+from tests.conftest import CALL, CAPTIONS, call_of
 
 #: Runs a script where torch, diffusers and everything of ours cannot be imported.
 WITHOUT_TORCH = (
@@ -52,32 +53,32 @@ def bundle(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder / "out", certificate
 
 
-def draw(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, "-c", WITHOUT_TORCH, str(folder / "generate.py"), *arguments]
     return subprocess.run(script, capture_output=True, text=True, check=False)
 
 
-def test_the_runner_draws_the_picture_without_torch(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_runner_generates_the_picture_without_torch(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Denoiser, sampler and decoder from the files alone: near torch's picture, and another seed's is another."""
     folder, certificate = bundle
     for name, options in {"same": [], "other": ["--seed", "7"]}.items():
-        done = draw(folder, "--output", str(tmp_path / f"{name}.png"), *options)
+        done = run(folder, "--output", str(tmp_path / f"{name}.png"), *options)
         assert done.returncode == 0, done.stderr
     same, other = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("same", "other"))
     torch_picture = np.asarray(Image.open(folder / "pictures" / "0-torch.png"))
-    assert psnr_db(torch_picture, same) > 30
-    assert psnr_db(torch_picture, other) < psnr_db(torch_picture, same) - 6
+    assert picture_psnr(torch_picture, same) > 30
+    assert picture_psnr(torch_picture, other) < picture_psnr(torch_picture, same) - 6
     assert certificate["pictures"]["mean_psnr_db"] > 30
     assert certificate["graphs"]["decoder"]["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
 
 
-def test_the_runner_draws_a_text(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_runner_generates_a_text(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """The first prompt's own text makes the first prompt's picture, in any case, as Sana's pipeline has it."""
     folder, certificate = bundle
-    done = draw(folder, "--text", f" {CAPTIONS[0].upper()} ", "--output", str(tmp_path / "same.png"))
+    done = run(folder, "--text", f" {CAPTIONS[0].upper()} ", "--output", str(tmp_path / "same.png"))
     assert done.returncode == 0, done.stderr
     torch_picture = np.asarray(Image.open(folder / "pictures" / "0-torch.png"))
-    assert psnr_db(torch_picture, np.asarray(Image.open(tmp_path / "same.png"))) > 30
+    assert picture_psnr(torch_picture, np.asarray(Image.open(tmp_path / "same.png"))) > 30
     assert certificate["graphs"]["text_encoder"]["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
     assert json.loads((folder / "manifest.json").read_text())["text"] == [
         {
@@ -87,9 +88,28 @@ def test_the_runner_draws_a_text(bundle: tuple[Path, dict[str, Any]], tmp_path: 
             "instruction": "\n".join(INSTRUCTION),
             "kept": CALL["max_sequence_length"],
             "bias": "causal",
+            "mask_bias": ENCODER_MASK_BIAS,
             "end": None,
         }
     ]
+
+
+@pytest.mark.slow
+def test_the_runner_generates_with_two_graphs(tmp_path: Path) -> None:
+    """The picture of the bundle's own runner, without torch, near torch's; the manifest names the tensor at the cut."""
+    pytest.importorskip("onnxruntime_qnn")
+    packed = convert_pipeline("fbqat-hub/sana-tiny-openmoji", tmp_path / "packed")
+    call = call_of("sana", pipeline := load_pipeline(packed)) | {"num_inference_steps": 2}
+    bundle = tmp_path / "out"
+    export_bundle(pipeline, bundle, prompts=CAPTIONS[:3], call=call, pictures=1, graphs=2, progress=False)
+    chain = json.loads((bundle / "manifest.json").read_text())["denoiser"]
+    assert [part["graph"] for part in chain] == ["transformer_0", "transformer_1"]
+    assert set(chain[0]["reads"].values()) == {"host"}
+    assert set(chain[1]["reads"].values()) == {"transformer_0"}
+    done = run(bundle, "--output", str(tmp_path / "picture.png"))
+    assert done.returncode == 0, done.stderr
+    pictures = [Image.open(path) for path in (tmp_path / "picture.png", bundle / "pictures" / "0-torch.png")]
+    assert picture_psnr(*(np.asarray(picture) for picture in pictures)) > 20
 
 
 @pytest.mark.parametrize("change", ["preprocessing", "encoder"])
@@ -101,11 +121,11 @@ def test_text_encoders_that_cannot_be_exported_are_left_out(
     if change == "preprocessing":
         pipeline._text_preprocessing = lambda prompts, **_: [f"a {prompt}" for prompt in prompts]
     with recorded_tokens(pipeline) as tokens:
-        draw_in_torch(pipeline, PROBE, CALL, 0)
+        generate(pipeline, PROBE, CALL, 0)
     if change == "encoder":
         monkeypatch.delitem(text_encoder.GRAPHS, "Gemma2Model")
     bar = Progress(1, shown=False)
-    found = build_text(pipeline, tokens, CAPTIONS, [(CAPTIONS[0], {})], "", tmp_path, target_for("sm8750"), bar)
+    found = build_text(pipeline, tokens, CAPTIONS, [(CAPTIONS[0], {})], "", None, tmp_path, target_for("sm8750"), bar)
     expected = {"preprocessing": "changes its prompts", "encoder": "text encoder Gemma2Model"}[change]
     assert expected in str(found.left_out)
     assert (found.described, found.tables, list(tmp_path.iterdir())) == ([], {}, [])
@@ -117,7 +137,7 @@ def test_a_flipped_byte_is_seen(bundle: tuple[Path, dict[str, Any]], tmp_path: P
     raw = bytearray((damaged / "transformer.bin").read_bytes())
     raw[len(raw) // 2] ^= 1
     (damaged / "transformer.bin").write_bytes(bytes(raw))
-    done = draw(damaged, "--output", str(tmp_path / "picture.png"))
+    done = run(damaged, "--output", str(tmp_path / "picture.png"))
     assert done.returncode != 0
     assert "transformer.bin is damaged" in done.stderr
     assert not (tmp_path / "picture.png").exists()
@@ -133,6 +153,7 @@ def test_the_manifest_lists_every_file_and_tensor(bundle: tuple[Path, dict[str, 
     assert manifest["qnn_sdk_build"] == certificate["read_back"]["qnn_sdk_build"]
     assert [tensor["name"] for tensor in manifest["graphs"]["decoder"]["inputs"]] == ["latents"]
     settings = {"steps": 2, "branches": 2, "guidance_scale": 3.0, "token_grid": None, "picture_size": [32, 32]}
+    settings["mask_bias"] = MASK_BIAS
     assert manifest["sampler"] == settings
     golden = load_file(folder / "golden.safetensors")
     names = [tensor["name"] for tensor in manifest["graphs"]["transformer"]["inputs"]]

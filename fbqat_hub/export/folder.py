@@ -1,0 +1,54 @@
+"""The folder an export leaves: whole, or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fbqat_hub.export.errors import ExportError
+
+
+def check_new(output_dir: str | os.PathLike[str]) -> Path:
+    """The path of a folder that is not there or empty; ExportError of any other."""
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"the output folder {output} exists and is not empty; remove it or name another")
+    return output
+
+
+@contextmanager
+def staging(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to build in, which gets the name `output_dir` when the block ends without an error.
+
+    Where a step fails after something was written, that is kept in `<output_dir>.unfinished`, and the error says so.
+
+    Raises:
+        ExportError: `output_dir` has content, or cannot be written.
+    """
+    output = check_new(output_dir)
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    folder = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        yield folder
+        folder.chmod(0o755)  # mkdtemp's folders are private
+        folder.rename(output)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    except ValueError as error:
+        if folder is None or not any(folder.iterdir()):
+            raise
+        shutil.rmtree(unfinished, ignore_errors=True)
+        folder.rename(unfinished)
+        raise ExportError(
+            f"{error}. What was made so far is in {unfinished}; cure it and repeat the command"
+        ) from error
+    except OSError as error:
+        raise ExportError(f"could not write the export to {output}: {error}") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,58 @@
+"""What is asked of an export, refused before any work: first what needs no model, then what needs nothing but it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from fbqat_hub.export.errors import ExportError
+from fbqat_hub.export.folder import check_new
+from fbqat_hub.export.htp.requirements import require_htp
+from fbqat_hub.export.htp.targets import Target, target_for
+from fbqat_hub.export.onnx.float_graph import packed_layers
+from fbqat_hub.export.onnx.precision import check_patterns
+from fbqat_hub.families import Family, family_of_denoiser
+
+
+def check_asked(output_dir: str | os.PathLike[str], soc: str, **counts: int | None) -> Target:
+    """The target, where everything that was asked for can be.
+
+    Args:
+        output_dir: must not exist, or be empty.
+        soc: a key of `TARGETS`.
+        counts: by name, what must be a whole number of at least 1, or None where it may be left open.
+
+    Raises:
+        ExportError: the first that cannot be, with what is allowed.
+        HTPUnavailableError: a needed package cannot be imported; says what to install.
+    """
+    target = target_for(soc)
+    for name, value in counts.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ExportError(f"{name} is {value!r}; give 1 or more")
+    check_new(output_dir)
+    require_htp()
+    return target
+
+
+def check_model(denoiser: Any, a16: Sequence[str] = (), graphs: int = 1) -> Family:
+    """The family of a packed denoiser that can be exported.
+
+    Args:
+        a16: fnmatch patterns of its layers.
+        graphs: into how many it is to be split.
+
+    Raises:
+        ValueError: a class without a family, or an option that its graph does not have.
+        ExportError: no packed layer, one that has no graph, a pattern that matches nothing, or fewer blocks than
+            graphs.
+    """
+    family = family_of_denoiser(type(denoiser).__name__)
+    family.check_graph(denoiser)
+    packed_layers(denoiser)
+    check_patterns(denoiser, a16)
+    blocks = len(family.blocks(denoiser))
+    if graphs > blocks:
+        raise ExportError(f"{graphs} graphs were asked for; the model has {blocks} blocks, so give 1 to {blocks}")
+    return family

@@ -1,0 +1,87 @@
+"""The certificate for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PAIRS = ("emulator_vs_cpu_qdq", "emulator_vs_torch_packed", "cpu_qdq_vs_torch_packed")
+
+
+def markdown(certificate: Mapping[str, Any]) -> str:
+    """The certificate for a person: what was asked, how far the three computations are apart, by output and block."""
+    asked, cost_of = certificate["asked"], certificate["cost"]
+    lines = [
+        "# Parity certificate",
+        "",
+        f"{certificate['model']['class']} for the {asked['title']} ({asked['soc']}, HTP {asked['htp_arch']}, "
+        f"{asked['vtcm_mb']} MiB of VTCM), compiled by QNN {certificate['read_back']['qnn_sdk_build']}.",
+        "",
+        f"Ran on: {certificate['ran_on']}. Never ran on: {certificate['never_ran_on']}.",
+        "",
+        "SQNR in dB (cosine) over the held-out inputs; the second of each pair is the reference.",
+        "",
+        "| tensor | " + " | ".join(name.replace("_", " ") for name in PAIRS) + " |",
+        "|---|" + "---|" * len(PAIRS),
+        _row("**output**", certificate["parity"]),
+        *(_row(name, compared) for name, compared in certificate["blocks"].items()),
+        *(_row(f"**{name}**", part["parity"]) for name, part in certificate.get("graphs", {}).items()),
+    ]
+    coverage = certificate["coverage"]
+    lines += [
+        "",
+        f"{coverage['ops_on_qnn']:,} ops are on QNN, {coverage['nodes_elsewhere']:,} nodes of the graph elsewhere.",
+    ]
+    if (probed := certificate["probed_blocks"])["probed"] < probed["of"]:
+        lines += ["", f"Blocks and single ops were compared in the first {probed['probed']} of {probed['of']} blocks."]
+    if timesteps := certificate["parity"].get("timesteps"):
+        values = zip(*(certificate["parity"][name]["sqnr_db_of_each"] for name in PAIRS), strict=True)
+        rows = sorted(zip(timesteps, values, strict=True))
+        lines += ["", "| timestep | " + " | ".join(name.replace("_", " ") for name in PAIRS) + " |"]
+        lines += ["|---|" + "---|" * len(PAIRS)]
+        lines += [f"| {time:g} | " + " | ".join(f"{value:.1f}" for value in each) + " |" for time, each in rows]
+    if pictures := certificate.get("pictures"):
+        lines += ["", "| picture, emulator in the loop against torch | PSNR (dB) |", "|---|---|"]
+        lines += [f"| {item['prompt']} | {item['psnr_db']:.1f} |" for item in pictures["each"]]
+    if allocation := certificate.get("allocation"):
+        lines += [
+            "",
+            f"16 bits everywhere keep {allocation['all_at_16_db']:.1f} dB to torch; {allocation['target_db']:g} dB was "
+            f"asked for, {allocation['reached_db']:.1f} dB reached with 16 bits for {allocation['share_at_16']:.0%} of "
+            "the cost (share of activation bytes plus share of operations). Most noise for its cost first:",
+            "",
+            "| ops or layers | cost | alone at 8 bits (dB) | bits |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{each['name']}` | {each['cost']:.3f} | {each['alone_db']:.1f} | {each['bits']} |"
+            for each in allocation["candidates"]
+        ]
+    if reason := certificate.get("text_left_out"):
+        lines += ["", f"Text encoders are left out: {reason}"]
+    lines += [
+        "",
+        *([_bits(certificate["precision"]), ""] if certificate["model"]["packed_layers"] else []),
+        f"{cost_of['macs']:,} multiply-accumulates a forward, {cost_of['macs_a16']:,} of them on 16-bit activations; "
+        f"{cost_of['constant_bytes']:,} bytes of constants, {cost_of['activation_bytes']:,} bytes of activations "
+        f"written, {cost_of['binary_bytes']:,} bytes of binary, {cost_of['spill_fill_bytes']:,} bytes of spill/fill "
+        "buffer. No latency is given: the emulator's time says nothing of a device's.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bits(precision: Mapping[str, Any]) -> str:
+    """Which weights and activations have how many bits, in words."""
+    stored = {4: "two per byte", 8: "one per byte"}[precision["weight_bits"]]
+    layers = ", ".join(f"`{name}`" for name in precision["a16_layers"]) or "none"
+    kinds = ", ".join(precision["a16_ops"]) or "none"
+    return (
+        f"Packed weights are {precision['code_bits']}-bit codes, stored {stored}; the activations they are multiplied "
+        f"with have {precision['activation_bits']} bits. Layers at 16 in any case: {layers}. Kinds of other ops at 16: "
+        f"{kinds}."
+    )
+
+
+def _row(name: str, compared: Mapping[str, Any]) -> str:
+    cells = (f"{compared[pair]['sqnr_db']:.1f} ({compared[pair]['cosine']:.5f})" for pair in PAIRS)
+    return f"| {name} | " + " | ".join(cells) + " |"

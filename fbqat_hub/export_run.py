@@ -1,0 +1,83 @@
+"""``fbqat export``: a run, or any packed pipeline, to a bundle for a phone.
+
+It joins what may not import each other: the recipe and its data (`training`), the loader (`integrations`) and the
+exporter (`export`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fbqat_hub.export import ExportError
+from fbqat_hub.export.bundle.export import export_bundle
+from fbqat_hub.export.htp.checks import check_asked, check_model
+from fbqat_hub.export.onnx.precision import precision_named
+from fbqat_hub.families import component_configs
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training.calibration import export_data
+from fbqat_hub.training.recipe import load_recipe
+
+
+def export_run(
+    run: str | Path,
+    output: Path,
+    *,
+    soc: str = "sm8750",
+    precision: str = "w4a8",
+    a16: Sequence[str] = (),
+    graphs: int = 1,
+    prompts: Sequence[str] = (),
+    pictures: int = 2,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compile a packed pipeline for a Snapdragon's NPU; returns the certificate (see ``export_bundle``).
+
+    Ranges that training did not set are calibrated on 100 training samples of the run's recipe, and the certificate is
+    measured on 8 samples of the test split. With ``prompts``, or without a recipe, both come from what the pipeline
+    feeds its denoiser while it generates the prompts; the last one is held out.
+
+    What is asked for is checked first: before the pipeline is loaded, and what needs the model before data is encoded.
+
+    Args:
+        run: folder of a run, or a folder or Hub id of any packed pipeline.
+        output: must not exist, or be empty.
+        soc, precision, a16, graphs: as ``export_bundle``.
+        prompts: to calibrate on and to generate; the recipe's if there are none.
+        pictures: generated with the emulator in the loop, of the first prompts.
+
+    Raises:
+        ExportError: no recipe and fewer than two prompts, or what ``export_bundle`` raises.
+        FileNotFoundError, ValueError: ``run`` is no pipeline that can be loaded.
+    """
+    check_asked(output, soc, graphs=graphs, pictures=pictures)
+    precision_named(precision)
+    saved = Path(run) / "recipe.yaml"
+    recipe = load_recipe(saved) if saved.is_file() else None
+    if len(prompts) < 2 and (prompts or recipe is None):
+        raise ExportError(
+            f"{run}: {'one prompt was given' if prompts else 'there is no recipe.yaml'}; calibration needs at least "
+            "two prompts, of which the last is held out: --prompts FILE, one a line"
+        )
+    pipeline = load_pipeline(run, torch.float32)
+    family = check_model(pipeline.transformer, a16, graphs)
+    data = export_data(recipe, pipeline.scheduler) if recipe and not prompts else None
+    shown = data.prompts if data else list(prompts)
+    return export_bundle(
+        pipeline,
+        output,
+        prompts=shown,
+        call=recipe.generation if recipe else family.native_size(component_configs(pipeline)),
+        calibration=data.calibration if data else None,
+        held_out=data.held_out if data else None,
+        soc=soc,
+        precision=precision,
+        a16=a16,
+        graphs=graphs,
+        pictures=min(pictures, len(shown)),
+        texts=data.texts if data else (),
+        progress=progress,
+    )

@@ -1,0 +1,52 @@
+"""What an export needs of a run's data: inputs that set activation ranges, and others to measure on."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fbqat_hub.families import get_family
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.teachers import resolve_teacher
+
+_CALIBRATION_SAMPLES, _HELD_OUT_SAMPLES = 100, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportData:
+    """Of a recipe, as training and evaluation draw it.
+
+    Attributes:
+        calibration: 100 inputs of the denoiser from the training split, batch 1.
+        held_out: 8 from the test split.
+        texts: captions of the former, to calibrate text encoders on.
+        prompts: to generate: the recipe's own, or else captions of the test split.
+    """
+
+    calibration: list[dict[str, Tensor]]
+    held_out: list[dict[str, Tensor]]
+    texts: list[str]
+    prompts: list[str]
+
+
+def export_data(recipe: Recipe, scheduler: Any) -> ExportData:
+    """The data of ``recipe``, encoded by its teacher or taken from the cache.
+
+    Args:
+        scheduler: of the pipeline that is exported.
+    """
+    splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher), torch.float32))
+    draws = Draws(get_family(recipe.family), scheduler, recipe.seed)
+    return ExportData(
+        calibration=list(draws.calibration(splits["train"], _CALIBRATION_SAMPLES)),
+        held_out=list(itertools.islice(draws.held_out(splits["test"], 1, 1), _HELD_OUT_SAMPLES)),
+        texts=splits["train"].captions[:_CALIBRATION_SAMPLES],
+        prompts=recipe.prompts or splits["test"].captions,
+    )

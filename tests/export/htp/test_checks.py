@@ -1,0 +1,27 @@
+"""What needs nothing but the model is refused before anything is traced."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from fbqat_hub.export import ExportError
+from fbqat_hub.export.htp.checks import check_model
+from tests.export.conftest import float_sana, pack
+
+
+def test_a_pattern_is_of_a_layer_whose_bits_can_be_chosen(packed_sana: nn.Module) -> None:
+    """Packed or left in float; not of a norm, nor of a depthwise convolution, which would stay as it was."""
+    for pattern in ("proj_out", "*.attn1.*", "transformer_blocks.0.ff.conv_point"):
+        check_model(packed_sana, [pattern])
+    left = pack(float_sana(), not_convert=("caption_projection.*",))
+    check_model(left, ["caption_projection.linear_1"])
+    for pattern in ("norm_out", "*.conv_depth", "transformer_blocks.0", ""):
+        with pytest.raises(ExportError, match=f"a16 pattern {pattern!r} matches no layer".replace("*", r"\*")):
+            check_model(packed_sana, [pattern])
+
+
+def test_an_option_without_a_graph_is_refused() -> None:
+    with_guidance = pack(float_sana(guidance_embeds=True), activation_range="per_token")
+    with pytest.raises(ValueError, match="SanaTransformer2DModel with guidance_embeds=True cannot be exported"):
+        check_model(with_guidance)

@@ -1,0 +1,67 @@
+"""`export_run`: what is asked for is checked before any work, and an error says what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fbqat_hub import export_run as module
+from fbqat_hub.export import ExportError
+from fbqat_hub.export.bundle.export import export_bundle
+from fbqat_hub.export.htp.targets import TARGETS
+from fbqat_hub.export_run import export_run
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"soc": "sm9999"}, f"unknown soc 'sm9999'; known: {', '.join(sorted(TARGETS))}"),
+    ({"graphs": 0}, "graphs is 0; give 1 or more"),
+    ({"graphs": 1.5}, "graphs is 1.5; give 1 or more"),
+    ({"pictures": -1}, "pictures is -1; give 1 or more"),
+    ({"precision": "w3a8"}, "unknown precision 'w3a8'; known: w4a8, w4a16, w8a8, w8a16, auto"),
+]
+
+
+def never(*_: Any, **__: Any) -> Any:
+    pytest.fail("work was begun before what was asked for was checked")
+
+
+@pytest.mark.parametrize(("options", "says"), WRONG, ids=lambda value: str(value)[:25])
+def test_before_a_pipeline_is_loaded(
+    options: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_pipeline", "load_recipe", "export_data", "export_bundle"):
+        monkeypatch.setattr(module, name, never)
+    with pytest.raises(ExportError) as caught:
+        export_run(tmp_path, tmp_path / "out", **options)
+    assert str(caught.value) == says
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_output_folder_comes_first_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_recipe", never)
+    monkeypatch.setattr(module, "load_pipeline", never)
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ExportError, match="exists and is not empty"):
+        export_run(tmp_path / "run", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"a16": ["proj_out", "nosuch"]}, "'nosuch' matches no layer of the model; there are e.g. patch_embed.proj, "),
+        ({"graphs": 3}, "3 graphs were asked for; the model has 2 blocks, so give 1 to 2"),
+    ],
+)
+def test_what_needs_the_model_before_data_is_encoded_or_anything_is_traced(
+    options: dict[str, Any], says: str, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime_qnn")
+    monkeypatch.setattr(module, "export_data", never)
+    with pytest.raises(ExportError, match=says):
+        export_run(run_folder, tmp_path / "out", **options)
+    pipeline = module.load_pipeline(run_folder)
+    monkeypatch.setattr("fbqat_hub.export.bundle.export.generate", never)
+    with pytest.raises(ExportError, match=says):
+        export_bundle(pipeline, tmp_path / "out", prompts=["a", "b"], call={}, **options)
+    assert not list(tmp_path.iterdir())
