@@ -26,7 +26,8 @@ def generate_pictures(pipeline: Any, prompts: Sequence[str], call: Mapping[str, 
     """
     arguments = dict(call)
     # not the pipeline's own repeats: SanaPipeline's put the attention masks of several prompts in another order
-    texts = [prompt for prompt in prompts for _ in range(arguments.pop("num_images_per_prompt", 1))]
+    repeats = arguments.pop("num_images_per_prompt", 1)
+    texts = [prompt for prompt in prompts for _ in range(repeats)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pipeline.set_progress_bar_config(disable=True)
     levels = pipeline(texts, generator=generators, output_type="pt", **arguments).images.float().cpu()

@@ -46,7 +46,7 @@ def check_call(pipeline_class: str, arguments: Mapping[str, Any], where: str = "
     """
     allowed = call_types(pipeline_class)
     if unknown := set(map(str, arguments)) - set(allowed):
-        what = f"{where.strip('.')} (the call of {pipeline_class})" if where else f"the call of {pipeline_class}"
+        what = f"{where.strip(' .')} (the call of {pipeline_class})" if where else f"the call of {pipeline_class}"
         raise unknown_key_error(what, unknown, allowed)
     for name, value in arguments.items():
         if problem := _problem(name, value, allowed[name], _size_multiple(pipeline_class)):

@@ -17,10 +17,14 @@ from fbqat_hub.hub.card import write_card
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
 from fbqat_hub.quantization.convert import matches
-from fbqat_hub.training import distill
+from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.distill import train
+from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.evaluate import evaluate
 from fbqat_hub.training.generate import generate
+from fbqat_hub.training.loop import distill
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.student import prepare_student
 from tests.conftest import call_of, write_recipe
 
 # the last block of SD3 has no text output, so the text's queries go nowhere
@@ -43,13 +47,11 @@ def fields_of(teacher_of: Callable[[str], Path], recipe_fields: dict[str, Any]) 
 def distilled(recipe: Recipe, output: Path) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
     """The student after the recipe's steps, its tensors before them, and the log."""
     pipeline = load_pipeline(recipe.teacher)
-    splits = distill.cached_splits(recipe, pipeline)
-    draws = distill.Draws(FAMILIES[recipe.family], pipeline.scheduler, recipe.seed)
-    student = distill.prepare_student(recipe, pipeline.transformer, splits["train"], draws)
+    splits = cached_splits(recipe, pipeline)
+    draws = Draws(FAMILIES[recipe.family], pipeline.scheduler, recipe.seed)
+    student = prepare_student(recipe, pipeline.transformer, splits["train"], draws)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    distill.distill(
-        recipe, student, pipeline.transformer, splits, draws, output, Accelerator(), resume=False, progress=False
-    )
+    distill(recipe, student, pipeline.transformer, splits, draws, output, Accelerator(), resume=False, progress=False)
     return student, before, [yaml.safe_load(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
 
 
@@ -81,12 +83,12 @@ def test_loss_weighting_counts_errors_by_what_the_sampler_makes_of_them(family: 
         (tmp_path / weighting).mkdir()
         student, _, log = distilled(recipe, tmp_path / weighting)  # unchanged by a rate of 0
         logged[weighting] = log[0]["loss"]
-    assert Recipe(**fields).weights_loss
-    assert not Recipe(**fields | {"method": "lsq-qat"}).weights_loss
+    assert Recipe(**fields).loss_weighting == "sampler"
+    assert Recipe(**fields | {"method": "lsq-qat"}).loss_weighting == "none"
 
     pipeline = load_pipeline(recipe.teacher)
-    draws = distill.Draws(FAMILIES[family], pipeline.scheduler, recipe.seed)
-    inputs = draws.training(distill.cached_splits(recipe, pipeline)["train"], 0, recipe.batch_size)
+    draws = Draws(FAMILIES[family], pipeline.scheduler, recipe.seed)
+    inputs = draws.training(cached_splits(recipe, pipeline)["train"], 0, recipe.batch_size)
     with torch.no_grad():
         errors = (draws.predict(student, inputs) - draws.predict(pipeline.transformer, inputs)).square().flatten(1)
     weight = draws.error_weight(inputs)
@@ -100,9 +102,9 @@ def test_loss_weighting_counts_errors_by_what_the_sampler_makes_of_them(family: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_train_evaluate_card_and_generate(family: str, fields_of, tmp_path: Path) -> None:
     """From a recipe file to the card, with nothing said of the family but its name."""
-    fields = {**fields_of(family), "license": "cc-by-sa-4.0", "prompts": ["dark red"]}
+    fields = {**fields_of(family), "prompts": ["dark red"]}
     fields["evaluation"] = {**fields["evaluation"], "draws": 2}
-    run = distill.train(load_recipe(write_recipe(tmp_path / "recipe.yaml", fields)), tmp_path / "run", progress=False)
+    run = train(load_recipe(write_recipe(tmp_path / "recipe.yaml", fields)), tmp_path / "run", progress=False)
     evaluate(run, progress=False)
     records = {record.metric: record for record in read_records(run / "results.json")}
     assert {"kd_loss", "fd_teacher", "psnr", "ssim", "bits_per_weight"} <= set(records)

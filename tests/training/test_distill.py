@@ -87,7 +87,7 @@ def test_log_follows_the_schedules(recipe_of, tmp_path: Path) -> None:
     lines = log_of(train(recipe, tmp_path / "run", progress=False))
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert {line["bit_width"] for line in lines} == {4}
-    softness = [0.06, 0.05, 0.04, 0.03, 0.02, 0.01, 0, 0, 0, 0]
+    softness = [0.15, 0.125, 0.1, 0.075, 0.05, 0.025, 0, 0, 0, 0]
     assert [line["softness"] for line in lines] == pytest.approx(softness, abs=1e-12)
     assert lines[0]["learning_rate"] == pytest.approx(0.5e-3)
     assert lines[5]["learning_rate"] == pytest.approx(0.5e-3)

@@ -59,7 +59,7 @@ def test_records_of_the_default_metrics(run: Path) -> None:
     assert set(records) == set(DEFAULT)
     loss, recipe = records["kd_loss"], load_recipe(run / "recipe.yaml")
     bins = loss.extra["by_timestep"]
-    assert sum(row["n"] for row in bins) == loss.n == recipe.evaluation_settings()["draws"]
+    assert sum(row["n"] for row in bins) == loss.n == recipe.evaluation.draws
     assert sum(row["value"] * row["n"] for row in bins) / loss.n == pytest.approx(loss.value)
     assert all(0 <= row["low"] <= row["high"] <= 1000 for row in bins)
     for metric in ("psnr", "ssim", "fd_teacher", "fd_real"):
@@ -163,7 +163,7 @@ def test_an_interrupted_generation_goes_on_where_it_stopped(
     run_folder: Path, tmp_path: Path, generated, monkeypatch
 ) -> None:
     recipe = load_recipe(run_folder / "recipe.yaml")
-    recipe = replace(recipe, evaluation={**recipe.evaluation, "batch_size": 2})
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, batch_size=2))
     prompts = ["red", "green", "blue", "mint", "sky"]
     pipeline = load_pipeline(run_folder)
     whole = generate_folder(lambda: pipeline, prompts, recipe, tmp_path / "whole", progress=False)
@@ -206,7 +206,7 @@ def test_prompts_of_another_set_replace_the_records_of_pictures(copy: Path, gene
         ({"metrics": []}, "no metrics to measure"),
         ({"prompts": "mjhq", "metrics": ["psnr"]}, "Did you mean 'mjhq-30k'"),
         ({"prompts": "openmoji", "images": 10**6, "metrics": ["psnr"]}, "openmoji has .* --images asks for 1000000"),
-        ({"images": 0}, "evaluation.images is 0"),
+        ({"images": 0}, "images is 0"),
         ({"prompts": "{tmp}/words.txt", "metrics": ["psnr", "fd_real"]}, "words.txt has prompts and no real pictures"),
         ({"prompts": "{tmp}/empty.txt", "metrics": ["psnr"]}, "empty.txt is empty"),
         (
@@ -249,11 +249,13 @@ def test_prompts_of_a_file_and_fewer_pictures_than_the_recipe_has_prompts(
     assert len(asked_prompts(recipe, None, None, False).texts) == 4
 
 
-def edited(folder: Path, name: str, level: float) -> None:
-    """One tensor of a component filled with a level."""
+def edited(folder: Path, prefix: str, level: float) -> None:
+    """The tensors of a component whose names begin so, filled with a level."""
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    tensors[name].fill_(level)
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            tensor.fill_(level)
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -261,9 +263,7 @@ def test_a_model_that_overflows_is_refused(copy: Path) -> None:
     """Every stored number is finite; what it computes is not. Its pictures would be black, and the SSIM 1."""
     edited(copy / "transformer", "proj_out.bias", 3e38)
     before = (copy / "results.json").read_bytes()
-    with pytest.raises(
-        ValueError, match=r"4 of 4 pictures of SanaPipeline are not finite \(NaN\), first that of 'red'"
-    ):
+    with pytest.raises(ValueError, match=r"4 of 4 pictures of SanaPipeline are not finite \(NaN\), first that of '"):
         evaluate(copy, prompts=None, metrics=["psnr", "ssim"], progress=False)
     with pytest.raises(ValueError, match=r"held-out loss is not finite in 1 of 1 draws: .* is broken"):
         evaluate(copy, metrics=["kd_loss"], progress=False)
@@ -271,14 +271,12 @@ def test_a_model_that_overflows_is_refused(copy: Path) -> None:
 
 
 def test_a_model_that_makes_one_colour_is_refused(copy: Path, tmp_path: Path, fbqat_cache: Path) -> None:
-    names = load_file(next((copy / "vae").glob("*.safetensors")))
-    name = next(key for key in names if key.startswith("decoder.conv_out") and key.endswith("weight"))
-    edited(copy / "vae", name, 0.0)
+    edited(copy / "vae", "decoder.", 0.0)
     with pytest.raises(ValueError, match="4 of 4 pictures are of one colour throughout where the teacher's are not"):
         evaluate(copy, metrics=["psnr", "ssim"], progress=False)
     # both sides black: equal, and worth nothing
     teacher = shutil.copytree(load_recipe(copy / "recipe.yaml").teacher, tmp_path / "teacher")
-    edited(teacher / "vae", name, 0.0)
+    edited(teacher / "vae", "decoder.", 0.0)
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
     (copy / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "teacher": str(teacher)}))
     with pytest.raises(ValueError, match="each of the teacher's 4 pictures is of one colour throughout"):

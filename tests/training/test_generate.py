@@ -50,7 +50,7 @@ def test_arguments_of_the_call_can_be_changed(run_folder: Path, tmp_path: Path) 
     [
         ({"prompts": []}, "no prompt"),
         ({"prompts": ["red", "  "]}, "no prompt, or an empty one"),
-        ({"call": {"hight": 64}}, r"the call of SanaPipeline: 'hight' \(did you mean 'height'\?\)"),
+        ({"call": {"hight": 64}}, r"the call of SanaPipeline\): 'hight' \(did you mean 'height'\?\)"),
         ({"call": {"height": 33}}, "--set height is 33; it must be a multiple of 32 from 32 to 8192"),
         ({"call": {"height": "sixty"}}, "--set height is 'sixty'; it must be a multiple of 32"),
         ({"call": {"num_inference_steps": 1.5}}, "--set num_inference_steps is 1.5; it must be a whole number from 1"),
@@ -94,7 +94,7 @@ def test_an_empty_negative_prompt_is_ordinary(run_folder: Path, tmp_path: Path) 
 def test_a_float_pipeline_without_a_recipe_is_run_at_its_own_size(tiny_sana: Path, tmp_path: Path) -> None:
     steps = {"num_inference_steps": 2, "complex_human_instruction": None, "max_sequence_length": 8}
     path = generate(str(tiny_sana), ["red"], tmp_path / "out.png", call=steps)
-    assert Image.open(path).size == (128, 128)  # 4 x 4 latents by 32
+    assert Image.open(path).size == (32, 32)  # 4 x 4 latents by 8
 
 
 def test_pictures_are_those_of_the_pipeline_to_the_bit(run_folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_pictures_are_those_of_the_pipeline_to_the_bit(run_folder: Path) -> None
             3e38,
             r"1 of 1 pictures of SanaPipeline are not finite \(NaN\), .* 'red', seed 0",
         ),
-        ("vae", "decoder.conv_out.conv.weight", 0.0, "picture 1 of 1, seed 0, is of one colour throughout"),
+        ("vae", "decoder.", 0.0, "picture 1 of 1, seed 0, is of one colour throughout"),
     ],
 )
 def test_a_broken_model_is_refused(
@@ -121,7 +121,9 @@ def test_a_broken_model_is_refused(
     run = shutil.copytree(run_folder, tmp_path / "run")
     (file,) = (run / part).glob("*.safetensors")
     tensors = load_file(file)
-    tensors[tensor].fill_(level)
+    for name in tensors:
+        if name.startswith(tensor):
+            tensors[name].fill_(level)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         generate(str(run), ["red"], tmp_path / "out.png")

@@ -54,7 +54,7 @@ def test_the_encoder_is_given_what_is_to_be_seen(mixed: Path, tiny_sana: Path, t
 
     monkeypatch.setattr(Sana, "encode_images", recorded)
     data = loaded(mixed, tmp_path)
-    build_cache(load_pipeline(tiny_sana, torch.float32), get_family("sana"), data, 32, CALL, tmp_path / "encoded")
+    build_cache(load_pipeline(tiny_sana, torch.float32), get_family("sana"), data, (32, 32), CALL, tmp_path / "encoded")
     colours = np.array([json.loads(key) for key in sorted(seen)])
     expected = np.array([[0, 0, 255], [128, 128, 128], [255, 0, 0], [255, 255, 255]])
     assert colours.shape == expected.shape
@@ -67,7 +67,7 @@ def test_a_damaged_picture_is_named(mixed: Path, tiny_sana: Path, tmp_path: Path
     rows = loaded(mixed, tmp_path)
     family, pipeline = get_family("sana"), load_pipeline(tiny_sana, torch.float32)
     with pytest.raises(ValueError, match=r"train/deep\.png cannot be read as a picture"):
-        build_cache(pipeline, family, rows, 32, CALL, tmp_path / "encoded")
+        build_cache(pipeline, family, rows, (32, 32), CALL, tmp_path / "encoded")
 
 
 def test_pictures_inside_a_table_are_named_by_their_row() -> None:

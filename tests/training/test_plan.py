@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 
 from fbqat_hub.training import plan as planning
@@ -29,22 +28,6 @@ def made(recipe_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "cached_splits", without_test)
         return plan(Recipe(**recipe_fields), folder, progress=False), folder
-
-
-def test_the_printed_stages_are_a_recipes_schedule(made: tuple[Plan, Path], recipe_fields: dict[str, Any]) -> None:
-    """From 8 to 4 bits with the hard grid, whatever the method's own schedule is."""
-    lines = made[0].text().splitlines()
-    start = lines.index("start: nearest")
-    fragment = yaml.safe_load("\n".join(lines[start : lines.index("", start)]))
-    for method in ("fbqat", "fbqat-paper"):
-        schedule = Recipe(**{**recipe_fields, "method": method, **fragment}).bit_schedule()
-        assert schedule == made[0].schedule
-        assert (len(schedule.stages), schedule.bit_width(0), schedule.bit_width(0.44), schedule.softness) == (
-            9,
-            8,
-            4,
-            0,
-        )
 
 
 def test_what_is_saved(made: tuple[Plan, Path], recipe_fields: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fbqat_hub.training import prompts
 from fbqat_hub.training.cache import load_pictures
+from fbqat_hub.training.dataset import check_dataset
 from fbqat_hub.training.pictures import picture_of
 from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
 
@@ -110,5 +111,5 @@ def test_a_prompt_set_is_a_recipes_data(hub) -> None:
     assert {caption: picture_of(picture, "row").getpixel((0, 0)) for caption, picture in rows.items()} == {
         f"prompt {key}": colour for key, colour in COLOURS.items()
     }
-    with pytest.raises(ValueError, match=r"unknown key in dataset \(ye-pop\): 'cuont' \(did you mean 'count'"):
-        load_pictures({"path": "ye-pop", "cuont": 2}, 8)
+    with pytest.raises(ValueError, match=r"unknown key in recipe.dataset \(ye-pop\): 'cuont' \(did you mean 'count'"):
+        check_dataset({"path": "ye-pop", "cuont": 2})
