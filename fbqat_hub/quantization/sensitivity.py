@@ -187,12 +187,13 @@ def _chunks(model: nn.Module, errors: WeightErrors, max_bytes: int) -> Iterator[
     chunk: dict[str, dict[int, Tensor]] = {}
     size = 0
     for name, give in errors.items():
-        shape = model.get_submodule(name).weight.shape[:2]
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
         own = {bits: error.detach().flatten(1) for bits, error in give().items()}
         for bits, error in own.items():
-            if error.shape != shape:
+            if error.shape != weight.shape[:2]:
                 raise ValueError(
-                    f"the error of {name} at {bits} bits is {list(error.shape)}; its weight {list(shape)}."
+                    f"the error of {name} at {bits} bits is {list(error.shape)}; its weight {list(weight.shape)}."
                 )
         needed = sum(error.nbytes for error in own.values())
         if chunk and size + needed > max_bytes:

@@ -137,8 +137,8 @@ def _knapsack(
             if cost <= room:
                 option[cost:] = least[: room + 1 - cost] + by_width[bits]
         least = options.amin(0)
-        choices.append((options == least).byte().argmax(0).to(torch.uint8))  # argmin takes any of equals
-    left = int((least == least[room]).byte().argmax())
+        choices.append(options.argmin(0).to(torch.uint8))  # of equals the first, which is the cheapest
+    left = int(least.argmin())
     chosen: dict[str, int] = {}
     for name, choice in zip(reversed(list(units)), reversed(choices), strict=True):
         chosen[name] = _by_cost(units[name])[int(choice[left])]
