@@ -11,6 +11,9 @@ STAMP := $(VENV)/.installed
 # --no-compile: bytecode is written for the modules that are used, when they are used; a third of the set-up time saved.
 PIP   := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
+# Bytecode: without it every fresh process spends seconds on imports, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check format bench results clean distclean
 

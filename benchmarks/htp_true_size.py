@@ -24,7 +24,7 @@ from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export import export_htp
 from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.quantization import ActivationScheme, PackedLinear, PackedPointwiseConv2d
-from fbqat_hub.quantization.convert import named_layers, quantizable
+from fbqat_hub.quantization.convert import named_layers, targets
 
 RESULTS = Path(__file__).parent / "results" / "htp.json"
 
@@ -134,7 +134,7 @@ def random_packed(described: TrueSize, **config: Any) -> nn.Module:
         model: nn.Module = getattr(diffusers, described.transformer)(**(described.config | config))
     generator = torch.Generator().manual_seed(0)
     scheme = ActivationScheme(bits=8, range="per_token")
-    for name, layer in quantizable(model).items():
+    for layer, names, _ in targets(model, scheme):
         kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
         out_features, in_features = layer.weight.shape[:2]
         packed = kind(in_features, out_features, bias=layer.bias is not None, activation_scheme=scheme)
@@ -144,7 +144,8 @@ def random_packed(described: TrueSize, **config: Any) -> nn.Module:
         packed.weight_scale.fill_(0.5 * in_features**-0.5 / 4.6)
         if packed.bias is not None:
             packed.bias.data.zero_()
-        model.set_submodule(name, packed)
+        for name in names:
+            model.set_submodule(name, packed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             owner, _, last = name.rpartition(".")

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from benchmarks.method.runs import RECIPES
 from fbqat_hub.evaluation.folders import as_image
 from fbqat_hub.evaluation.pictures import comparison_sheet
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.evaluate import draw
 from fbqat_hub.training.recipe import load_recipe
@@ -33,7 +35,7 @@ def sheet(family: str, runs: Path) -> Path:
         sources[label] = train(load_recipe(RECIPES[family], method=method), folder, resume=True)
     columns = {}
     for label, folder in sources.items():
-        pictures = draw(load_pipeline(folder), recipe.prompts, recipe)
+        pictures = draw(load_pipeline(folder, torch.float32), recipe.prompts, recipe)
         columns[label] = [as_image(picture) for picture in pictures]
     path = ROOT / "docs" / "images" / f"sheet-{family}.png"
     comparison_sheet(columns, recipe.prompts).save(path)

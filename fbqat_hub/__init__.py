@@ -1,13 +1,28 @@
 """fbqat_hub: 4-bit diffusion models by fractional-bit quantization-aware training (FB-QAT).
 
 Importing this package registers ``quant_method: fbqat`` in diffusers, so that
-``DiffusionPipeline.from_pretrained`` loads packed checkpoints. It does nothing else.
+``DiffusionPipeline.from_pretrained`` loads packed checkpoints. It does nothing else, and imports neither torch nor
+diffusers before they are needed.
 """
 
-from fbqat_hub.config import FBQATConfig
-from fbqat_hub.integrations.diffusers import register as _register_diffusers
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fbqat_hub.registration import register as _register
 from fbqat_hub.version import __version__
 
-_register_diffusers()
+if TYPE_CHECKING:
+    from fbqat_hub.config import FBQATConfig
+
+_register()
 
 __all__ = ["FBQATConfig", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FBQATConfig":
+        from fbqat_hub.config import FBQATConfig
+
+        return FBQATConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -64,7 +65,8 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, **changes_of(options.set))
     output = train(recipe, options.output, resume=options.resume)
-    print(f"saved {output}. Next: fbqat evaluate {output} ; fbqat card {output}")
+    named = shlex.quote(str(output))
+    print(f"saved {output}. Next: fbqat evaluate {named} ; fbqat card {named}")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -80,10 +82,10 @@ def _convert(options: argparse.Namespace) -> None:
     from fbqat_hub.training.ptq import convert_pipeline
 
     settings = {"weight_clip": options.clip, "modules_to_not_convert": options.leave}
-    output = convert_pipeline(options.pipeline, options.output, settings)
+    output = convert_pipeline(options.pipeline, options.output, settings, options.variant)
     print(
         f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "
-        f"fbqat evaluate {output} --prompts mjhq-30k --images 1000"
+        f"fbqat evaluate {shlex.quote(str(output))} --prompts mjhq-30k --images 1000"
     )
 
 
@@ -169,7 +171,7 @@ def _doctor(options: argparse.Namespace) -> None:
     if options.model and (Path(options.model) / "manifest.json").is_file():
         findings += doctor.diagnose_bundle(Path(options.model), target)
     elif options.model:
-        from fbqat_hub.integrations.diffusers import load_pipeline
+        from fbqat_hub.pipelines import load_pipeline
 
         findings += doctor.diagnose_model(load_pipeline(options.model).transformer, target)
     if options.log:
@@ -266,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("pipeline", help="folder or Hub id of a diffusers pipeline")
     sub.add_argument("--output", type=Path, required=True, help="new folder for the packed pipeline")
+    sub.add_argument("--variant", help="of the weight files, e.g. fp16 for *.fp16.safetensors (default: those without)")
     sub.add_argument("--clip", choices=("mse", "max_abs"), default="mse", help="how scales are found (default: mse)")
     sub.add_argument(
         "--leave", nargs="*", default=[], metavar="PATTERN", help="modules to leave in float, e.g. 'proj_out'"

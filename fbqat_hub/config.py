@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from fbqat_hub.quantization.scheme import ActivationRange, ActivationScheme, Clip, Granularity, WeightScheme
+from fbqat_hub.quantization.scheme import ActivationRange, ActivationScheme, ClipName, Granularity, WeightScheme
 from fbqat_hub.version import __version__
 
 FORMAT_VERSION = 1
@@ -42,7 +42,6 @@ class FBQATConfig(QuantizationConfigMixin):
         weight_granularity: "per_channel", "per_tensor" or "per_group".
         group_size: inputs that share a scale, for "per_group"; somewhat less in a layer whose inputs it does not
             divide.
-        weight_narrow: codes -7..7 instead of -8..7.
         weight_clip: how quantize-on-load finds the scale, "max_abs" or "mse"; a trained checkpoint has its own.
         activation_bits: 8 or 16, or 32 for float activations.
         activation_range: "per_token", "per_tensor" (both dynamic) or "static" (needs a calibrated checkpoint).
@@ -52,7 +51,8 @@ class FBQATConfig(QuantizationConfigMixin):
         fbqat_version: the package that wrote the checkpoint.
 
     Raises:
-        ValueError: an unknown key, a value out of range, or a newer format.
+        ValueError: an unknown key, a value out of range, or a newer format. ``weight_narrow: false`` is read and
+            dropped, for older versions wrote it.
 
     >>> FBQATConfig(weight_bitz=4)
     Traceback (most recent call last):
@@ -64,8 +64,7 @@ class FBQATConfig(QuantizationConfigMixin):
         weight_bits: int = 4,
         weight_granularity: Granularity = "per_channel",
         group_size: int | None = None,
-        weight_narrow: bool = False,
-        weight_clip: Clip = "mse",
+        weight_clip: ClipName = "mse",
         activation_bits: int = 8,
         activation_range: ActivationRange = "per_token",
         modules_to_not_convert: list[str] | None = None,
@@ -82,6 +81,11 @@ class FBQATConfig(QuantizationConfigMixin):
                 f"this checkpoint has format_version {format_version}, written by fbqat_hub {fbqat_version}; this is "
                 f"fbqat_hub {__version__}, which reads up to {FORMAT_VERSION}. Update with: pip install -U fbqat_hub"
             )
+        if unknown.pop("weight_narrow", False) is not False:  # of a version before the narrow grid left
+            raise ValueError(
+                "weight_narrow is set, which asks for codes without the lowest one; this version has no such grid. "
+                "Leave it out and quantize the float model again."
+            )
         if unknown:
             allowed = set(inspect.signature(FBQATConfig).parameters) - {"unknown"}
             raise unknown_key_error("FBQATConfig", unknown, allowed)
@@ -91,13 +95,10 @@ class FBQATConfig(QuantizationConfigMixin):
             raise ValueError(f"weight_bits is {weight_bits}; format 1 stores codes of 3 to 8 bits.")
         if group_size is not None and not _is_whole(group_size):
             raise ValueError(f"group_size is {group_size!r}; it must be a whole number, or left out.")
-        if not isinstance(weight_narrow, bool):
-            raise ValueError(f"weight_narrow is {weight_narrow!r}; it must be true or false.")
         self.quant_method = FBQATMethod.FBQAT
         self.weight_bits = weight_bits
         self.weight_granularity = weight_granularity
         self.group_size = group_size
-        self.weight_narrow = weight_narrow
         self.weight_clip = weight_clip
         self.activation_bits = activation_bits
         self.activation_range = activation_range
@@ -117,7 +118,6 @@ class FBQATConfig(QuantizationConfigMixin):
             bits=self.weight_bits,
             granularity=self.weight_granularity,
             group_size=self.group_size,
-            narrow=self.weight_narrow,
             clip=self.weight_clip,
         )
 

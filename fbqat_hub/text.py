@@ -1,8 +1,8 @@
-"""Tables for a terminal."""
+"""Tables and lists in what is told to a user."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def columns(rows: Sequence[Sequence[str]], *, numbers_from: int | None = None) -> str:
@@ -25,3 +25,13 @@ def columns(rows: Sequence[Sequence[str]], *, numbers_from: int | None = None) -
         ).rstrip()
         for row in rows
     )
+
+
+def names(items: Iterable[str], most: int = 5) -> str:
+    """A list for a message: the first few, and how many more.
+
+    >>> names(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    shown = list(items)
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

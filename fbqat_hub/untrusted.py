@@ -1,4 +1,4 @@
-"""What a downloaded folder must be before anything in it is loaded: SECURITY.md says why, test by test."""
+"""Reading what a stranger made: bounds on JSON, YAML, links and numbers. SECURITY.md says why, test by test."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError, safe_open
 
-LIBRARIES = ("diffusers", "transformers")
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # Configs are a few KiB, index files of sharded checkpoints a few hundred.
 _LARGEST_JSON = 2**22
 _LARGEST_YAML = 2**20
@@ -64,46 +61,12 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def check_pipeline(folder: Path) -> dict[str, tuple[str, str]]:
-    """Read what says how large the parts of a pipeline are, and refuse what is not one, before any of it is loaded.
-
-    Checked are links, ``model_index.json``, the headers of all safetensors files against the files' lengths, and the
-    numbers in ``config.json`` of every model.
-
-    Returns:
-        Component -> (library, class), without those that the pipeline goes without.
+def check_links(folder: Path) -> None:
+    """Refuse links out of a folder, but those of the Hub's cache to its own blobs, and pipes and devices in it.
 
     Raises:
-        ValueError: names the file and what is wrong with it.
+        ValueError: names the first one.
     """
-    _check_files(folder)
-    index = read_json(folder / "model_index.json")
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"{folder / 'model_index.json'} names no pipeline class; give a diffusers pipeline's folder.")
-    components = {}
-    for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
-            continue
-        if len(value) != 2 or value[0] not in LIBRARIES or not isinstance(value[1], str):
-            raise ValueError(
-                f"{folder / 'model_index.json'}: {name} is {value!r}; it must be a class of {' or '.join(LIBRARIES)}, "
-                "since no other code is run."
-            )
-        if os.sep in name or name == "..":
-            raise ValueError(f"{folder / 'model_index.json'}: {name!r} is no name of a component.")
-        components[name] = (value[0], value[1])
-    for name in components:
-        check_model(folder / name)
-    return components
-
-
-def is_model(folder: Path) -> bool:
-    """True of a component with weights; a scheduler or a tokenizer has none."""
-    return (folder / "config.json").is_file()
-
-
-def _check_files(folder: Path) -> None:
-    """No links out of the folder, but those of the Hub's cache to its own blobs; no pipes or devices."""
     home = os.path.realpath(folder)
     homes = [home]
     if Path(home).parent.name == "snapshots":
@@ -117,30 +80,18 @@ def _check_files(folder: Path) -> None:
                 raise ValueError(f"{path} is neither a file nor a folder; remove it.")
 
 
-def check_model(folder: Path) -> None:
-    """The part of ``check_pipeline`` that is about one component's folder.
+def check_config(folder: Path, tensors: int) -> None:
+    """Refuse a model's ``config.json`` with numbers that its constructor would spend endless time or memory on.
+
+    Args:
+        folder: of the component.
+        tensors: how many its weights are.
 
     Raises:
-        ValueError: as ``check_pipeline``.
+        ValueError: the file is missing, is not an object, or has a number out of bounds; names file, key and number.
     """
-    tensors = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:  # compares its header with the file's length
-                tensors += len(file.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}). Download or convert it again.") from None
-    for path in sorted(folder.glob("*.index.json")):
-        read_json(path)
-    if not is_model(folder):
-        return
-    if not tensors:
-        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
-        raise ValueError(
-            f"{folder} has no safetensors"
-            + (f", but {', '.join(pickles[:3])}, which could run code when read" if pickles else "")
-            + "; only safetensors are loaded."
-        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json. Download or convert it again.")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} holds no object of keys and values.")

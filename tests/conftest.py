@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fbqat_hub.families import FAMILIES
-from fbqat_hub.integrations.diffusers import save_pipeline
+from fbqat_hub.pipelines import load_pipeline, save_pipeline
+from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teacher import RECIPES, untrained_pipeline
 
@@ -157,6 +161,34 @@ def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def tiny_sana(teacher_of: Callable[[str], Path]) -> Path:
     """Folder of a float SanaPipeline of true classes; 27 layers can be quantized. Not to be written to."""
     return teacher_of("sana")
+
+
+@pytest.fixture(scope="session")
+def half_sana(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Sana stored in float16. Not to be written to."""
+    folder = tmp_path_factory.mktemp("half") / "tiny-sana"
+    save_pipeline(load_pipeline(tiny_sana, torch.float16), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_folder(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed pipeline of the tiny Sana. Not to be written to."""
+    return convert_pipeline(str(tiny_sana), tmp_path_factory.mktemp("packed") / "sana")
+
+
+def weights_of(component: Path) -> Path:
+    """The one weight file of a component's folder."""
+    (path,) = component.glob("*.safetensors")
+    return path
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file in place."""
+    tensors = load_file(path)
+    edit(tensors)
+    path.unlink()  # what was loaded from it may be mapped
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")

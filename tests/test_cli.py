@@ -198,3 +198,18 @@ def test_evaluate_then_compare(run_folder: Path, tmp_path: Path, capsys) -> None
     assert out.splitlines()[1].split() == ["ssim", "↑", "a", "to", "b", "1", "1", "to", "1", "3"]
     assert json.loads((tmp_path / "compared" / "comparison.json").read_text())["metrics"][0]["value"] == 1
     assert Image.open(tmp_path / "compared" / "comparison.png").width > 300
+
+
+def test_convert_takes_a_variant_and_prints_a_command_that_can_be_pasted(
+    half_sana: Path, tmp_path: Path, capsys
+) -> None:
+    source = shutil.copytree(half_sana, tmp_path / "my model")
+    for path in source.glob("*/*.safetensors"):
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+        path.write_bytes(b"another variant, damaged")
+    output = tmp_path / "my model w4a8"
+    assert run(capsys, "convert", source, "--output", output)[0] == 1
+    status, out, _ = run(capsys, "convert", source, "--output", output, "--variant", "fp16")
+    assert status == 0
+    command = shlex.split(out.partition("fbqat evaluate")[2])
+    assert command[0] == str(output)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fbqat_hub import FBQATConfig, __version__
+from fbqat_hub.config import FORMAT_VERSION
 from fbqat_hub.quantization import ActivationScheme, WeightScheme
 
+FORMAT = (Path(__file__).resolve().parents[1] / "docs" / "format.md").read_text()
 KEYS = {
     "activation_bits", "activation_range", "fbqat_version", "format_version", "group_size", "module_overrides",
-    "modules_to_not_convert", "quant_method", "weight_bits", "weight_clip", "weight_granularity", "weight_narrow",
+    "modules_to_not_convert", "quant_method", "weight_bits", "weight_clip", "weight_granularity",
 }  # fmt: skip
 
 
@@ -27,7 +31,6 @@ def test_written_out_whole_as_plain_data_and_read_back() -> None:
     config = FBQATConfig(
         weight_granularity="per_group",
         group_size=32,
-        weight_narrow=True,
         activation_range="static",
         modules_to_not_convert=["b.*", "a"],
         module_overrides={"proj_out": {"bits": 16}},
@@ -51,7 +54,7 @@ def test_written_out_whole_as_plain_data_and_read_back() -> None:
         ({"group_size": 32}, "group_size goes with"),
         ({"weight_granularity": "per_group", "group_size": "32"}, "group_size is '32'"),
         ({"weight_granularity": "per_group", "group_size": 3}, "group_size is 3"),
-        ({"weight_narrow": "no"}, "weight_narrow is 'no'"),
+        ({"weight_narrow": True}, "weight_narrow is set, .* this version has no such grid"),
         ({"weight_clip": "best"}, "weight clip is 'best'"),
         ({"activation_bits": 4}, "activation bits is 4"),
         ({"activation_range": "per_channel"}, "activation range is 'per_channel'"),
@@ -84,3 +87,15 @@ def test_refused(given: dict[str, Any], message: str) -> None:
 )
 def test_needs_calibration(given: dict[str, Any], needs: bool) -> None:
     assert FBQATConfig(**given).needs_calibration is needs
+
+
+def test_a_config_of_an_older_version_is_read() -> None:
+    """Versions that had a narrow grid wrote the key even where they did not use it."""
+    older = {**FBQATConfig(group_size=None).to_dict(), "weight_narrow": False}
+    assert set(FBQATConfig.from_dict(older).to_dict()) == KEYS
+
+
+def test_keys_are_those_of_the_document() -> None:
+    table = FORMAT.split("## quantization_config")[1].split("##")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == KEYS == set(FBQATConfig().to_dict())
+    assert f"| `format_version` | `{FORMAT_VERSION}` |" in table

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, WeightScheme, calibrate
-from fbqat_hub.quantization.convert import matches, observed_inputs, quantizable, scheme_for
+from fbqat_hub.quantization.convert import Target, matches, observed_inputs, targets
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.distill import Draws
 from fbqat_hub.training.recipe import Recipe
@@ -176,11 +176,11 @@ def student_of(
     config = recipe.config()
     trained = get_family(recipe.family).layer_groups[recipe.train_layers]
     student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
-    for name, layer in _chosen(recipe, student).items():
-        scheme = scheme_for(name, config.activation_scheme(), config.module_overrides)
-        made = make(name, _linear(layer.weight, layer.bias), scheme)
+    for layer, names, scheme in _targets(recipe, student):
+        made = make(names[0], _linear(layer.weight, layer.bias), scheme)
         made = Pointwise(made) if isinstance(layer, nn.Conv2d) else made
-        student.set_submodule(name, made.requires_grad_(matches(name, trained)))
+        for name in names:
+            student.set_submodule(name, made.requires_grad_(matches(name, trained)))
     if config.needs_calibration:
         calibrate(student, draws.calibration(train_split, _samples(recipe)), **_range_options(recipe))
     return student
@@ -200,7 +200,7 @@ def bits_per_weight(student: nn.Module) -> float:
     stored = weights = 0
     for layer in student.modules():
         if isinstance(layer, FakeQuantizedLinear):  # a branch's residual among them
-            scale, codes = layer.scale_and_codes()
+            codes, scale = layer.codes_and_scales()
             stored += 4 * codes.numel() + 32 * scale.numel()
             weights += codes.numel()
         elif isinstance(layer, LowRankLinear):
@@ -216,9 +216,10 @@ def bits_per_weight(student: nn.Module) -> float:
     return stored / weights
 
 
-def _chosen(recipe: Recipe, model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    left_alone = recipe.config().modules_to_not_convert
-    return {name: layer for name, layer in quantizable(model).items() if not matches(name, left_alone)}
+def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
+    config = recipe.config()
+    skip, overrides = config.modules_to_not_convert, config.module_overrides
+    return targets(model, config.activation_scheme(), not_convert=skip, overrides=overrides)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -243,7 +244,8 @@ def _layer_inputs(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of each layer to quantize, on the float model's calibration samples: random tokens [n, in], and max|x| [in]."""
     teacher = teacher.to(draws.device)
-    layers, samples = _chosen(recipe, teacher), _samples(recipe)
+    layers = {target.names[0]: target.layer for target in _targets(recipe, teacher)}
+    samples = _samples(recipe)
     random = generator(recipe.seed, "calibration tokens")
     kept: dict[str, list[Tensor]] = {}
     largest: dict[str, Tensor] = {}

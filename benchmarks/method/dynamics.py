@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width
-from fbqat_hub.quantization.fake_quantize import quantize, symmetric_scale
+from fbqat_hub.quantization.fake_quantize import symmetric_scale
+from fbqat_hub.quantization.quantize import quantize
 
 
 class Dynamics:
@@ -47,7 +48,7 @@ class Dynamics:
         for layer, weight, start in zip(self._layers, self._start_weights, self._start_codes, strict=True):
             scale = symmetric_scale(layer.current_clip(), self._bits)
             moved += float(((layer.weight - weight).view_as(start) / scale).abs().sum())
-            changed += int((quantize(layer._grouped(), scale, self._bits) != start).sum())
+            changed += int((quantize(layer.grouped_weight(), scale, self._bits) != start).sum())
             count += start.numel()
         if not count:  # another library's layers
             return {}
@@ -56,6 +57,6 @@ class Dynamics:
 
     def _codes(self) -> list[Tensor]:
         return [
-            quantize(layer._grouped(), symmetric_scale(layer.current_clip(), self._bits), self._bits)
+            quantize(layer.grouped_weight(), symmetric_scale(layer.current_clip(), self._bits), self._bits)
             for layer in self._layers
         ]

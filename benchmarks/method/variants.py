@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
-from fbqat_hub.quantization.fake_quantize import quantize, symmetric_scale
+from fbqat_hub.quantization.fake_quantize import symmetric_scale
+from fbqat_hub.quantization.quantize import quantize
 from fbqat_hub.training.distill import Draws
 
 
@@ -47,8 +48,7 @@ class Freezing:
 
     @staticmethod
     def _codes(layer: FakeQuantizedLinear) -> Tensor:
-        grouped = layer._grouped()
-        return quantize(grouped, symmetric_scale(layer.current_clip(), layer.bit_width), layer.bit_width)
+        return quantize(layer.grouped_weight(), symmetric_scale(layer.current_clip(), layer.bit_width), layer.bit_width)
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
@@ -56,7 +56,7 @@ class Freezing:
         threshold = self.threshold * (1 + 3 * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * progress)).item()))
         for layer, state in self._layers:
             scale = symmetric_scale(layer.current_clip(), layer.bit_width)
-            weight = layer._grouped()
+            weight = layer.grouped_weight()
             held = torch.where(state["frozen"], state["at"] * scale, weight)
             layer.weight.copy_(held.view_as(layer.weight))
             codes = quantize(held, scale, layer.bit_width).float()

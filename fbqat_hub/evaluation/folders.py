@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class PictureFolder:
             files[file.stem] = file
         if not files:
             run = (path / "recipe.yaml").exists() or (path / "model_index.json").exists()
-            hint = f" Draw them: fbqat evaluate {path}" if run else ""
+            hint = f" Draw them: fbqat evaluate {quote(str(path))}" if run else ""
             raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}).{hint}")
         return cls(path, files, _prompts(root / METADATA))
 

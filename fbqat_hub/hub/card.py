@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -116,7 +117,7 @@ def write_card(run_dir: str | os.PathLike[str], repo_id: str | None = None) -> P
     run = Path(run_dir)
     facts = facts_of_run(run)
     if not facts.records:
-        raise ValueError(f"{run / 'results.json'} holds no records. Run: fbqat evaluate {run}")
+        raise ValueError(f"{run / 'results.json'} holds no records. Run: fbqat evaluate {shlex.quote(str(run))}")
     cards = {run: facts}
     for bits, folder in stages_of(run).items():
         if (folder / "results.json").is_file():
@@ -137,7 +138,9 @@ def facts_of_run(run: Path, stage: int | None = None) -> Facts:
     folder = run if stage is None else find_stage(run, stage)
     results = folder / "results.json"
     if not results.is_file():
-        raise FileNotFoundError(f"{results} is missing; a card shows measured numbers only. Run: fbqat evaluate {run}")
+        raise FileNotFoundError(
+            f"{results} is missing; a card shows measured numbers only. Run: fbqat evaluate {shlex.quote(str(run))}"
+        )
     files = files_of(run)
     if stage is not None:
         files = [*files_of(folder), *(row for row in files if not row[0].startswith(("transformer/", "htp/")))]
@@ -178,7 +181,9 @@ def card(facts: Facts) -> str:
 def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe with the keys that a card needs."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; training saves it. Run: fbqat train RECIPE --output {path.parent}")
+        raise FileNotFoundError(
+            f"{path} is missing; training saves it. Run: fbqat train RECIPE --output {shlex.quote(str(path.parent))}"
+        )
     recipe = read_yaml(path)
     missing = [key for key in _NEEDED if not (isinstance(recipe, dict) and recipe.get(key))]
     if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
@@ -107,9 +107,3 @@ def whoami(api: HfApi) -> Mapping[str, Any]:
 def card_value(card: Any, key: str) -> Any:
     """A key of a repository's card as the Hub parsed it (huggingface_hub's ModelCardData or nothing)."""
     return None if card is None else card.to_dict().get(key)
-
-
-def names(items: Iterable[str], most: int = 5) -> str:
-    """A list for an error message: the first few, and how many more."""
-    shown = list(items)
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any, BinaryIO, Literal
 
 from fbqat_hub.version import __version__
@@ -292,5 +293,6 @@ def check_component(component: Path) -> None:
     if problems:
         raise ValueError(
             f"{component.parent} is not as it was published: {'; '.join(problems[:5])}. Fetch it again with "
-            f"`fbqat pull REPO --output {component.parent}`; if the files were changed on purpose, delete {MANIFEST}."
+            f"`fbqat pull REPO --output {quote(str(component.parent))}`; if the files were changed on purpose, delete "
+            f"{MANIFEST}."
         )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import HfApi, get_token, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import SafetensorError, safe_open
 
-from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, names, step, whoami
-from fbqat_hub.hub.contents import Item, component_names, packed_config, recipe_of
+from fbqat_hub.components import read_index
+from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, step, whoami
+from fbqat_hub.hub.contents import Item, packed_config, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST
 from fbqat_hub.hub.names import public_name
 from fbqat_hub.stages import find_stage
+from fbqat_hub.text import names
 
 _MAX_FILE = 50 * 10**9  # what huggingface_hub downloads over plain HTTP; a larger file needs hf_xet at every reader
 _CARD_KEYS = ("license", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags")
@@ -57,7 +60,8 @@ def local_problems(run: Path, items: list[Item], stage: int | None = None) -> li
     """
     paths = {item.path for item in items}
     folder = run if stage is None else find_stage(run, stage)
-    card = "card" if stage is None else f"evaluate {run} --stage {stage} ; fbqat card {run}"
+    named = quote(str(run))
+    card = f"card {named}" if stage is None else f"evaluate {named} --stage {stage} ; fbqat card {named}"
     made = {"model_index.json": "train or convert", CARD: card, "recipe.yaml": "train or convert"}
     missing = [
         f"{(folder if name == CARD else run) / name} is missing. Run: fbqat {verb}"
@@ -67,7 +71,7 @@ def local_problems(run: Path, items: list[Item], stage: int | None = None) -> li
     if missing:
         return missing
     return [
-        *_component_problems(run, folder, items),
+        *_component_problems(run, folder),
         *_card_problems(folder / CARD, run),
         *_recipe_problems(recipe_of(run), paths),
         *_size_problems(items),
@@ -118,29 +122,24 @@ def remote_problems(
     return problems, state
 
 
-def _component_problems(run: Path, folder: Path, items: list[Item]) -> Iterator[str]:
-    paths = {item.path for item in items}
+def _component_problems(run: Path, folder: Path) -> Iterator[str]:
+    """Args: ``folder`` is where the denoiser is, the run or a stage of it."""
     if packed_config(folder) is None:
         yield f"{folder / 'transformer'} is not quantized by fbqat; publish what fbqat train or fbqat convert made."
-    for component in component_names(run):
-        inside = {path for path in paths if path.startswith(f"{component}/")}
-        if not inside:
-            yield f"{run / component} is missing, and model_index.json names it; convert or train again."
-        is_model = f"{component}/config.json" in inside
-        if is_model and not any(path.endswith(".safetensors") for path in inside):
-            yield f"{run / component} has no safetensors; only these are published: save it with save_pretrained."
-    for item in items:
-        if not (item.path.endswith(".safetensors") and isinstance(item.source, Path)):
-            continue
+    try:
+        components = read_index(run)[1]
+    except ValueError as error:
+        yield str(error)
+        return
+    for name, component in components.items():
         try:
-            with safe_open(item.source, framework="np"):  # compares the header with the file's length
-                pass
-        except SafetensorError as error:
-            yield f"{item.source} is damaged or cut short ({error}); make it again."
+            (replace(component, folder=folder / name) if name == "transformer" else component).check()
+        except ValueError as error:
+            yield str(error)
 
 
 def _card_problems(card: Path, run: Path) -> Iterator[str]:
-    remedy = f"Run: fbqat card {run}"
+    remedy = f"Run: fbqat card {quote(str(run))}"
     try:
         front = metadata_load(card) or {}
     except (ValueError, yaml.YAMLError) as error:

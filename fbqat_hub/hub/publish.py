@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 from tqdm import tqdm
 
 from fbqat_hub.evaluation.results import read_records
-from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, names, remote_files, step
+from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, remote_files, step
 from fbqat_hub.hub.contents import Item, collect, packed_config, private_things, read_json, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST, FileEntry, Manifest, hash_file, parse_manifest, read_manifest, serves
 from fbqat_hub.hub.names import is_local, public_name, size_text
@@ -32,6 +33,7 @@ from fbqat_hub.hub.preflight import (
     remote_state,
 )
 from fbqat_hub.stages import branch_name, stages_of
+from fbqat_hub.text import names
 
 MAIN = "main"
 _UNFINISHED = "-unfinished"
@@ -115,7 +117,7 @@ def publish(
     problems += local_problems(run, items)
     targets = [Target(repo, MAIN, run, items)]
     if device_repo and not (soc := _soc_of(run)):
-        problems.append(f"{run} has no HTP bundle for --device-repo. Run: fbqat export {run}")
+        problems.append(f"{run} has no HTP bundle for --device-repo. Run: fbqat export {quote(str(run))}")
     elif device_repo and not problems:
         targets = [Target(name, MAIN, run, files) for name, files in _divided(repo, soc, items).items()]
     if branches:

@@ -6,6 +6,7 @@ import contextlib
 import glob
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
@@ -101,7 +102,7 @@ def verify(
         except (LocalEntryNotFoundError, HFValidationError):
             raise FileNotFoundError(
                 f"{target} ({revision}) is neither a folder with {MANIFEST} nor was it downloaded. With a network: "
-                f"fbqat pull {target}"
+                f"fbqat pull {quote(target)}"
             ) from None
     manifest = read_manifest(folder)
     paths = _wanted(target, manifest, use)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from fbqat_hub.integrations.diffusers import check_source, load_pipeline
+from fbqat_hub.pipelines import check_source, load_pipeline
 from fbqat_hub.untrusted import read_yaml
 
 _LONGEST_PROMPT = 1000
@@ -158,7 +158,7 @@ def _draw(pipeline: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> Dra
 @lru_cache(maxsize=4)
 def _pipeline(source: str, warm: str) -> Any:
     """Loaded, and one step drawn with the arguments ``warm`` (JSON): a first call is slower than those after it."""
-    pipeline = load_pipeline(source).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = load_pipeline(source, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     _draw(pipeline, "warm", 0, json.loads(warm))
     return pipeline

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.families import family_of
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.untrusted import read_yaml
 
 
@@ -42,7 +44,7 @@ def export_qnn(
     try:
         if len(texts) < 2:
             raise ExportError("calibration needs at least two prompts: --prompts FILE, one a line")
-        pipeline = load_pipeline(model)
+        pipeline = load_pipeline(model, torch.float32)
         certificate = export_bundle(
             pipeline,
             output,

@@ -1,6 +1,5 @@
 """The method: fractional-bit quantization-aware training and the packed format. torch only."""
 
-from fbqat_hub.quantization.compensation import compensate
 from fbqat_hub.quantization.convert import (
     calibrate,
     convert,
@@ -11,7 +10,8 @@ from fbqat_hub.quantization.convert import (
     set_bit_width,
     stored_bits_per_weight,
 )
-from fbqat_hub.quantization.fake_quantize import Rounding, fake_quantize, fake_quantize_affine
+from fbqat_hub.quantization.fake_quantize import fake_quantize
+from fbqat_hub.quantization.gptq import gptq_initialize
 from fbqat_hub.quantization.linear import (
     FakeQuantizedLinear,
     FakeQuantizedPointwiseConv2d,
@@ -19,6 +19,8 @@ from fbqat_hub.quantization.linear import (
     PackedPointwiseConv2d,
 )
 from fbqat_hub.quantization.packing import pack_int4, unpack_int4
+from fbqat_hub.quantization.quantize import quantize_weight
+from fbqat_hub.quantization.rounding import HardRounding, Rounding, SoftStaircase
 from fbqat_hub.quantization.schedule import BitSchedule
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme
 
@@ -27,20 +29,22 @@ __all__ = [
     "BitSchedule",
     "FakeQuantizedLinear",
     "FakeQuantizedPointwiseConv2d",
+    "HardRounding",
     "PackedLinear",
     "PackedPointwiseConv2d",
     "Rounding",
+    "SoftStaircase",
     "WeightScheme",
     "calibrate",
-    "compensate",
     "convert",
     "converted",
     "fake_quantize",
-    "fake_quantize_affine",
+    "gptq_initialize",
     "named_layers",
     "pack_int4",
     "prepare",
     "quantization_disabled",
+    "quantize_weight",
     "set_bit_width",
     "stored_bits_per_weight",
     "unpack_int4",

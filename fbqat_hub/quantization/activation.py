@@ -37,9 +37,16 @@ def quantize_activation(
         zero_point = input_zero_point.to(x.dtype)
         codes = torch.round(x / input_scale).add_(zero_point).clamp_(0, 2**scheme.bits - 1)
         return codes, input_scale, zero_point
-    largest = x.abs().amax(-1, keepdim=True) if scheme.range == "per_token" else x.abs().amax()
+    largest = largest_magnitude(x, scheme)
     scale = largest.clamp_min(TINY_ACTIVATION) / (2 ** (scheme.bits - 1) - 1)
     return torch.round(x / scale), scale, x.new_zeros(())
+
+
+def largest_magnitude(x: Tensor, scheme: ActivationScheme) -> Tensor:
+    """max|x| of a dynamic range: [..., 1] of each token, or a scalar of all of x; 0 where x is empty."""
+    if scheme.range == "per_token":
+        return x.abs().amax(-1, keepdim=True)
+    return x.abs().amax() if x.numel() else x.new_zeros(())
 
 
 def fake_quantize_activation(
@@ -69,7 +76,12 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.scheme.range == "static":
-            # clipped is what lies beyond the outermost codes before rounding, as for weights
             x, scale, zero_point = ctx.saved_tensors
-            grad = pass_inside(grad, x.float() / scale + zero_point, 0, 2**ctx.scheme.bits - 1)
+            grad = pass_static(grad, x, scale, zero_point, ctx.scheme.bits)
         return grad, None, None, None
+
+
+def pass_static(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """The gradient of a static range: ``grad`` where x lies within it, 0 where it is clipped; the dtype of ``grad``."""
+    position = x.float() / scale + zero_point
+    return pass_inside(grad.float(), position, 0, 2**bits - 1).to(grad.dtype)

@@ -1,9 +1,16 @@
-"""Where a weight is clipped: the largest magnitude, or the clip with the least squared error."""
+"""Where a weight is clipped: one object a way to find the clip, with ``value`` and ``on_width``.
+
+A weight comes as [..., n], n values that share a scale; its clip is [..., 1], the real value that reaches the largest
+code. ``CLIPS`` has the objects by the names that configs and recipes use.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fbqat_hub.quantization.fake_quantize import grid, symmetric_scale
 
@@ -14,13 +21,92 @@ TINY_CLIP = 1e-8
 _BLOCK = 2**16
 
 
+class Clip(nn.Module, ABC):
+    """The clip of one weight.
+
+    Args:
+        grouped: the weight, fp32 [..., n].
+    """
+
+    def __init__(self, grouped: Tensor) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def value(self, grouped: Tensor, bit_width: float) -> Tensor:
+        """The clip [..., 1] of the weight as it is now, positive; carries a gradient where it is learned."""
+
+    def on_width(self, grouped: Tensor, bit_width: float) -> list[nn.Parameter]:
+        """Called when the weight's bit width changes to ``bit_width``.
+
+        Returns:
+            The parameters that were set anew: what an optimizer remembers of their past does not hold any more.
+        """
+        return []
+
+
+class MaxAbs(Clip):
+    """max|W|, from the weight at each forward: the paper's."""
+
+    def value(self, grouped: Tensor, bit_width: float) -> Tensor:
+        return max_abs(grouped)
+
+
+class LeastSquares(Clip):
+    """The clip with the least squared error, searched when the bit width changes: one right at 8 bits is wrong at 4.
+
+    Attributes:
+        found: fp32 buffer [..., 1].
+    """
+
+    found: Tensor
+
+    def __init__(self, grouped: Tensor) -> None:
+        super().__init__(grouped)
+        self.register_buffer("found", max_abs(grouped))
+
+    def value(self, grouped: Tensor, bit_width: float) -> Tensor:
+        return self.found
+
+    def on_width(self, grouped: Tensor, bit_width: float) -> list[nn.Parameter]:
+        self.found.copy_(mse_clip(grouped, bit_width))
+        return []
+
+
+class Learned(Clip):
+    """Starts at the clip with the least squared error at each bit width, then trained: LSQ, arXiv 1902.08153.
+
+    Attributes:
+        log_clip: parameter [..., 1], the logarithm of the clip. In the logarithm a step of Adam is relative, whatever
+            the size of the weights.
+    """
+
+    def __init__(self, grouped: Tensor) -> None:
+        super().__init__(grouped)
+        self.log_clip = nn.Parameter(max_abs(grouped).log())
+
+    def value(self, grouped: Tensor, bit_width: float) -> Tensor:
+        # LSQ's gradient scale, 1 / sqrt(values per scale * largest code), section 2.2
+        _, largest_code = grid(bit_width)
+        factor = 1 / math.sqrt(grouped.numel() / self.log_clip.numel() * largest_code)
+        fixed = self.log_clip.detach()
+        return (fixed + (self.log_clip - fixed) * factor).exp()
+
+    def on_width(self, grouped: Tensor, bit_width: float) -> list[nn.Parameter]:
+        with torch.no_grad():
+            self.log_clip.copy_(mse_clip(grouped, bit_width).log())
+        return [self.log_clip]
+
+
+CLIPS: dict[str, type[Clip]] = {"max_abs": MaxAbs, "mse": LeastSquares, "learned": Learned}
+
+
 def max_abs(grouped: Tensor) -> Tensor:
     """max|W| over the last dimension, kept: [..., n] -> [..., 1]."""
     return grouped.detach().abs().amax(-1, keepdim=True).clamp_min(TINY_CLIP)
 
 
 @torch.no_grad()
-def mse_clip(grouped: Tensor, bit_width: float, *, narrow: bool = False) -> Tensor:
+def mse_clip(grouped: Tensor, bit_width: float) -> Tensor:
     """The clip with the least mean squared error at this bit width, searched per row.
 
     A coarse search over the ratios 1.2, 1.18, ... 0.02 of max|W| (above 1 can pay, for it moves the grid; rows with
@@ -34,11 +120,11 @@ def mse_clip(grouped: Tensor, bit_width: float, *, narrow: bool = False) -> Tens
     """
     rows = grouped.reshape(-1, grouped.shape[-1])
     blocks = rows.split(max(1, _BLOCK // rows.shape[-1]))
-    return torch.cat([_search(block, bit_width, narrow) for block in blocks]).view(*grouped.shape[:-1], 1)
+    return torch.cat([_search(block, bit_width) for block in blocks]).view(*grouped.shape[:-1], 1)
 
 
-def _search(rows: Tensor, bit_width: float, narrow: bool) -> Tensor:
-    low, high = grid(bit_width, narrow=narrow)
+def _search(rows: Tensor, bit_width: float) -> Tensor:
+    low, high = grid(bit_width)
     largest = max_abs(rows)
 
     def error(clip: Tensor) -> Tensor:

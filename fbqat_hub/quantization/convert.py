@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.quantization.fake_quantize import HARD, Rounding
 from fbqat_hub.quantization.linear import (
     FakeQuantizedLinear,
     FakeQuantizedPointwiseConv2d,
@@ -21,6 +20,8 @@ from fbqat_hub.quantization.linear import (
     is_pointwise,
 )
 from fbqat_hub.quantization.observer import RangeObserver, RangeRule, affine_parameters
+from fbqat_hub.quantization.quantize import group_count
+from fbqat_hub.quantization.rounding import HARD, Rounding
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -36,17 +37,82 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every linear layer and every 1x1 convolution of ``model`` by its full name, in order."""
+    """Every linear layer and 1x1 convolution of ``model`` by its full name, in order; a shared one by each name."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and is_pointwise(module))
     }
 
 
 def named_layers(model: nn.Module, kind: type[Layer]) -> Iterator[tuple[str, Layer]]:
-    """The layers of one kind by full name, in order."""
+    """The layers of one kind by full name, in order; a shared one once, by its first name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
+
+
+class Target(NamedTuple):
+    """A layer to quantize.
+
+    Attributes:
+        layer: as it is in the model.
+        names: its full names, in order; more than one if it is shared.
+        activations: the scheme of its input.
+    """
+
+    layer: nn.Linear | nn.Conv2d
+    names: list[str]
+    activations: ActivationScheme
+
+
+def targets(
+    model: nn.Module,
+    activations: ActivationScheme,
+    *,
+    not_convert: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Target]:
+    """The layers of a float model to quantize, in order. A shared layer is what patterns say of any of its names.
+
+    Args:
+        activations: the scheme of a layer of which ``overrides`` says nothing.
+        not_convert, overrides: as ``prepare``.
+
+    Raises:
+        ValueError: nothing to quantize, or a pattern that matches no layer.
+    """
+    overrides = overrides or {}
+    layers = quantizable(model)
+    if "" in layers:
+        raise ValueError(f"the model is itself a {type(model).__name__}; put it into a module, e.g. nn.Sequential.")
+    for pattern in [*not_convert, *overrides]:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(
+                f"pattern {pattern!r} matches no linear layer or 1x1 convolution of {type(model).__name__}; there are "
+                f"e.g. {', '.join(list(layers)[:3])}."
+            )
+    names_of: dict[nn.Linear | nn.Conv2d, list[str]] = {}
+    for name, layer in layers.items():
+        names_of.setdefault(layer, []).append(name)
+    found = []
+    for layer, names in names_of.items():
+        if any(matches(name, not_convert) for name in names):
+            continue
+        scheme = activations
+        for pattern, changes in overrides.items():
+            if any(fnmatchcase(name, pattern) for name in names):
+                scheme = replace(scheme, **changes)
+        found.append(Target(layer, names, scheme))
+    if not found:
+        raise ValueError(f"nothing to quantize: the model has {len(layers)} linear layers and all are left alone.")
+    return found
+
+
+def replace_layers(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> list[str]:
+    """Put each of ``replacements`` in the place of its key, under every name of this; returns the names in order."""
+    found = [(name, each) for name, each in model.named_modules(remove_duplicate=False) if each in replacements]
+    for name, layer in found:
+        model.set_submodule(name, replacements[layer])
+    return [name for name, _ in found]
 
 
 @contextmanager
@@ -63,14 +129,6 @@ def observed_inputs(layers: Mapping[str, nn.Module], observe: Callable[[str, Ten
             hook.remove()
 
 
-def scheme_for(name: str, scheme: ActivationScheme, overrides: Mapping[str, Mapping[str, Any]]) -> ActivationScheme:
-    """The activation scheme of one module: ``scheme`` with every override whose pattern matches, in order."""
-    for pattern, changes in overrides.items():
-        if fnmatchcase(name, pattern):
-            scheme = replace(scheme, **changes)
-    return scheme
-
-
 def prepare(
     model: nn.Module,
     weights: WeightScheme,
@@ -81,10 +139,14 @@ def prepare(
 ) -> list[str]:
     """Replace, in place, every quantizable layer by its fake-quantized one.
 
+    A layer that is registered under several names stays one. Layers that share a weight, or a bias, still do, each with
+    a clip of its own. What a layer shares with a module that is not quantized is copied: from then on they are apart.
+
     Args:
         model: the float model.
         not_convert: fnmatch patterns of full module names to leave alone.
-        overrides: pattern -> fields of ``ActivationScheme`` that differ there, e.g. {"proj_out": {"bits": 16}}.
+        overrides: pattern -> fields of ``ActivationScheme`` that differ there, e.g. {"proj_out": {"bits": 16}}; where
+            several match, later ones win.
 
     Returns:
         The names of the layers replaced, in order.
@@ -92,29 +154,37 @@ def prepare(
     Raises:
         ValueError: nothing to quantize, a pattern that matches no layer, or a layer that the scheme does not fit.
     """
-    layers = quantizable(model)
-    for pattern in [*not_convert, *(overrides or {})]:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            examples = ", ".join(list(layers)[:3])
-            raise ValueError(
-                f"pattern {pattern!r} matches no linear layer or 1x1 convolution; there are e.g. {examples}."
-            )
-    chosen = {name: layer for name, layer in layers.items() if not matches(name, not_convert)}
-    if not chosen:
-        raise ValueError(f"nothing to quantize: the model has {len(layers)} linear layers and all are left alone.")
-    for name, layer in chosen.items():
-        kind = FakeQuantizedPointwiseConv2d if isinstance(layer, nn.Conv2d) else FakeQuantizedLinear
+    chosen = targets(model, activations, not_convert=not_convert, overrides=overrides)
+    for layer, names, _ in chosen:
         try:
-            model.set_submodule(name, kind(layer, weights, scheme_for(name, activations, overrides or {})))
+            group_count(weights.group_size or layer.weight.shape[1], layer.weight.shape[1])
         except ValueError as error:
-            raise ValueError(f"{name} cannot be quantized: {error}") from error
-    return list(chosen)
+            raise ValueError(f"{names[0]} cannot be quantized: {error}") from error
+    names_of_all = {name for target in chosen for name in target.names}
+    replaced = [name for name in quantizable(model) if name in names_of_all]
+    shared: dict[int, nn.Parameter] = {}
+    chosen.reverse()
+    while chosen:  # a float layer goes as soon as it is replaced, or two copies of the model were in memory
+        layer, names, scheme = chosen.pop()
+        kind = FakeQuantizedPointwiseConv2d if isinstance(layer, nn.Conv2d) else FakeQuantizedLinear
+        fake = kind(layer, weights, scheme)
+        fake.weight = shared.setdefault(id(layer.weight), fake.weight)
+        if fake.bias is not None:
+            fake.bias = shared.setdefault(id(layer.bias), fake.bias)
+        for name in names:
+            model.set_submodule(name, fake)
+    return replaced
 
 
-def set_bit_width(model: nn.Module, bit_width: float, rounding: Rounding = HARD) -> None:
-    """Move every fake-quantized layer to a bit width and a rounding."""
-    for _, layer in named_layers(model, FakeQuantizedLinear):
-        layer.set_bit_width(bit_width, rounding)
+def set_bit_width(model: nn.Module, bit_width: float, rounding: Rounding = HARD) -> list[nn.Parameter]:
+    """Move every fake-quantized layer to a bit width and a rounding.
+
+    Returns:
+        The parameters of clips that were set anew, because the width changed (``clip.Learned``). What an optimizer
+        remembers of them, Adam's moments, is of another clip: drop it.
+    """
+    layers = [layer for _, layer in named_layers(model, FakeQuantizedLinear)]
+    return [parameter for layer in layers for parameter in layer.set_bit_width(bit_width, rounding)]
 
 
 @contextmanager
@@ -165,14 +235,13 @@ def calibrate(
 def convert(model: nn.Module) -> list[str]:
     """Replace, in place, every fake-quantized layer by its packed one; returns their names in order.
 
+    A layer that is registered under several names stays one. Layers that share a weight have packed ones of their own.
+
     Raises:
         ValueError: no layer to convert, layers of several bit widths, or one that is not at a width that is stored with
             a hard grid (``set_bit_width(model, 4)``), or not calibrated; the model is left as it was.
     """
-    packed = _packed_layers(model)
-    for name, packed_layer in packed.items():
-        model.set_submodule(name, packed_layer)
-    return list(packed)
+    return replace_layers(model, _packed_layers(model))
 
 
 def converted(model: nn.Module) -> nn.Module:
@@ -182,16 +251,15 @@ def converted(model: nn.Module) -> nn.Module:
         ValueError: as ``convert``.
     """
     # deepcopy takes what is in the memo as copied already: the float weights of the layers are never copied
-    layers = {id(model.get_submodule(name)): layer for name, layer in _packed_layers(model).items()}
-    return copy.deepcopy(model, dict(layers))
+    return copy.deepcopy(model, {id(layer): packed for layer, packed in _packed_layers(model).items()})
 
 
-def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    packed: dict[str, PackedLinear] = {}
+def _packed_layers(model: nn.Module) -> dict[nn.Module, PackedLinear]:
+    packed: dict[nn.Module, PackedLinear] = {}
     for name, layer in named_layers(model, FakeQuantizedLinear):
         kind = PackedPointwiseConv2d if isinstance(layer, FakeQuantizedPointwiseConv2d) else PackedLinear
         try:
-            packed[name] = kind.from_fake_quantized(layer)
+            packed[layer] = kind.from_fake_quantized(layer)
         except ValueError as error:
             raise ValueError(f"{name} cannot be packed: {error}") from error
     if not packed:

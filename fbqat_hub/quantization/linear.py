@@ -13,22 +13,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.quantization import clip as clips
 from fbqat_hub.quantization.activation import fake_quantize_activation
-from fbqat_hub.quantization.fake_quantize import (
-    HARD,
-    Rounding,
-    check_bit_width,
-    fake_quantize,
-    fake_quantize_affine,
-    grid,
-    quantize,
-    symmetric_scale,
-)
+from fbqat_hub.quantization.clip import CLIPS
+from fbqat_hub.quantization.fake_quantize import check_bit_width, fake_quantize, symmetric_scale
+from fbqat_hub.quantization.half import HALF, compute_dtype, half_linear
 from fbqat_hub.quantization.kernels import packed_linear
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
 from fbqat_hub.quantization.packing import NIBBLE, pack, packed_dtype, packed_width, unpack
+from fbqat_hub.quantization.quantize import group_count, grouped, quantize_weight
+from fbqat_hub.quantization.rounding import HARD, Rounding
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -42,57 +38,72 @@ def is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def group_count(group_size: int, in_features: int) -> int:
-    """Scales of one output with per-group scales.
+class _QuantizedLayer(nn.Module):
+    """What both kinds of layers share: they check their input, and their float buffers stay fp32."""
 
-    A layer with no more inputs than a group has one. Where ``group_size`` does not divide the inputs, their groups are
-    smaller, by less than half: of the largest even size that does.
+    in_features: int
+    out_features: int
 
-    Raises:
-        ValueError: there is no such size.
+    def _check_input(self, x: Tensor, device: torch.device) -> None:
+        """Raise ValueError for an input that this layer cannot take, with what it takes."""
+        if x.dtype not in FLOATS:
+            raise ValueError(
+                f"the input is {x.dtype}; a quantized layer takes {', '.join(str(each)[6:] for each in FLOATS)}."
+            )
+        if not self._fits(x):
+            raise ValueError(
+                f"the input has shape {tuple(x.shape)}; the layer takes {self._shape(self.in_features)} and gives "
+                f"{self._shape(self.out_features)}."
+            )
+        if x.device != device:
+            raise ValueError(f"the input is on {x.device}, the layer on {device}; move one to the other.")
 
-    >>> group_count(32, 320), group_count(32, 16), group_count(32, 400)  # of 32, 16 and 20 inputs
-    (10, 1, 20)
-    """
-    if in_features <= group_size:
-        return 1
-    for size in range(group_size, group_size // 2 - 1, -2):
-        if in_features % size == 0:
-            return in_features // size
-    raise ValueError(
-        f"group_size {group_size} does not suit the layer's {in_features} inputs: no even number from "
-        f"{group_size // 2} to {group_size} divides them."
-    )
+    def _fits(self, x: Tensor) -> bool:
+        return x.dim() > 0 and x.shape[-1] == self.in_features
 
-
-class _Float32Buffers(nn.Module):
-    """Moves as any module does, but its float buffers stay fp32: ``.half()`` must not change a scale."""
+    def _shape(self, features: int) -> str:
+        return f"[..., {features}]"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        """Moves as any module does, but ``.half()`` must not change a scale."""
+        before = [(module, dict(module._buffers)) for module in self.modules()]
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
+        for module, buffers in before:
+            for name, buffer in buffers.items():
+                moved = module._buffers[name]
+                if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                    module._buffers[name] = buffer.to(moved.device)
         return self
 
 
-class FakeQuantizedLinear(_Float32Buffers):
+class _Pointwise(_QuantizedLayer):
+    """A 1x1 convolution: its tokens are the positions of a picture."""
+
+    def _fits(self, x: Tensor) -> bool:
+        return x.dim() in (3, 4) and x.shape[-3] == self.in_features
+
+    def _shape(self, features: int) -> str:
+        return f"[N, {features}, H, W] or [{features}, H, W]"
+
+
+class FakeQuantizedLinear(_QuantizedLayer):
     """A linear layer that fake-quantizes its weight and its input: [..., in] -> [..., out].
 
     Attributes:
-        weight: fp32 parameter, the shape of the layer it replaces. The output has the dtype of the input.
+        weight: fp32 parameter, the shape of the layer it replaces.
         bias: parameter [out] or None.
-        log_clip: parameter, the logarithm of the clip of each scale (clip "learned" only). In the logarithm a
-            step of Adam is relative, whatever the size of the weights.
-        clip: buffer, the clip of each scale (clip "mse" only).
+        clip: the clip of each scale, with its buffer or parameter (``clip.py``).
         input_scale, input_zero_point: fp32 and int32 scalar buffers, the static activation range; None until it is
             calibrated.
         bit_width, rounding: set by ``set_bit_width``.
+
+    The output has the dtype of the input, or that of autocast. In half precision codes are multiplied (``half.py``).
+
+    Raises:
+        ValueError: a group size that does not suit the layer, and at ``forward`` an input of another shape, dtype or
+            device.
     """
 
-    clip: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
@@ -101,38 +112,27 @@ class FakeQuantizedLinear(_Float32Buffers):
         self.out_features, self.in_features = layer.weight.shape[:2]
         self.weight_scheme = weight_scheme
         self.activation_scheme = activation_scheme
-        size = weight_scheme.group_size
-        self._groups = None if size is None else group_count(size, self.in_features)
         self.weight = nn.Parameter(layer.weight.detach().float().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
-        if weight_scheme.clip == "learned":
-            self.log_clip = nn.Parameter(clips.max_abs(self._grouped()).log())
-        elif weight_scheme.clip == "mse":
-            self.register_buffer("clip", clips.max_abs(self._grouped()))
+        self.clip = CLIPS[weight_scheme.clip](self.grouped_weight())
         self.register_buffer("input_scale", None)
         self.register_buffer("input_zero_point", None)
         self.enabled = True
-        self.rounding = HARD
+        self.rounding: Rounding = HARD
         self.bit_width = math.nan  # so that the first set_bit_width sets the clip
         self.set_bit_width(weight_scheme.bits)
 
-    def set_bit_width(self, bit_width: float, rounding: Rounding = HARD) -> None:
-        """Move to a bit width and a rounding; a clip found by MSE, or learned, is set anew when the width changes.
+    def set_bit_width(self, bit_width: float, rounding: Rounding = HARD) -> list[nn.Parameter]:
+        """Move to a bit width and a rounding; where the width changes, the clip is found anew.
 
-        A clip that is right at 8 bits is wrong at 4.
+        Returns:
+            The parameters that were set anew (``Clip.on_width``); none where the width stays.
         """
         self.rounding = rounding
         if check_bit_width(bit_width) == self.bit_width:
-            return
+            return []
         self.bit_width = float(bit_width)
-        if self.weight_scheme.clip == "max_abs":
-            return
-        with torch.no_grad():
-            best = clips.mse_clip(self._grouped(), self.bit_width, narrow=self.weight_scheme.narrow)
-            if self.weight_scheme.clip == "learned":
-                self.log_clip.copy_(best.log())
-            else:
-                self.clip.copy_(best)
+        return self.clip.on_width(self.grouped_weight(), self.bit_width)
 
     def set_input_range(self, scale: float, zero_point: int) -> None:
         """Give the layer its static activation range; real = scale * (code - zero_point)."""
@@ -142,66 +142,40 @@ class FakeQuantizedLinear(_Float32Buffers):
 
     def current_clip(self) -> Tensor:
         """The clip of each scale, broadcastable to the grouped weight; carries a gradient if learned."""
-        if self.weight_scheme.clip == "learned":
-            # LSQ's gradient scale, 1 / sqrt(values per scale * largest code), arXiv 1902.08153 section 2.2
-            _, largest_code = grid(self.bit_width)
-            factor = 1 / math.sqrt(self.weight.numel() / self.log_clip.numel() * largest_code)
-            fixed = self.log_clip.detach()
-            return (fixed + (self.log_clip - fixed) * factor).exp()
-        if self.weight_scheme.clip == "mse":
-            return self.clip
-        return clips.max_abs(self._grouped())
+        return self.clip.value(self.grouped_weight(), self.bit_width)
 
     def fake_quantized_weight(self) -> Tensor:
         """The weight on the grid of the current bit width, in float, the shape of ``weight``."""
-        grouped = self._grouped()
-        if self.weight_scheme.mapping == "affine":
-            low, high = grouped.detach().amin(-1, keepdim=True), grouped.detach().amax(-1, keepdim=True)
-            high = torch.maximum(high, low + clips.TINY_CLIP)
-            on_grid = fake_quantize_affine(grouped, low, high, self.bit_width, rounding=self.rounding)
-        else:
-            on_grid = fake_quantize(
-                grouped, self.current_clip(), self.bit_width, narrow=self.weight_scheme.narrow, rounding=self.rounding
-            )
-        return on_grid.view_as(self.weight)
+        return self._on_grid(self.current_clip()).view_as(self.weight)
 
-    @torch.no_grad()
-    def scale_and_codes(self) -> tuple[Tensor, Tensor]:
-        """What is stored: fp32 scale [out] or [out, groups], and int8 codes [out, in].
+    def codes_and_scales(self) -> tuple[Tensor, Tensor]:
+        """What is stored, as ``quantize_weight`` gives it: int8 codes [out, in], fp32 scales [out] or [out, groups]."""
+        return quantize_weight(self.weight, self.weight_scheme, clip=self.current_clip(), bit_width=self.bit_width)
 
-        Raises:
-            ValueError: affine weights, weights that are not finite, or more than 8 bits.
-        """
-        if self.weight_scheme.mapping != "symmetric":
-            raise ValueError("format 1 stores symmetric weights only; train with mapping 'symmetric'.")
-        if not bool(torch.isfinite(self.weight).all()):
-            raise ValueError("the weight has values that are not finite.")
-        scale = symmetric_scale(self.current_clip(), self.bit_width)
-        codes = quantize(self._grouped(), scale, self.bit_width, narrow=self.weight_scheme.narrow)
-        if self.weight_scheme.granularity == "per_group":
-            scale = scale.squeeze(-1)
-        else:
-            scale = scale.reshape(-1).expand(self.out_features).contiguous()
-        return scale, codes.view(self.out_features, self.in_features)
+    def grouped_weight(self) -> Tensor:
+        """The weight as [..., values that share a scale], fp32."""
+        return grouped(self.weight, self.weight_scheme)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x, self.weight.device)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self._linear(x, self.weight)
-        x = fake_quantize_activation(x, self.activation_scheme, self.input_scale, self.input_zero_point)
-        return self._linear(x, self.fake_quantized_weight())
+        clip = self.current_clip()
+        weight = self._on_grid(clip).view(self.out_features, self.in_features)
+        activation = (self.activation_scheme, self.input_scale, self.input_zero_point)
+        if (dtype := compute_dtype(x)) in HALF:
+            return half_linear(x, weight, symmetric_scale(clip.detach(), self.bit_width), self.bias, dtype, *activation)
+        return self._linear(fake_quantize_activation(x, *activation), weight)
+
+    def _on_grid(self, clip: Tensor) -> Tensor:
+        return fake_quantize(self.grouped_weight(), clip, self.bit_width, rounding=self.rounding)
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, weight.view(self.out_features, self.in_features).to(x.dtype), bias)
-
-    def _grouped(self) -> Tensor:
-        """The weight as [..., values that share a scale], fp32."""
-        weight = self.weight.float()
-        if self.weight_scheme.granularity == "per_tensor":
-            return weight.reshape(1, -1)
-        if self._groups is None:
-            return weight.reshape(self.out_features, -1)
-        return weight.reshape(self.out_features, self._groups, -1)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.bit_width, dtype=torch.float64)
@@ -220,14 +194,14 @@ class FakeQuantizedLinear(_Float32Buffers):
         return f"{self.in_features}, {self.out_features}, {self.bit_width:g} bits, {self.weight_scheme}"
 
 
-class FakeQuantizedPointwiseConv2d(FakeQuantizedLinear):
-    """A 1x1 convolution that fake-quantizes: [N, in, H, W] -> [N, out, H, W]."""
+class FakeQuantizedPointwiseConv2d(_Pointwise, FakeQuantizedLinear):
+    """A 1x1 convolution that fake-quantizes: [N, in, H, W] -> [N, out, H, W], or both without N."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+    def _compute(self, x: Tensor) -> Tensor:
+        return super()._compute(x.movedim(-3, -1)).movedim(-1, -3)
 
 
-class PackedLinear(_Float32Buffers):
+class PackedLinear(_QuantizedLayer):
     """A linear layer with weights of 2 to 8 bits: [..., in] -> [..., out]. Its tensors are those of docs/format.md.
 
     Attributes:
@@ -238,7 +212,8 @@ class PackedLinear(_Float32Buffers):
         bias: parameter [out] or None.
 
     Raises:
-        ValueError: ``weight_bits`` above 8, or a group size that does not fit ``in_features`` (``group_count``).
+        ValueError: ``weight_bits`` not from 2 to 8, or a group size that does not fit ``in_features``
+            (``group_count``); at ``forward`` an input of another shape, dtype or device.
     """
 
     weight_scale: Tensor
@@ -258,8 +233,8 @@ class PackedLinear(_Float32Buffers):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if weight_bits > 8:
-            raise ValueError(f"weight_bits is {weight_bits}; a byte holds a code of at most 8.")
+        if weight_bits not in range(2, 9):
+            raise ValueError(f"weight_bits is {weight_bits}; it must be a whole number from 2 to 8.")
         self.in_features, self.out_features, self.weight_bits = in_features, out_features, weight_bits
         self.activation_scheme = activation_scheme or ActivationScheme()
         shape = (out_features, packed_width(in_features, weight_bits))
@@ -279,16 +254,16 @@ class PackedLinear(_Float32Buffers):
         """The packed twin of a layer at its bit width, with bit-equal codes.
 
         Raises:
-            ValueError: the layer is at more than 8 bits, or at a fraction of one above 4, or soft, or affine, or lacks
-                its static range, or is not finite.
+            ValueError: the layer is at more than 8 bits, or at a fraction of one above 4, or its grid is soft, or it
+                lacks its static range, or is not finite.
         """
         if layer.bit_width > 8 or (layer.bit_width > NIBBLE and layer.bit_width % 1):
             raise ValueError(
                 f"the layer is at {layer.bit_width:g} bits; set_bit_width(4), or a whole number up to 8, before it is "
                 "packed."
             )
-        if layer.rounding.softness:
-            raise ValueError(f"the layer has softness {layer.rounding.softness:g}; set_bit_width makes its grid hard.")
+        if not layer.rounding.hard:
+            raise ValueError(f"the layer's rounding is {layer.rounding}; set_bit_width makes its grid hard.")
         scheme = layer.activation_scheme
         packed = cls(
             layer.in_features,
@@ -300,9 +275,9 @@ class PackedLinear(_Float32Buffers):
             dtype=layer.weight.dtype,
             device=layer.weight.device,
         )
-        scale, codes = layer.scale_and_codes()
+        codes, scales = layer.codes_and_scales()
         packed.weight_packed.data.copy_(pack(codes, packed.weight_bits))
-        packed.weight_scale.copy_(scale)
+        packed.weight_scale.copy_(scales)
         if layer.bias is not None and packed.bias is not None:
             packed.bias.data.copy_(layer.bias.data)
         if packed.input_scale is not None and packed.input_zero_point is not None:
@@ -336,6 +311,10 @@ class PackedLinear(_Float32Buffers):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x, self.weight_packed.device)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         return packed_linear(self, x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -353,11 +332,11 @@ class PackedLinear(_Float32Buffers):
         return f"{self.in_features}, {self.out_features}, W{self.weight_bits}, {self.activation_scheme}"
 
 
-class PackedPointwiseConv2d(PackedLinear):
-    """A 1x1 convolution with packed weights: [N, in, H, W] -> [N, out, H, W]."""
+class PackedPointwiseConv2d(_Pointwise, PackedLinear):
+    """A 1x1 convolution with packed weights: [N, in, H, W] -> [N, out, H, W], or both without N."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(self, x.movedim(1, -1)).movedim(-1, 1)
+    def _compute(self, x: Tensor) -> Tensor:
+        return super()._compute(x.movedim(-3, -1)).movedim(-1, -3)
 
     def to_float(self) -> nn.Module:
         """The float 1x1 convolution with the dequantized weight."""

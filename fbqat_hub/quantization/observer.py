@@ -8,6 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+# An input that is always 0 would give a scale of 0.
+MIN_RANGE = 1e-6
+
 RangeRule = Literal["mean_3sigma", "min_max", "percentile"]
 
 
@@ -87,11 +90,15 @@ class RangeObserver:
 
 
 def affine_parameters(low: float, high: float, bits: int) -> tuple[float, int]:
-    """Scale and zero_point of unsigned codes 0 .. 2^bits - 1 that cover [low, high]; real = scale * (q - zero_point).
+    """Scale and zero_point of unsigned codes 0 .. 2^bits - 1 that cover [low, high] and 0.
 
-    >>> affine_parameters(-1.0, 1.0, 8)
-    (0.00784313725490196, 128)
+    Returns:
+        scale, a number that float32 holds, and zero_point; real = scale * (q - zero_point).
+
+    >>> affine_parameters(0.5, 255.0, 8)
+    (1.0, 0)
     """
+    low, high = min(low, 0.0), max(high, 0.0)
     levels = 2**bits - 1
-    scale = max(high - low, 1e-8) / levels
+    scale = torch.tensor(max(high - low, MIN_RANGE) / levels, dtype=torch.float32).item()
     return scale, min(levels, max(0, round(-low / scale)))

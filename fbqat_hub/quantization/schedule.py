@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from fbqat_hub.quantization.fake_quantize import check_bit_width
 
@@ -19,41 +19,33 @@ class BitSchedule:
 
     Attributes:
         stages: (bit width, share of training) in order; shares are relative. One stage is a constant width.
-        ramp: "steps" holds each stage's width; "linear" and "cosine" go from the first stage's width to the last
-            one's, continuously, over the share of all stages but the last.
         softness: softness of the staircase at the start (0 is off); it falls linearly to 0 at ``soft_until``.
         soft_until: the progress from which the grid is hard.
 
     >>> BitSchedule.preset("paper").bit_width(0.25), BitSchedule.preset("paper").bit_width(0.44)
     (4.75, 4.0)
-    >>> BitSchedule([(8, 1), (4, 1)], ramp="linear").bit_width(0.25)
-    6.0
     """
 
     stages: tuple[tuple[float, float], ...]
-    ramp: Literal["steps", "linear", "cosine"] = "steps"
     softness: float = 0.0
     soft_until: float = 0.0
 
     def __init__(
         self,
         stages: Sequence[tuple[float, float]],
-        ramp: Literal["steps", "linear", "cosine"] = "steps",
         softness: float = 0.0,
         soft_until: float = 0.0,
     ) -> None:
         pairs = tuple((check_bit_width(width), float(share)) for width, share in stages)
         if not pairs or not all(math.isfinite(share) and share > 0 for _, share in pairs):
             raise ValueError(f"stages are {list(stages)}; give at least one (bit width, share) with a share above 0.")
-        if ramp not in ("steps", "linear", "cosine"):
-            raise ValueError(f"ramp is {ramp!r}; allowed: 'steps', 'linear', 'cosine'.")
         if not (0 <= softness <= 1 and 0 <= soft_until <= 1):
             raise ValueError(f"softness is {softness} and soft_until {soft_until}; both must be within 0 and 1.")
         if bool(softness) != bool(soft_until):
             raise ValueError("softness and soft_until go together: give both above 0, or neither.")
         if soft_until == 1:
             raise ValueError("soft_until is 1; the grid must be hard before training ends, so give less.")
-        for name, value in (("stages", pairs), ("ramp", ramp), ("softness", softness), ("soft_until", soft_until)):
+        for name, value in (("stages", pairs), ("softness", softness), ("soft_until", soft_until)):
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -84,15 +76,7 @@ class BitSchedule:
 
     def bit_width(self, progress: float) -> float:
         """The bit width at ``progress`` in [0, 1]."""
-        if self.ramp == "steps":
-            return self.stages[self.stage(progress)][0]
-        length = sum(share for _, share in self.stages[:-1])
-        position = _check_progress(progress) * (length + self.stages[-1][1])
-        done = min(1.0, position / length) if length else 1.0
-        if self.ramp == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        first = self.stages[0][0]
-        return first + (self.final_bits - first) * done
+        return self.stages[self.stage(progress)][0]
 
     def stage(self, progress: float) -> int:
         """Index of the stage at ``progress`` in [0, 1]."""

@@ -7,11 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fbqat_hub.evaluation.folders import PictureFolder
 from fbqat_hub.evaluation.results import METHODS, Record, read_records, write_records
 from fbqat_hub.export import ExportError
 from fbqat_hub.hub.card import write_card
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.device import export_run
 from fbqat_hub.training.distill import cached_splits, train
 from fbqat_hub.training.evaluate import DEFAULT, evaluate, evaluation_prompts, picture_sheet, teacher_pictures
@@ -63,7 +65,7 @@ def _collect(recipe: Recipe, output: Path, baselines: dict[str, Path]) -> None:
     for folder in baselines.values():
         records += read_records(folder / "results.json")
     write_records(output / "results.json", records + read_records(output / "results.json"))
-    splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher)))
+    splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher), torch.float32))
     prompts = evaluation_prompts(recipe, splits)
     columns = {"teacher": teacher_pictures(recipe, prompts)}
     for method, label in _SHEET.items():

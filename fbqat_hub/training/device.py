@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.families import family_of, get_family
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.distill import Draws, cached_splits
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
@@ -53,7 +54,7 @@ def export_run(
             f"{run}: {'one prompt was given' if prompts else 'there is no recipe.yaml'}; calibration needs at least "
             "two prompts, of which the last is held out: --prompts FILE, one a line"
         )
-    pipeline = load_pipeline(run)
+    pipeline = load_pipeline(run, torch.float32)
     call = recipe.generation if recipe else family_of(type(pipeline).__name__).native_size(pipeline)
     calibration, held_out, shown, texts = None, None, list(prompts), list(prompts)
     if recipe and not prompts:
@@ -81,7 +82,7 @@ def _from_recipe(
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[str], list[str]]:
     """Calibration and held-out inputs from the recipe's data, as training and evaluation draw them; captions to
     calibrate text encoders on; test captions."""
-    splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher)))
+    splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher), torch.float32))
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed)
     held_out: list[dict[str, Tensor]] = []
     for inputs in draws.held_out(splits["test"], 1, 1):

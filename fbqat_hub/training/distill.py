@@ -28,13 +28,14 @@ from tqdm.auto import tqdm
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import Family, get_family
-from fbqat_hub.integrations.diffusers import attach, load_pipeline, save_pipeline, save_stage
+from fbqat_hub.integrations.diffusers import attach
+from fbqat_hub.pipelines import downloaded, load_pipeline, save_quantized, save_stage
 from fbqat_hub.quantization import (
     FakeQuantizedLinear,
     calibrate,
-    compensate,
     convert,
     converted,
+    gptq_initialize,
     named_layers,
     prepare,
     set_bit_width,
@@ -92,8 +93,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         set_bit_width(student, recipe.config().weight_bits)
         convert(student)
         attach(student, recipe.config())
-        pipeline.transformer = student.cpu()
-        save_pipeline(pipeline, output, resolve_teacher(recipe.teacher))
+        save_quantized(student.cpu(), downloaded(resolve_teacher(recipe.teacher)), output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     return output
@@ -102,7 +102,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
 def load_teacher(recipe: Recipe) -> Any:
     """The recipe's full-precision pipeline; ValueError if it is of another family, or quantized."""
     family = get_family(recipe.family)
-    pipeline = load_pipeline(resolve_teacher(recipe.teacher))
+    pipeline = load_pipeline(resolve_teacher(recipe.teacher), torch.float32)
     if type(pipeline).__name__ != family.pipeline_class:
         raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
     if getattr(pipeline.transformer, "is_quantized", False):
@@ -188,7 +188,8 @@ def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit
     if recipe.starts_compensated:
         options = recipe.compensation_settings()
         samples = options.pop("samples")
-        compensate(student, lambda: draws.calibration(train_split, samples), **options)
+        softness = recipe.bit_schedule().softness_at(0.0)
+        gptq_initialize(student, lambda: draws.calibration(train_split, samples), softness=softness, **options)
     patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
     for name, layer in named_layers(student, FakeQuantizedLinear):
         layer.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))

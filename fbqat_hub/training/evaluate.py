@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fbqat_hub.components import Component
 from fbqat_hub.evaluation.folders import METADATA, SAMPLES, as_image
 from fbqat_hub.evaluation.pictures import comparison_sheet, training_curve
 from fbqat_hub.evaluation.results import Record, write_records
@@ -34,7 +35,7 @@ from fbqat_hub.evaluation.suite import (
 )
 from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
-from fbqat_hub.integrations.diffusers import downloaded, load_pipeline, load_stage
+from fbqat_hub.pipelines import downloaded, load_pipeline, load_stage
 from fbqat_hub.quantization import stored_bits_per_weight
 from fbqat_hub.stages import find_stage
 from fbqat_hub.training.cache import CachedSplit, cache_key, load_pictures
@@ -206,7 +207,9 @@ def teacher_pictures(
     """
     teacher = resolve_teacher(recipe.teacher)
     folder = cache_folder(recipe) / f"teacher-{_key(teacher, recipe, prompts)}"
-    return draw_folder(pipeline or (lambda: load_pipeline(teacher)), prompts, recipe, folder, progress=progress)
+    return draw_folder(
+        pipeline or (lambda: load_pipeline(teacher, torch.float32)), prompts, recipe, folder, progress=progress
+    )
 
 
 @dataclass
@@ -225,12 +228,13 @@ class _Models:
 
     @cached_property
     def student(self) -> Any:
-        pipeline = load_pipeline(self.run) if self.stage is None else load_stage(self.run, self.stage)
-        return pipeline.to(self.device)
+        if self.stage is None:
+            return load_pipeline(self.run, torch.float32).to(self.device)
+        return load_stage(self.run, self.stage, torch.float32).to(self.device)
 
     @cached_property
     def teacher(self) -> Any:
-        return load_pipeline(resolve_teacher(self.recipe.teacher)).to(self.device)
+        return load_pipeline(resolve_teacher(self.recipe.teacher), torch.float32).to(self.device)
 
 
 @dataclass
@@ -368,7 +372,8 @@ def _of_loading(models: _Models, metric: str, bits: int) -> list[Record]:
 
 def _stored_mib(folder: Path) -> float:
     """Of the denoiser's weights in a pipeline's folder."""
-    return sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) / 2**20
+    files = Component(folder / "transformer", "diffusers", "ModelMixin").weights().files
+    return sum(file.stat().st_size for file in files) / 2**20
 
 
 def _prompts_of(recipe: Recipe, seen: Sequence[str], held_out: Sequence[str]) -> list[str]:

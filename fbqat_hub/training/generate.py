@@ -12,7 +12,7 @@ import torch
 from fbqat_hub.config import unknown_key_error
 from fbqat_hub.evaluation.pictures import grid
 from fbqat_hub.files import whole
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.recipe import load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -36,7 +36,7 @@ def generate(
         raise ValueError(f"output is {output}; it must be a file that ends in .png.")
     recipe = Path(model) / "recipe.yaml"
     arguments = {**(load_recipe(recipe).generation if recipe.is_file() else {}), **(call or {})}
-    pipeline = load_pipeline(resolve_teacher(model))
+    pipeline = load_pipeline(resolve_teacher(model), torch.float32)
     allowed = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
     if extra := set(arguments) - allowed:
         raise unknown_key_error(f"the call of {type(pipeline).__name__}", extra, allowed)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fbqat_hub.export.htp.runtime.qnn_session import peak_rss_mib
-from fbqat_hub.integrations.diffusers import load_pipeline, load_stage
+from fbqat_hub.pipelines import load_pipeline, load_stage
 from fbqat_hub.training.recipe import Recipe
 
 
@@ -43,7 +43,8 @@ def peak_of_a_picture(source: str, recipe: Recipe, prompt: str, stage: int | Non
 def main() -> None:
     """Of the fresh process: draw, and print the peak."""
     source, stage, call = json.loads(sys.argv[1])
-    pipeline: Any = load_pipeline(source) if stage is None else load_stage(Path(source), stage)
+    dtype = torch.float32
+    pipeline: Any = load_pipeline(source, dtype) if stage is None else load_stage(Path(source), stage, dtype)
     pipeline(**call, generator=torch.Generator().manual_seed(0))
     print(peak_rss_mib())
 

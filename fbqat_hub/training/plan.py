@@ -171,7 +171,7 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, accelerator.device)
     teacher = pipeline.transformer.to(accelerator.device)
 
-    # weights where they are: compensated codes are for one width
+    # weights where they are: GPTQ codes are for one width
     student = prepare_student(replace(recipe, start="nearest"), teacher, splits["train"], draws)
     widths = widths_to(recipe.config().weight_bits)
     curve = loss_against_width(student, teacher, splits["validation"], draws, widths, progress=progress)

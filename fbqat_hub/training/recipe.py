@@ -12,7 +12,8 @@ import yaml
 from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped, whole
-from fbqat_hub.quantization import BitSchedule, Rounding
+from fbqat_hub.quantization import BitSchedule, SoftStaircase
+from fbqat_hub.quantization.gptq import check_margin
 from fbqat_hub.quantization.observer import RangeRule
 from fbqat_hub.untrusted import read_yaml
 
@@ -61,11 +62,11 @@ class Recipe:
             ``datasets.load_dataset`` with image_column, caption_column.
         quantization: fields of ``FBQATConfig`` that differ from the method's.
         schedule: fields of ``BitSchedule``, or {"preset": ...}.
-        rounding: fields of ``Rounding`` other than softness: slope, ewgs, dampening (gradient compensation).
+        rounding: {"ewgs": 0.2}, the gradient scaling of ``quantization.rounding``.
         start: "nearest" codes, or "compensated" ones (GPTQ); the method's own if left empty.
         loss_weighting: "none", or "sampler": an error at a timestep counts by what the sampler makes of it
             (``Family.error_weight``; no difference where a family has none). The method's own if left empty.
-        compensation: {"samples": 100, "damping": 0.01, "margin": 0.05}, see ``quantization.compensate``.
+        compensation: {"samples": 100, "damping": 0.01, "margin": 0.05}, see ``quantization.gptq_initialize``.
         calibration: {"samples": 100, "rule": "mean_3sigma"} for static activation ranges.
         keep_stages: whole bit widths of the schedule before its last, e.g. [8, 6, 5]: at the end of each the packed
             denoiser is kept in ``stages/w8`` and so on.
@@ -144,7 +145,7 @@ class Recipe:
             ("calibration", self.calibration, {"samples", "rule", "percentile"}),
             ("compensation", self.compensation, set(COMPENSATION)),
             ("evaluation", self.evaluation, set(EVALUATION)),
-            ("rounding", self.rounding, {"slope", "ewgs", "dampening"}),
+            ("rounding", self.rounding, {"ewgs"}),
         ):
             if extra := set(value) - allowed:
                 raise unknown_key_error(name, extra, allowed)
@@ -165,7 +166,9 @@ class Recipe:
         # each of these checks its own values
         self.config()
         self.bit_schedule()
-        self.rounding_at(0.0)
+        softness = self.rounding_at(0.0).softness
+        if self.starts_compensated:
+            check_margin(settings["margin"], softness)
         self._check_stages()
 
     def config(self) -> FBQATConfig:
@@ -192,11 +195,6 @@ class Recipe:
         schedule = BitSchedule.from_dict(given)
         if schedule.final_bits != stored:
             raise ValueError(f"the bit schedule ends at {schedule.final_bits:g} bits; what is stored has {stored}.")
-        if schedule.ramp != "steps" and len(schedule.stages) > 1 and self.config().weight_clip != "max_abs":
-            raise ValueError(
-                f"a {schedule.ramp} ramp changes the bit width at every step, and weight_clip "
-                f"{self.config().weight_clip!r} would be searched anew each time; use ramp 'steps', or 'max_abs'."
-            )
         if self.starts_compensated and len(schedule.stages) > 1:
             raise ValueError("start 'compensated' is for one width; codes of the first of several are left again.")
         return schedule
@@ -204,7 +202,7 @@ class Recipe:
     def stage_ends(self) -> dict[int, int]:
         """Whole bit width that can be stored -> steps after which the schedule leaves it; not of its last width."""
         schedule, ends = self.bit_schedule(), {}
-        for step in range(self.steps if schedule.ramp == "steps" else 0):
+        for step in range(self.steps):
             width = schedule.bit_width(step / self.steps)
             if width in range(3, 9) and width != schedule.final_bits:
                 ends[int(width)] = step + 1
@@ -224,13 +222,11 @@ class Recipe:
                 f"{self.method} does not leave; {has}. Methods with falling widths: fbqat-paper, integer, simple."
             )
 
-    def rounding_at(self, progress: float) -> Rounding:
+    def rounding_at(self, progress: float) -> SoftStaircase:
         """Softness from the schedule, gradient compensation from the recipe."""
-        for name in set(self.rounding) & {"ewgs", "dampening"}:
-            _number(f"rounding.{name}", self.rounding[name], 0)
-        if "slope" in self.rounding:
-            _typed("rounding.slope", self.rounding["slope"], "bool")
-        return Rounding(softness=self.bit_schedule().softness_at(progress), **self.rounding)
+        if "ewgs" in self.rounding:
+            _number("rounding.ewgs", self.rounding["ewgs"], 0)
+        return SoftStaircase(self.bit_schedule().softness_at(progress), **self.rounding)
 
     @property
     def starts_compensated(self) -> bool:
@@ -261,7 +257,7 @@ COMPENSATION = {"samples": 100, "damping": 0.01, "margin": 0.05}
 EVALUATION = {"images": 128, "inference_steps": 20, "draws": 4, "batch_size": 32}
 # A recipe that came with a model must not fill the memory of who draws with it.
 GENERATION = {"height": 8192, "width": 8192, "num_inference_steps": 1000, "num_images_per_prompt": 64}
-_SCHEDULE_KEYS = {"preset", "bits", "stages", "ramp", "softness", "soft_until"}
+_SCHEDULE_KEYS = {"preset", "bits", "stages", "softness", "soft_until"}
 
 
 def load_recipe(source: str | Path, **changes: Any) -> Recipe:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import shipped, whole
-from fbqat_hub.integrations.diffusers import save_pipeline
+from fbqat_hub.pipelines import save_pipeline
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.openmoji import default_cache_dir, group_of, load_openmoji
 from fbqat_hub.training.pictures import pixels

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.method.baselines import Pointwise
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import named_layers
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.distill import Draws, cached_splits, held_out_loss

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.method.outliers import FACTOR, outlier_channels
 from fbqat_hub.families import FAMILIES
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from tests.conftest import call_of
 
 

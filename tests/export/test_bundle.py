@@ -25,7 +25,7 @@ from fbqat_hub.export.bundle.text_encoder import recorded_tokens
 from fbqat_hub.export.htp.graph import Progress
 from fbqat_hub.export.htp.targets import target_for
 from fbqat_hub.files import sha256
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import CALL, CAPTIONS
 

@@ -17,7 +17,7 @@ from fbqat_hub.export.htp.graph import trace_graph
 from fbqat_hub.export.onnx.float_graph import as_feed, block_outputs, packed_layers, runnable
 from fbqat_hub.export.onnx.wrappers import blocks_of, wrap
 from fbqat_hub.families import FAMILIES
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.teachers import SHIPPED
 from tests.conftest import CAPTIONS, call_of

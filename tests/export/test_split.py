@@ -16,7 +16,7 @@ from fbqat_hub.export.htp.graph import trace_graph
 from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph, as_feed, packed_layers, runnable
 from fbqat_hub.export.onnx.split import describe_chain, split_graph
 from fbqat_hub.export.onnx.wrappers import wrap
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import CAPTIONS, call_of
 from tests.export.conftest import Item, float_sana, make_items, pack

@@ -17,7 +17,7 @@ from torch import Tensor
 from fbqat_hub.families import FAMILIES, Family, family_of, get_family
 from fbqat_hub.families.base import logit_normal
 from fbqat_hub.families.flux import pack
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization.convert import quantizable
 from fbqat_hub.training.teacher import RECIPES
 from tests.conftest import call_of, teacher_recipe

@@ -99,7 +99,8 @@ def write_run(folder: Path, seed: int = 0) -> Path:
         "license": "apache-2.0",
     }
     config = {"quantization_config": {"weight_bits": 4, "activation_bits": 8, "fbqat_version": "0.1.0"}}
-    index = {"_class_name": "SanaPipeline", "scheduler": ["diffusers", "S"], "transformer": ["diffusers", "T"]}
+    index: dict[str, Any] = {"_class_name": "SanaPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
+    index["transformer"] = ["diffusers", "SanaTransformer2DModel"]
     files: dict[str, str] = {
         "README.md": CARD,
         "recipe.yaml": yaml.safe_dump(recipe),

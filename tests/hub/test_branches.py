@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 from fbqat_hub import cli
 from fbqat_hub.hub.client import HubError
 from fbqat_hub.hub.publish import publish
-from fbqat_hub.integrations.diffusers import load_stage
+from fbqat_hub.pipelines import load_stage
 from tests.conftest import CALL, subprocess_environment
 from tests.hub.conftest import REPO, TOKEN, write_stages
 from tests.hub.faults import assert_branches_are_whole

@@ -1,26 +1,33 @@
-"""What plain ``from_pretrained("owner/name")`` sees of a damaged download, and what only ``fbqat pull`` sees.
-
-The sentences that these hold are in docs/publishing.md and SECURITY.md.
+"""Pipelines of the Hub: what plain ``from_pretrained("owner/name")`` sees of a damaged download, and what only
+``fbqat pull`` sees (docs/publishing.md, SECURITY.md); float ones as teachers, whatever variants they have.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
+from fbqat_hub.hub.client import HubError
 from fbqat_hub.hub.contents import collect
 from fbqat_hub.hub.manifest import MANIFEST
 from fbqat_hub.hub.publish import hashes_of, manifest_of
 from fbqat_hub.hub.pull import pull
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training.distill import train
+from fbqat_hub.training.ptq import convert_pipeline
+from fbqat_hub.training.recipe import Recipe
+from tests.conftest import weights_of
 from tests.hub.conftest import REPO
 from tests.hub.server import LoopbackHub
 
+TEACHER = "me/tiny-teacher"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -97,3 +104,74 @@ def test_after_a_pull_sizes_are_compared_with_the_manifest(snapshot: Path, publi
     rewrite(snapshot / "transformer" / "config.json", published["transformer/config.json"] + b" ")
     with pytest.raises(ValueError, match=r"transformer/config.json has \d+ bytes of \d+. Fetch it again"):
         DiffusionPipeline.from_pretrained(REPO)
+
+
+# float pipelines
+
+
+def upload(hub: LoopbackHub, folder: Path, variant: str | None = None, onto: dict[str, bytes] | None = None) -> dict:
+    """Add a folder as TEACHER, its weight files named by a variant; returns path -> content."""
+    files = dict(onto or {})
+    for path in folder.rglob("*"):
+        if path.suffix == ".safetensors" or (path.is_file() and not onto):
+            name = path.relative_to(folder).as_posix()
+            name = name.replace(".safetensors", f".{variant}.safetensors") if variant else name
+            files[name] = path.read_bytes()
+    hub.add(TEACHER, files)
+    return files
+
+
+def passed_on(output: Path, source: Path) -> None:
+    """All parts but the denoiser are the source's, byte for byte, and no links into the Hub's cache."""
+    assert [path for path in output.rglob("*") if path.is_symlink()] == []
+    for path in source.rglob("*"):
+        name = path.relative_to(source)
+        if path.is_file() and name.parts[0] != "transformer":
+            assert (output / name).read_bytes() == path.read_bytes(), name
+
+
+def test_a_teacher_of_the_hub_is_passed_on_as_it_is_stored(
+    hub: LoopbackHub, half_sana: Path, recipe_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    upload(hub, half_sana)
+    passed_on(convert_pipeline(TEACHER, tmp_path / "converted"), half_sana)
+    recipe = Recipe(**{**recipe_fields, "teacher": TEACHER, "method": "ptq-mse", "steps": 0})
+    passed_on(train(recipe, tmp_path / "trained", progress=False), half_sana)
+
+
+def test_the_only_variant_of_a_repository_is_taken(hub: LoopbackHub, half_sana: Path, tmp_path: Path) -> None:
+    upload(hub, half_sana, "fp16")
+    assert load_pipeline(TEACHER).vae.dtype == torch.float16
+    passed_on(convert_pipeline(TEACHER, tmp_path / "out"), half_sana)
+    hub.fail("info", 503, times=99)  # and from the cache when the Hub does not answer
+    assert load_pipeline(TEACHER).vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_of_two_variants_one_is_downloaded(
+    variant: str | None, hub: LoopbackHub, half_sana: Path, tiny_sana: Path, tmp_path: Path
+) -> None:
+    upload(hub, half_sana, "fp16", onto=upload(hub, tiny_sana))
+    output = convert_pipeline(TEACHER, tmp_path / "out", variant=variant)
+    for name in ("vae", "text_encoder"):
+        source = half_sana if variant else tiny_sana
+        assert weights_of(output / name).read_bytes() == weights_of(source / name).read_bytes()
+    loaded = list(Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/*/*.safetensors"))
+    assert {"fp16" in path.name for path in loaded} == {variant is not None}
+
+
+def test_variants_to_choose_from_are_named(hub: LoopbackHub, half_sana: Path, tmp_path: Path) -> None:
+    upload(hub, half_sana, "bf16", onto=upload(hub, half_sana, "fp16"))
+    with pytest.raises(ValueError, match=rf"{TEACHER} has the variants bf16, fp16; choose one of them"):
+        convert_pipeline(TEACHER, tmp_path / "out")
+    with pytest.raises(ValueError, match=f"{TEACHER} has no weights of variant fp32; it has bf16, fp16"):
+        convert_pipeline(TEACHER, tmp_path / "out", variant="fp32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_repository_that_is_not_there_is_said(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add("me/empty", {"README.md": b""})
+    for repo, message in (("me/none", "no folder here: HTTP 404"), ("me/empty", "no folder here: HTTP 404")):
+        with pytest.raises(HubError, match=message):
+            convert_pipeline(repo, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from fbqat_hub.evaluation.results import METRICS
 from fbqat_hub.hub.listing import published
 from fbqat_hub.hub.manifest import read_manifest
 from fbqat_hub.hub.publish import publish
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from tests.conftest import subprocess_environment

@@ -181,10 +181,11 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
         "put it beside recipe.yaml as LICENSE.md",
         "diffusion_pytorch_model.safetensors is damaged or cut short",
         "scheduler_config.json is empty",
+        "scheduler lacks scheduler_config.json",
         "--repo you/x: the token is of me, who may publish under: me, lab, readers",
     ):
         assert sum(expected in problem for problem in problems) == 1, expected
-    assert len(problems) == 7
+    assert len(problems) == 8
     assert hub.repositories == {}
 
 
@@ -203,7 +204,7 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
         ),
         (
             lambda run: (run / "transformer/diffusion_pytorch_model.safetensors").unlink(),
-            "transformer has no safetensors; only these are published",
+            "transformer has no safetensors, but diffusion_pytorch_model.bin",
         ),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("license")), "license is empty"),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("family")), "recipe.yaml lacks family"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fbqat_hub import FBQATConfig
 from fbqat_hub.families import FAMILIES
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLinear, named_layers, stored_bits_per_weight
 from fbqat_hub.quantization.convert import quantizable
 from fbqat_hub.training.ptq import convert_pipeline

@@ -17,8 +17,8 @@ import torch
 import yaml
 from PIL import Image
 
-from fbqat_hub.integrations.diffusers import load_pipeline
 from fbqat_hub.integrations.gradio import app, draw_pair, open_pair
+from fbqat_hub.pipelines import load_pipeline
 from tests.conftest import CALL, subprocess_environment
 
 

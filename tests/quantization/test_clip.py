@@ -1,6 +1,8 @@
-"""The MSE clip is near the best there is, for every kind of row."""
+"""The MSE clip is near the best there is, for every kind of row; the clips by their names."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fbqat_hub.quantization import clip as clips
-from fbqat_hub.quantization.clip import max_abs, mse_clip
+from fbqat_hub.quantization.clip import CLIPS, max_abs, mse_clip
 from fbqat_hub.quantization.fake_quantize import fake_quantize
+from fbqat_hub.quantization.scheme import ClipName
 
 
 def rows(kind: str) -> Tensor:
@@ -51,18 +54,6 @@ def test_near_the_brute_force_optimum_and_never_worse_than_max_abs(kind: str, bi
     assert bool((found <= best * 1.02 + 1e-5 * power).all())
 
 
-def test_the_grid_that_is_trained_on_is_the_one_searched() -> None:
-    """The narrow grid of 2 bits is -1, 0, 1: another optimum than -2..1."""
-    weight = rows("normal")
-    narrow, wide = mse_clip(weight, 2, narrow=True), mse_clip(weight, 2)
-    error = [
-        (fake_quantize(weight, clip, 2, narrow=True) - weight).square().mean(-1, keepdim=True)
-        for clip in (narrow, wide)
-    ]
-    assert bool((error[0] <= error[1] * (1 + 1e-6)).all())
-    assert not torch.allclose(narrow, wide)
-
-
 def test_fewer_bits_clip_more() -> None:
     weight = rows("normal")
     assert bool((mse_clip(weight, 3) < mse_clip(weight, 8)).all())
@@ -88,3 +79,18 @@ def test_max_abs_takes_no_gradient() -> None:
     weight = torch.tensor([[1.0, -3.0], [0.5, 0.2]], requires_grad=True)
     assert max_abs(weight).tolist() == [[3.0], [0.5]]
     assert not max_abs(weight).requires_grad
+
+
+def test_every_name_of_a_scheme_has_its_clip() -> None:
+    assert tuple(CLIPS) == get_args(ClipName)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_clip_is_found_anew_for_a_width_and_says_which_parameters_were_set(name: str) -> None:
+    weight = rows("outliers")
+    clip = CLIPS[name](weight)
+    set_anew = clip.on_width(weight, 3)
+    assert [id(each) for each in set_anew] == [id(each) for each in clip.parameters()]
+    expected = max_abs(weight) if name == "max_abs" else mse_clip(weight, 3)
+    torch.testing.assert_close(clip.value(weight, 3), expected)
+    assert clip.value(weight, 3).requires_grad is (name == "learned")

@@ -14,7 +14,7 @@ from fbqat_hub.quantization import (
     FakeQuantizedPointwiseConv2d,
     PackedLinear,
     PackedPointwiseConv2d,
-    Rounding,
+    SoftStaircase,
     WeightScheme,
     calibrate,
     convert,
@@ -25,7 +25,7 @@ from fbqat_hub.quantization import (
     set_bit_width,
     stored_bits_per_weight,
 )
-from fbqat_hub.quantization.convert import matches, scheme_for
+from fbqat_hub.quantization.convert import matches, targets
 
 LAYERS = ["blocks.0.to_q", "blocks.0.to_out", "blocks.1.to_q", "blocks.1.to_out", "inverted", "pointwise", "proj_out"]
 
@@ -128,14 +128,16 @@ def test_a_layer_that_groups_do_not_fit_is_named(tree: Tree) -> None:
         prepare(
             tree, WeightScheme(granularity="per_group", group_size=4), ActivationScheme(), not_convert=["pointwise"]
         )
+    assert type(tree.inverted) is nn.Conv2d  # nothing was replaced
 
 
 def test_overrides_apply_in_order(tree: Tree) -> None:
     overrides = {"blocks.*": {"bits": 16}, "*.to_q": {"range": "static"}, "blocks.1.*": {"bits": 32}}
     scheme = ActivationScheme()
-    assert scheme_for("proj_out", scheme, overrides) == scheme
-    assert scheme_for("blocks.0.to_q", scheme, overrides) == ActivationScheme(bits=16, range="static")
-    assert scheme_for("blocks.1.to_q", scheme, overrides) == ActivationScheme(bits=32, range="static")
+    schemes = {names[0]: each for _, names, each in targets(tree, scheme, overrides=overrides)}
+    assert schemes["proj_out"] == scheme
+    assert schemes["blocks.0.to_q"] == ActivationScheme(bits=16, range="static")
+    assert schemes["blocks.1.to_q"] == ActivationScheme(bits=32, range="static")
     prepare(tree, WeightScheme(), scheme, overrides=overrides)
     assert {name: layer.activation_scheme.bits for name, layer in named_layers(tree, FakeQuantizedLinear)} == dict(
         zip(LAYERS, [16, 16, 32, 32, 8, 8, 8], strict=True)
@@ -207,7 +209,7 @@ def check_packed(
             lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output.detach())})
         )
     tree(batch())
-    codes = {name: layer.scale_and_codes()[1] for name, layer in fakes.items()}
+    codes = {name: layer.codes_and_scales()[0] for name, layer in fakes.items()}
     bounds = {}
     for name, layer in fakes.items():
         x, magnitude = seen[name][0], layer.fake_quantized_weight().detach().abs()
@@ -262,12 +264,112 @@ def test_convert_replaces_all_or_nothing(tree: Tree, width: float, message: str)
 
 def test_set_bit_width_reaches_every_layer(tree: Tree) -> None:
     prepared(tree, ActivationScheme())
-    set_bit_width(tree, 4.5, Rounding(softness=0.2))
+    assert set_bit_width(tree, 4.5, SoftStaircase(0.2)) == []
     assert {(layer.bit_width, layer.rounding.softness) for _, layer in named_layers(tree, FakeQuantizedLinear)} == {
         (4.5, 0.2)
     }
     with pytest.raises(ValueError, match="bit width is 1"):
         set_bit_width(tree, 1)
+
+
+def test_clips_that_were_set_anew_are_told(tree: Tree) -> None:
+    """What Adam remembers of them is of another clip."""
+    prepared(tree, ActivationScheme(), clip="learned")
+    clips = [layer.clip.log_clip for _, layer in named_layers(tree, FakeQuantizedLinear)]
+    for width, rounding, expected in (
+        (4, SoftStaircase(0.2), []),
+        (4.25, SoftStaircase(0.2), clips),
+        (4.25, SoftStaircase(0.1), []),
+        (4, SoftStaircase(0.0), clips),
+    ):
+        before = [clip.detach().clone() for clip in clips]
+        assert [id(each) for each in set_bit_width(tree, width, rounding)] == [id(each) for each in expected]
+        assert all(torch.equal(*pair) for pair in zip(before, clips, strict=True)) is not bool(expected)
+
+
+class Shared(nn.Module):
+    """A layer under two names, a block under two names, and two layers of one weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Linear(12, 12)
+        self.block = Block()
+        self.same_block = self.block
+        self.tied, self.tied_too = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.tied_too.weight, self.tied_too.bias = self.tied.weight, self.tied.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.same_block(self.block(self.again(self.first(x))))
+        return self.tied_too(2 * self.tied(x))
+
+
+class TestShared:
+    NAMES = ["first", "again", "block.to_q", "block.to_out", "same_block.to_q", "same_block.to_out", "tied", "tied_too"]
+
+    @pytest.fixture
+    def shared(self) -> Shared:
+        torch.manual_seed(0)
+        return Shared()
+
+    @staticmethod
+    def stay_one(model: Any, kind: type[nn.Module]) -> None:
+        assert model.first is model.again
+        assert model.block is model.same_block
+        assert all(type(layer) is kind for layer in (model.first, model.block.to_q, model.tied, model.tied_too))
+
+    def test_prepare_and_convert_take_a_layer_under_all_its_names(self, shared: Shared) -> None:
+        assert prepare(shared, WeightScheme(clip="mse"), ActivationScheme()) == self.NAMES
+        self.stay_one(shared, FakeQuantizedLinear)
+        expected = shared(batch())
+        twin = converted(shared)
+        self.stay_one(twin, PackedLinear)
+        self.stay_one(shared, FakeQuantizedLinear)
+        assert convert(shared) == self.NAMES
+        self.stay_one(shared, PackedLinear)
+        torch.testing.assert_close(shared(batch()), expected)
+        assert torch.equal(twin(batch()), shared(batch()))
+
+    def test_a_float_model_computes_as_before(self, shared: Shared) -> None:
+        expected = shared(batch())
+        prepare(shared, WeightScheme(), ActivationScheme())
+        with quantization_disabled(shared):
+            torch.testing.assert_close(shared(batch()), expected)
+
+    def test_layers_of_one_weight_train_one_weight(self, shared: Shared) -> None:
+        prepare(shared, WeightScheme(clip="learned"), ActivationScheme())
+        assert shared.tied.weight is shared.tied_too.weight
+        assert shared.tied.bias is shared.tied_too.bias
+        assert shared.tied.clip.log_clip is not shared.tied_too.clip.log_clip  # each is clipped for its own inputs
+        parameters = list(shared.parameters())
+        # first, to_q: weight, bias, clip; to_out has no bias; the tied ones have a weight, a bias and two clips
+        assert len(parameters) == 3 + 3 + 2 + 4
+        before = shared.tied.weight.detach().clone()
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        shared(batch()).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(before, shared.tied_too.weight)
+        convert(shared)
+        assert torch.equal(shared.tied.codes(), shared.tied_too.codes())
+
+    def test_a_weight_shared_with_what_is_not_quantized_is_copied(self) -> None:
+        model = nn.Sequential(nn.Embedding(5, 12), nn.Linear(12, 5, bias=False))
+        model[1].weight = model[0].weight
+        prepare(model, WeightScheme(), ActivationScheme())
+        assert model[1].weight is not model[0].weight
+        assert torch.equal(model[1].weight, model[0].weight)
+
+    def test_patterns_count_for_a_layer_by_any_of_its_names(self, shared: Shared) -> None:
+        overrides = {"same_block.to_q": {"bits": 16}, "block.to_q": {"range": "static"}}
+        names = prepare(shared, WeightScheme(), ActivationScheme(), not_convert=["again"], overrides=overrides)
+        assert names == self.NAMES[2:]
+        assert type(shared.first) is nn.Linear
+        assert shared.first is shared.again
+        assert shared.block.to_q.activation_scheme == ActivationScheme(bits=16, range="static")
+
+
+def test_a_layer_alone_is_no_model() -> None:
+    with pytest.raises(ValueError, match="the model is itself a Linear; put it into a module"):
+        prepare(nn.Linear(3, 3), WeightScheme(), ActivationScheme())
 
 
 def test_more_bits_are_nearer_to_float(tree: Tree) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from fbqat_hub.config import FORMAT_VERSION, FBQATConfig
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, PackedLinear, WeightScheme, unpack_int4
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
 from fbqat_hub.quantization.packing import pack
@@ -125,9 +124,3 @@ def test_tensors_are_those_of_the_table(static: bool) -> None:
         assert tensor.dtype == expected[dtype[1]], name
         if tensor.dim() == 0:
             assert "scalar" in table[dtype.end() :].split("|")[0], name
-
-
-def test_config_keys_are_those_of_the_table() -> None:
-    table = DOCUMENT.split("## quantization_config")[1].split("##")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FBQATConfig().to_dict())
-    assert f"| `format_version` | `{FORMAT_VERSION}` |" in table

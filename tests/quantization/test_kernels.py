@@ -99,10 +99,10 @@ def test_wide_codes_are_exact_with_and_without_vnni(isa: str) -> None:
     not, run on the reference."""
     script = """
 import torch
-from fbqat_hub.quantization import ActivationScheme
-from tests.quantization.test_kernels import layer_of
+from fbqat_hub.quantization import ActivationScheme, PackedLinear
 for bits in (7, 8):
-    layer = layer_of(64, 16, ActivationScheme(range="static"), bias=False, bits=bits)
+    scheme = ActivationScheme(range="static")
+    layer = PackedLinear(64, 16, weight_bits=bits, bias=False, activation_scheme=scheme)
     layer.weight_packed.data.fill_(-(2 ** (bits - 1)))
     layer.weight_scale.fill_(1.0), layer.input_scale.fill_(1.0), layer.input_zero_point.fill_(0)
     y = layer(torch.full((3, 64), 255.0))

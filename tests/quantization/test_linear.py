@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from fbqat_hub.quantization import (
     FakeQuantizedPointwiseConv2d,
     PackedLinear,
     PackedPointwiseConv2d,
-    Rounding,
+    SoftStaircase,
     WeightScheme,
 )
 from fbqat_hub.quantization.clip import mse_clip
@@ -52,20 +53,15 @@ def groups_of(weight: Tensor, granularity: str) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("bits", [2, 3.3, 4, 4.25, 5.5, 8])
-@pytest.mark.parametrize("mapping", ["symmetric", "affine"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_weight_is_that_of_the_equation(granularity: str, mapping: Any, bits: float) -> None:
-    layer = make(mapping=mapping, **GRANULARITIES[granularity])
+def test_weight_is_that_of_the_equation(granularity: str, bits: float) -> None:
+    layer = make(**GRANULARITIES[granularity])
     layer.set_bit_width(bits)
     expected = []
     for group in groups_of(layer.weight, granularity):
-        if mapping == "symmetric":
-            scale = np.abs(group).max() / (2 ** (bits - 1) - 1)
-            half = math.floor(2 ** (bits - 1))
-            expected.append(scale * np.clip(np.rint(group / scale), -half, half - 1))
-        else:
-            low, scale = group.min(), np.ptp(group) / 2**bits
-            expected.append(scale * np.minimum(np.rint((group - low) / scale), math.floor(2**bits) - 1) + low)
+        scale = np.abs(group).max() / (2 ** (bits - 1) - 1)
+        half = math.floor(2 ** (bits - 1))
+        expected.append(scale * np.clip(np.rint(group / scale), -half, half - 1))
     found = layer.fake_quantized_weight().detach()
     np.testing.assert_allclose(found.ravel(), np.concatenate(expected), rtol=1e-5, atol=1e-7)  # float32 against float64
 
@@ -118,12 +114,12 @@ def test_learned_clip_gets_the_gradient_of_lsq(granularity: str) -> None:
     """With s the scale: dL/ds = 1/sqrt(N Qp) * sum g * (Q - v inside, the bound outside); log_clip gets s * dL/ds."""
     layer = make(clip="learned", **GRANULARITIES[granularity])
     with torch.no_grad():
-        layer.log_clip -= 0.5  # so that something is clipped
+        layer.clip.log_clip -= 0.5  # so that something is clipped
     grad = torch.randn(5, 12)
     layer.fake_quantized_weight().backward(grad)
-    assert layer.log_clip.grad is not None
-    scales = layer.log_clip.detach().double().exp().numpy().ravel() / 7
-    found = layer.log_clip.grad.numpy().ravel()
+    assert layer.clip.log_clip.grad is not None
+    scales = layer.clip.log_clip.detach().double().exp().numpy().ravel() / 7
+    found = layer.clip.log_clip.grad.numpy().ravel()
     for index, (group, g) in enumerate(
         zip(groups_of(layer.weight, granularity), groups_of(grad, granularity), strict=True)
     ):
@@ -160,7 +156,7 @@ def test_clip_is_set_anew_when_the_width_changes_and_only_then(clip: Any) -> Non
 
     with torch.no_grad():
         layer.weight += torch.randn_like(layer.weight)
-    layer.set_bit_width(6, Rounding(softness=0.5))  # the rounding moves at every step
+    layer.set_bit_width(6, SoftStaircase(0.5))  # the rounding moves at every step
     assert layer.rounding.softness == 0.5
     torch.testing.assert_close(layer.current_clip().detach(), best[6])
     layer.set_bit_width(4)
@@ -212,8 +208,6 @@ def test_bit_width_out_of_range_is_refused(bits: float) -> None:
         ({"group_size": 4}, "group_size goes with"),
         ({"granularity": "per_group", "group_size": 3}, "even"),
         ({"clip": "percentile"}, "'max_abs', 'mse', 'learned'"),
-        ({"mapping": "affine", "clip": "mse"}, "symmetric only"),
-        ({"mapping": "affine", "narrow": True}, "symmetric only"),
     ],
 )
 def test_schemes_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -239,24 +233,81 @@ def test_lower_precision_keeps_scales_in_float32(clip: Any, dtype: torch.dtype) 
     assert packed.weight_packed.dtype == torch.uint8
 
 
-def test_float32_layer_takes_lower_precision_input() -> None:
-    layer, x = make(), torch.randn(3, 12)
-    found = layer(x.bfloat16())
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), layer(x).detach(), rtol=0.05, atol=0.05)
+class TestInputs:
+    """Both kinds of layers, whatever the activation width, take what they are made for and say what that is."""
+
+    SCHEMES = [ActivationScheme(), ActivationScheme(range="per_tensor"), ActivationScheme(bits=16), FLOAT_INPUT]
+
+    @staticmethod
+    def layers(scheme: ActivationScheme) -> list[nn.Module]:
+        fake = make(64, 32, activations=scheme)
+        disabled = make(64, 32, activations=scheme)
+        disabled.enabled = False
+        return [fake, disabled, PackedLinear.from_fake_quantized(fake)]
+
+    @staticmethod
+    def convolutions(scheme: ActivationScheme) -> list[nn.Module]:
+        fake = FakeQuantizedPointwiseConv2d(nn.Conv2d(64, 32, 1), WeightScheme(), scheme)
+        return [fake, PackedPointwiseConv2d.from_fake_quantized(fake)]
+
+    @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+    @pytest.mark.parametrize("shape", [(3, 63), (63,), (2, 3, 65), (), (64, 3), (3, 0)])
+    def test_other_shapes_are_refused_with_both(self, scheme: ActivationScheme, shape: tuple[int, ...]) -> None:
+        message = rf"shape {re.escape(str(shape))}; the layer takes \[\.\.\., 64\] and gives \[\.\.\., 32\]"
+        for layer in self.layers(scheme):
+            with pytest.raises(ValueError, match=message):
+                layer(torch.zeros(shape))
+
+    @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+    @pytest.mark.parametrize("shape", [(1, 63, 4, 4), (63, 4, 4), (4, 4, 64), (4, 64), (1, 1, 64, 4, 4), ()])
+    def test_convolutions_look_at_their_channels(self, scheme: ActivationScheme, shape: tuple[int, ...]) -> None:
+        for layer in self.convolutions(scheme):
+            with pytest.raises(ValueError, match=rf"shape {re.escape(str(shape))}; the layer takes \[N, 64, H, W\]"):
+                layer(torch.zeros(shape))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+    def test_what_is_no_float_is_refused_by_its_dtype(self, dtype: torch.dtype) -> None:
+        for layer, shape in [
+            *((each, (3, 64)) for each in self.layers(ActivationScheme())),
+            *((each, (1, 64, 2, 2)) for each in self.convolutions(ActivationScheme())),
+        ]:
+            with pytest.raises(ValueError, match=f"the input is {dtype}; .* takes float16, bfloat16, float32, float64"):
+                layer(torch.zeros(shape).to(dtype))
+
+    def test_another_device_is_named(self) -> None:
+        for layer in self.layers(ActivationScheme()):
+            with pytest.raises(ValueError, match="the input is on meta, the layer on cpu"):
+                layer(torch.zeros(3, 64, device="meta"))
+
+    @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+    def test_an_empty_batch_gives_an_empty_one(self, scheme: ActivationScheme) -> None:
+        for layer in self.layers(scheme):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.zeros(0, 5, 64, dtype=dtype, requires_grad=True)
+                y = layer(x)
+                assert (y.shape, y.dtype) == ((0, 5, 32), dtype)
+                y.sum().backward()
+        for layer in self.convolutions(scheme):
+            assert layer(torch.zeros(0, 64, 2, 3)).shape == (0, 32, 2, 3)
+
+    @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+    def test_a_single_token_and_a_picture_without_a_batch(self, scheme: ActivationScheme) -> None:
+        x, picture = torch.randn(64), torch.randn(64, 2, 3)
+        for layer in self.layers(scheme):
+            assert torch.equal(layer(x), layer(x[None])[0])
+        for layer in self.convolutions(scheme):
+            torch.testing.assert_close(layer(picture), layer(picture[None])[0])
 
 
 class TestPacked:
-    def test_too_many_bits_a_soft_grid_affine_and_no_range_are_refused(self) -> None:
+    def test_too_many_bits_a_soft_grid_and_no_range_are_refused(self) -> None:
         layer = make()
         layer.set_bit_width(4.25)
         with pytest.raises(ValueError, match=r"4\.25 bits; set_bit_width\(4\)"):
             PackedLinear.from_fake_quantized(layer)
-        layer.set_bit_width(4, Rounding(softness=0.1))
-        with pytest.raises(ValueError, match=r"softness 0\.1"):
+        layer.set_bit_width(4, SoftStaircase(0.1))
+        with pytest.raises(ValueError, match=r"softness=0\.1.*set_bit_width makes its grid hard"):
             PackedLinear.from_fake_quantized(layer)
-        with pytest.raises(ValueError, match="symmetric weights only"):
-            PackedLinear.from_fake_quantized(make(mapping="affine"))
         with pytest.raises(ValueError, match="never calibrated"):
             PackedLinear.from_fake_quantized(make(activations=ActivationScheme(range="static")))
 

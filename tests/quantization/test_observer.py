@@ -121,7 +121,8 @@ def test_affine_parameters_cover_the_range_with_an_exact_0(low: float, high: flo
     assert scale > 0
     assert 0 <= zero_point <= levels
     assert isinstance(zero_point, int)
-    assert scale == pytest.approx(max(high - low, 1e-8) / levels)
+    assert scale == pytest.approx(max(high - low, 1e-6) / levels)
+    assert scale == torch.tensor(scale).item()  # float32 holds it
     # the ends are within half a step, for the zero_point is rounded
     assert scale * (0 - zero_point) <= low + scale / 2 * 1.0001
     assert scale * (levels - zero_point) >= high - scale / 2 * 1.0001

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaTransformer2DModel
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
 from fbqat_hub.evaluation.folders import read_picture
 from fbqat_hub.evaluation.results import read_records
-from fbqat_hub.integrations.diffusers import load_pipeline, save_pipeline
+from fbqat_hub.pipelines import load_pipeline, save_quantized
 from fbqat_hub.training.prompts import _with_pictures
 from fbqat_hub.training.recipe import load_recipe
 
@@ -165,9 +166,10 @@ def test_a_repository_is_downloaded_then_checked_then_loaded(packed_folder: Path
         asked.append((name, options))
         return str(folder)
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     assert type(load_pipeline("me/sana")).__name__ == "SanaPipeline"
-    assert asked == [("me/sana", {"use_safetensors": True})]
+    assert asked == [("me/sana", {"use_safetensors": True, "variant": None})]
     link_out(folder)
     with pytest.raises(ValueError, match=r"vae/config\.json is a link out of the folder"):
         load_pipeline("me/sana")
@@ -196,7 +198,7 @@ def test_code_and_pickles_beside_the_weights_are_not_passed_on(packed_folder: Pa
     source = shutil.copytree(packed_folder, tmp_path / "source")
     (source / "vae" / "evil.py").write_text("raise SystemExit('this ran')")
     (source / "vae" / "evil.pt").write_bytes(b"\x80\x04")
-    save_pipeline(load_pipeline(source), tmp_path / "saved", source)
+    save_quantized(load_pipeline(source).transformer, source, tmp_path / "saved")
     assert (tmp_path / "saved" / "vae" / "config.json").is_file()
     assert [path.name for path in (tmp_path / "saved").rglob("evil*")] == []
 

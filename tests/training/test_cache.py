@@ -14,7 +14,7 @@ from PIL import Image
 
 from fbqat_hub.families import get_family
 from fbqat_hub.families.sana import Sana
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training import cache
 from fbqat_hub.training.cache import build_cache, cache_key, load_pictures
 from tests.conftest import CALL, CAPTIONS

@@ -61,7 +61,7 @@ def test_demo_leaves_the_whole_folder_and_the_readme_snippet_draws_from_it(tmp_p
 
 
 def test_held_out_splits_of_the_demo_are_not_in_its_training_split() -> None:
-    from fbqat_hub.integrations.diffusers import load_pipeline
+    from fbqat_hub.pipelines import load_pipeline
     from fbqat_hub.training.teachers import resolve_teacher
 
     recipe = load_recipe("sana-tiny")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import load_pipeline, load_stage
+from fbqat_hub.pipelines import load_pipeline, load_stage
 from fbqat_hub.quantization import FakeQuantizedLinear, PackedLinear, named_layers
 from fbqat_hub.training import checkpoint, distill
 from fbqat_hub.training.distill import train
@@ -92,12 +92,12 @@ def test_what_a_run_leaves(run_folder: Path, recipe_fields: dict[str, Any]) -> N
 
 
 def test_log_follows_the_schedules(recipe_of, tmp_path: Path) -> None:
-    """10 steps: 4 bits throughout, softness 0.15 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
-    recipe = recipe_of(steps=10, validate_every=5, schedule={"softness": 0.15, "soft_until": 0.6})
+    """10 steps: 4 bits throughout, softness 0.06 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
+    recipe = recipe_of(steps=10, validate_every=5, schedule={"softness": 0.06, "soft_until": 0.6})
     lines = log_of(train(recipe, tmp_path / "run", progress=False))
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert {line["bit_width"] for line in lines} == {4}
-    softness = [0.15, 0.125, 0.1, 0.075, 0.05, 0.025, 0, 0, 0, 0]
+    softness = [0.06, 0.05, 0.04, 0.03, 0.02, 0.01, 0, 0, 0, 0]
     assert [line["softness"] for line in lines] == pytest.approx(softness, abs=1e-12)
     assert lines[0]["learning_rate"] == pytest.approx(0.5e-3)
     assert lines[5]["learning_rate"] == pytest.approx(0.5e-3)
@@ -221,7 +221,7 @@ def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sa
 
     def look(step: int) -> None:
         layers = named_layers(student, FakeQuantizedLinear)
-        seen[step + 1] = {name: (*layer.scale_and_codes(), layer.bias) for name, layer in layers}
+        seen[step + 1] = {name: (*layer.codes_and_scales(), layer.bias) for name, layer in layers}
         seen[step + 1] = copy.deepcopy(seen[step + 1])
 
     settings = (recipe, student, pipeline.transformer, splits, draws, tmp_path, Accelerator(), False, False)
@@ -230,7 +230,7 @@ def test_stages_are_what_the_schedule_left_and_change_nothing(recipe_of, tiny_sa
     for bits, end in ((8, 2), (6, 4)):
         tensors = stage_tensors(staged_run, bits)
         assert len(seen[end]) == 27
-        for name, (scale, codes, bias) in seen[end].items():
+        for name, (codes, scale, bias) in seen[end].items():
             assert torch.equal(tensors[f"{name}.weight_packed"], codes), name
             assert torch.equal(tensors[f"{name}.weight_scale"], scale), name
             assert bias is None or torch.equal(tensors[f"{name}.bias"], bias), name
@@ -463,7 +463,7 @@ def test_full_disk_leaves_no_half_pipeline(recipe_of, run_folder: Path, tmp_path
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffusers.SanaPipeline.save_pretrained", full)
+        patch.setattr("diffusers.SanaTransformer2DModel.save_pretrained", full)
         with pytest.raises(OSError, match="No space left"):
             train(recipe_of(), run, progress=False)
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "recipe.yaml", "training_log.jsonl"]

@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.diffusers import load_pipeline
-from fbqat_hub.quantization import FakeQuantizedLinear, Rounding, named_layers, set_bit_width
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.quantization import FakeQuantizedLinear, SoftStaircase, named_layers, set_bit_width
 from fbqat_hub.training import probe
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.distill import Draws, cached_splits, distill, held_out_loss, prepare_student
@@ -49,7 +49,7 @@ def bench(recipe_fields: dict[str, Any]) -> Bench:
 @pytest.mark.parametrize("clip", ["max_abs", "mse", "learned"])
 def test_curve_is_the_held_out_loss_at_each_width_and_the_student_is_as_before(clip: str, bench: Bench) -> None:
     student = bench.student(quantization={"weight_clip": clip})
-    soft = Rounding(softness=0.3)
+    soft = SoftStaircase(0.3)
     set_bit_width(student, 5, soft)
     before = copy.deepcopy(student.state_dict())
     curve = loss_against_width(student, bench.teacher, bench.splits["validation"], bench.draws, [8, 4.25])

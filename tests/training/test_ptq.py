@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fbqat_hub.integrations.diffusers import load_pipeline
+from fbqat_hub.components import Component
+from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
@@ -85,13 +86,37 @@ def test_output_with_content_is_untouched(tiny_sana: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_stopped_while_saving_leaves_the_folder_empty(error, tiny_sana: Path, tmp_path: Path, monkeypatch) -> None:
+def test_stopped_while_saving_leaves_the_folder_as_it_was(error, tiny_sana: Path, tmp_path: Path, monkeypatch) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr("diffusers.AutoencoderDC.save_pretrained", stop)
-        with pytest.raises(type(error)):
-            convert_pipeline(str(tiny_sana), tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "there").mkdir()
+    for output in (tmp_path / "there", tmp_path / "new"):
+        with monkeypatch.context() as patch:
+            patch.setattr("diffusers.SanaTransformer2DModel.save_pretrained", stop)  # the last part
+            with pytest.raises(type(error)):
+                convert_pipeline(str(tiny_sana), output)
+        assert not any(output.iterdir()) if output.name == "there" else not output.exists()
+        convert_pipeline(str(tiny_sana), output)
+
+
+def test_only_the_denoiser_is_loaded(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of a text encoder of many gigabytes pass through in pieces."""
+    loaded, load = [], Component.load
+
+    def watched(component: Component, *args: Any, **options: Any) -> Any:
+        if component.is_model and not options.get("meta"):
+            loaded.append(component.class_name)
+        return load(component, *args, **options)
+
+    monkeypatch.setattr(Component, "load", watched)
     convert_pipeline(str(tiny_sana), tmp_path / "out")
+    assert loaded == ["SanaTransformer2DModel"]
+
+
+def test_what_is_not_packed_keeps_its_dtype(half_sana: Path, tmp_path: Path) -> None:
+    stored = load_file(half_sana / WEIGHTS)
+    packed = load_file(convert_pipeline(str(half_sana), tmp_path / "out") / WEIGHTS)
+    kept = set(stored) & set(packed)
+    assert {"scale_shift_table", "proj_out.bias"} <= kept
+    assert all(packed[name].dtype == torch.float16 and packed[name].equal(stored[name]) for name in kept)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.quantization.linear import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packing import pack_int4
 
 #: Graph inputs or outputs by name.
 Feed = dict[str, np.ndarray]
@@ -291,8 +292,6 @@ def runnable(graph: FloatGraph) -> onnx.ModelProto:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from fbqat_hub.export.onnx.encoding import pack_int4
-
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     shapes = {item.name: list(item.dims) for item in model.graph.initializer if item.name in graph.layers}
@@ -300,7 +299,7 @@ def runnable(graph: FloatGraph) -> onnx.ModelProto:
     dequantize = {}
     for name, shape in shapes.items():
         layer = graph.layers[name]
-        raw = pack_int4(layer.codes().cpu().numpy())
+        raw = pack_int4(layer.codes().flatten()).cpu().numpy().tobytes()
         kept.append(helper.make_tensor(f"{name}/codes", TensorProto.INT4, shape, raw, raw=True))
         kept.append(numpy_helper.from_array(layer.weight_scale.detach().cpu().float().numpy(), f"{name}/scale"))
         dequantize[name] = helper.make_node("DequantizeLinear", [f"{name}/codes", f"{name}/scale"], [name], axis=0)

@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.onnx.calibration import Ranges, float_tensors
-from fbqat_hub.export.onnx.encoding import Encoding, encoding_for_range, pack_int4, trained_encoding
+from fbqat_hub.export.onnx.encoding import Encoding, encoding_for_range, trained_encoding
 from fbqat_hub.export.onnx.float_graph import FloatGraph
 from fbqat_hub.export.onnx.precision import VIEW_OPS, Precision, node_bits
+from fbqat_hub.quantization.clip import max_abs
 from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packing import pack_int4
+from fbqat_hub.quantization.quantize import quantize_weight
+from fbqat_hub.quantization.scheme import WeightScheme
 
 _UNSIGNED: dict[int, type[np.unsignedinteger]] = {8: np.uint8, 16: np.uint16}
 _NORMS = ("LayerNormalization", "RMSNormalization")
@@ -166,17 +171,17 @@ class _Inserter:
         output = f"{name}/dq"
         dims = list(self.constants[name].dims)
         if layer is not None:
-            scale = layer.weight_scale.detach().cpu().numpy().astype(np.float32)
+            codes, scales = layer.codes().cpu(), layer.weight_scale.detach().cpu().float()
             kind = TensorProto.INT4 if self.precision.weight_bits == 4 else TensorProto.INT8
-            codes = layer.codes().cpu().numpy()
         else:
-            values = numpy_helper.to_array(self.constants[name]).astype(np.float32)
-            scale = np.maximum(np.abs(values).reshape(dims[0], -1).max(1) / 127, 1e-8).astype(np.float32)
-            codes = np.clip(np.round(values.reshape(dims[0], -1) / scale[:, None]), -127, 127).astype(np.int8)
+            values = torch.tensor(numpy_helper.to_array(self.constants[name])).float().flatten(1)
+            # a row of zeros gets a scale in which int32 still holds its bias
+            codes, scales = quantize_weight(values, WeightScheme(bits=8), clip=max_abs(values).clamp_min(127e-8))
             kind = TensorProto.INT8
+        scale = scales.numpy()
         if output not in self.made:
             self.made.add(output)
-            raw = pack_int4(codes) if kind == TensorProto.INT4 else codes.tobytes()
+            raw = (pack_int4(codes.flatten()) if kind == TensorProto.INT4 else codes).numpy().tobytes()
             zeros = bytes((dims[0] + 1) // 2) if kind == TensorProto.INT4 else bytes(dims[0])
             self.initializers[f"{name}/codes"] = helper.make_tensor(f"{name}/codes", kind, dims, raw, raw=True)
             self.initializers[f"{name}/zero_point"] = helper.make_tensor(

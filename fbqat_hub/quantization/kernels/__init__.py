@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbqat_hub.quantization.fake_quantize import pass_inside
+from fbqat_hub.quantization.activation import pass_static
+from fbqat_hub.quantization.half import has_autocast
 from fbqat_hub.quantization.kernels import cpu
 from fbqat_hub.quantization.kernels.reference import dequantize_weight, packed_linear_reference
 
@@ -15,8 +16,12 @@ from fbqat_hub.quantization.kernels.reference import dequantize_weight, packed_l
 def packed_linear(layer: Any, x: Tensor) -> Tensor:
     """The forward of a ``PackedLinear``: [..., in] -> [..., out], the dtype of x.
 
-    Differentiable in x (STE through the activation quantization), so that adapters train on the packed base.
+    Differentiable in x (STE through the activation quantization), so that adapters train on the packed base. Autocast
+    changes nothing: sums of codes would overflow float16, and codes of 16 bits are not exact in either half.
     """
+    if has_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return packed_linear(layer, x)
     if torch.is_grad_enabled() and x.requires_grad:
         return _PackedLinear.apply(x, layer)
     return _forward(layer, x)
@@ -24,7 +29,6 @@ def packed_linear(layer: Any, x: Tensor) -> Tensor:
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     activation = (layer.activation_scheme, layer.input_scale, layer.input_zero_point)
-    # An empty batch has no largest value for the CPU kernel's per-tensor range; the reference says so clearly.
     supported = cpu.is_supported(layer.weight_scale, layer.activation_scheme, layer.weight_bits)
     if x.device.type == "cpu" and x.numel() and supported:
         return cpu.packed_linear_cpu(x, _prepared(layer), layer.bias, *activation)
@@ -56,8 +60,8 @@ class _PackedLinear(torch.autograd.Function):
         weight = dequantize_weight(layer.weight_packed, layer.weight_scale, layer.in_features)
         grad_x = grad.float() @ weight
         if ctx.saved_tensors:
-            position = ctx.saved_tensors[0].float() / layer.input_scale + layer.input_zero_point
-            grad_x = pass_inside(grad_x, position, 0, 2**layer.activation_scheme.bits - 1)
+            (x,) = ctx.saved_tensors
+            grad_x = pass_static(grad_x, x, layer.input_scale, layer.input_zero_point, layer.activation_scheme.bits)
         return grad_x.to(grad.dtype), None
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fbqat_hub.quantization.activation import TINY_ACTIVATION
+from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude
 from fbqat_hub.quantization.packing import unpack
 from fbqat_hub.quantization.scheme import ActivationScheme
 
@@ -86,8 +86,7 @@ def packed_linear_cpu(
         scale = input_scale
     else:
         zero_point = 128
-        largest = tokens.abs().amax(-1, keepdim=True) if scheme.range == "per_token" else tokens.abs().amax()
-        scale = largest.clamp_min_(TINY_ACTIVATION).div_(127)
+        scale = largest_magnitude(tokens, scheme).clamp_min_(TINY_ACTIVATION).div_(127)
         shifted = torch.div(tokens, scale).round_()
     codes = shifted.to(torch.int8).view(torch.uint8).bitwise_xor_(128)
     y = _integer_matmul(codes, zero_point, weight)

@@ -1,4 +1,4 @@
-"""Compensated codes: less error of what a layer computes than nearest rounding, and latents inside their bins."""
+"""GPTQ codes: less error of what a layer computes than nearest rounding, and latents inside their bins."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from fbqat_hub.quantization import (
     ActivationScheme,
     FakeQuantizedLinear,
+    SoftStaircase,
     WeightScheme,
-    compensate,
-    compensation,
+    gptq,
+    gptq_initialize,
     named_layers,
     prepare,
+    set_bit_width,
 )
-from fbqat_hub.quantization.compensation import compensated_codes
+from fbqat_hub.quantization.gptq import gptq_codes
 
 FLOAT_ACTIVATIONS = ActivationScheme(bits=32)
 
@@ -54,7 +56,7 @@ def prepared(**scheme: object) -> TwoLayers:
 
 
 def output_error(layer: FakeQuantizedLinear, weight: Tensor, x: Tensor) -> float:
-    difference = (layer.fake_quantized_weight() - weight).view(layer.out_features, -1)
+    difference = (layer.fake_quantized_weight().detach() - weight).view(layer.out_features, -1)
     return float((x @ difference.T).square().sum())
 
 
@@ -63,7 +65,7 @@ def test_outputs_are_nearer_than_by_nearest_rounding_and_the_ratio_says_how_much
     model = prepared(**scheme)
     weight = model.first.weight.detach().clone()
     nearest = output_error(model.first, weight, x)
-    ratios = compensate(model, lambda: iter([{"x": x}]))
+    ratios = gptq_initialize(model, lambda: iter([{"x": x}]))
     assert list(ratios) == ["first", "second"]
     assert output_error(model.first, weight, x) / nearest == pytest.approx(ratios["first"], rel=0.02)
     assert ratios["first"] < 0.25
@@ -77,7 +79,7 @@ def test_outputs_are_nearer_than_by_nearest_rounding_and_the_ratio_says_how_much
 def test_second_moments_are_of_the_layers_own_inputs(x: Tensor) -> None:
     model = prepared()
     layers = list(named_layers(model, FakeQuantizedLinear))
-    moments = compensation._second_moments(model, layers, [{"x": x[:200]}, {"x": x[200:]}])
+    moments = gptq._second_moments(model, [{name: layer} for name, layer in layers], [{"x": x[:200]}, {"x": x[200:]}])
     hidden = x @ model.first.weight.T + model.first.bias
     torch.testing.assert_close(moments["first"], x.T @ x / 512, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moments["second"], (hidden.T @ hidden / 512).detach(), rtol=1e-4, atol=1e-4)
@@ -87,8 +89,8 @@ def test_second_moments_are_of_the_layers_own_inputs(x: Tensor) -> None:
 def test_latents_are_inside_their_bins(x: Tensor, margin: float) -> None:
     model = prepared()
     start = model.first.weight.detach().clone()
-    compensate(model, lambda: iter([{"x": x}]), margin=margin)
-    scale, codes = model.first.scale_and_codes()
+    gptq_initialize(model, lambda: iter([{"x": x}]), margin=margin)
+    codes, scale = model.first.codes_and_scales()
     steps = model.first.weight.detach() / scale[:, None]
     inside = (steps - codes).abs() <= 0.5 - margin + 1e-5
     assert bool((inside | (codes == -8) | (codes == 7)).all())
@@ -103,7 +105,7 @@ def test_uncorrelated_inputs_leave_every_weight_where_it_was() -> None:
     start = model.first.weight.detach().clone()
     # columns of a scaled orthogonal matrix: H is a multiple of the identity
     x = 10 * torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0)))[0]
-    ratios = compensate(model, lambda: iter([{"x": x}]), margin=0.0)
+    ratios = gptq_initialize(model, lambda: iter([{"x": x}]), margin=0.0)
     assert ratios["first"] == pytest.approx(1.0, abs=1e-4)
     torch.testing.assert_close(model.first.weight.detach(), start)
 
@@ -114,45 +116,83 @@ def test_blocks_are_an_implementation_detail(x: Tensor, monkeypatch: pytest.Monk
     root = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     results = []
     for block in (1, 7, 64, 1000):
-        monkeypatch.setattr(compensation, "_BLOCK", block)
-        results.append(compensated_codes(weight, torch.full_like(weight, 0.3), root, -8, 7))
+        monkeypatch.setattr(gptq, "_BLOCK", block)
+        results.append(gptq_codes(weight, torch.full_like(weight, 0.3), root, -8, 7))
     assert all(torch.equal(result, results[0]) for result in results[1:])
     assert not torch.equal(results[0], (weight / 0.3).round().clamp(-8, 7))
 
 
-def test_moments_that_do_not_fit_are_taken_in_several_passes(x: Tensor) -> None:
+def test_a_memory_setting_changes_nothing(x: Tensor) -> None:
+    """Moments that do not fit are taken in several passes, each of the float model, bit for bit."""
     whole, chunked, calls = prepared(), prepared(), []
 
     def batches() -> Iterator[dict[str, Tensor]]:
         calls.append(1)
         yield {"x": x}
 
-    compensate(whole, batches)
+    ratios = gptq_initialize(whole, batches)
     assert len(calls) == 1
-    compensate(chunked, batches, max_bytes=4 * 96**2)
+    assert gptq_initialize(chunked, batches, max_bytes=4 * 96**2) == ratios
     assert len(calls) == 3
     assert torch.equal(whole.first.weight, chunked.first.weight)
+    assert torch.equal(whole.second.weight, chunked.second.weight)
+
+
+def test_training_starts_on_the_grid(x: Tensor) -> None:
+    """With a margin of half the softness, no latent weight is on a rise of the staircase."""
+    model = prepared()
+    gptq_initialize(model, lambda: iter([{"x": x}]), margin=0.1, softness=0.2)
+    hard = [layer.fake_quantized_weight().detach() for layer in (model.first, model.second)]
+    set_bit_width(model, 4, SoftStaircase(0.2))
+    for layer, expected in zip((model.first, model.second), hard, strict=True):
+        torch.testing.assert_close(layer.fake_quantized_weight().detach(), expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"margin is 0\.1 and softness 0\.3; give a margin of at least half .*, 0\.15"):
+        gptq_initialize(model, lambda: iter([{"x": x}]), margin=0.1, softness=0.3)
+
+
+def test_a_weight_that_layers_share_is_rounded_once_for_the_inputs_of_both(x: Tensor) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.other = nn.Linear(96, 24), nn.Linear(96, 24)
+            self.other.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x[:300]).sum() + self.other(3 * x[300:]).sum()
+
+    tied = Tied()
+    prepare(tied, WeightScheme(clip="mse"), FLOAT_ACTIVATIONS)
+    alone = nn.Sequential(nn.Linear(96, 24))
+    alone[0].weight.data.copy_(tied.one.weight)
+    prepare(alone, WeightScheme(clip="mse"), FLOAT_ACTIVATIONS)
+    ratios = gptq_initialize(tied, lambda: iter([{"x": x}]))
+    both = torch.cat([x[:300], 3 * x[300:]])
+    assert (
+        ratios["one"]
+        == ratios["other"]
+        == pytest.approx(gptq_initialize(alone, lambda: iter([{"input": both}]))["0"], rel=1e-4)
+    )
+    assert torch.equal(tied.one.codes_and_scales()[0], alone[0].codes_and_scales()[0])
 
 
 def test_inputs_that_never_vary_do_not_break_it() -> None:
     model = prepared()
     x = torch.zeros(64, 96)
     x[:, 3] = 1.0
-    compensate(model, lambda: iter([{"x": x}]))
+    gptq_initialize(model, lambda: iter([{"x": x}]))
     assert bool(torch.isfinite(model.first.weight).all())
     dead = prepared()
-    compensate(dead, lambda: iter([{"x": torch.zeros(64, 96)}]))
+    gptq_initialize(dead, lambda: iter([{"x": torch.zeros(64, 96)}]))
     assert bool(torch.isfinite(dead.first.weight).all())
 
 
 def test_wrong_use_is_named(x: Tensor) -> None:
     with pytest.raises(ValueError, match="prepare it first"):
-        compensate(TwoLayers(), lambda: [])
+        gptq_initialize(TwoLayers(), lambda: [])
     with pytest.raises(ValueError, match="no input of first was seen"):
-        compensate(prepared(), lambda: [])
+        gptq_initialize(prepared(), lambda: [])
     with pytest.raises(ValueError, match=r"margin is 0\.6; it must be within 0 and 0\.5"):
-        compensate(prepared(), lambda: [], margin=0.6)
-    with pytest.raises(ValueError, match="first has affine weights"):
-        compensate(prepared(mapping="affine", clip="max_abs"), lambda: [])
+        gptq_initialize(prepared(), lambda: [], margin=0.6)
     with pytest.raises(ValueError, match="the input of first is not finite"):
-        compensate(prepared(), lambda: [{"x": x * float("nan")}])
+        gptq_initialize(prepared(), lambda: [{"x": x * float("nan")}])
