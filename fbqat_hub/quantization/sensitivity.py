@@ -19,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbqat_hub.quantization.clip import CLIPS
+from fbqat_hub.quantization.fake_quantize import fake_quantize
 from fbqat_hub.quantization.linear import FakeQuantizedPointwiseConv2d
+from fbqat_hub.quantization.quantize import grouped
+from fbqat_hub.quantization.scheme import WeightScheme
 
 # layer -> bit width -> score; as `widths.choose_widths` takes them
 Scores = dict[str, dict[int, float]]
@@ -69,17 +73,38 @@ def output_sensitivity(
 
 
 @torch.no_grad()
-def weight_sensitivity(weights: Mapping[str, Tensor], errors: WeightErrors) -> Scores:
-    """A measure that needs no data: the squared error of each weight as a share of its square.
+def weight_sensitivity(weight: Tensor, errors: Mapping[int, Tensor]) -> dict[int, float]:
+    """A layer's scores where there is no data: the squared error of its weight as a share of the weight's square.
 
-    It is what the outputs of each layer lose if its inputs are uncorrelated, and takes every layer to matter as much to
-    the model. It is weaker than ``output_sensitivity``, which knows both (docs/method.md says by how much).
+    It is what the layer's outputs lose if its inputs are uncorrelated, and takes every layer to matter as much to the
+    model. It is weaker than ``output_sensitivity``, which knows both (docs/method.md says by how much).
+
+    Args:
+        weight: of any shape.
+        errors: width -> the weight there less the weight.
     """
-    scores: Scores = {}
-    for name, weight in weights.items():
-        size = float(weight.float().square().sum()) or 1.0  # a weight of zeros has no error
-        scores[name] = {bits: float(error.float().square().sum()) / size for bits, error in errors[name]().items()}
-    return scores
+    size = float(weight.float().square().sum()) or 1.0  # a weight of zeros has no error
+    return {bits: float(error.float().square().sum()) / size for bits, error in errors.items()}
+
+
+@torch.no_grad()
+def rounding_errors(weight: Tensor, scheme: WeightScheme, widths: Iterable[int]) -> dict[int, Tensor]:
+    """For each width, the weight rounded to its nearest codes there less the weight: fp32 [out, in].
+
+    Args:
+        weight: [out, in], or [out, in, 1, 1] of a 1x1 convolution.
+        scheme: what shares a scale, and how its clip is found.
+
+    Raises:
+        ValueError: a group size that does not suit the weight.
+    """
+    rows = grouped(weight, scheme)
+    errors = {}
+    for bits in widths:
+        clip = CLIPS[scheme.clip](rows)
+        clip.on_width(rows, bits)
+        errors[bits] = (fake_quantize(rows, clip.value(rows, bits), bits) - rows).reshape(weight.shape[:2])
+    return errors
 
 
 def _score(

@@ -1,11 +1,14 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fbqat_hub.quantization.sensitivity import output_sensitivity, weight_sensitivity
+from fbqat_hub.quantization import WeightScheme
+from fbqat_hub.quantization.quantize import quantize_weight
+from fbqat_hub.quantization.sensitivity import output_sensitivity, rounding_errors, weight_sensitivity
 
 
 class Net(nn.Module):
@@ -145,9 +148,21 @@ def test_what_cannot_be_scored():
 
 
 def test_without_data_a_score_is_the_relative_error_of_the_weight():
-    weights = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.zeros(2, 2)}
-    moves = {
-        "a": lambda: {4: torch.tensor([[0.0, 1.0]]), 8: torch.zeros(1, 2)},
-        "b": lambda: {4: torch.zeros(2, 2), 8: torch.zeros(2, 2)},
+    assert weight_sensitivity(torch.tensor([[3.0, 4.0]]), {4: torch.tensor([[0.0, 1.0]]), 8: torch.zeros(1, 2)}) == {
+        4: pytest.approx(1 / 25),
+        8: 0.0,
     }
-    assert weight_sensitivity(weights, moves) == {"a": {4: pytest.approx(1 / 25), 8: 0.0}, "b": {4: 0.0, 8: 0.0}}
+    assert weight_sensitivity(torch.zeros(2, 2), {4: torch.zeros(2, 2)}) == {4: 0.0}
+
+
+@pytest.mark.parametrize("clip", ["max_abs", "mse", "learned"])
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_rounding_errors_are_those_of_the_codes_that_are_stored(clip, group_size):
+    scheme = WeightScheme(clip=clip, group_size=group_size, granularity="per_group" if group_size else "per_channel")
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    errors = rounding_errors(weight[:, :, None, None], scheme, (4, 8))
+    for bits, error in errors.items():
+        codes, scales = quantize_weight(weight, replace(scheme, bits=bits))
+        stored = codes.view(5, -1, group_size or 8) * scales.view(5, -1, 1)
+        torch.testing.assert_close(error, stored.view(5, 8) - weight, atol=1e-6, rtol=0)
+    assert errors[8].square().sum() < errors[4].square().sum() / 100
