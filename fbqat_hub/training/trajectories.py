@@ -1,4 +1,4 @@
-"""The judge: what the teacher's own sampler asks of the denoiser on captions that were never trained on.
+"""What the teacher's own sampler asks of the denoiser: the draws of the judge, and of a choice of widths by prompts.
 
 A student is judged by how far its predictions are from the teacher's where it will be used: at the latents that the
 teacher's sampler passes through, at the sampler's own timesteps, with and without the prompt where it guides. Of each
@@ -75,7 +75,7 @@ class Trajectories:
 def trajectory_loss(
     student: nn.Module,
     teacher: nn.Module,
-    held_out: Trajectories,
+    draws: Trajectories,
     family: Family,
     *,
     batch_size: int = 64,
@@ -83,7 +83,7 @@ def trajectory_loss(
 ) -> list[float]:
     """Mean squared distance of the predictions of student and teacher, for each draw."""
     losses: list[float] = []
-    for inputs in held_out.batches(batch_size, device):
+    for inputs in draws.batches(batch_size, device):
         made, wanted = (family.prediction(model(**inputs, return_dict=False)[0]) for model in (student, teacher))
         losses += (made.float() - wanted.float()).square().flatten(1).mean(1).tolist()
     return losses
@@ -104,7 +104,7 @@ def trajectories(
 
     Args:
         pipeline: the teacher.
-        captions: different from each other, and none of them trained on.
+        captions: different from each other; for a judge, none of them trained on.
         generation: arguments of the pipeline call.
         path: of the file; its name should tell what these arguments are.
         pictures: of each caption, each from a noise of its own.
@@ -143,10 +143,10 @@ def _made(
     conditioning: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     inputs: dict[str, Tensor] = {}
     starts = range(0, len(wanted), _BATCH)
-    for first in tqdm(starts, desc="held-out trajectories", unit="batch", disable=not progress):
+    for first in tqdm(starts, desc="trajectories", unit="batch", disable=not progress):
         batch = wanted[first : first + _BATCH]
         keys = [(VERSION, captions[caption], number) for caption, number in batch]
-        noise = [generator("held-out noise", *key) for key in keys]
+        noise = [generator("trajectory noise", *key) for key in keys]
         calls: list[dict[str, Tensor]] = []
         with _recorded(pipeline.transformer, calls):
             pipeline([captions[caption] for caption, _ in batch], generator=noise, output_type="latent", **generation)
@@ -157,7 +157,7 @@ def _made(
             if halves == 2:
                 rows[len(captions)] = inputs[name][0]
         for place, (key, (caption, _)) in enumerate(zip(keys, batch, strict=True)):
-            for step in _kept(len(calls), steps, generator("held-out steps", *key)):
+            for step in _kept(len(calls), steps, generator("trajectory steps", *key)):
                 for half in range(halves):
                     row = caption if half == halves - 1 else len(captions)
                     own = {name: calls[step][name][half * len(batch) + place] for name in _OF_DRAW}

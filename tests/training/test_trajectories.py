@@ -11,8 +11,8 @@ import torch
 
 from fbqat_hub.families import FAMILIES, Family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training import held_out
-from fbqat_hub.training.held_out import Trajectories, trajectories, trajectory_loss
+from fbqat_hub.training import trajectories as module
+from fbqat_hub.training.trajectories import Trajectories, trajectories, trajectory_loss
 from tests.conftest import CAPTIONS, call_of
 
 
@@ -54,7 +54,7 @@ def test_draws_are_what_the_sampler_gives_the_denoiser(name, load, tmp_path):
         ),
         with_kwargs=True,
     )
-    noise = held_out.generator("held-out noise", held_out.VERSION, CAPTIONS[1], 1)
+    noise = module.generator("trajectory noise", module.VERSION, CAPTIONS[1], 1)
     pipeline([CAPTIONS[1]], generator=[noise], output_type="latent", **call)
     hook.remove()
     own = (held.captions == 1).nonzero().flatten()[5 * halves :]  # of the second picture, step by step
@@ -72,7 +72,7 @@ def test_draws_are_what_the_sampler_gives_the_denoiser(name, load, tmp_path):
 def test_a_draw_depends_on_its_caption_and_number_only(load, tmp_path, monkeypatch):
     family, pipeline, call = load("sana")
     all_of_them = made(pipeline, family, call, tmp_path / "all", CAPTIONS[:5], pictures=3, steps=2)
-    monkeypatch.setattr(held_out, "_BATCH", 4)
+    monkeypatch.setattr(module, "_BATCH", 4)
     part = made(pipeline, family, call, tmp_path / "part", [CAPTIONS[4], CAPTIONS[2]], pictures=2, steps=2)
     for caption, other in ((0, 4), (1, 2)):
         mine, theirs = part.captions == caption, (all_of_them.captions == other).nonzero().flatten()[: 2 * 2 * 2]
@@ -112,7 +112,7 @@ def test_losses_do_not_depend_on_the_batch_size_and_mean_what_they_say(load, tmp
 
 def test_steps_that_are_kept_cover_the_sampler():
     for number in range(20):
-        kept = held_out._kept(20, 4, held_out.generator(number))
+        kept = module._kept(20, 4, module.generator(number))
         assert [step // 5 for step in kept] == [0, 1, 2, 3]
 
 
