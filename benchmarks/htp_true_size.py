@@ -122,7 +122,7 @@ def random_packed(described: TrueSize, **config: Any) -> nn.Module:
         )
     generator = torch.Generator().manual_seed(0)
     scheme = ActivationScheme(bits=8, range="per_token")
-    for layer, names, _ in targets(model, scheme):
+    for layer, names, *_ in targets(model, scheme):
         kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
         out_features, in_features = layer.weight.shape[:2]
         packed = kind(in_features, out_features, bias=layer.bias is not None, activation_scheme=scheme)

@@ -1,4 +1,4 @@
-"""FBQATConfig: the ``quantization_config`` of a component's config.json, format 1 (docs/format.md)."""
+"""FBQATConfig: the ``quantization_config`` of a component's config.json, formats 1 and 2 (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from fbqat_hub.quantization.scheme import ActivationRange, ActivationScheme, ClipName, Granularity, WeightScheme
 from fbqat_hub.version import __version__
 
-FORMAT_VERSION = 1
+# The newest format that is read. What is written is 2 where weights have several widths, and 1 where they do not.
+FORMAT_VERSION = 2
 
 
 class FBQATMethod(StrEnum):
@@ -47,12 +48,17 @@ class FBQATConfig(QuantizationConfigMixin):
         activation_range: "per_token", "per_tensor" (both dynamic) or "static" (needs a calibrated checkpoint).
         modules_to_not_convert: names, or fnmatch patterns, of modules left in float. Written out as sorted names.
         module_overrides: pattern -> {"bits": 16} and/or {"range": ...}, activation settings that differ there.
-        format_version: 1. A newer one is refused.
+        weight_bits_by_module: name or pattern -> bits of the modules whose weights have not ``weight_bits``; of several
+            that match the last one. Written out as sorted names.
+        average_bits: from 4 to 8: quantize-on-load gives so many bits a weight on average, 8 to the layers whose
+            weights lose most at 4 (``quantization.sensitivity.weight_sensitivity``). `fbqat train` chooses them by
+            their effect on the model's output, which is better. It is not written: the widths are.
+        format_version: 2 where modules have widths of their own, else 1, which is what is taken if it is left out.
         fbqat_version: the package that wrote the checkpoint.
 
     Raises:
-        ValueError: an unknown key, a value out of range, or a newer format. ``weight_narrow: false`` is read and
-            dropped, for older versions wrote it.
+        ValueError: an unknown key, a value out of range, a newer format, or one that does not suit the other keys.
+            ``weight_narrow: false`` is read and dropped, for older versions wrote it.
 
     >>> FBQATConfig(weight_bitz=4)
     Traceback (most recent call last):
@@ -69,11 +75,15 @@ class FBQATConfig(QuantizationConfigMixin):
         activation_range: ActivationRange = "per_token",
         modules_to_not_convert: list[str] | None = None,
         module_overrides: dict[str, dict[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
+        weight_bits_by_module: dict[str, int] | None = None,
+        average_bits: float | None = None,
+        format_version: int | None = None,
         fbqat_version: str = __version__,
         quant_method: str = FBQATMethod.FBQAT,
         **unknown: Any,
     ) -> None:
+        needed = 2 if weight_bits_by_module else 1
+        format_version = needed if format_version is None else format_version
         if not _is_whole(format_version) or format_version < 1:
             raise ValueError(f"format_version is {format_version!r}; it must be a whole number from 1.")
         if format_version > FORMAT_VERSION:
@@ -91,8 +101,17 @@ class FBQATConfig(QuantizationConfigMixin):
             raise unknown_key_error("FBQATConfig", unknown, allowed)
         if quant_method != FBQATMethod.FBQAT:
             raise ValueError(f"quant_method is {quant_method!r}; FBQATConfig is for 'fbqat'.")
-        if not _is_whole(weight_bits) or weight_bits not in range(3, 9):
-            raise ValueError(f"weight_bits is {weight_bits}; format 1 stores codes of 3 to 8 bits.")
+        if format_version != needed:
+            raise ValueError(
+                f"format_version is {format_version}, and weight_bits_by_module is {weight_bits_by_module!r:.100}: "
+                "format 2 has it, not empty, and format 1 does not have it."
+            )
+        _check_bits("weight_bits", weight_bits)
+        if average_bits is not None and (needed == 2 or weight_bits != 4 or not _is_average(average_bits)):
+            raise ValueError(
+                f"average_bits is {average_bits!r}; it must be a number from 4 to 8, without weight_bits_by_module and "
+                "with weight_bits 4, which it chooses from."
+            )
         if group_size is not None and not _is_whole(group_size):
             raise ValueError(f"group_size is {group_size!r}; it must be a whole number, or left out.")
         self.quant_method = FBQATMethod.FBQAT
@@ -104,6 +123,8 @@ class FBQATConfig(QuantizationConfigMixin):
         self.activation_range = activation_range
         self.modules_to_not_convert = _sorted_names(modules_to_not_convert)
         self.module_overrides = _overrides(module_overrides)
+        self.weight_bits_by_module = _widths(weight_bits_by_module)
+        self.average_bits = average_bits
         self.format_version = format_version
         self.fbqat_version = fbqat_version
         # building the schemes checks every value
@@ -125,14 +146,26 @@ class FBQATConfig(QuantizationConfigMixin):
         """The activations' part, as the quantization package takes it."""
         return ActivationScheme(bits=self.activation_bits, range=self.activation_range)
 
+    def with_widths(self, widths: Mapping[str, int]) -> FBQATConfig:
+        """The same with these widths by module, of which those that are ``weight_bits`` are left out; no average."""
+        own = {name: bits for name, bits in sorted(widths.items()) if bits != self.weight_bits}
+        left_out = {"average_bits", "format_version", "weight_bits_by_module"}
+        same = {key: value for key, value in self.to_dict().items() if key not in left_out}
+        return FBQATConfig(**same, weight_bits_by_module=own)
+
     @property
     def needs_calibration(self) -> bool:
         """True if a module may have a static activation range."""
         return "static" in (self.activation_range, *(each.get("range") for each in self.module_overrides.values()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the same for the same config whatever the order it was given in."""
-        return {**self.__dict__, "quant_method": self.quant_method.value}
+        """Plain data, the same for the same config whatever the order it was given in.
+
+        What only format 2 has, and what is an instruction and no format, is left out where it says nothing.
+        """
+        absent = {name for name in ("weight_bits_by_module", "average_bits") if not getattr(self, name)}
+        plain = {name: value for name, value in self.__dict__.items() if name not in absent}
+        return {**plain, "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As ``to_dict``: every field is written, so that a reader needs no defaults."""
@@ -141,6 +174,25 @@ class FBQATConfig(QuantizationConfigMixin):
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_bits(what: str, bits: object) -> None:
+    if not _is_whole(bits) or bits not in range(3, 9):
+        raise ValueError(f"{what} is {bits!r:.100}; codes of 3 to 8 bits are stored.")
+
+
+def _is_average(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 4 <= value <= 8
+
+
+def _widths(widths: object) -> dict[str, int]:
+    if widths is None:
+        return {}
+    if not isinstance(widths, Mapping) or not all(isinstance(name, str) for name in widths):
+        raise ValueError(f"weight_bits_by_module is {widths!r:.100}; it must be like {{'proj_out': 8}}.")
+    for name, bits in widths.items():
+        _check_bits(f"weight_bits_by_module[{name!r}]", bits)
+    return dict(widths)
 
 
 def _sorted_names(names: object) -> list[str]:

@@ -46,7 +46,7 @@ def test_written_out_whole_as_plain_data_and_read_back() -> None:
     ("given", "message"),
     [
         ({"weight_bitz": 4}, r"'weight_bitz' \(did you mean 'weight_bits'\?\)"),
-        ({"weight_bits": 2}, "weight_bits is 2; format 1 stores codes of 3 to 8 bits"),
+        ({"weight_bits": 2}, "weight_bits is 2; codes of 3 to 8 bits are stored"),
         ({"weight_bits": 9}, "weight_bits is 9"),
         ({"weight_bits": True}, "weight_bits is True"),
         ({"weight_bits": 4.5}, "weight_bits is 4.5"),
@@ -68,7 +68,22 @@ def test_written_out_whole_as_plain_data_and_read_back() -> None:
         ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'"),
         ({"format_version": 0}, "format_version is 0"),
         ({"format_version": "1"}, "format_version is '1'"),
-        ({"format_version": 2, "colour": "red"}, "has format_version 2, .* which reads up to 1. Update with: pip"),
+        ({"format_version": 3, "colour": "red"}, "has format_version 3, .* which reads up to 2. Update with: pip"),
+        ({"format_version": 2}, "format_version is 2, and weight_bits_by_module is None: format 2 has it, not empty"),
+        ({"format_version": 1, "weight_bits_by_module": {"a": 8}}, "format_version is 1, .* format 1 does not have it"),
+        ({"weight_bits_by_module": {"a": 9}}, r"weight_bits_by_module\['a'\] is 9; codes of 3 to 8"),
+        ({"weight_bits_by_module": {"a": "8"}}, r"weight_bits_by_module\['a'\] is '8'"),
+        ({"weight_bits_by_module": ["a"]}, r"weight_bits_by_module is \['a'\]; it must be like"),
+        ({"weight_bits_by_module": {1: 8}}, "weight_bits_by_module is"),
+        ({"average_bits": 3.9}, "average_bits is 3.9; it must be a number from 4 to 8"),
+        ({"average_bits": 8.5}, "average_bits is 8.5"),
+        ({"average_bits": float("nan")}, "average_bits is nan"),
+        ({"average_bits": "4.5"}, "average_bits is '4.5'"),
+        ({"average_bits": 4.5, "weight_bits": 8}, "average_bits is 4.5; .* with weight_bits 4"),
+        (
+            {"average_bits": 4.5, "weight_bits_by_module": {"a": 8}},
+            "average_bits is 4.5; .* without weight_bits_by_mod",
+        ),
     ],
 )
 def test_refused(given: dict[str, Any], message: str) -> None:
@@ -95,7 +110,22 @@ def test_a_config_of_an_older_version_is_read() -> None:
     assert set(FBQATConfig.from_dict(older).to_dict()) == KEYS
 
 
+def test_widths_by_module_are_format_2_and_one_width_is_format_1() -> None:
+    config = FBQATConfig(weight_bits_by_module={"b": 8, "a": 6})
+    assert config.format_version == 2
+    written = json.loads(json.dumps(config.to_diff_dict()))
+    assert FBQATConfig.from_dict(written).to_dict() == config.to_dict() == {**written, "format_version": 2}
+    named = FBQATConfig(average_bits=4.5).with_widths({"b": 8, "a": 4, "c": 6})
+    assert list(named.weight_bits_by_module.items()) == [("b", 8), ("c", 6)]
+    assert (named.format_version, named.average_bits) == (2, None)
+    uniform = named.with_widths({"a": 4, "b": 4})
+    assert set(uniform.to_dict()) == KEYS
+    assert uniform.format_version == 1
+
+
 def test_keys_are_those_of_the_document() -> None:
     table = FORMAT.split("## quantization_config")[1].split("##")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == KEYS == set(FBQATConfig().to_dict())
-    assert f"| `format_version` | `{FORMAT_VERSION}` |" in table
+    keys = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert keys - {"weight_bits_by_module"} == KEYS == set(FBQATConfig().to_dict())
+    assert keys == set(FBQATConfig(weight_bits_by_module={"a": 8}).to_dict())
+    assert f"| `format_version` | `1`, or `{FORMAT_VERSION}` where" in table

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from accelerate.utils import CustomDtype
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
@@ -22,6 +25,8 @@ from fbqat_hub.quantization.convert import named_layers, quantizable, replace_la
 from fbqat_hub.quantization.linear import PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import NIBBLE, check_codes, pack
 from fbqat_hub.quantization.quantize import quantize_weight
+from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
+from fbqat_hub.quantization.widths import WIDTHS, LayerSize, widths_of_average
 from fbqat_hub.text import names
 from fbqat_hub.weights import check_values, read_header
 
@@ -37,16 +42,20 @@ def register() -> None:
 def attach(model: Any, config: FBQATConfig) -> None:
     """Make a model that was just converted one that ``save_pretrained`` writes as a packed checkpoint.
 
-    What it writes as ``modules_to_not_convert`` are the sorted names of the quantizable layers that are not packed.
+    What it writes as ``modules_to_not_convert`` are the sorted names of the quantizable layers that are not packed, and
+    as ``weight_bits_by_module`` the widths of those that have not ``weight_bits``.
 
     Raises:
-        ValueError: the layers were packed at another width than the config's.
+        ValueError: a layer was packed at another width than the config's.
     """
-    if wrong := {layer.weight_bits for _, layer in named_layers(model, PackedLinear)} - {config.weight_bits}:
-        raise ValueError(
-            f"the model's layers are packed at {', '.join(map(str, sorted(wrong)))} bits, and weight_bits is "
-            f"{config.weight_bits}; set_bit_width(model, {config.weight_bits}) before convert."
-        )
+    for name, layer in named_layers(model, PackedLinear):
+        shared = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
+        own = [bits for pattern, bits in config.weight_bits_by_module.items() if fnmatch.filter(shared, pattern)]
+        if layer.weight_bits != (bits := [config.weight_bits, *own][-1]):
+            raise ValueError(
+                f"{name} is packed at {layer.weight_bits} bits, and the config has {bits}; move the model there with "
+                "set_bit_width before convert, or give the config its width in weight_bits_by_module."
+            )
     model.hf_quantizer = FBQATQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
@@ -60,15 +69,21 @@ def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLine
         ValueError: a pattern of the config that matches no layer, a layer that its groups do not suit, or none at all.
     """
     packed: dict[str, PackedLinear] = {}
-    skip, overrides = config.modules_to_not_convert, config.module_overrides
-    for layer, shared, scheme in targets(model, config.activation_scheme(), not_convert=skip, overrides=overrides):
+    chosen = targets(
+        model,
+        config.activation_scheme(),
+        not_convert=config.modules_to_not_convert,
+        overrides=config.module_overrides,
+        widths=config.weight_bits_by_module,
+    )
+    for layer, shared, scheme, own_bits in chosen:
         kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
         out_features, in_features = layer.weight.shape[:2]
         try:
             empty = kind(
                 in_features,
                 out_features,
-                weight_bits=config.weight_bits,
+                weight_bits=own_bits or config.weight_bits,
                 bias=layer.bias is not None,
                 activation_scheme=scheme,
                 group_size=config.group_size,
@@ -121,7 +136,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         files = [Path(file) for file in checkpoint_files]
         others = [file for file in files if file.suffix != ".safetensors"]
         if self.pre_quantized and others:
-            raise ValueError(f"{others[0]} is no safetensors file; format 1 is stored in these only.")
+            raise ValueError(f"{others[0]} is no safetensors file; packed checkpoints are stored in these only.")
         if files:
             check_component(files[0].parent)
         self._files = {key: file for file in files if file not in others for key in read_header(file)}
@@ -138,6 +153,11 @@ class FBQATQuantizer(DiffusersQuantizer):
         self._floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         self._layers = packed_layers(model, self.quantization_config)
         self._refuse_wrong_keys(model)
+        if (average_bits := self.quantization_config.average_bits) is not None:
+            if self.pre_quantized:
+                raise ValueError("the checkpoint's config has average_bits, which says nothing of its layers' widths.")
+            self._choose_widths(average_bits, state_dict)
+            self._layers = packed_layers(model, self.quantization_config)
         for name, packed in self._layers.items():
             model.set_submodule(name, packed)
         if not self.pre_quantized:
@@ -146,6 +166,40 @@ class FBQATQuantizer(DiffusersQuantizer):
             self._keys += [f"{name}.{tensor}" for name in self._layers for tensor in ("weight_packed", "weight_scale")]
         if state_dict is not None:
             self._take(state_dict)
+
+    def _choose_widths(self, average_bits: float, state_dict: dict[str, Tensor] | None) -> None:
+        """Give the config widths of the average that it asks for, by the weights alone. All of them are read once more.
+
+        Args:
+            state_dict: all tensors, where there are no files.
+        """
+        scores, sizes = {}, {}
+        names_of: dict[int, str] = {}
+        for name, layer in self._layers.items():
+            if id(layer) in names_of:  # shared: its first name is enough
+                continue
+            names_of[id(layer)] = name
+            weight = self._float_weight(f"{name}.weight", state_dict)
+            self._check_weight(layer, name, weight)
+            errors = rounding_errors(weight, self.quantization_config.weight_scheme(), WIDTHS)
+            scores[name] = weight_sensitivity(weight, errors)
+            sizes[name] = LayerSize(layer.out_features, layer.in_features)
+        chosen = widths_of_average(scores, sizes, average_bits)
+        self.quantization_config = self.quantization_config.with_widths(chosen)
+
+    def _float_weight(self, key: str, state_dict: dict[str, Tensor] | None) -> Tensor:
+        if state_dict is not None:
+            return state_dict[key]
+        if key not in self._files:
+            raise ValueError("average_bits compares all weights before one is packed; give a model in safetensors.")
+        with safe_open(self._files[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    def _check_weight(self, layer: PackedLinear, name: str, weight: Tensor) -> None:
+        shape = torch.Size((layer.out_features, layer.in_features))
+        if weight.shape[:2] != shape or weight.numel() != shape.numel():
+            raise ValueError(f"{name}.weight has shape {tuple(weight.shape)}; this model needs {tuple(shape)}.")
+        check_values(weight, self._place(f"{name}.weight"))
 
     def _refuse_wrong_keys(self, model: nn.Module) -> None:
         """Compare what is stored with what the model, whose layers are still float, will hold."""
@@ -162,8 +216,9 @@ class FBQATQuantizer(DiffusersQuantizer):
         problems = [f"missing tensors: {names(missing)}"] if missing else []
         problems += [f"extra tensors: {names(extra)}"] if extra else []
         if problems:
+            packed = "packed " if self.pre_quantized else ""
             raise ValueError(
-                f"this is not a whole {type(model).__name__} checkpoint{' of format 1' if self.pre_quantized else ''}: "
+                f"this is not a whole {packed}checkpoint of a {type(model).__name__}: "
                 f"{'; '.join(problems)}. Download or convert it again."
             )
 
@@ -202,10 +257,11 @@ class FBQATQuantizer(DiffusersQuantizer):
             else:
                 if key in self._floats and not value.is_floating_point():
                     raise ValueError(f"{place} is {value.dtype}; a float tensor is needed here.")
-                check_values(value, place)
                 if layer is not None and tensor == "weight":
                     self._quantize(layer, name, state_dict)
-                elif value.dtype.is_floating_point and value.dtype.itemsize == 1:  # float8: nothing computes in it
+                    continue
+                check_values(value, place)
+                if value.dtype.is_floating_point and value.dtype.itemsize == 1:  # float8: nothing computes in it
                     state_dict[key] = value.to(self._dtype)
 
     def _place(self, key: str) -> str:
@@ -213,11 +269,10 @@ class FBQATQuantizer(DiffusersQuantizer):
 
     def _quantize(self, layer: PackedLinear, name: str, state_dict: dict[str, Tensor]) -> None:
         weight = state_dict.pop(f"{name}.weight")
-        shape = torch.Size((layer.out_features, layer.in_features))
-        if weight.shape[:2] != shape or weight.numel() != shape.numel():
-            raise ValueError(f"{name}.weight has shape {tuple(weight.shape)}; this model needs {tuple(shape)}.")
+        self._check_weight(layer, name, weight)
+        scheme = replace(self.quantization_config.weight_scheme(), bits=layer.weight_bits)
         try:
-            codes, layer.weight_scale = quantize_weight(weight, self.quantization_config.weight_scheme())
+            codes, layer.weight_scale = quantize_weight(weight, scheme)
         except ValueError as error:
             raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
         state_dict[f"{name}.weight_packed"] = pack(codes, layer.weight_bits)
@@ -247,7 +302,9 @@ class FBQATQuantizer(DiffusersQuantizer):
         return model
 
     def write_config(self, model: Any) -> None:
-        """Put the config, with the names of the layers left in float, where ``save_pretrained`` finds it."""
+        """Put the config, with the layers left in float and all widths by name, where ``save_pretrained`` finds it."""
+        widths = {name: layer.weight_bits for name, layer in named_layers(model, PackedLinear)}
+        self.quantization_config = self.quantization_config.with_widths(widths)
         self.quantization_config.modules_to_not_convert = sorted(quantizable(model))
         model.register_to_config(quantization_config=self.quantization_config)
 
@@ -280,7 +337,7 @@ class FBQATQuantizer(DiffusersQuantizer):
 
 def _check_tensor(place: str, value: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
     if value.dtype != dtype:
-        raise ValueError(f"{place} is {value.dtype}; format 1 stores it as {dtype}.")
+        raise ValueError(f"{place} is {value.dtype}; docs/format.md has {dtype} there.")
     if value.shape != shape:
         raise ValueError(f"{place} has shape {tuple(value.shape)}; this model needs {tuple(shape)}.")
 

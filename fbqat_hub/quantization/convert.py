@@ -57,11 +57,13 @@ class Target(NamedTuple):
         layer: as it is in the model.
         names: its full names, in order; more than one if it is shared.
         activations: the scheme of its input.
+        weight_bits: its own width, where it was given one.
     """
 
     layer: nn.Linear | nn.Conv2d
     names: list[str]
     activations: ActivationScheme
+    weight_bits: int | None
 
 
 def targets(
@@ -70,21 +72,22 @@ def targets(
     *,
     not_convert: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    widths: Mapping[str, int] | None = None,
 ) -> list[Target]:
     """The layers of a float model to quantize, in order. A shared layer is what patterns say of any of its names.
 
     Args:
         activations: the scheme of a layer of which ``overrides`` says nothing.
-        not_convert, overrides: as ``prepare``.
+        not_convert, overrides, widths: as ``prepare``.
 
     Raises:
         ValueError: nothing to quantize, or a pattern that matches no layer.
     """
-    overrides = overrides or {}
+    overrides, widths = overrides or {}, widths or {}
     layers = quantizable(model)
     if "" in layers:
         raise ValueError(f"the model is itself a {type(model).__name__}; put it into a module, e.g. nn.Sequential.")
-    for pattern in [*not_convert, *overrides]:
+    for pattern in [*not_convert, *overrides, *widths]:
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(
                 f"pattern {pattern!r} matches no linear layer or 1x1 convolution of {type(model).__name__}; there are "
@@ -101,7 +104,8 @@ def targets(
         for pattern, changes in overrides.items():
             if any(fnmatchcase(name, pattern) for name in names):
                 scheme = replace(scheme, **changes)
-        found.append(Target(layer, names, scheme))
+        own = [bits for pattern, bits in widths.items() if any(fnmatchcase(name, pattern) for name in names)]
+        found.append(Target(layer, names, scheme, own[-1] if own else None))
     if not found:
         raise ValueError(f"nothing to quantize: the model has {len(layers)} linear layers and all are left alone.")
     return found
@@ -136,6 +140,7 @@ def prepare(
     *,
     not_convert: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    widths: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Replace, in place, every quantizable layer by its fake-quantized one.
 
@@ -147,6 +152,8 @@ def prepare(
         not_convert: fnmatch patterns of full module names to leave alone.
         overrides: pattern -> fields of ``ActivationScheme`` that differ there, e.g. {"proj_out": {"bits": 16}}; where
             several match, later ones win.
+        widths: pattern -> bit width of layers that keep it whatever ``set_bit_width`` says of the model, e.g.
+            {"proj_out": 8}; where several match, the last one.
 
     Returns:
         The names of the layers replaced, in order.
@@ -154,8 +161,8 @@ def prepare(
     Raises:
         ValueError: nothing to quantize, a pattern that matches no layer, or a layer that the scheme does not fit.
     """
-    chosen = targets(model, activations, not_convert=not_convert, overrides=overrides)
-    for layer, names, _ in chosen:
+    chosen = targets(model, activations, not_convert=not_convert, overrides=overrides, widths=widths)
+    for layer, names, _, _ in chosen:
         try:
             group_count(weights.group_size or layer.weight.shape[1], layer.weight.shape[1])
         except ValueError as error:
@@ -165,9 +172,10 @@ def prepare(
     shared: dict[int, nn.Parameter] = {}
     chosen.reverse()
     while chosen:  # a float layer goes as soon as it is replaced, or two copies of the model were in memory
-        layer, names, scheme = chosen.pop()
+        layer, names, scheme, own_bits = chosen.pop()
         kind = FakeQuantizedPointwiseConv2d if isinstance(layer, nn.Conv2d) else FakeQuantizedLinear
-        fake = kind(layer, weights, scheme)
+        fake = kind(layer, weights if own_bits is None else replace(weights, bits=own_bits), scheme)
+        fake.keeps_width = own_bits is not None
         fake.weight = shared.setdefault(id(layer.weight), fake.weight)
         if fake.bias is not None:
             fake.bias = shared.setdefault(id(layer.bias), fake.bias)
@@ -177,14 +185,16 @@ def prepare(
 
 
 def set_bit_width(model: nn.Module, bit_width: float, rounding: Rounding = HARD) -> list[nn.Parameter]:
-    """Move every fake-quantized layer to a bit width and a rounding.
+    """Move every fake-quantized layer to a rounding, and to a bit width all that do not keep one of their own.
 
     Returns:
         The parameters of clips that were set anew, because the width changed (``clip.Learned``). What an optimizer
         remembers of them, Adam's moments, is of another clip: drop it.
     """
-    layers = [layer for _, layer in named_layers(model, FakeQuantizedLinear)]
-    return [parameter for layer in layers for parameter in layer.set_bit_width(bit_width, rounding)]
+    anew = []
+    for _, layer in named_layers(model, FakeQuantizedLinear):
+        anew += layer.set_bit_width(layer.weight_scheme.bits if layer.keeps_width else bit_width, rounding)
+    return anew
 
 
 @contextmanager
@@ -238,8 +248,8 @@ def convert(model: nn.Module) -> list[str]:
     A layer that is registered under several names stays one. Layers that share a weight have packed ones of their own.
 
     Raises:
-        ValueError: no layer to convert, layers of several bit widths, or one that is not at a width that is stored with
-            a hard grid (``set_bit_width(model, 4)``), or not calibrated; the model is left as it was.
+        ValueError: no layer to convert, or one that is not at a width that is stored with a hard grid
+            (``set_bit_width(model, 4)``), or not calibrated; the model is left as it was.
     """
     return replace_layers(model, _packed_layers(model))
 
@@ -264,8 +274,6 @@ def _packed_layers(model: nn.Module) -> dict[nn.Module, PackedLinear]:
             raise ValueError(f"{name} cannot be packed: {error}") from error
     if not packed:
         raise ValueError("the model has no fake-quantized layer; prepare it first.")
-    if len(widths := {layer.weight_bits for layer in packed.values()}) > 1:
-        raise ValueError(f"layers are at {', '.join(map(str, sorted(widths)))} bits; set_bit_width puts all at one.")
     return packed
 
 

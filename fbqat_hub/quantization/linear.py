@@ -96,6 +96,7 @@ class FakeQuantizedLinear(_QuantizedLayer):
         input_scale, input_zero_point: fp32 and int32 scalar buffers, the static activation range; None until it is
             calibrated.
         bit_width, rounding: set by ``set_bit_width``.
+        keeps_width: whether ``weight_scheme.bits`` is its own, which ``convert.set_bit_width`` of a model leaves.
 
     The output has the dtype of the input, or that of autocast. In half precision codes are multiplied (``half.py``).
 
@@ -118,6 +119,7 @@ class FakeQuantizedLinear(_QuantizedLayer):
         self.register_buffer("input_scale", None)
         self.register_buffer("input_zero_point", None)
         self.enabled = True
+        self.keeps_width = False
         self.rounding: Rounding = HARD
         self.bit_width = math.nan  # so that the first set_bit_width sets the clip
         self.set_bit_width(weight_scheme.bits)

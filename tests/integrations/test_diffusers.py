@@ -29,12 +29,22 @@ from torch import Tensor, nn
 from fbqat_hub import FBQATConfig
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import load_pipeline, save_pipeline
-from fbqat_hub.quantization import PackedLinear, calibrate, convert, named_layers, prepare
+from fbqat_hub.quantization import (
+    PackedLinear,
+    WeightScheme,
+    calibrate,
+    convert,
+    named_layers,
+    prepare,
+    stored_bits_per_weight,
+)
+from fbqat_hub.quantization.quantize import quantize_weight
 from tests.conftest import CALL, edit_tensors, subprocess_environment
 from tests.test_config import KEYS
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 LAYER = "transformer_blocks.0.attn1.to_q"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},
     "overrides": {
@@ -46,6 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "static": {"activation_range": "static", "module_overrides": {"proj_out": {"bits": 16}}},
     "six bits": {"weight_bits": 6},
     "eight bits": {"weight_bits": 8, "activation_range": "static"},
+    "two widths": {"weight_bits_by_module": {"*.attn1.*": 6, "proj_out": 8, "*.0.attn1.to_k": 4}},
 }
 
 
@@ -67,8 +78,14 @@ def predict(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 def convert_in_memory(transformer: Any, config: FBQATConfig) -> Any:
     """prepare -> calibrate -> convert, as training does it."""
     model = copy.deepcopy(transformer)
-    skip, overrides = config.modules_to_not_convert, config.module_overrides
-    prepare(model, config.weight_scheme(), config.activation_scheme(), not_convert=skip, overrides=overrides)
+    prepare(
+        model,
+        config.weight_scheme(),
+        config.activation_scheme(),
+        not_convert=config.modules_to_not_convert,
+        overrides=config.module_overrides,
+        widths=config.weight_bits_by_module,
+    )
     calibrate(model, [model_inputs()] if config.needs_calibration else [], rule="min_max")
     convert(model)
     attach(model, config)
@@ -147,7 +164,7 @@ def test_packed_differs_from_float_by_quantization_only(packed, tiny_sana: Path)
     assert 1e-5 < error < 0.1
 
 
-@pytest.mark.parametrize("name", ["default", "overrides", "groups", "six bits"])
+@pytest.mark.parametrize("name", ["default", "overrides", "groups", "six bits", "two widths"])
 def test_quantize_on_load_equals_convert(packed, name: str, tiny_sana: Path) -> None:
     loaded = SanaTransformer2DModel.from_pretrained(
         tiny_sana, subfolder="transformer", quantization_config=FBQATConfig(**CONFIGS[name])
@@ -255,6 +272,71 @@ def test_stored_tensors(packed, name: str, kept: tuple[torch.dtype, tuple[int, i
     }
 
 
+# layers of several widths
+
+
+def widths_of(model: nn.Module) -> dict[str, int]:
+    return {name: layer.weight_bits for name, layer in named_layers(model, PackedLinear)}
+
+
+def test_widths_of_the_folder(packed) -> None:
+    model, folder = packed["two widths"]
+    written = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
+    assert set(written) == KEYS | {"weight_bits_by_module"}
+    own = {name: bits for name, bits in widths_of(model).items() if bits != 4}
+    assert list(written["weight_bits_by_module"].items()) == sorted(own.items())
+    attention = {f"transformer_blocks.{block}.attn1.{name}" for block in (0, 1) for name in ATTENTION}
+    assert own == dict.fromkeys(attention - {f"{LAYER[:-1]}k"}, 6) | {"proj_out": 8}
+    assert written["format_version"] == 2
+    bits = stored_bits_per_weight(model)
+    stored = load_file(folder / WEIGHTS)
+    kept = sum(value.nbytes for name, value in stored.items() if name.endswith(("weight_packed", "weight_scale")))
+    assert bits == 8 * kept / sum(each.in_features * each.out_features for _, each in named_layers(model, PackedLinear))
+
+
+def test_average_bits_are_given_to_the_weights_that_lose_most(tiny_sana: Path, tmp_path: Path) -> None:
+    config = FBQATConfig(average_bits=5)
+    model = SanaTransformer2DModel.from_pretrained(tiny_sana, subfolder="transformer", quantization_config=config)
+    original = SanaTransformer2DModel.from_pretrained(tiny_sana, subfolder="transformer")
+    widths = widths_of(model)
+    sizes = {name: original.get_submodule(name).weight.numel() for name in widths}
+    average = sum(bits * sizes[name] for name, bits in widths.items()) / sum(sizes.values())
+    assert set(widths.values()) == {4, 8}
+    assert 4.9 < average <= 5
+    loss = {}
+    for name in widths:
+        weight = original.get_submodule(name).weight.detach().flatten(1)
+        codes, scales = quantize_weight(weight, WeightScheme(clip="mse"))
+        loss[name] = float((codes * scales[:, None] - weight).square().sum() / weight.square().sum())
+    for large in (name for name, bits in widths.items() if bits == 8):
+        better = [
+            n for n, bits in widths.items() if bits == 4 and sizes[n] <= sizes[large] and loss[n] > 1.05 * loss[large]
+        ]
+        assert not better, f"{large} has 8 bits, and {better[0]}, which is no larger and loses more, has 4"
+
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (written["format_version"], "average_bits" in written) == (2, False)
+    loaded = SanaTransformer2DModel.from_pretrained(tmp_path)
+    same_tensors(loaded, model)
+    assert torch.equal(predict(loaded), predict(model))
+    assert config.average_bits == 5  # the caller's own config serves other models
+
+
+@pytest.mark.parametrize(("average", "width"), [(4, 4), (8, 8)])
+def test_extreme_averages_are_uniform(average: float, width: int, tiny_sana: Path) -> None:
+    config = FBQATConfig(average_bits=average)
+    model = SanaTransformer2DModel.from_pretrained(tiny_sana, subfolder="transformer", quantization_config=config)
+    assert set(widths_of(model).values()) == {width}
+
+
+def test_average_bits_of_shards_and_of_one_file_are_the_same(sharded: Path, tiny_sana: Path) -> None:
+    config = FBQATConfig(average_bits=4.5)
+    whole = SanaTransformer2DModel.from_pretrained(tiny_sana, subfolder="transformer", quantization_config=config)
+    same_tensors(SanaTransformer2DModel.from_pretrained(sharded, quantization_config=config), whole)
+    same_tensors(from_file(tiny_sana / WEIGHTS, tiny_sana, config), whole)
+
+
 # bad checkpoints
 
 
@@ -332,16 +414,19 @@ def test_codes_of_another_width_than_the_config_says_are_refused(
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         DiffusionPipeline.from_pretrained(folder)
-    with pytest.raises(
-        ValueError, match=rf"packed at 8 bits, and weight_bits is {bits}; set_bit_width\(model, {bits}\)"
-    ):
+    with pytest.raises(ValueError, match=rf"patch_embed.proj is packed at 8 bits, and the config has {bits}; move"):
         attach(packed["eight bits"][0], FBQATConfig(weight_bits=bits))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2, "fbqat_version": "9.0"}, "format_version 2, written by fbqat_hub 9.0"),
+        ({"format_version": 3, "fbqat_version": "9.0"}, "format_version 3, written by fbqat_hub 9.0"),
+        ({"format_version": 2}, "format_version is 2, and weight_bits_by_module is None"),
+        ({"weight_bits_by_module": {LAYER: 8}}, "format_version is 1, and weight_bits_by_module is"),
+        ({"format_version": 2, "weight_bits_by_module": {LAYER: 8}}, f"{LAYER}.weight_packed is torch.uint8"),
+        ({"format_version": 2, "weight_bits_by_module": {"proj_uot": 8}}, "'proj_uot' matches no linear layer"),
+        ({"average_bits": 4.5}, "config has average_bits, which says nothing of its layers"),
         ({"weigth_bits": 4}, r"'weigth_bits' \(did you mean 'weight_bits'\?\)"),
         ({"modules_to_not_convert": ["proj_uot"]}, "'proj_uot' matches no linear layer"),
         ({"module_overrides": {"proj_uot": {"bits": 16}}}, "'proj_uot' matches no linear layer"),

@@ -25,6 +25,7 @@ from fbqat_hub.quantization import (
     set_bit_width,
     stored_bits_per_weight,
 )
+from fbqat_hub.quantization.clip import mse_clip
 from fbqat_hub.quantization.convert import matches, targets
 
 LAYERS = ["blocks.0.to_q", "blocks.0.to_out", "blocks.1.to_q", "blocks.1.to_out", "inverted", "pointwise", "proj_out"]
@@ -134,7 +135,7 @@ def test_a_layer_that_groups_do_not_fit_is_named(tree: Tree) -> None:
 def test_overrides_apply_in_order(tree: Tree) -> None:
     overrides = {"blocks.*": {"bits": 16}, "*.to_q": {"range": "static"}, "blocks.1.*": {"bits": 32}}
     scheme = ActivationScheme()
-    schemes = {names[0]: each for _, names, each in targets(tree, scheme, overrides=overrides)}
+    schemes = {each.names[0]: each.activations for each in targets(tree, scheme, overrides=overrides)}
     assert schemes["proj_out"] == scheme
     assert schemes["blocks.0.to_q"] == ActivationScheme(bits=16, range="static")
     assert schemes["blocks.1.to_q"] == ActivationScheme(bits=32, range="static")
@@ -251,7 +252,6 @@ def test_convert_keeps_kinds_and_bias(tree: Tree) -> None:
     [
         (4.25, r"proj_out cannot be packed: the layer is at 4.25 bits; set_bit_width\(4\), or a whole number up to 8"),
         (9, "proj_out cannot be packed: the layer is at 9 bits"),
-        (8, "layers are at 4, 8 bits; set_bit_width puts all at one"),
     ],
 )
 def test_convert_replaces_all_or_nothing(tree: Tree, width: float, message: str) -> None:
@@ -270,6 +270,26 @@ def test_set_bit_width_reaches_every_layer(tree: Tree) -> None:
     }
     with pytest.raises(ValueError, match="bit width is 1"):
         set_bit_width(tree, 1)
+
+
+def test_layers_that_keep_a_width_of_their_own(tree: Tree) -> None:
+    prepare(tree, WeightScheme(clip="mse"), ActivationScheme(), widths={"*": 6, "proj_out": 8, "pointwise": 4})
+    layers = dict(named_layers(tree, FakeQuantizedLinear))
+    wanted = dict.fromkeys(layers, 6) | {"proj_out": 8, "pointwise": 4}
+    clips = {name: layer.current_clip().clone() for name, layer in layers.items()}
+    assert set_bit_width(tree, 5, SoftStaircase(0.2)) == []
+    for name, layer in layers.items():
+        assert (layer.bit_width, layer.rounding.softness) == (wanted[name], 0.2)
+        assert torch.equal(layer.current_clip(), clips[name])
+        assert torch.equal(layer.current_clip(), mse_clip(layer.grouped_weight(), wanted[name]))
+    set_bit_width(tree, 5)
+    convert(tree)
+    assert {name: layer.weight_bits for name, layer in named_layers(tree, PackedLinear)} == wanted
+
+
+def test_a_width_of_no_layer_is_refused(tree: Tree) -> None:
+    with pytest.raises(ValueError, match="pattern 'proj_uot' matches no linear layer"):
+        prepare(tree, WeightScheme(), ActivationScheme(), widths={"proj_uot": 8})
 
 
 def test_clips_that_were_set_anew_are_told(tree: Tree) -> None:

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fbqat_hub import FBQATConfig
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, PackedLinear, WeightScheme, unpack_int4
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
 from fbqat_hub.quantization.packing import pack
@@ -107,6 +111,53 @@ def test_a_row_of_one_code_a_byte() -> None:
     stored = torch.tensor([int(byte, 16) for byte in packed], dtype=torch.uint8).view(1, -1).view(torch.int8)
     assert pack(torch.tensor([list(map(int, codes))], dtype=torch.int8), 6).tolist() == stored.tolist()
     assert dequantize_weight(stored, torch.tensor([float(scale[0])]), 3).tolist() == [list(map(float, weights))]
+
+
+@pytest.fixture(scope="module")
+def two_widths() -> dict[str, Any]:
+    return json.loads(re.findall(r"```json\n(.*?)```", DOCUMENT, re.DOTALL)[1])
+
+
+def test_two_widths_decode_without_our_code(two_widths: dict[str, Any]) -> None:
+    config, tensors = two_widths["quantization_config"], two_widths["tensors"]
+    for name, weights in two_widths["weights"].items():
+        bits = config["weight_bits_by_module"].get(name, config["weight_bits"])
+        stored = tensors[f"{name}.weight_packed"]
+        assert stored["dtype"] == ("uint8" if bits <= 4 else "int8")
+        if bits <= 4:
+            codes = decode_rows(stored["bytes"], 3)
+        else:
+            codes = [[byte - 256 if byte > 127 else byte for byte in (int(b, 16) for b in r)] for r in stored["bytes"]]
+        scales = tensors[f"{name}.weight_scale"]
+        assert [[code * scale for code in row] for row, scale in zip(codes, scales, strict=True)] == weights
+
+
+class _TwoLayers(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2, bias=False), nn.Linear(3, 1, bias=False)
+
+
+def test_we_read_and_write_two_widths(two_widths: dict[str, Any], tmp_path: Path) -> None:
+    tensors = {}
+    for name, value in two_widths["tensors"].items():
+        if name.endswith("weight_scale"):
+            tensors[name] = torch.tensor(value)
+        else:
+            rows = torch.tensor([[int(byte, 16) for byte in row] for row in value["bytes"]], dtype=torch.uint8)
+            tensors[name] = rows.view(getattr(torch, value["dtype"]))
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    config = FBQATConfig(weight_bits_by_module={"b": 8}).to_dict()
+    assert two_widths["quantization_config"].items() <= config.items()
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "_TwoLayers", "quantization_config": config}))
+    model = _TwoLayers.from_pretrained(tmp_path)
+    for name, weights in two_widths["weights"].items():
+        assert model.get_submodule(name).dequantize().tolist() == weights
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "diffusion_pytorch_model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], value) and again[name].dtype == value.dtype for name, value in tensors.items())
 
 
 @pytest.mark.parametrize("static", [False, True])

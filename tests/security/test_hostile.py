@@ -113,7 +113,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         header(lambda h: h[LAYER].update(data_offsets=[2**50, 2**50 + 128])),
         f"{WEIGHTS} is damaged",
     ),
-    "wrong dtype": (header(lambda h: h[LAYER].update(dtype="I8")), f"{LAYER} is torch.int8; format 1 stores"),
+    "wrong dtype": (
+        header(lambda h: h[LAYER].update(dtype="I8")),
+        f"{LAYER} is torch.int8; docs/format.md has torch.uint8 there",
+    ),
     "unknown dtype": (header(lambda h: h[LAYER].update(dtype="PICKLE")), f"{WEIGHTS} is damaged"),
     "vae lacks a tensor": (rename("vae"), "vae lacks tensors of a AutoencoderDC"),
     "text encoder lacks a tensor": (rename("text_encoder"), "text_encoder lacks tensors of a Gemma2Model"),
