@@ -102,6 +102,12 @@ def _convert(commands: Any) -> None:
     )
     sub.add_argument("pipeline", type=_checked(model_source), help="folder or Hub id of a diffusers pipeline")
     sub.add_argument("--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline")
+    sub.add_argument(
+        "--average-bits",
+        type=float,
+        metavar="BITS",
+        help="8 bits for the layers whose weights lose most, so many bits a weight on average, e.g. 4.5 (default: 4)",
+    )
     sub.add_argument("--variant", help="of the weight files, e.g. fp16 for *.fp16.safetensors (default: those without)")
     sub.add_argument(
         "--clip",

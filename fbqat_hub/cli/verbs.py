@@ -47,6 +47,8 @@ def convert(options: argparse.Namespace) -> None:
     from fbqat_hub.training.ptq import convert_pipeline
 
     settings = {"weight_clip": options.clip, "modules_to_not_convert": options.leave}
+    if options.average_bits is not None:
+        settings["average_bits"] = options.average_bits
     output = convert_pipeline(options.pipeline, options.output, settings, options.variant)
     print(
         f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "

@@ -27,6 +27,8 @@ class Quantization:
 
     Attributes:
         weight_bits: of the stored codes. 3 is for experiments.
+        average_bits: bits a weight on average, scales not counted: 8 for the layers that matter most to the output, 4
+            for the others (`fbqat_hub.training.widths`). None: every layer has ``weight_bits``.
         group_size: inputs that share a scale, an even number; None for one scale per output channel, which is what the
             CPU kernel and the HTP take.
         weight_clip: "max_abs" (of the weight, at each forward), "mse" (least squared error) or "learned" (starts at
@@ -38,6 +40,9 @@ class Quantization:
     """
 
     weight_bits: Annotated[int, Field(strict=True, ge=3, le=8, description="a whole number from 3 to 8")] = 4
+    average_bits: Annotated[
+        Annotated[float, Field(strict=True, ge=4, le=8)] | None, Field(description="a number from 4 to 8, or null")
+    ] = None
     group_size: Annotated[
         Annotated[int, Field(strict=True, ge=2, multiple_of=2)] | None,
         Field(description="an even number of at least 2, or null"),

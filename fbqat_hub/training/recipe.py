@@ -182,6 +182,7 @@ class Recipe:
         check_dataset(self.dataset)
         self.config()  # these two check their own values
         schedule = self.bit_schedule()
+        self._check_average(schedule)
         self._check_start(schedule)
         self._check_stages()
         check_call(family.pipeline_class, self.generation, "recipe: generation.")
@@ -196,7 +197,8 @@ class Recipe:
     def config(self) -> FBQATConfig:
         """The quantization this recipe trains for."""
         granularity: Any = "per_channel" if self.quantization.group_size is None else "per_group"
-        return FBQATConfig(weight_granularity=granularity, **asdict(self.quantization))
+        given = {name: value for name, value in asdict(self.quantization).items() if name != "average_bits"}
+        return FBQATConfig(weight_granularity=granularity, **given)
 
     def bit_schedule(self) -> BitSchedule:
         """The bit schedule; it ends at the stored width."""
@@ -222,6 +224,14 @@ class Recipe:
     def rounding_at(self, progress: float) -> SoftStaircase:
         """The rounding at ``progress`` in [0, 1]."""
         return SoftStaircase(self.bit_schedule().softness_at(progress), ewgs=self.optimizer.ewgs)
+
+    def _check_average(self, schedule: BitSchedule) -> None:
+        average = self.quantization.average_bits
+        if average is not None and (len(schedule.stages) > 1 or self.quantization.weight_bits != 4):
+            raise ValueError(
+                f"recipe: quantization.average_bits is {average:g}; it chooses from 4 and 8 bits, so weight_bits "
+                "must be 4 and schedule.stages constant."
+            )
 
     def _check_start(self, schedule: BitSchedule) -> None:
         if self.initialization != "gptq":

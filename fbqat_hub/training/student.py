@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,10 +15,25 @@ from fbqat_hub.quantization.convert import matches
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.widths import chosen_widths
 
 
 def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws) -> Any:
     """A copy of the teacher with fake-quantized layers, calibrated, with the recipe's layers trainable."""
+    student = _started(recipe, teacher, train_split, draws, {})
+    if recipe.quantization.average_bits is not None:
+        widths = chosen_widths(recipe, student, teacher, train_split, draws)
+        student = _started(recipe, teacher, train_split, draws, {name: 8 for name in widths if widths[name] == 8})
+    patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
+    for name, layer in named_layers(student, FakeQuantizedLinear):
+        layer.requires_grad_(matches(name, patterns))
+    return student
+
+
+def _started(
+    recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws, widths: Mapping[str, int]
+) -> Any:
+    """At the codes that training starts from, nothing trainable; ``widths`` of layers that do not have weight_bits."""
     config = recipe.config()
     student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
     prepare(
@@ -26,6 +42,7 @@ def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit
         config.activation_scheme(),
         not_convert=config.modules_to_not_convert,
         overrides=config.module_overrides,
+        widths=widths,
     )
     if config.needs_calibration:
         options = asdict(recipe.calibration)
@@ -35,7 +52,4 @@ def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit
         samples = options.pop("samples")
         softness = recipe.schedule.softness
         gptq_initialize(student, lambda: draws.calibration(train_split, samples), softness=softness, **options)
-    patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
-    for name, layer in named_layers(student, FakeQuantizedLinear):
-        layer.requires_grad_(matches(name, patterns))
     return student
