@@ -178,7 +178,7 @@ def student_of(
     config = recipe.config()
     trained = get_family(recipe.family).layer_groups[recipe.train_layers]
     student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
-    for layer, names, scheme in _targets(recipe, student):
+    for layer, names, scheme, _ in _targets(recipe, student):
         made = make(names[0], _linear(layer.weight, layer.bias), scheme)
         made = Pointwise(made) if isinstance(layer, nn.Conv2d) else made
         for name in names:
@@ -192,7 +192,8 @@ def student_of(
 def bits_per_weight(student: nn.Module) -> float:
     """Stored bits of a student's quantized layers over the number of their weights; biases are not counted.
 
-    Codes take 4 bits and scales are float32, as in format 1; branches and smoothing are float16.
+    Codes take 4 bits, or 8 above that, and scales are float32, as docs/format.md stores them; branches and smoothing
+    are float16.
 
     Args:
         student: a prepared model, at its final width.
@@ -204,7 +205,7 @@ def bits_per_weight(student: nn.Module) -> float:
     for layer in student.modules():
         if isinstance(layer, FakeQuantizedLinear):  # a branch's residual among them
             codes, scale = layer.codes_and_scales()
-            stored += 4 * codes.numel() + 32 * scale.numel()
+            stored += (4 if layer.bit_width <= 4 else 8) * codes.numel() + 32 * scale.numel()
             weights += codes.numel()
         elif isinstance(layer, LowRankLinear):
             smoothing = 0 if layer.smoothing is None else layer.smoothing.numel()

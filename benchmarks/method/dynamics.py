@@ -46,17 +46,22 @@ class Dynamics:
         """
         moved, changed, count = 0.0, 0, 0
         for layer, weight, start in zip(self._layers, self._start_weights, self._start_codes, strict=True):
-            scale = symmetric_scale(layer.current_clip(), self._bits)
+            bits = self._bits_of(layer)
+            scale = symmetric_scale(layer.current_clip(), bits)
             moved += float(((layer.weight - weight).view_as(start) / scale).abs().sum())
-            changed += int((quantize(layer.grouped_weight(), scale, self._bits) != start).sum())
+            changed += int((quantize(layer.grouped_weight(), scale, bits) != start).sum())
             count += start.numel()
         if not count:  # another library's layers
             return {}
         flips = self._flips / self._counted if self._counted else 0.0
         return {"moved": moved / count, "codes_changed": changed / count, "flips": flips}
 
+    def _bits_of(self, layer: FakeQuantizedLinear) -> float:
+        """Of the final grid; a layer that keeps a width of its own is at it already."""
+        return layer.bit_width if layer.keeps_width else self._bits
+
     def _codes(self) -> list[Tensor]:
         return [
-            quantize(layer.grouped_weight(), symmetric_scale(layer.current_clip(), self._bits), self._bits)
-            for layer in self._layers
+            quantize(layer.grouped_weight(), symmetric_scale(layer.current_clip(), bits), bits)
+            for layer, bits in ((layer, self._bits_of(layer)) for layer in self._layers)
         ]

@@ -127,6 +127,11 @@ _TRACKS: dict[str, dict[str, Any]] = {
     "outliers": {},  # the student starts from a teacher with outlier channels
     **{f"train-{group}": {"train_layers": group} for group in ("blocks", "attention", "feed_forward")},
     "train-blocks-weighted": {"train_layers": "blocks", "loss_weighting": "sampler"},
+    # average widths: the same method, layers and loss weights at 4 bits throughout and at 4.5 on average
+    **{
+        name: {"quantization": {"average_bits": average}, "train_layers": "blocks", "loss_weighting": "sampler"}
+        for name, average in (("uniform-4", None), ("mixed-4.5", 4.5))
+    },
     "train-blocks-groups": {**_GROUPS, "train_layers": "blocks"},
     "train-blocks-groups-weighted": {**_GROUPS, "train_layers": "blocks", "loss_weighting": "sampler"},
 }
