@@ -15,7 +15,7 @@ import numpy as np
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph, GraphWrapper, blocks_of_outputs
 from fbqat_hub.export.onnx.precision import Precision
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 
 
 class Progress:

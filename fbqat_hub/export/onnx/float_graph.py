@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.quantization.linear import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packed import PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import pack_int4
 
 #: Graph inputs or outputs by name.

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 
 if TYPE_CHECKING:
     import onnx
