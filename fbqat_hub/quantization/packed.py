@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +62,9 @@ class PackedLinear(QuantizedLayer):
         self.register_buffer("input_scale", scalar if static else None)
         self.register_buffer("input_zero_point", scalar.to(torch.int32) if static else None)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
-        self._prepared: Any = None  # what the kernel made of the weight for this device
 
     @classmethod
+    @torch.no_grad()
     def from_fake_quantized(cls, layer: FakeQuantizedLinear) -> PackedLinear:
         """The packed twin of a layer at its bit width, with bit-equal codes.
 
@@ -93,10 +91,10 @@ class PackedLinear(QuantizedLayer):
             device=layer.weight.device,
         )
         codes, scales = layer.codes_and_scales()
-        packed.weight_packed.data.copy_(pack(codes, packed.weight_bits))
+        packed.weight_packed.copy_(pack(codes, packed.weight_bits))
         packed.weight_scale.copy_(scales)
         if layer.bias is not None and packed.bias is not None:
-            packed.bias.data.copy_(layer.bias.data)
+            packed.bias.copy_(layer.bias)
         if packed.input_scale is not None and packed.input_zero_point is not None:
             if layer.input_scale is None or layer.input_zero_point is None:
                 raise ValueError("the activation range is static, but the layer was never calibrated.")
@@ -132,18 +130,8 @@ class PackedLinear(QuantizedLayer):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        return packed_linear(self, x)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._prepared = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._prepared = None
-        super()._load_from_state_dict(*args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # a copy prepares its own; an opaque tensor cannot be copied
+        activation = (self.activation_scheme, self.input_scale, self.input_zero_point)
+        return packed_linear(x, self.weight_packed, self.weight_scale, self.bias, *activation)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, W{self.weight_bits}, {self.activation_scheme}"
