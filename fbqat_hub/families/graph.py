@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbqat_hub.quantization.linear import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packed import PackedLinear, PackedPointwiseConv2d
 
 #: Keyword arguments of a denoiser's forward, batch 1.
 Item = Mapping[str, Tensor]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.quantization.convert import named_layers, quantizable, replace_layers, targets
-from fbqat_hub.quantization.linear import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packed import PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import NIBBLE, check_codes, pack
 from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity

@@ -12,14 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.quantization.linear import (
-    FakeQuantizedLinear,
-    FakeQuantizedPointwiseConv2d,
-    PackedLinear,
-    PackedPointwiseConv2d,
-    is_pointwise,
-)
+from fbqat_hub.quantization.layer import is_pointwise
+from fbqat_hub.quantization.linear import FakeQuantizedLinear, FakeQuantizedPointwiseConv2d
 from fbqat_hub.quantization.observer import RangeObserver, RangeRule, affine_parameters
+from fbqat_hub.quantization.packed import PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.quantize import group_count
 from fbqat_hub.quantization.rounding import HARD, Rounding
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme

@@ -1,20 +1,25 @@
 """Every kernel against the reference: the integer part exactly, the scaling to float rounding."""
 
 import copy
+import pickle
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
 
+import accelerate
 import pytest
 import torch
 
 from fbqat_hub.quantization import ActivationScheme, PackedLinear
 from fbqat_hub.quantization.activation import fake_quantize_activation, quantize_activation
-from fbqat_hub.quantization.kernels import cpu, packed_linear_reference
+from fbqat_hub.quantization.kernels import cpu, gpu, packed_linear_reference
 from fbqat_hub.quantization.packing import pack, pack_int4
 from tests.conftest import subprocess_environment
 
 needs_cpu_kernel = pytest.mark.skipif(
-    not cpu.is_supported(torch.ones(1), ActivationScheme(), 4), reason="the CPU kernel needs x86 with AVX2"
+    not cpu.is_supported(torch.ones(1), ActivationScheme()), reason="the CPU kernel needs x86 with AVX2"
 )
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 33, 17), (256, 1152, 144), (2, 1153, 64), (9, 8000, 5)]
 
@@ -36,16 +41,24 @@ def layer_of(
     return layer
 
 
+def runs_on_the_cpu_kernel(layer: PackedLinear) -> bool:
+    """Whether the layer's last forward left a prepared weight with its bytes."""
+    kept = getattr(layer.weight_packed.untyped_storage(), "fbqat_prepared", {})
+    return any(weight is not None for _, weight in kept.values())
+
+
+def other_weight(layer: PackedLinear) -> torch.Tensor:
+    return pack_int4(torch.full((layer.out_features, layer.in_features), -7, dtype=torch.int8))
+
+
+def operands(layer: PackedLinear) -> tuple[Any, ...]:
+    """What the kernels take after x."""
+    activation = (layer.activation_scheme, layer.input_scale, layer.input_zero_point)
+    return layer.weight_packed, layer.weight_scale, layer.bias, *activation
+
+
 def reference(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-    return packed_linear_reference(
-        x,
-        layer.weight_packed,
-        layer.weight_scale,
-        layer.bias,
-        layer.activation_scheme,
-        layer.input_scale,
-        layer.input_zero_point,
-    )
+    return packed_linear_reference(x, *operands(layer))
 
 
 @needs_cpu_kernel
@@ -58,7 +71,7 @@ def test_cpu_kernel_equals_reference(shape: tuple[int, int, int], activation_ran
     x = 3 * torch.randn(tokens, in_features)
     x[0, 0] = 0
     y = layer(x)
-    assert layer._prepared is not None, "the CPU kernel did not run"
+    assert runs_on_the_cpu_kernel(layer)
     # both scale the same integers; the order of two or three float roundings differs
     torch.testing.assert_close(y, reference(layer, x), rtol=1e-6, atol=1e-6 * float(y.abs().max()))
 
@@ -100,6 +113,7 @@ def test_wide_codes_are_exact_with_and_without_vnni(isa: str) -> None:
     script = """
 import torch
 from fbqat_hub.quantization import ActivationScheme, PackedLinear
+from fbqat_hub.quantization.kernels import cpu
 for bits in (7, 8):
     scheme = ActivationScheme(range="static")
     layer = PackedLinear(64, 16, weight_bits=bits, bias=False, activation_scheme=scheme)
@@ -107,7 +121,7 @@ for bits in (7, 8):
     layer.weight_scale.fill_(1.0), layer.input_scale.fill_(1.0), layer.input_zero_point.fill_(0)
     y = layer(torch.full((3, 64), 255.0))
     assert (y == -(2 ** (bits - 1)) * 255 * 64).all(), (bits, y)
-    print(bits, layer._prepared is not None)
+    print(bits, cpu.prepared(layer.weight_packed, 64) is not None)
 """
     limited = {"ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": isa.lower()} if isa else {}
     done = subprocess.run(
@@ -119,24 +133,181 @@ for bits in (7, 8):
         assert done.stdout == "7 True\n8 False\n"
 
 
-def test_changed_weights_are_seen_by_the_next_forward() -> None:
+def changed_in_place(layer: PackedLinear) -> PackedLinear:
+    with torch.no_grad():
+        layer.weight_packed.copy_(other_weight(layer))
+    return layer
+
+
+def loaded(layer: PackedLinear, assign: bool = False) -> PackedLinear:
+    layer.load_state_dict({**layer.state_dict(), "weight_packed": other_weight(layer)}, assign=assign)
+    return layer
+
+
+def swapped_by_data(layer: PackedLinear) -> PackedLinear:
+    layer.weight_packed.data = other_weight(layer)
+    return layer
+
+
+def offloaded(layer: PackedLinear) -> PackedLinear:
+    """accelerate's hook puts the weight in place at each forward, and takes it away after."""
+    layer(torch.ones(1, layer.in_features))
+    accelerate.cpu_offload(layer, torch.device("cpu"), state_dict=loaded(copy.deepcopy(layer)).state_dict())
+    return layer
+
+
+def changed_after_a_copy(layer: PackedLinear) -> PackedLinear:
+    return changed_in_place(copy.deepcopy(layer))
+
+
+def changed_after_pickling(layer: PackedLinear) -> PackedLinear:
+    return changed_in_place(pickle.loads(pickle.dumps(layer)))
+
+
+def moved_and_changed(layer: PackedLinear) -> PackedLinear:
+    layer = layer.to("meta").to_empty(device="cpu")
+    fresh = layer_of(layer.in_features, layer.out_features, layer.activation_scheme)
+    layer.load_state_dict({**fresh.state_dict(), "weight_packed": other_weight(layer)})
+    return layer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_in_place,
+        loaded,
+        lambda layer: loaded(layer, assign=True),
+        swapped_by_data,
+        offloaded,
+        changed_after_a_copy,
+        changed_after_pickling,
+        moved_and_changed,
+    ],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_changed_weights_are_seen_by_the_next_forward(change: Callable[..., PackedLinear], mode: Any) -> None:
     layer = layer_of(32, 8, ActivationScheme())
     x = torch.randn(4, 32)
-    before = layer(x)
-    with torch.no_grad():
-        layer.weight_packed.copy_(pack_int4(-7 * torch.ones(8, 32, dtype=torch.int8)))
-    after = layer(x)
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(after, reference(layer, x))
+    with mode():
+        before = layer(x)
+        after = change(layer)(x)
+    expected = reference(changed_in_place(layer_of(32, 8, ActivationScheme())), x)
+    assert not torch.equal(before, expected)
+    torch.testing.assert_close(after, expected)
+
+
+@needs_cpu_kernel
+def test_a_weight_is_prepared_once_and_goes_with_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    prepack = cpu._prepack
+
+    def counted(codes: torch.Tensor) -> cpu.PreparedWeight:
+        weight = prepack(codes)
+        made.append(weakref.ref(weight.codes))
+        return weight
+
+    monkeypatch.setattr(cpu, "_prepack", counted)
+    layer = layer_of(32, 8, ActivationScheme())
+    for tokens in (1, 4, 9):
+        layer(torch.randn(tokens, 32))
+    assert len(made) == 1
+    layer.weight_packed.data = layer.weight_packed.data.clone()
+    assert made[0]() is None
 
 
 def test_a_layer_that_has_run_can_be_copied_and_saved() -> None:
     layer = layer_of(32, 8, ActivationScheme())
     x = torch.randn(4, 32)
     y = layer(x)
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin(x), y)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), y)
     assert set(layer.state_dict()) == {"weight_packed", "weight_scale", "bias"}
+
+
+# the operator
+
+
+@pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_operator_is_one_that_torch_can_trace(activation_range: str, bias: bool) -> None:
+    """Its schema, its fake kernel and its gradient, by torch's own check."""
+    layer = layer_of(7, 6, ActivationScheme(range=activation_range), bias=bias)
+    x = torch.randn(2, 5, 7, requires_grad=True)
+    scheme = layer.activation_scheme
+    arguments = (x, layer.weight_packed, layer.weight_scale, layer.bias, layer.input_scale, layer.input_zero_point)
+    torch.library.opcheck(torch.ops.fbqat.packed_linear, (*arguments, scheme.bits, scheme.range))
+
+
+def test_compiled_layer_trains_what_is_before_it() -> None:
+    """One graph forward and backward, for any number of tokens."""
+    layer, before = layer_of(16, 8, ActivationScheme(range="static")), torch.nn.Linear(16, 16)
+    eager = torch.nn.Sequential(before, layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens, stance in ((5, "default"), (9, "fail_on_recompile")):
+        x, gradients = torch.randn(tokens, 16), []
+        for model in (eager, compiled):
+            with torch.compiler.set_stance(stance):
+                gradients.append(torch.autograd.grad(model(x).square().sum(), before.weight)[0])
+        torch.testing.assert_close(*gradients)
+        assert gradients[0].abs().max() > 0
+
+
+# the GPU's arithmetic, on a CPU
+
+
+def wide_scales(layer: PackedLinear, groups: int) -> PackedLinear:
+    layer.weight_scale = torch.rand(layer.out_features, groups) * 0.02 + 1e-3
+    return layer
+
+
+@pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (16, 64, 24), (17, 1152, 144), (40, 2048, 16)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gpu_int8_product_equals_the_reference(shape: tuple[int, int, int], activation_range: str, bits: int) -> None:
+    tokens, in_features, out_features = shape
+    layer = layer_of(in_features, out_features, ActivationScheme(range=activation_range), bits=bits)
+    assert gpu.suits_int8(layer.weight_packed, layer.weight_scale, layer.activation_scheme, in_features)
+    x = 3 * torch.randn(2, tokens, in_features)
+    x[0, 0] = 0
+    found = gpu.packed_linear_gpu(x, *operands(layer))
+    if in_features * (bits - 3) < 8192:  # the reference's sums are exact
+        assert torch.equal(found, reference(layer, x))
+    torch.testing.assert_close(found, reference(layer, x), rtol=1e-5, atol=1e-5 * float(found.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (layer_of(63, 8, ActivationScheme()), "63 inputs"),
+        (layer_of(64, 9, ActivationScheme()), "9 outputs"),
+        (layer_of(64, 8, ActivationScheme(bits=16)), "16-bit inputs"),
+        (layer_of(64, 8, ActivationScheme(bits=32)), "float inputs"),
+        (wide_scales(layer_of(64, 8, ActivationScheme()), 4), "scales per group"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpu_dequantizes_what_does_not_suit(
+    layer: PackedLinear, reason: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dtype of x, and never in fp32 if that is a half."""
+    x = torch.randn(3, layer.in_features).to(dtype)
+    products: list[torch.dtype] = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(gpu.F, "linear", lambda x, *others: products.append(x.dtype) or linear(x, *others))
+    found, expected = gpu.packed_linear_gpu(x, *operands(layer)), reference(layer, x)
+    assert products == [dtype]
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_gpu_takes_no_tokens() -> None:
+    layer = layer_of(8, 8, ActivationScheme())
+    assert gpu.packed_linear_gpu(torch.zeros(0, 8), *operands(layer)).shape == (0, 8)
+
+
+# gradients and dtypes
 
 
 @pytest.mark.parametrize("activation_range", ["per_token", "static"])
@@ -156,7 +327,7 @@ def test_other_widths_run_on_the_reference(scheme: ActivationScheme) -> None:
     layer = layer_of(64, 8, scheme)
     x = torch.randn(5, 64)
     assert torch.equal(layer(x), reference(layer, x))
-    assert layer._prepared is None
+    assert not runs_on_the_cpu_kernel(layer)
 
 
 def test_bfloat16_in_bfloat16_out() -> None:

@@ -21,7 +21,7 @@ from fbqat_hub.quantization import (
     WeightScheme,
 )
 from fbqat_hub.quantization.clip import mse_clip
-from fbqat_hub.quantization.linear import is_pointwise
+from fbqat_hub.quantization.layer import is_pointwise
 
 FLOAT_INPUT = ActivationScheme(bits=32)
 GRANULARITIES: dict[str, dict[str, Any]] = {

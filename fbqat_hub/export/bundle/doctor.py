@@ -15,7 +15,7 @@ from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.families import family_of_denoiser
 from fbqat_hub.files import sha256
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 
 #: A context binary must stay under 2 GiB: the HTP addresses it with 31 bits (qualcomm/ai-hub-models#274).
 MAX_GRAPH_BYTES = 2**31

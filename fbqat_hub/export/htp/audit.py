@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.families.graph import TWIN
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 
 #: QNN's numbers, from the public API reference of the Qualcomm AI Runtime SDK (Qnn_DataType_t, Qnn_TensorType_t,
 #: Qnn_QuantizationEncoding_t).

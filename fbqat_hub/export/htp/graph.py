@@ -15,7 +15,7 @@ from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph
 from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families.graph import blocks_of_outputs
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 
 if TYPE_CHECKING:
     import onnx

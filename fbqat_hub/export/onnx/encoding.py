@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.quantization.linear import PackedLinear
 from fbqat_hub.quantization.observer import affine_parameters
+from fbqat_hub.quantization.packed import PackedLinear
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.families.graph import TWIN, GraphWrapper, Item, TwinModule
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 from fbqat_hub.quantization.packing import pack_int4
 
 #: Graph inputs or outputs by name.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 
 if TYPE_CHECKING:
     import onnx

@@ -22,7 +22,7 @@ from fbqat_hub.export.onnx.encoding import Encoding, encoding_for_range, trained
 from fbqat_hub.export.onnx.float_graph import FloatGraph
 from fbqat_hub.export.onnx.precision import VIEW_OPS, Precision, node_bits
 from fbqat_hub.quantization.clip import max_abs
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 from fbqat_hub.quantization.packing import pack_int4
 from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.quantization.scheme import WeightScheme

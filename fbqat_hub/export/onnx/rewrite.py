@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.onnx.float_graph import FloatGraph, trace
 from fbqat_hub.families.graph import GraphWrapper, Item
-from fbqat_hub.quantization.linear import PackedLinear
+from fbqat_hub.quantization.packed import PackedLinear
 
 #: Ops no rewrite cures, with the reason they must not reach the compiler.
 FORBIDDEN = {

@@ -1,7 +1,24 @@
-"""The packed matmul: one function, its implementation chosen by device."""
+"""The packed matmul as one operator of torch, ``fbqat::packed_linear``, its implementation chosen by device.
+
+It takes tensors and plain values, no module, so that ``torch.compile`` and ``torch.export`` see one node a layer:
+
+    fbqat::packed_linear(x, weight_packed, weight_scale, bias, input_scale, input_zero_point, bits, range) -> y
+
+| device | implementation |
+|---|---|
+| x86 CPU with AVX2 | ``cpu.py``: oneDNN, int8 products; any other CPU ``reference.py``, in fp32 |
+| CUDA, ROCm | ``gpu.py``: int8 products where shapes suit, else dequantized in the dtype of x. Not measured |
+| any other | ``gpu.py``'s dequantized product. Not measured |
+
+It is differentiable in x (STE through the activation quantization) and in the bias, so that adapters train on a packed
+base. Autocast changes nothing: sums of codes would overflow float16, and codes of 16 bits are exact in neither half.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,60 +26,118 @@ from torch import Tensor
 
 from fbqat_hub.quantization.activation import pass_static
 from fbqat_hub.quantization.half import has_autocast
-from fbqat_hub.quantization.kernels import cpu
+from fbqat_hub.quantization.kernels import cpu, gpu
 from fbqat_hub.quantization.kernels.reference import dequantize_weight, packed_linear_reference
+from fbqat_hub.quantization.scheme import ActivationScheme
+
+_LIBRARY = torch.library.Library("fbqat", "DEF")
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, Tensor? input_scale, "
+    "Tensor? input_zero_point, int bits, str range) -> Tensor"
+)
+_LIBRARY.define(
+    "packed_linear_grad(Tensor grad, Tensor? x, Tensor weight_packed, Tensor weight_scale, Tensor? input_scale, "
+    "Tensor? input_zero_point, int bits, SymInt in_features) -> Tensor"
+)
 
 
-def packed_linear(layer: Any, x: Tensor) -> Tensor:
-    """The forward of a ``PackedLinear``: [..., in] -> [..., out], the dtype of x.
+def packed_linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scheme: ActivationScheme,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+) -> Tensor:
+    """The operator: [..., in] -> [..., out], the dtype of x. Arguments as ``packed_linear_reference``."""
+    y: Tensor = torch.ops.fbqat.packed_linear(
+        x, weight_packed, weight_scale, bias, input_scale, input_zero_point, scheme.bits, scheme.range
+    )
+    return y
 
-    Differentiable in x (STE through the activation quantization), so that adapters train on the packed base. Autocast
-    changes nothing: sums of codes would overflow float16, and codes of 16 bits are not exact in either half.
-    """
-    if has_autocast(x):
+
+def _implementation(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function with the reference's arguments, as one with the operator's."""
+
+    def forward(
+        x: Tensor,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        input_scale: Tensor | None,
+        input_zero_point: Tensor | None,
+        bits: int,
+        range: Any,
+    ) -> Tensor:
+        operands = (x, weight_packed, weight_scale, bias, _scheme(bits, range), input_scale, input_zero_point)
+        if not has_autocast(x):
+            return compute(*operands)
         with torch.autocast(x.device.type, enabled=False):
-            return packed_linear(layer, x)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _PackedLinear.apply(x, layer)
-    return _forward(layer, x)
+            return compute(*operands)
+
+    return forward
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    activation = (layer.activation_scheme, layer.input_scale, layer.input_zero_point)
-    supported = cpu.is_supported(layer.weight_scale, layer.activation_scheme, layer.weight_bits)
-    if x.device.type == "cpu" and x.numel() and supported:
-        return cpu.packed_linear_cpu(x, _prepared(layer), layer.bias, *activation)
-    return packed_linear_reference(x, layer.weight_packed, layer.weight_scale, layer.bias, *activation)
+@cache
+def _scheme(bits: int, range: Any) -> ActivationScheme:
+    return ActivationScheme(bits=bits, range=range)
 
 
-def _prepared(layer: Any) -> cpu.PreparedWeight:
-    """The layer's weight in the kernel's layout, made at the first forward and again whenever the weight changed."""
-    packed, scale = layer.weight_packed, layer.weight_scale
-    state = (packed.data_ptr(), packed._version, scale.data_ptr(), scale._version)
-    if layer._prepared is None or layer._prepared[0] != state:
-        layer._prepared = (state, cpu.prepare_weight(packed, scale, layer.in_features))
-    return layer._prepared[1]
+def _grad(
+    grad: Tensor,
+    x: Tensor | None,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bits: int,
+    in_features: int,
+) -> Tensor:
+    """The gradient of x: through the dequantized weight, and 0 where a static range clips x; the dtype of ``grad``."""
+    # a CPU without bf16 instructions is slow in half precision, other devices are slow in fp32
+    dtype = torch.float32 if grad.device.type == "cpu" else grad.dtype
+    with torch.autocast(grad.device.type, enabled=False) if has_autocast(grad) else nullcontext():
+        grad_x = grad.to(dtype) @ dequantize_weight(weight_packed, weight_scale, in_features).to(dtype)
+        if x is not None:
+            assert input_scale is not None
+            assert input_zero_point is not None
+            grad_x = pass_static(grad_x, x, input_scale, input_zero_point, bits)
+        return grad_x.to(grad.dtype)
 
 
-class _PackedLinear(torch.autograd.Function):
-    """The gradient of x alone: through the dequantized weight, and 0 where a static range clips x."""
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight_packed, weight_scale, bias, input_scale, input_zero_point, ctx.bits, _ = inputs
+    clipped = None if input_scale is None else x
+    ctx.save_for_backward(clipped, weight_packed, weight_scale, input_scale, input_zero_point)
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
-        ctx.layer = layer
-        if layer.input_scale is not None:
-            ctx.save_for_backward(x)
-        return _forward(layer, x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        layer = ctx.layer
-        weight = dequantize_weight(layer.weight_packed, layer.weight_scale, layer.in_features)
-        grad_x = grad.float() @ weight
-        if ctx.saved_tensors:
-            (x,) = ctx.saved_tensors
-            grad_x = pass_static(grad_x, x, layer.input_scale, layer.input_zero_point, layer.activation_scheme.bits)
-        return grad_x.to(grad.dtype), None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, grad_bias = None, None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.fbqat.packed_linear_grad(grad, *ctx.saved_tensors, ctx.bits, ctx.in_features)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None, None, None, None
+
+
+_LIBRARY.impl("packed_linear", _implementation(cpu.packed_linear_cpu), "CPU")
+_LIBRARY.impl("packed_linear", _implementation(gpu.packed_linear_gpu), "CUDA")
+_LIBRARY.impl("packed_linear", _implementation(gpu.dequantized_linear), "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_linear_grad", _grad, "CompositeExplicitAutograd")
+torch.library.register_autograd("fbqat::packed_linear", _backward, setup_context=_remember, lib=_LIBRARY)
+
+
+@torch.library.register_fake("fbqat::packed_linear", lib=_LIBRARY)
+def _fake(x: Tensor, weight_packed: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))
+
+
+@torch.library.register_fake("fbqat::packed_linear_grad", lib=_LIBRARY)
+def _fake_grad(grad: Tensor, *others: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], others[-1]))
 
 
 __all__ = ["packed_linear", "packed_linear_reference"]

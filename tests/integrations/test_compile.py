@@ -1,0 +1,77 @@
+"""torch.compile and torch.export take a packed model whole: one graph, and no other for other batches and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from fbqat_hub.families import FAMILIES
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.quantization import PackedLinear, named_layers
+from tests.integrations.tiny import denoiser_inputs, pack_denoiser
+
+# within each no two sizes are equal, nor equal to a width of the model: torch would take equal sizes for one
+SMALL = {"batch": 9, "height": 6, "width": 10, "text_tokens": 7}
+LARGE = {"batch": 5, "height": 14, "width": 12, "text_tokens": 11}
+
+
+@pytest.fixture(autouse=True)
+def compile_anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(
+    params=[family if family == "sana" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+)
+def packed(request: pytest.FixtureRequest, teacher_of: Callable[[str], Path]) -> tuple[str, Any]:
+    """A family and its tiny packed denoiser."""
+    return request.param, pack_denoiser(load_pipeline(teacher_of(request.param)), request.param)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_one_graph_for_every_batch_and_size(packed: tuple[str, Any], backend: str) -> None:
+    family, model = packed
+    both = [denoiser_inputs(family, model, **size) for size in (SMALL, LARGE)]
+    expected = [model(**inputs)[0] for inputs in both]
+    model.compile(fullgraph=True, dynamic=True, backend=backend)
+    assert torch.equal(model(**both[0])[0], expected[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(model(**both[1])[0], expected[1])
+
+
+@torch.no_grad()
+def test_repeated_blocks_share_a_graph(teacher_of: Callable[[str], Path]) -> None:
+    """As many graphs as the float model has: none for a layer's own weight."""
+    graphs = []
+    for packed in (False, True):
+        torch._dynamo.reset()
+        pipeline = load_pipeline(teacher_of("flux"))
+        model = pack_denoiser(pipeline, "flux") if packed else pipeline.transformer
+        inputs = denoiser_inputs("flux", model)
+        expected = model(**inputs)[0]
+        counter = CompileCounter()
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        assert torch.equal(model(**inputs)[0], expected)
+        graphs.append(counter.frame_count)
+    assert len(model.single_transformer_blocks) > 1
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.slow
+def test_exported_program_is_the_model(packed: tuple[str, Any]) -> None:
+    family, model = packed
+    inputs = denoiser_inputs(family, model, **SMALL)
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+        program = torch.export.export(model, (), {**inputs, "return_dict": False})
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(torch.ops.fbqat.packed_linear.default) == len(dict(named_layers(model, PackedLinear)))
+    assert torch.equal(program.module()(**inputs, return_dict=False)[0], expected)
