@@ -31,7 +31,7 @@ _COMPONENT = re.compile(r".+\.(json|safetensors|txt|model|jinja)")
 _OF_DENOISER = re.compile(r"README\.md|results\.json|(transformer|images|htp|stages)/.+")
 _PICTURE = re.compile(r"images/[^/]+\.(png|jpg|webp)")
 # Qualcomm's libraries may not be passed on; pickles and programs have no business in a bundle
-_NEVER_IN_BUNDLE = re.compile(r".+\.(so(\.\d+)*|dll|dylib|exe|cat|pt|pth|ckpt|pkl|pickle|py|tmp)|.*partial.*")
+_NEVER_IN_BUNDLE = re.compile(r".+\.(so(\.\d+)*|dll|dylib|exe|cat|pt|pth|ckpt|pkl|pickle|py[co]?|tmp)|.*partial.*")
 _TEXT = re.compile(r".+\.(json|jsonl|yaml|yml|md|txt|csv|jinja|sh)|LICEN[CS]E|NOTICE|ATTRIBUTION")
 # of the base model, and full of pieces of paths and names
 _VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|.+\.model")

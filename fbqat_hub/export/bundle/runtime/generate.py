@@ -9,14 +9,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from qnn_session import qnn_session  # type: ignore[import-not-found]  # beside this script
 from safetensors.numpy import load_file
-from text import denoiser_inputs, encoder_feed, tokenize  # type: ignore[import-not-found]  # beside this script
+
+sys.dont_write_bytecode = True  # the folder stays what its manifest lists; the modules below lie beside this script
+
+from qnn_session import qnn_session  # type: ignore[import-not-found]  # noqa: E402
+from text import denoiser_inputs, encoder_feed, tokenize  # type: ignore[import-not-found]  # noqa: E402
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
