@@ -17,7 +17,6 @@ from shlex import quote
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
-from tqdm import tqdm
 
 from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.hub.card_data import UNKNOWN, data_of_run
@@ -33,6 +32,7 @@ from fbqat_hub.hub.preflight import (
     remote_problems,
     remote_state,
 )
+from fbqat_hub.progress import Progress
 from fbqat_hub.stages import branch_name, stages_of
 from fbqat_hub.text import names
 
@@ -134,7 +134,7 @@ def publish(
         for problem in dict.fromkeys(problems):  # what is wrong with the recipe is so on every branch
             error.add_note(f"  - {problem}")
         raise error
-    with tqdm(total=sum(item.size for item in every), desc=f"hash {repo}", unit="B", unit_scale=True) as bar:
+    with Progress(f"hash {repo}", sum(item.size for item in every), "B") as bar:
         hashes = hashes_of(every, bar.update)
     plans: list[Plan] = []
     for target, state in zip(targets, states, strict=True):

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
-from tqdm import tqdm
 
 from fbqat_hub.hub.client import HubError, step
 from fbqat_hub.hub.manifest import CARD, MANIFEST, Check, Manifest, Use, check_files, read_manifest
 from fbqat_hub.hub.names import size_text
+from fbqat_hub.progress import Progress
 
 
 class Pulled(NamedTuple):
@@ -153,7 +153,7 @@ def _wanted(repo: str, manifest: Manifest, use: Use | None) -> list[str]:
 
 def _check(folder: Path, manifest: Manifest, paths: list[str]) -> Check:
     total = sum(manifest.files[path].size for path in paths)
-    with tqdm(total=total, desc="verify", unit="B", unit_scale=True) as bar:
+    with Progress("verify", total, "B") as bar:
         return check_files(folder, manifest, paths, bar.update)
 
 

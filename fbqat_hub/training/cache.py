@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import whole
 from fbqat_hub.pictures import pixels
+from fbqat_hub.progress import each
 from fbqat_hub.training.dataset import NAMED, check_local_data
 from fbqat_hub.training.openmoji import default_cache_dir, load_openmoji
 from fbqat_hub.training.pictures import training_picture, undecoded
@@ -178,7 +178,7 @@ def _build_split(
     captions = folder / "captions.json"
     starts = range(0, len(data), SHARD)
     missing = [start for start in starts if not _shard_path(folder, start).exists()]
-    for start in tqdm(missing, desc=f"encode {folder.name}", unit="shard", disable=not missing):
+    for start in each(missing, f"encode {folder.name}", "shard"):
         rows = data[start : start + SHARD]
         parts = []
         for first in range(0, len(rows["caption"]), 32):

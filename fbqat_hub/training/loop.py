@@ -23,11 +23,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
-from tqdm.auto import tqdm
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import save_stage
+from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import converted, set_bit_width
 from fbqat_hub.stages import stage_folder
 from fbqat_hub.training.cache import CachedSplit
@@ -196,7 +196,7 @@ def distill(
     loop = Loop(recipe, student, teacher, splits, draws, output, accelerator)
     first, writes = loop.start(resume), accelerator.is_main_process
     log = _open_log(output / "training_log.jsonl", first) if writes else io.StringIO()
-    bar = tqdm(total=recipe.steps, initial=first, desc=recipe.method, unit="step", disable=not (progress and writes))
+    bar = Progress(f"train {recipe.method}", recipe.steps, "step", start=first, shown=progress and writes)
     with log, bar:
         for step in range(first, recipe.steps):
             line = loop.step(step)
@@ -208,9 +208,7 @@ def distill(
                 log.write(json.dumps({key: value for key, value in asdict(line).items() if value is not None}) + "\n")
                 log.flush()
                 loop.keep(line.step)
-            bar.update()
-            shown = {"loss": f"{line.loss:.2e}", "bits": f"{line.bit_width:g}", "soft": f"{line.softness:.3f}"}
-            bar.set_postfix(shown, refresh=False)
+            bar.update(loss=f"{line.loss:.2e}", bits=f"{line.bit_width:g}", soft=f"{line.softness:.3f}")
     loop.finish()
 
 

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm.auto import tqdm
 
 from fbqat_hub.evaluation.results import peak_rss_mib
 from fbqat_hub.families import get_family
+from fbqat_hub.progress import Progress, each
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.draws import Draws
@@ -101,7 +101,7 @@ def loss_against_width(
     before = [(layer, layer.bit_width, layer.rounding) for _, layer in named_layers(student, FakeQuantizedLinear)]
     curve = {}
     try:
-        for width in tqdm(list(widths), desc="loss against bit width", unit="width", disable=not progress):
+        for width in each(list(widths), "loss against bit width", "width", shown=progress):
             set_bit_width(student, width)
             curve[width] = Estimate.of(_picture_losses(student, teacher, split, draws))
     finally:
@@ -139,9 +139,9 @@ def probe_layers(
         validate_every=0,
     )
     probes = {}
-    with tqdm(total=len(groups) * steps, desc="probe layers", unit="step", disable=not progress) as bar:
+    with Progress("probe layers", len(groups) * steps, "step", shown=progress) as bar:
         for group in groups:
-            bar.set_postfix(layers=group)
+            bar.stage(f"probe layers, {group}")
             run = replace(small, train_layers=group)
             probes[group] = _probe(run, teacher, splits, draws, accelerator, lambda _: bar.update())
     return probes

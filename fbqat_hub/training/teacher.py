@@ -25,12 +25,12 @@ import transformers
 import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.pictures import pixels
 from fbqat_hub.pipelines import save_pipeline
+from fbqat_hub.progress import each
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.openmoji import default_cache_dir, group_of, load_openmoji
 from fbqat_hub.training.seeding import generator
@@ -150,8 +150,7 @@ def _fit(
     state = nn.ModuleDict({"models": model, "average": average})
     first = load_checkpoint(kept, state, optimizer, text) if kept else 0
     steps, warmup = training["steps"], 200
-    progress = tqdm(range(first, steps), name, steps, unit="step", initial=first)
-    for step in progress:
+    for step in each(range(first, steps), name, "step"):
         factor = min(1.0, (step + 1) / warmup) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.005)
         for group in optimizer.param_groups:
             group["lr"] = training["learning_rate"] * factor
@@ -161,8 +160,6 @@ def _fit(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update(step)
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
         if kept and (step + 1) % _SAVE_EVERY == 0:
             save_checkpoint(kept, step + 1, state, optimizer, text)
     average.apply_to_module()
@@ -315,7 +312,7 @@ def _trajectories(recipe: dict[str, Any], pipeline: Any, texts: list[str], setti
     """Latents [N, segments + 1, tokens, channels] at the segments' ends, from noise to picture."""
     pipeline.set_progress_bar_config(disable=True)
     parts = []
-    for first in tqdm(range(0, len(texts), 64), desc="guided trajectories", unit="batch"):
+    for first in each(range(0, len(texts), 64), "guided trajectories", "batch"):
         batch = texts[first : first + 64]
         kept: list[Tensor] = []
 

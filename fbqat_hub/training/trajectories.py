@@ -19,10 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fbqat_hub.families import Family
 from fbqat_hub.files import whole
+from fbqat_hub.progress import each
 from fbqat_hub.training.seeding import generator
 
 VERSION = 1
@@ -143,7 +143,7 @@ def _made(
     conditioning: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     inputs: dict[str, Tensor] = {}
     starts = range(0, len(wanted), _BATCH)
-    for first in tqdm(starts, desc="trajectories", unit="batch", disable=not progress):
+    for first in each(starts, "trajectories", "batch", shown=progress):
         batch = wanted[first : first + _BATCH]
         keys = [(VERSION, captions[caption], number) for caption, number in batch]
         noise = [generator("trajectory noise", *key) for key in keys]
