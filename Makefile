@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUTPUT ?= runs/demo
-PYTEST_ARGS ?=
+# A process a core, up to four (each needs about 1 GB); files whole, for their fixtures. One test: see CONTRIBUTING.md.
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -35,10 +36,10 @@ demo: setup ## train, pack, compare, export and describe a tiny Sana, into runs/
 	$(BIN)/fbqat demo --output $(OUTPUT)
 
 test: setup ## the fast tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-all: setup ## every test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: setup ## lint, format, types, layers
 	$(BIN)/ruff check .
