@@ -60,10 +60,11 @@ def pack(
     activation_range: str = "static",
     not_convert: tuple[str, ...] = (),
     overrides: dict[str, dict[str, Any]] | None = None,
+    widths: dict[str, int] | None = None,
 ) -> nn.Module:
-    """`model`, packed in place at W4A8."""
+    """`model`, packed in place at W4A8, or at the `widths` of layers."""
     scheme = ActivationScheme(bits=8, range=activation_range)
-    prepare(model, WeightScheme(clip="mse"), scheme, not_convert=not_convert, overrides=overrides)
+    prepare(model, WeightScheme(clip="mse"), scheme, not_convert=not_convert, overrides=overrides, widths=widths)
     if activation_range == "static":
         calibrate(model, make_items(16, seed=1))
     set_bit_width(model, 4)

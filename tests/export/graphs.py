@@ -60,5 +60,5 @@ def compiled(model: onnx.ModelProto, feeds: list[Feed], folder: Path) -> dict[st
     """Tensors by data type of `model` compiled at 16 activation bits, audited."""
     onnx.save(quantized(model, feeds), folder / "graph.onnx")
     compiler.compile_context(folder / "graph.onnx", folder / "context.onnx", target_for("sm8750"), folder)
-    counts: dict[str, int] = audit.audit_compiled(folder / "qnn_graph", [])["tensors_by_type"]
+    counts: dict[str, int] = audit.audit_compiled(folder / "qnn_graph", {})["tensors_by_type"]
     return counts

@@ -101,10 +101,6 @@ def diagnose_model(transformer: nn.Module, target: Target) -> list[Finding]:
     if not layers:
         return [Finding("error", f"{name} has no packed layer", "quantize it first: fbqat convert, or fbqat train")]
     findings = []
-    if wide := [key for key, layer in layers.items() if layer.weight_bits > 4]:
-        findings.append(
-            Finding("error", f"{len(wide)} layers have more than 4 weight bits, e.g. {wide[0]}", "export a 4-bit run")
-        )
     grouped = [key for key, layer in layers.items() if layer.weight_scale.ndim != 1]
     if grouped:
         findings.append(

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
+from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.families.graph import TWIN
 from fbqat_hub.quantization.packed import PackedLinear
 
@@ -51,12 +52,14 @@ def _fail(what: str) -> ExportError:
     return ExportError(f"the export's own audit failed: {what}. This is a bug in the exporter, not in your model")
 
 
-def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight_bits: int = 4) -> dict[str, Any]:
+def audit_qdq(
+    model: onnx.ModelProto, layers: Mapping[str, PackedLinear], precision: Precision | None = None
+) -> dict[str, Any]:
     """Check the QDQ graph against the packed layers (by module name), bit for bit.
 
-    Every packed layer's weight must be stored in `weight_bits` bits with the layer's codes, scales and zero points of
-    0; a static input encoding must be the layer's; every float tensor must come from a DequantizeLinear and go to a
-    QuantizeLinear.
+    Every packed layer's weight must be stored in the bits that `precision` gives it, with the layer's codes and
+    scales, and zero points of 0; a static input encoding must be the layer's; every float tensor must come from a
+    DequantizeLinear and go to a QuantizeLinear.
 
     Returns:
         Counts for the certificate.
@@ -64,7 +67,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
     Raises:
         ExportError: the first difference, with the tensor's name.
     """
-    graph = model.graph
+    graph, precision = model.graph, precision or Precision()
     constants = {item.name: item for item in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}
     users = Counter(name for node in graph.node for name in node.input)
@@ -78,7 +81,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
         codes_name = f"{TWIN}.{name}.weight/codes"
         if codes_name not in readers or codes_name not in constants:
             raise _fail(f"no Gemm or Conv reads the codes of packed layer {name!r}")
-        _audit_weight(name, layer, constants, producer[readers[codes_name].input[1]], weight_bits)
+        _audit_weight(name, layer, constants, producer[readers[codes_name].input[1]], precision.stored_bits(layer))
         equal += 1
         if layer.input_scale is not None:
             _audit_input(name, layer, readers[codes_name], producer, constants)
@@ -155,8 +158,12 @@ def _audit_input(
     raise _fail(f"the input of {name!r} is not quantized with the layer's trained scale and zero point")
 
 
-def audit_compiled(graph_folder: Path, layer_names: list[str], weight_bits: int = 4) -> dict[str, Any]:
+def audit_compiled(graph_folder: Path, stored: Mapping[str, int]) -> dict[str, Any]:
     """Check the data types the compiler gave its tensors, from its JSON dump (the file that is not `_tensor_log`).
+
+    Args:
+        graph_folder: of the dump.
+        stored: packed layer -> bits at which its weight must be stored, 4 or 8.
 
     Returns:
         Tensors by data type (weights of a 4-bit encoding as `sfixed4`), ops by type.
@@ -176,10 +183,10 @@ def audit_compiled(graph_folder: Path, layer_names: list[str], weight_bits: int 
         if kind.startswith("float") and tensor["type"] not in (_GRAPH_INPUT, _GRAPH_OUTPUT):
             raise _fail(f"tensor {name!r} is {kind} inside the compiled graph")
         kinds[kind] += 1
-    for layer in layer_names:
+    for layer, bits in stored.items():
         weight = graph["tensors"].get(f"{TWIN}.{layer}.weight/codes")
-        if weight is None or weight["type"] != _STATIC or (_stored_bits(weight) == 4) != (weight_bits == 4):
-            raise _fail(f"the compiler did not keep the weight of {layer!r} at {weight_bits} bits")
+        if weight is None or weight["type"] != _STATIC or (_stored_bits(weight) == 4) != (bits == 4):
+            raise _fail(f"the compiler did not keep the weight of {layer!r} at {bits} bits")
     ops = Counter(node["type"] for node in graph["nodes"].values())
     return {
         "tensors_by_type": dict(sorted(kinds.items())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ def compile_graph(
     qdq_path, context = folder / f"{name}.qdq.onnx", folder / f"{name}.onnx"
     with progress.step(f"{name}: quantize"):
         qdq = insert_qdq(source.graph, source.ranges, precision, clipped=source.clipped)
-        audited = audit.audit_qdq(qdq, source.layers, precision.weight_bits)
+        audited = audit.audit_qdq(qdq, source.layers, precision)
         onnx.save(qdq, qdq_path)
     outputs = [value.name for value in qdq.graph.output]
     output = next(name for name in outputs if name in source.expected[0])
@@ -99,7 +100,8 @@ def compile_graph(
     scratch = folder / "scratch"
     scratch.mkdir()
     with progress.step(f"{name}: compile"):
-        compiled = _compiled(qdq_path, context, target, scratch, list(source.layers), precision.weight_bits)
+        stored = {key: precision.stored_bits(layer) for key, layer in source.layers.items()}
+        compiled = _compiled(qdq_path, context, target, scratch, stored)
     with progress.step(f"{name}: emulate"), compiler.emulator(context, target) as emulator:
         emulated = [dict(zip(outputs, emulator.run(feed), strict=True)) for feed in source.held_out]
     with progress.step(f"{name}: probe"):
@@ -113,10 +115,10 @@ def compile_graph(
         )
 
     blocks = {block: compare(block, probed) for block in source.graph.block_outputs if block in probed[0]}
-    code_bits = max((layer.weight_bits for layer in source.layers.values()), default=8)
+    code_bits = Counter(layer.weight_bits for layer in source.layers.values())
     section = {
         **compiled,
-        "precision": vars(precision) | {"code_bits": code_bits},
+        "precision": vars(precision) | {"code_bits": {str(bits): count for bits, count in sorted(code_bits.items())}},
         "tensors": cost.describe_tensors(qdq),
         "audit": {"qdq": audited, **compiled["audit"]},
         "cost": cost.cost(qdq) | compiled["cost"],
@@ -137,9 +139,7 @@ def compile_graph(
     return section, emulated
 
 
-def _compiled(
-    qdq: Path, context: Path, target: Target, scratch: Path, layers: list[str], weight_bits: int
-) -> dict[str, Any]:
+def _compiled(qdq: Path, context: Path, target: Target, scratch: Path, stored: Mapping[str, int]) -> dict[str, Any]:
     """Compile, and audit what came out: the section's `read_back`, `coverage`, `compiler`, parts of `audit`, `cost`."""
     import onnx
 
@@ -151,7 +151,7 @@ def _compiled(
     return {
         "read_back": audit.audit_context(model, target),
         "coverage": certificate.coverage(worker.loaded["assigned"]),
-        "audit": {"compiled": audit.audit_compiled(scratch / "qnn_graph", layers, weight_bits)},
+        "audit": {"compiled": audit.audit_compiled(scratch / "qnn_graph", stored)},
         "cost": {"binary_bytes": binary.stat().st_size, "spill_fill_bytes": audit.spill_fill_bytes(model)},
         "compiler": {
             "seconds": round(worker.loaded["seconds"], 3),

@@ -72,11 +72,15 @@ def markdown(certificate: Mapping[str, Any]) -> str:
 
 def _bits(precision: Mapping[str, Any]) -> str:
     """Which weights and activations have how many bits, in words."""
-    stored = {4: "two per byte", 8: "one per byte"}[precision["weight_bits"]]
+    stored = {4: "two per byte", 8: "one per byte"}
+    codes = " and ".join(
+        f"{bits}-bit codes ({count} layers), stored {stored[8 if int(bits) > 4 else precision['weight_bits']]}"
+        for bits, count in precision["code_bits"].items()
+    )
     layers = ", ".join(f"`{name}`" for name in precision["a16_layers"]) or "none"
     kinds = ", ".join(precision["a16_ops"]) or "none"
     return (
-        f"Packed weights are {precision['code_bits']}-bit codes, stored {stored}; the activations they are multiplied "
+        f"Packed weights are {codes}; the activations they are multiplied "
         f"with have {precision['activation_bits']} bits. Layers at 16 in any case: {layers}. Kinds of other ops at 16: "
         f"{kinds}."
     )

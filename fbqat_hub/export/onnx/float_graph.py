@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
     """Every packed layer of `transformer` by its module name.
 
     Raises:
-        ExportError: there is none, or one has per-group scales, or more than 4 bits.
+        ExportError: there is none, or one has per-group scales.
     """
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
@@ -42,11 +42,6 @@ def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
             "or load a packed checkpoint"
         )
     for name, layer in layers.items():
-        if layer.weight_bits > 4:
-            raise ExportError(
-                f"layer {name!r} has weights of {layer.weight_bits} bits; the export takes 4-bit ones: export "
-                "a model of 4 bits"
-            )
         if tuple(layer.weight_scale.shape) != (layer.out_features,):
             raise ExportError(
                 f"layer {name!r} has per-group weight scales {tuple(layer.weight_scale.shape)}; the export takes "
@@ -143,7 +138,7 @@ def trace(wrapper: GraphWrapper, example: Item, layers: Mapping[str, PackedLinea
 def runnable(graph: FloatGraph) -> onnx.ModelProto:
     """`graph.model` with the packed layers' codes, dequantized as it runs: a layer at a time is in float."""
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper, numpy_helper
 
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
@@ -152,8 +147,7 @@ def runnable(graph: FloatGraph) -> onnx.ModelProto:
     dequantize = {}
     for name, shape in shapes.items():
         layer = graph.layers[name]
-        raw = pack_int4(layer.codes().flatten()).cpu().numpy().tobytes()
-        kept.append(helper.make_tensor(f"{name}/codes", TensorProto.INT4, shape, raw, raw=True))
+        kept.append(codes_tensor(f"{name}/codes", layer.codes(), shape, 8 if layer.weight_bits > 4 else 4))
         kept.append(numpy_helper.from_array(layer.weight_scale.detach().cpu().float().numpy(), f"{name}/scale"))
         dequantize[name] = helper.make_node("DequantizeLinear", [f"{name}/codes", f"{name}/scale"], [name], axis=0)
     nodes = []
@@ -164,6 +158,15 @@ def runnable(graph: FloatGraph) -> onnx.ModelProto:
     model.graph.initializer.extend(kept)
     model.graph.node.extend(nodes)
     return model
+
+
+def codes_tensor(name: str, codes: Tensor, shape: Sequence[int], bits: int) -> onnx.TensorProto:
+    """Codes (int8) as an ONNX constant of that shape: INT4, two a byte, if `bits` is 4; INT8 if it is 8."""
+    from onnx import TensorProto, helper
+
+    packed = pack_int4(codes.flatten()) if bits == 4 else codes
+    kind = TensorProto.INT4 if bits == 4 else TensorProto.INT8
+    return helper.make_tensor(name, kind, shape, packed.cpu().numpy().tobytes(), raw=True)
 
 
 def as_feed(inputs: Mapping[str, Tensor]) -> Feed:

@@ -42,7 +42,8 @@ class Precision:
     between them costs little and is kept at 16, and so are a few layers that the model's family names.
 
     Attributes:
-        weight_bits: 4, or 8 to store the same 4-bit codes one per byte: equal numbers, twice the bytes.
+        weight_bits: of layers that have 4-bit codes: 4, or 8 to store the same codes one per byte: equal numbers, twice
+            the bytes. Layers with codes of 5 to 8 bits are stored one per byte in any case.
         activation_bits: of packed layers trained at A8: 8, or 16 for W4A16 and W8A16.
         a16_layers: fnmatch patterns of layers that compute at A16 though trained at A8. The export of a denoiser puts
             its family's (`Family.a16_layers`) before them.
@@ -61,6 +62,10 @@ class Precision:
             raise ExportError(f"activation_bits is {self.activation_bits}; allowed: 8, or 16")
         if unknown := set(self.a16_ops) - set(OP_KINDS):
             raise ExportError(f"unknown kinds of ops {sorted(unknown)}; known: {', '.join(OP_KINDS)}")
+
+    def stored_bits(self, layer: PackedLinear) -> int:
+        """Bits at which a packed layer's weight is stored: 4 or 8."""
+        return 8 if layer.weight_bits > 4 else self.weight_bits
 
     def layer_bits(self, name: str, layer: PackedLinear | None) -> int:
         """Activation bits at which the layer called `name` computes (float activations, 32, become 16)."""

@@ -19,11 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.onnx.calibration import Ranges, float_tensors
 from fbqat_hub.export.onnx.encoding import Encoding, encoding_for_range, trained_encoding
-from fbqat_hub.export.onnx.float_graph import FloatGraph
+from fbqat_hub.export.onnx.float_graph import FloatGraph, codes_tensor
 from fbqat_hub.export.onnx.precision import VIEW_OPS, Precision, node_bits
 from fbqat_hub.quantization.clip import max_abs
 from fbqat_hub.quantization.packed import PackedLinear
-from fbqat_hub.quantization.packing import pack_int4
 from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.quantization.scheme import WeightScheme
 
@@ -172,21 +171,18 @@ class _Inserter:
         dims = list(self.constants[name].dims)
         if layer is not None:
             codes, scales = layer.codes().cpu(), layer.weight_scale.detach().cpu().float()
-            kind = TensorProto.INT4 if self.precision.weight_bits == 4 else TensorProto.INT8
+            bits = self.precision.stored_bits(layer)
         else:
             values = torch.tensor(numpy_helper.to_array(self.constants[name])).float().flatten(1)
             # a row of zeros gets a scale in which int32 still holds its bias
             codes, scales = quantize_weight(values, WeightScheme(bits=8), clip=max_abs(values).clamp_min(127e-8))
-            kind = TensorProto.INT8
+            bits = 8
         scale = scales.numpy()
         if output not in self.made:
             self.made.add(output)
-            raw = (pack_int4(codes.flatten()) if kind == TensorProto.INT4 else codes).numpy().tobytes()
-            zeros = bytes((dims[0] + 1) // 2) if kind == TensorProto.INT4 else bytes(dims[0])
-            self.initializers[f"{name}/codes"] = helper.make_tensor(f"{name}/codes", kind, dims, raw, raw=True)
-            self.initializers[f"{name}/zero_point"] = helper.make_tensor(
-                f"{name}/zero_point", kind, [dims[0]], zeros, raw=True
-            )
+            zeros = torch.zeros(dims[0], dtype=torch.int8)
+            self.initializers[f"{name}/codes"] = codes_tensor(f"{name}/codes", codes, dims, bits)
+            self.initializers[f"{name}/zero_point"] = codes_tensor(f"{name}/zero_point", zeros, [dims[0]], bits)
             self._store(f"{name}/scale", scale)
             self.nodes.append(
                 helper.make_node(

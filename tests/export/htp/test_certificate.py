@@ -65,7 +65,8 @@ def test_every_measured_figure_changes_with_what_is_measured(exported: tuple[Pat
     folder, result = exported
     size = (folder / "transformer.bin").stat().st_size
     assert result["cost"]["binary_bytes"] == result["files"]["transformer.bin"]["bytes"] == size
-    assert result["precision"]["code_bits"] == result["precision"]["weight_bits"] == 4
+    assert result["precision"]["weight_bits"] == 4
+    assert result["precision"]["code_bits"] == {"4": 17}
     assert result["audit"]["qdq"]["packed_weights_bit_equal"] == result["model"]["packed_layers"] == 17
     assert result["calibration_inputs"] == 16
     assert sum(result["audit"]["compiled"]["ops"].values()) == result["audit"]["compiled"]["nodes"]
@@ -131,7 +132,7 @@ def test_codes_stay_at_4_bits_whatever_they_are_stored_in(
 ) -> None:
     described = copy.deepcopy(exported[1])
     described["precision"]["weight_bits"] = bits
-    assert f"Packed weights are 4-bit codes, stored {stored}; the activations" in markdown(described)
+    assert f"Packed weights are 4-bit codes (17 layers), stored {stored}; the activations" in markdown(described)
 
 
 def test_a_card_reads_this_certificate_and_older_ones(exported: tuple[Path, dict[str, Any]]) -> None:

@@ -55,7 +55,7 @@ def test_the_context_says_what_it_was_built_for(qdq_file: Path, tmp_path: Path) 
     compiler.compile_context(qdq_file, context, TARGET, tmp_path)
     read = audit.audit_context(onnx.load(context), TARGET)
     assert read["qnn_sdk_build"].startswith("v2.")
-    assert audit.audit_compiled(tmp_path / "qnn_graph", [])["tensors_by_type"]["float32"] == 2  # input and output
+    assert audit.audit_compiled(tmp_path / "qnn_graph", {})["tensors_by_type"]["float32"] == 2  # input and output
     assert audit.spill_fill_bytes(onnx.load(context)) == 0  # 64 numbers stay in VTCM
     other = dataclasses.replace(TARGET, soc_model=57, htp_arch=75)
     with pytest.raises(ExportError, match="built for"):
@@ -111,10 +111,10 @@ def test_the_compiled_audit_sees_float_and_lost_weights(tmp_path: Path) -> None:
         (tmp_path / "graph.json").write_text(json.dumps({"graph": {"tensors": tensors, "nodes": {}}}))
 
     write(weight | {"x": tensor(0, 0x0232)})
-    assert audit.audit_compiled(tmp_path, ["a"])["tensors_by_type"] == {"float32": 1, "sfixed4": 1}
+    assert audit.audit_compiled(tmp_path, {"a": 4})["tensors_by_type"] == {"float32": 1, "sfixed4": 1}
     write(weight | {"hidden": tensor(3, 0x0232)})
     with pytest.raises(ExportError, match="'hidden' is float32 inside"):
-        audit.audit_compiled(tmp_path, ["a"])
+        audit.audit_compiled(tmp_path, {"a": 4})
     write({"twin.a.weight/codes": tensor(4, 0x0308)})
     with pytest.raises(ExportError, match="weight of 'a' at 4 bits"):
-        audit.audit_compiled(tmp_path, ["a"])
+        audit.audit_compiled(tmp_path, {"a": 4})

@@ -87,18 +87,22 @@ def test_no_path_of_this_machine_is_written(exported: tuple[Path, dict[str, Any]
 
 
 def test_mixed_models_export(export: Export, tmp_path: Path) -> None:
-    """Layers left in float become W8, overrides at A16 and A8 between the layers compile without a float tensor."""
+    """Layers left in float become W8, wider ones keep their codes, A16 and A8 between them compile without a float."""
     model = pack(
         float_sana(),
         not_convert=("*.ff.conv_point", "caption_projection.linear_1"),
         overrides={"*.attn2.*": {"bits": 16}, "proj_out": {"bits": 16}},
+        widths={"*.attn1.to_q": 8, "proj_out": 6},
     )
     result = export(
         model,
         tmp_path / "out",
         precision=Precision(a16_layers=("proj_out", "time_embed.*"), a16_ops=("depthwise", "float_layer")),
     )
-    assert result["audit"]["qdq"]["weights_by_type"] == {"int4": 15, "int8": 3}
+    assert result["audit"]["qdq"]["weights_by_type"] == {"int4": 13, "int8": 5}
+    assert result["precision"]["code_bits"] == {"4": 13, "6": 1, "8": 1}
+    text = (tmp_path / "out" / "certificate.md").read_text()
+    assert "4-bit codes (13 layers), stored two per byte and 6-bit codes (1 layers), stored one per byte and" in text
     assert result["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 24
 
 

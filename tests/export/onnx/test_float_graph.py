@@ -77,9 +77,3 @@ def test_group_scales_are_refused_by_name() -> None:
     convert(model)
     with pytest.raises(ExportError, match=r"'0' has per-group weight scales \(8, 2\)"):
         packed_layers(model)
-
-
-def test_wider_weights_than_the_export_takes_are_refused_by_name() -> None:
-    model = nn.Sequential(PackedLinear(4, 4), PackedLinear(4, 4, weight_bits=8))
-    with pytest.raises(ExportError, match="layer '1' has weights of 8 bits; the export takes 4-bit ones"):
-        packed_layers(model)
