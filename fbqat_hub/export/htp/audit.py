@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.families.graph import TWIN
-from fbqat_hub.quantization.packed import PackedLinear
+from fbqat_hub.quantization.packed import PackedLayer
 
 #: QNN's numbers, from the public API reference of the Qualcomm AI Runtime SDK (Qnn_DataType_t, Qnn_TensorType_t,
 #: Qnn_QuantizationEncoding_t).
@@ -51,7 +51,7 @@ def _fail(what: str) -> ExportError:
     return ExportError(f"the export's own audit failed: {what}. This is a bug in the exporter, not in your model")
 
 
-def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight_bits: int = 4) -> dict[str, Any]:
+def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLayer], weight_bits: int = 4) -> dict[str, Any]:
     """Check the QDQ graph against the packed layers (by module name), bit for bit.
 
     Every packed layer's weight must be stored in `weight_bits` bits with the layer's codes, scales and zero points of
@@ -107,7 +107,7 @@ def audit_qdq(model: onnx.ModelProto, layers: Mapping[str, PackedLinear], weight
 
 def _audit_weight(
     name: str,
-    layer: PackedLinear,
+    layer: PackedLayer,
     constants: Mapping[str, onnx.TensorProto],
     dequantize: onnx.NodeProto,
     weight_bits: int,
@@ -132,7 +132,7 @@ def _audit_weight(
 
 def _audit_input(
     name: str,
-    layer: PackedLinear,
+    layer: PackedLayer,
     node: onnx.NodeProto,
     producer: Mapping[str, onnx.NodeProto],
     constants: Mapping[str, onnx.TensorProto],
