@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.hub.manifest import check_component
+from fbqat_hub.integrations.diffusers_models import is_fused_copy, refuse_adapters
 from fbqat_hub.quantization.convert import named_layers, quantizable, replace_layers, targets
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import NIBBLE, check_codes, pack
@@ -311,11 +312,11 @@ class FBQATQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        if not safe_serialization:
-            raise ValueError("packed weights are saved as safetensors only; leave safe_serialization=True.")
-        return state_dict, {}
+        # fused projections are stored as what they were fused of; diffusers_models refuses other forms than safetensors
+        return {key: value for key, value in state_dict.items() if not is_fused_copy(key, state_dict)}, {}
 
     def _dequantize(self, model: Any) -> Any:
+        refuse_adapters(model, "dequantize")
         dtype = model.dtype
         replace_layers(model, {layer: layer.to_float().to(dtype) for _, layer in named_layers(model, PackedLayer)})
         kept = {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}

@@ -7,7 +7,7 @@ They are an ``nn.Linear`` and an ``nn.Conv2d`` to other libraries, whose ``weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NoReturn, Self
 
 import torch
@@ -194,8 +194,58 @@ class PackedLayer(QuantizedLayer):
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc]
     """A linear layer with packed weights: [..., in] -> [..., out]. ``PackedLayer`` says what it holds."""
 
+    @classmethod
+    @torch.no_grad()
+    def concatenated(cls, layers: Sequence[PackedLayer]) -> PackedLinear:
+        """One layer that gives the outputs of several of the same input, one after the other.
+
+        Codes and scales are theirs, and so are the outputs to the bit where a kernel sums integers; the reference sums
+        floats, perhaps in another order.
+
+        Raises:
+            ValueError: they take inputs of different widths, round them differently, have groups of different sizes,
+                or not all a bias.
+        """
+        first = layers[0]
+        for other in layers[1:]:
+            for what, same in {
+                "inputs": other.in_features == first.in_features,
+                "an activation scheme": other.activation_scheme == first.activation_scheme,
+                "an activation range": _equal(other.input_scale, first.input_scale)
+                and _equal(other.input_zero_point, first.input_zero_point),
+                "groups": other.weight_scale.shape[1:] == first.weight_scale.shape[1:],
+                "a bias": (other.bias is None) == (first.bias is None),
+            }.items():
+                if not same:
+                    raise ValueError(f"packed layers can be joined only with {what} in common, and these differ in it.")
+        scale = torch.cat([layer.weight_scale for layer in layers])
+        joined = cls(
+            first.in_features,
+            sum(layer.out_features for layer in layers),
+            weight_bits=max(layer.weight_bits for layer in layers),
+            bias=first.bias is not None,
+            activation_scheme=first.activation_scheme,
+            dtype=first.weight.dtype,
+            device="meta",
+        )
+        codes = torch.cat([layer.codes() for layer in layers])
+        joined.weight_packed = nn.Parameter(pack(codes, joined.weight_bits), requires_grad=False)
+        joined.weight_scale, joined.input_scale, joined.input_zero_point = (
+            scale,
+            first.input_scale,
+            first.input_zero_point,
+        )
+        if first.bias is not None:
+            biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+            joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        return joined
+
     def _empty_float(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, device="meta")
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 class PackedPointwiseConv2d(Pointwise, PackedLayer, nn.Conv2d):  # type: ignore[misc]

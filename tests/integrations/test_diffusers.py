@@ -559,14 +559,6 @@ def test_a_config_serves_more_than_one_model(tiny_sana: Path) -> None:
     assert len(model.config["quantization_config"].modules_to_not_convert) == 8
 
 
-@pytest.mark.parametrize("of_pipeline", [True, False])
-def test_only_safetensors_are_saved(of_pipeline: bool, packed, tmp_path: Path) -> None:
-    pipeline = DiffusionPipeline.from_pretrained(packed["default"][1])
-    with pytest.raises(ValueError, match="saved as safetensors only; leave safe_serialization=True"):
-        (pipeline if of_pipeline else pipeline.transformer).save_pretrained(tmp_path / "out", safe_serialization=False)
-    assert not list((tmp_path / "out").rglob("diffusion_pytorch_model.bin")) or of_pipeline
-
-
 @pytest.mark.parametrize(
     "cast", [lambda m: m.to(torch.float16), lambda m: m.half(), lambda m: m.float(), lambda m: m.to(dtype=torch.half)]
 )
