@@ -202,11 +202,15 @@ def _fuse(original: Callable[..., None], attention: Any, *args: Any, **kwargs: A
 
 
 def _fuse_sd3(original: Callable[..., None], model: Any) -> None:
-    """Raise ValueError where diffusers' fused processor would fail at the next forward, of float models too."""
-    if _is_packed(model) and any(getattr(block, "attn2", None) is not None for block in model.transformer_blocks):
+    """Raise ValueError where diffusers' fused processor does not compute what the model does, of float models too.
+
+    It takes no dual attention, at which the next forward would fail, and leaves out the normalisation of query and key.
+    """
+    lacking = [name for name in ("dual_attention_layers", "qk_norm") if model.config.get(name)]
+    if lacking and _is_packed(model):
         raise ValueError(
-            "fuse_qkv_projections is not possible with dual_attention_layers, which SD3.5-Medium has: diffusers' fused "
-            "processor always takes text. Leave the projections as they are."
+            f"fuse_qkv_projections is not possible with {' and '.join(lacking)}, which SD3.5 has: diffusers' fused "
+            "processor computes without. Leave the projections as they are."
         )
     original(model)
 
