@@ -23,7 +23,7 @@ from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export import export_htp
 from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.families import get_family
-from fbqat_hub.quantization import ActivationScheme, PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization import ActivationScheme, PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.convert import named_layers, targets
 
 RESULTS = Path(__file__).parent / "results" / "htp.json"
@@ -185,7 +185,7 @@ def main() -> None:
     memory.start()
     began = time.perf_counter()
     model = random_packed(described, **({"num_layers": options.blocks} if options.blocks else {}))
-    weights = sum(layer.in_features * layer.out_features for _, layer in named_layers(model, PackedLinear))
+    weights = sum(layer.in_features * layer.out_features for _, layer in named_layers(model, PackedLayer))
     certificate = export_htp(
         model,
         described.items(2, seed=1),

@@ -1,4 +1,4 @@
-"""Registers this package's quantizers in other libraries when those are imported, and not before.
+"""Registers this package in other libraries when those are imported, and not before.
 
 Importing diffusers takes seconds, so ``import fbqat_hub`` must not do it. diffusers has no entry point for quantizers:
 its tables are changed as soon as the module that holds them has been executed. Where a module of this package is what
@@ -14,8 +14,20 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# module that holds a library's tables -> module of ours whose ``register()`` enters the quantizer there
-REGISTRARS = {"diffusers.quantizers.auto": "fbqat_hub.integrations.diffusers"}
+_DIFFUSERS_MODELS = "fbqat_hub.integrations.diffusers_models"
+# another library's module -> our module and its function that has to be called once that one has been executed
+REGISTRARS = {
+    "diffusers.quantizers.auto": ("fbqat_hub.integrations.diffusers", "register"),
+    "diffusers.quantizers.pipe_quant_config": (_DIFFUSERS_MODELS, "register_pipeline_config"),
+    "diffusers.models.modeling_utils": (_DIFFUSERS_MODELS, "register_models"),
+    "diffusers.models.attention": (_DIFFUSERS_MODELS, "register_attention"),
+    "diffusers.models.attention_processor": (_DIFFUSERS_MODELS, "register_attention_processor"),
+    "diffusers.models.transformers.transformer_sd3": (_DIFFUSERS_MODELS, "register_sd3"),
+    "diffusers.pipelines.pipeline_utils": (_DIFFUSERS_MODELS, "register_pipelines"),
+    "diffusers.loaders.peft": (_DIFFUSERS_MODELS, "register_adapters"),
+    "diffusers.loaders.lora_pipeline": (_DIFFUSERS_MODELS, "register_lora_pipelines"),
+    "peft.tuners.lora.model": ("fbqat_hub.integrations.peft", "register"),
+}
 
 _OWN = "fbqat_hub."
 _registered: set[str] = set()
@@ -29,11 +41,11 @@ def register(executed: str = "") -> None:
     """
     if not any(isinstance(finder, _Registration) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Registration())
-    for table, registrar in REGISTRARS.items():
+    for table, (registrar, function) in REGISTRARS.items():
         if table in _registered or table not in sys.modules or _unfinished(table, executed):
             continue
         _registered.add(table)
-        importlib.import_module(registrar).register()
+        getattr(importlib.import_module(registrar), function)()
 
 
 def _unfinished(table: str, executed: str) -> bool:

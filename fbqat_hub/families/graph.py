@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbqat_hub.quantization.packed import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packed import PackedLayer, PackedPointwiseConv2d
 
 #: Keyword arguments of a denoiser's forward, batch 1.
 Item = Mapping[str, Tensor]
@@ -57,7 +57,7 @@ def _stand_in(layer: nn.Module, number: int) -> nn.Module | None:
     runs the graph takes the codes. A model whose float weights fill the memory is so traced in little. The numbers
     differ, or the exporter would make one constant of weights of one shape.
     """
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, PackedLayer):
         weight = torch.full((), 1e-6 * (1 + number)).expand(layer.out_features, layer.in_features)
         if not isinstance(layer, PackedPointwiseConv2d):
             return RowLinear(weight, layer.bias)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.hub.manifest import check_component
+from fbqat_hub.integrations.diffusers_models import is_fused_copy, refuse_adapters
 from fbqat_hub.quantization.convert import named_layers, quantizable, replace_layers, targets
-from fbqat_hub.quantization.packed import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import NIBBLE, check_codes, pack
 from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
@@ -48,7 +49,7 @@ def attach(model: Any, config: FBQATConfig) -> None:
     Raises:
         ValueError: a layer was packed at another width than the config's.
     """
-    for name, layer in named_layers(model, PackedLinear):
+    for name, layer in named_layers(model, PackedLayer):
         shared = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
         own = [bits for pattern, bits in config.weight_bits_by_module.items() if fnmatch.filter(shared, pattern)]
         if layer.weight_bits != (bits := [config.weight_bits, *own][-1]):
@@ -62,13 +63,13 @@ def attach(model: Any, config: FBQATConfig) -> None:
     model.hf_quantizer.write_config(model)
 
 
-def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLinear]:
+def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLayer]:
     """Name -> an empty packed layer, on the meta device, for every layer of a float model that is to be quantized.
 
     Raises:
         ValueError: a pattern of the config that matches no layer, a layer that its groups do not suit, or none at all.
     """
-    packed: dict[str, PackedLinear] = {}
+    packed: dict[str, PackedLayer] = {}
     chosen = targets(
         model,
         config.activation_scheme(),
@@ -110,7 +111,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         self._dtype = torch.float32
         self._keys: list[str] = []
         self._files: dict[str, Path] = {}  # tensor -> its file
-        self._layers: dict[str, PackedLinear] = {}
+        self._layers: dict[str, PackedLayer] = {}
         self._floats: set[str] = set()
         if not self.pre_quantized:
             self._refuse_static()
@@ -195,7 +196,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         with safe_open(self._files[key], framework="pt") as file:
             return file.get_tensor(key)
 
-    def _check_weight(self, layer: PackedLinear, name: str, weight: Tensor) -> None:
+    def _check_weight(self, layer: PackedLayer, name: str, weight: Tensor) -> None:
         shape = torch.Size((layer.out_features, layer.in_features))
         if weight.shape[:2] != shape or weight.numel() != shape.numel():
             raise ValueError(f"{name}.weight has shape {tuple(weight.shape)}; this model needs {tuple(shape)}.")
@@ -267,7 +268,7 @@ class FBQATQuantizer(DiffusersQuantizer):
     def _place(self, key: str) -> str:
         return f"{self._files[key]}: {key}" if key in self._files else key
 
-    def _quantize(self, layer: PackedLinear, name: str, state_dict: dict[str, Tensor]) -> None:
+    def _quantize(self, layer: PackedLayer, name: str, state_dict: dict[str, Tensor]) -> None:
         weight = state_dict.pop(f"{name}.weight")
         self._check_weight(layer, name, weight)
         scheme = replace(self.quantization_config.weight_scheme(), bits=layer.weight_bits)
@@ -293,7 +294,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         layer = model.get_submodule(param_name.rpartition(".")[0])
-        assert isinstance(layer, PackedLinear)
+        assert isinstance(layer, PackedLayer)
         layer.weight_packed = nn.Parameter(param_value.to(target_device), requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -303,7 +304,7 @@ class FBQATQuantizer(DiffusersQuantizer):
 
     def write_config(self, model: Any) -> None:
         """Put the config, with the layers left in float and all widths by name, where ``save_pretrained`` finds it."""
-        widths = {name: layer.weight_bits for name, layer in named_layers(model, PackedLinear)}
+        widths = {name: layer.weight_bits for name, layer in named_layers(model, PackedLayer)}
         self.quantization_config = self.quantization_config.with_widths(widths)
         self.quantization_config.modules_to_not_convert = sorted(quantizable(model))
         model.register_to_config(quantization_config=self.quantization_config)
@@ -311,13 +312,13 @@ class FBQATQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        if not safe_serialization:
-            raise ValueError("packed weights are saved as safetensors only; leave safe_serialization=True.")
-        return state_dict, {}
+        # fused projections are stored as what they were fused of; diffusers_models refuses other forms than safetensors
+        return {key: value for key, value in state_dict.items() if not is_fused_copy(key, state_dict)}, {}
 
     def _dequantize(self, model: Any) -> Any:
+        refuse_adapters(model, "dequantize")
         dtype = model.dtype
-        replace_layers(model, {layer: layer.to_float().to(dtype) for _, layer in named_layers(model, PackedLinear)})
+        replace_layers(model, {layer: layer.to_float().to(dtype) for _, layer in named_layers(model, PackedLayer)})
         kept = {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(kept)
         return model

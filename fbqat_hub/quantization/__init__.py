@@ -13,7 +13,7 @@ from fbqat_hub.quantization.convert import (
 from fbqat_hub.quantization.fake_quantize import fake_quantize
 from fbqat_hub.quantization.gptq import gptq_initialize
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, FakeQuantizedPointwiseConv2d
-from fbqat_hub.quantization.packed import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import pack_int4, unpack_int4
 from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.quantization.rounding import HardRounding, Rounding, SoftStaircase
@@ -26,6 +26,7 @@ __all__ = [
     "FakeQuantizedLinear",
     "FakeQuantizedPointwiseConv2d",
     "HardRounding",
+    "PackedLayer",
     "PackedLinear",
     "PackedPointwiseConv2d",
     "Rounding",

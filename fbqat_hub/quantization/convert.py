@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.quantization.layer import is_pointwise
+from fbqat_hub.quantization.layer import QuantizedLayer, is_pointwise
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, FakeQuantizedPointwiseConv2d
 from fbqat_hub.quantization.observer import RangeObserver, RangeRule, affine_parameters
-from fbqat_hub.quantization.packed import PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.quantize import group_count
 from fbqat_hub.quantization.rounding import HARD, Rounding
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme
@@ -37,7 +37,8 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and is_pointwise(module))
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and is_pointwise(module)))
+        and not isinstance(module, QuantizedLayer)
     }
 
 
@@ -77,9 +78,14 @@ def targets(
         not_convert, overrides, widths: as ``prepare``.
 
     Raises:
-        ValueError: nothing to quantize, or a pattern that matches no layer.
+        ValueError: a model that is quantized already, nothing to quantize, or a pattern that matches no layer.
     """
     overrides, widths = overrides or {}, widths or {}
+    if (quantized := next(named_layers(model, QuantizedLayer), None)) is not None:
+        raise ValueError(
+            f"the model is quantized already ({quantized[0]} is a {type(quantized[1]).__name__}); start from the float "
+            "model, or call dequantize() first."
+        )
     layers = quantizable(model)
     if "" in layers:
         raise ValueError(f"the model is itself a {type(model).__name__}; put it into a module, e.g. nn.Sequential.")
@@ -260,8 +266,8 @@ def converted(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(layer): packed for layer, packed in _packed_layers(model).items()})
 
 
-def _packed_layers(model: nn.Module) -> dict[nn.Module, PackedLinear]:
-    packed: dict[nn.Module, PackedLinear] = {}
+def _packed_layers(model: nn.Module) -> dict[nn.Module, PackedLayer]:
+    packed: dict[nn.Module, PackedLayer] = {}
     for name, layer in named_layers(model, FakeQuantizedLinear):
         kind = PackedPointwiseConv2d if isinstance(layer, FakeQuantizedPointwiseConv2d) else PackedLinear
         try:
@@ -275,7 +281,7 @@ def _packed_layers(model: nn.Module) -> dict[nn.Module, PackedLinear]:
 
 def stored_bits_per_weight(model: nn.Module) -> float:
     """Bytes of the packed weights and their scales x 8, over the number of weights."""
-    layers = [layer for _, layer in named_layers(model, PackedLinear)]
+    layers = [layer for _, layer in named_layers(model, PackedLayer)]
     if not layers:
         raise ValueError("the model has no packed layer; convert it first.")
     stored = sum(layer.weight_packed.nbytes + layer.weight_scale.nbytes for layer in layers)

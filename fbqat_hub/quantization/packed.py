@@ -1,30 +1,41 @@
-"""PackedLinear, the layer that is deployed, and its 1x1 convolution."""
+"""PackedLinear, the layer that is deployed, and its 1x1 convolution.
+
+They are an ``nn.Linear`` and an ``nn.Conv2d`` to other libraries, whose ``weight`` is a view that takes no memory
+(``logical.py``); docs/decisions.md says why.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NoReturn, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbqat_hub.quantization.kernels import packed_linear
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
 from fbqat_hub.quantization.layer import Pointwise, QuantizedLayer
 from fbqat_hub.quantization.linear import FakeQuantizedLinear
+from fbqat_hub.quantization.logical import READ_ONLY, LogicalWeight
 from fbqat_hub.quantization.packing import NIBBLE, pack, packed_dtype, packed_width, unpack
 from fbqat_hub.quantization.quantize import group_count
 from fbqat_hub.quantization.scheme import ActivationScheme
 
 
-class PackedLinear(QuantizedLayer):
-    """A linear layer with weights of 2 to 8 bits: [..., in] -> [..., out]. Its tensors are those of docs/format.md.
+class PackedLayer(QuantizedLayer):
+    """What packed linear layers and 1x1 convolutions share. Their tensors are those of docs/format.md.
 
     Attributes:
+        weight: read-only view of the real weight (``LogicalWeight``), of the float layer's shape and dtype.
         weight_bits: of the codes. Up to 4 bits are stored two codes a byte, 5 to 8 bits one a byte.
         weight_packed: parameter, uint8 [out, ceil(in / 2)], low nibble first; above 4 bits int8 [out, in].
         weight_scale: fp32 buffer [out], or [out, groups] for per-group scales.
         input_scale, input_zero_point: fp32 and int32 scalar buffers for a static activation range, else None.
         bias: parameter [out] or None.
+        delta_down, delta_up: buffers [rank, in] and [out, rank] of adapters that were fused, else None. They are added
+            in float, for a step of the grid is wider than most adapters' change.
 
     Raises:
         ValueError: ``weight_bits`` not from 2 to 8, or a group size that does not fit ``in_features``
@@ -34,6 +45,10 @@ class PackedLinear(QuantizedLayer):
     weight_scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    delta_down: Tensor | None
+    delta_up: Tensor | None
+    # what follows [out, in] in the shape of the float layer's weight
+    kernel: ClassVar[tuple[int, ...]] = ()
 
     def __init__(
         self,
@@ -47,7 +62,7 @@ class PackedLinear(QuantizedLayer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of nn.Linear, which would make a float weight
         if weight_bits not in range(2, 9):
             raise ValueError(f"weight_bits is {weight_bits}; it must be a whole number from 2 to 8.")
         self.in_features, self.out_features, self.weight_bits = in_features, out_features, weight_bits
@@ -62,10 +77,35 @@ class PackedLinear(QuantizedLayer):
         self.register_buffer("input_scale", scalar if static else None)
         self.register_buffer("input_zero_point", scalar.to(torch.int32) if static else None)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+        self.register_buffer("delta_down", None)
+        self.register_buffer("delta_up", None)
+        self._weight_dtype = dtype or torch.get_default_dtype()
+
+    @property
+    def weight(self) -> Tensor:
+        shape = (self.out_features, self.in_features, *self.kernel)
+        return LogicalWeight(self.real_weight, shape, self._weight_dtype, self.weight_packed.device)
+
+    @weight.setter
+    def weight(self, value: object) -> NoReturn:
+        raise ValueError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise ValueError(READ_ONLY)
+        super().register_parameter(name, param)
+
+    def reset_parameters(self) -> NoReturn:
+        """Not possible; that of nn.Linear would write random numbers."""
+        raise ValueError(READ_ONLY)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._weight_dtype = fn(torch.empty(0, dtype=self._weight_dtype, device=self.weight_packed.device)).dtype
+        return super()._apply(fn, recurse)
 
     @classmethod
     @torch.no_grad()
-    def from_fake_quantized(cls, layer: FakeQuantizedLinear) -> PackedLinear:
+    def from_fake_quantized(cls, layer: FakeQuantizedLinear) -> Self:
         """The packed twin of a layer at its bit width, with bit-equal codes.
 
         Raises:
@@ -115,15 +155,26 @@ class PackedLinear(QuantizedLayer):
         """The real weight, fp32 [out, in]."""
         return dequantize_weight(self.weight_packed, self.weight_scale, self.in_features)
 
-    def to_float(self) -> nn.Module:
-        """The float layer with the dequantized weight."""
-        layer = nn.Linear(self.in_features, self.out_features, device="meta")
-        return self._fill(layer, self.dequantize())
+    def real_weight(self) -> Tensor:
+        """What the layer multiplies with but for the rounding of its input: dequantized, and what was fused; [out, in].
 
-    def _fill(self, layer: nn.Linear | nn.Conv2d, weight: Tensor) -> nn.Module:
+        fp32, whatever the dtype of ``weight``.
+        """
+        weight = self.dequantize()
+        if self.delta_down is None or self.delta_up is None:
+            return weight
+        return weight + self.delta_up.float() @ self.delta_down.float()
+
+    def to_float(self) -> nn.Linear | nn.Conv2d:
+        """The float layer with ``real_weight``."""
+        layer = self._empty_float()
+        weight = self.real_weight().reshape(self.out_features, self.in_features, *self.kernel)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return layer
+
+    def _empty_float(self) -> nn.Linear | nn.Conv2d:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x, self.weight_packed.device)
@@ -131,19 +182,89 @@ class PackedLinear(QuantizedLayer):
 
     def _compute(self, x: Tensor) -> Tensor:
         activation = (self.activation_scheme, self.input_scale, self.input_zero_point)
-        return packed_linear(x, self.weight_packed, self.weight_scale, self.bias, *activation)
+        y = packed_linear(x, self.weight_packed, self.weight_scale, self.bias, *activation)
+        if self.delta_down is None or self.delta_up is None:
+            return y
+        return y + F.linear(F.linear(x.to(self.delta_down.dtype), self.delta_down), self.delta_up).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, W{self.weight_bits}, {self.activation_scheme}"
 
 
-class PackedPointwiseConv2d(Pointwise, PackedLinear):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc]
+    """A linear layer with packed weights: [..., in] -> [..., out]. ``PackedLayer`` says what it holds."""
+
+    @classmethod
+    @torch.no_grad()
+    def concatenated(cls, layers: Sequence[PackedLayer]) -> PackedLinear:
+        """One layer that gives the outputs of several of the same input, one after the other.
+
+        Codes and scales are theirs, and so are the outputs to the bit where a kernel sums integers; the reference sums
+        floats, perhaps in another order.
+
+        Raises:
+            ValueError: they take inputs of different widths, round them differently, have groups of different sizes,
+                or not all a bias.
+        """
+        first = layers[0]
+        for other in layers[1:]:
+            for what, same in {
+                "inputs": other.in_features == first.in_features,
+                "an activation scheme": other.activation_scheme == first.activation_scheme,
+                "an activation range": _equal(other.input_scale, first.input_scale)
+                and _equal(other.input_zero_point, first.input_zero_point),
+                "groups": other.weight_scale.shape[1:] == first.weight_scale.shape[1:],
+                "a bias": (other.bias is None) == (first.bias is None),
+            }.items():
+                if not same:
+                    raise ValueError(f"packed layers can be joined only with {what} in common, and these differ in it.")
+        scale = torch.cat([layer.weight_scale for layer in layers])
+        joined = cls(
+            first.in_features,
+            sum(layer.out_features for layer in layers),
+            weight_bits=max(layer.weight_bits for layer in layers),
+            bias=first.bias is not None,
+            activation_scheme=first.activation_scheme,
+            dtype=first.weight.dtype,
+            device="meta",
+        )
+        codes = torch.cat([layer.codes() for layer in layers])
+        joined.weight_packed = nn.Parameter(pack(codes, joined.weight_bits), requires_grad=False)
+        joined.weight_scale, joined.input_scale, joined.input_zero_point = (
+            scale,
+            first.input_scale,
+            first.input_zero_point,
+        )
+        if first.bias is not None:
+            biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+            joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        return joined
+
+    def _empty_float(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, device="meta")
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+class PackedPointwiseConv2d(Pointwise, PackedLayer, nn.Conv2d):  # type: ignore[misc]
     """A 1x1 convolution with packed weights: [N, in, H, W] -> [N, out, H, W], or both without N."""
+
+    kernel: ClassVar[tuple[int, ...]] = (1, 1)
+    # what other libraries read of an nn.Conv2d
+    kernel_size, stride, padding, dilation, groups, padding_mode = (1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros"
+
+    @property
+    def in_channels(self) -> int:  # type: ignore[override]
+        return self.in_features
+
+    @property
+    def out_channels(self) -> int:  # type: ignore[override]
+        return self.out_features
 
     def _compute(self, x: Tensor) -> Tensor:
         return super()._compute(x.movedim(-3, -1)).movedim(-1, -3)
 
-    def to_float(self) -> nn.Module:
-        """The float 1x1 convolution with the dequantized weight."""
-        layer = nn.Conv2d(self.in_features, self.out_features, 1, device="meta")
-        return self._fill(layer, self.dequantize()[:, :, None, None])
+    def _empty_float(self) -> nn.Conv2d:
+        return nn.Conv2d(self.in_features, self.out_features, 1, device="meta")

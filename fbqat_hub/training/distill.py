@@ -11,7 +11,7 @@ import torch
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import downloaded, load_pipeline, save_quantized
-from fbqat_hub.quantization import PackedLinear, convert, named_layers, set_bit_width
+from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.checkpoint import differences
 from fbqat_hub.training.dataset import check_local_data
@@ -67,7 +67,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     if accelerator.is_main_process:
         set_bit_width(student, recipe.quantization.weight_bits)
         convert(student)
-        widths = {name: layer.weight_bits for name, layer in named_layers(student, PackedLinear)}
+        widths = {name: layer.weight_bits for name, layer in named_layers(student, PackedLayer)}
         attach(student, recipe.config().with_widths(widths))
         save_quantized(student.cpu(), downloaded(resolve_teacher(recipe.teacher)), output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)

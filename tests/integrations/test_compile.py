@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import PackedLinear, named_layers
+from fbqat_hub.quantization import PackedLayer, named_layers
 from tests.integrations.tiny import denoiser_inputs, pack_denoiser
 
 # within each no two sizes are equal, nor equal to a width of the model: torch would take equal sizes for one
@@ -73,5 +73,5 @@ def test_exported_program_is_the_model(packed: tuple[str, Any]) -> None:
         expected = model(**inputs, return_dict=False)[0]
         program = torch.export.export(model, (), {**inputs, "return_dict": False})
     targets = [node.target for node in program.graph.nodes]
-    assert targets.count(torch.ops.fbqat.packed_linear.default) == len(dict(named_layers(model, PackedLinear)))
+    assert targets.count(torch.ops.fbqat.packed_linear.default) == len(dict(named_layers(model, PackedLayer)))
     assert torch.equal(program.module()(**inputs, return_dict=False)[0], expected)

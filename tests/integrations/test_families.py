@@ -16,7 +16,7 @@ from torch import Tensor
 from fbqat_hub import FBQATConfig
 from fbqat_hub.families import FAMILIES, component_configs
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import PackedLinear, named_layers, stored_bits_per_weight
+from fbqat_hub.quantization import PackedLayer, named_layers, stored_bits_per_weight
 from fbqat_hub.quantization.convert import quantizable
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
@@ -56,7 +56,7 @@ def test_every_linear_layer_is_packed_two_weights_to_a_byte(converted, teacher_o
     family, folder = converted
     layers = quantizable(load_pipeline(teacher_of(family)).transformer)
     transformer = load_pipeline(folder).transformer
-    packed = dict(named_layers(transformer, PackedLinear))
+    packed = dict(named_layers(transformer, PackedLayer))
     assert list(packed) == list(layers)
     weights, channels = (sum(math.prod(layer.weight.shape[:n]) for layer in layers.values()) for n in (2, 1))
     assert stored_bits_per_weight(transformer) == pytest.approx(4 + 32 * channels / weights)

@@ -12,6 +12,7 @@ from fbqat_hub.quantization import (
     ActivationScheme,
     FakeQuantizedLinear,
     FakeQuantizedPointwiseConv2d,
+    PackedLayer,
     PackedLinear,
     PackedPointwiseConv2d,
     SoftStaircase,
@@ -173,7 +174,7 @@ def test_packed_layers_of_other_widths_equal_the_fake_quantized_ones(
     tree: Tree, granularity: str, clip: str, bits: int
 ) -> None:
     check_packed(tree, granularity, clip, ActivationScheme(range="static"), {"*.to_q": {"range": "per_token"}}, bits)
-    packed = list(named_layers(tree, PackedLinear))
+    packed = list(named_layers(tree, PackedLayer))
     assert {layer.weight_packed.dtype for _, layer in packed} == {torch.uint8 if bits <= 4 else torch.int8}
     stored = sum(layer.codes().numel() * (0.5 if bits <= 4 else 1) + layer.weight_scale.nbytes for _, layer in packed)
     odd_rows = sum(0.5 * layer.out_features * (layer.in_features % 2) for _, layer in packed) if bits <= 4 else 0
@@ -226,7 +227,7 @@ def check_packed(
     for (name, value), (other, copied) in zip(tree.state_dict().items(), twin.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(value, copied), name
-    for name, packed in named_layers(tree, PackedLinear):
+    for name, packed in named_layers(tree, PackedLayer):
         assert torch.equal(packed.codes(), codes[name]), name
         weight = fakes[name].fake_quantized_weight().detach().view(packed.out_features, -1)
         assert torch.equal(packed.dequantize(), weight), name
@@ -243,7 +244,7 @@ def test_convert_keeps_kinds_and_bias(tree: Tree) -> None:
     assert torch.equal(tree.proj_out.bias, bias)
     assert not list(named_layers(tree, FakeQuantizedLinear))
     assert not any(
-        parameter.requires_grad for _, layer in named_layers(tree, PackedLinear) for parameter in layer.parameters()
+        parameter.requires_grad for _, layer in named_layers(tree, PackedLayer) for parameter in layer.parameters()
     )
 
 
@@ -284,7 +285,7 @@ def test_layers_that_keep_a_width_of_their_own(tree: Tree) -> None:
         assert torch.equal(layer.current_clip(), mse_clip(layer.grouped_weight(), wanted[name]))
     set_bit_width(tree, 5)
     convert(tree)
-    assert {name: layer.weight_bits for name, layer in named_layers(tree, PackedLinear)} == wanted
+    assert {name: layer.weight_bits for name, layer in named_layers(tree, PackedLayer)} == wanted
 
 
 def test_a_width_of_no_layer_is_refused(tree: Tree) -> None:

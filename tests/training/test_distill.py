@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub.pipelines import load_pipeline, load_stage
-from fbqat_hub.quantization import FakeQuantizedLinear, PackedLinear, named_layers
+from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, named_layers
 from fbqat_hub.training import checkpoint, loop
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.method import METHODS, Schedule
@@ -72,7 +72,7 @@ def test_what_a_run_leaves(run_folder: Path, recipe_fields: dict[str, Any]) -> N
         "vae",
     ]
     pipeline = load_pipeline(run_folder)
-    assert len(list(named_layers(pipeline.transformer, PackedLinear))) == 27
+    assert len(list(named_layers(pipeline.transformer, PackedLayer))) == 27
     assert pipeline.transformer.proj_out.activation_bits == 16
     teacher = load_pipeline(recipe_fields["teacher"])
     for name, value in teacher.vae.state_dict().items():
@@ -100,7 +100,7 @@ def test_every_method_trains_packs_and_loads(method: str, recipe_of, tmp_path: P
         recipe_of(method=method, **({} if method.startswith("ptq") else {"steps": 3})), tmp_path, progress=False
     )
     pipeline = load_pipeline(run)
-    assert len(list(named_layers(pipeline.transformer, PackedLinear))) == 27
+    assert len(list(named_layers(pipeline.transformer, PackedLayer))) == 27
     if not method.startswith("ptq"):
         assert all(line["loss"] > 0 for line in log_of(run))
     if method == "fbqat-paper":
@@ -144,7 +144,7 @@ def test_static_ranges_train_and_load(quantization: dict[str, Any], recipe_of, t
 
 def test_three_bits_are_trained_for_and_stored_in_the_space_of_four(recipe_of, tmp_path: Path) -> None:
     run = train(recipe_of(quantization={"weight_bits": 3}), tmp_path / "w3", progress=False)
-    codes = [layer.codes() for _, layer in named_layers(load_pipeline(run).transformer, PackedLinear)]
+    codes = [layer.codes() for _, layer in named_layers(load_pipeline(run).transformer, PackedLayer)]
     assert (min(int(code.min()) for code in codes), max(int(code.max()) for code in codes)) == (-4, 3)
     assert json.loads((run / "transformer" / "config.json").read_text())["quantization_config"]["weight_bits"] == 3
 
@@ -183,7 +183,7 @@ def test_stages_are_what_the_schedule_left_and_change_nothing(scene_of, staged_r
 
 def test_a_stage_draws_with_the_components_of_the_run(staged_run: Path, recipe_fields: dict[str, Any]) -> None:
     pipeline = load_stage(staged_run, 6)
-    codes = [layer.codes() for _, layer in named_layers(pipeline.transformer, PackedLinear)]
+    codes = [layer.codes() for _, layer in named_layers(pipeline.transformer, PackedLayer)]
     assert 15 < max(int(code.abs().max()) for code in codes) <= 32
     pipeline.set_progress_bar_config(disable=True)
     pictures = [

@@ -12,7 +12,7 @@ import torch
 
 from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import FakeQuantizedLinear, PackedLinear, named_layers
+from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, named_layers
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.draws import Draws
@@ -48,7 +48,7 @@ def test_widths_are_trained_stored_and_loaded(recipe_fields: dict[str, Any], tmp
     assert config["format_version"] == 2
     assert set(config["weight_bits_by_module"].values()) == {8}
     assert load_recipe(run / "recipe.yaml") == recipe
-    layers = dict(named_layers(load_pipeline(run).transformer, PackedLinear))
+    layers = dict(named_layers(load_pipeline(run).transformer, PackedLayer))
     assert {name for name, layer in layers.items() if layer.weight_bits == 8} == set(config["weight_bits_by_module"])
     assert 4.5 < average_of((layer, layer.weight_bits) for layer in layers.values()) <= 5.0
 

@@ -22,7 +22,7 @@ from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.families.graph import TWIN
-from fbqat_hub.quantization.packed import PackedLinear
+from fbqat_hub.quantization.packed import PackedLayer
 
 #: QNN's numbers, from the public API reference of the Qualcomm AI Runtime SDK (Qnn_DataType_t, Qnn_TensorType_t,
 #: Qnn_QuantizationEncoding_t).
@@ -53,7 +53,7 @@ def _fail(what: str) -> ExportError:
 
 
 def audit_qdq(
-    model: onnx.ModelProto, layers: Mapping[str, PackedLinear], precision: Precision | None = None
+    model: onnx.ModelProto, layers: Mapping[str, PackedLayer], precision: Precision | None = None
 ) -> dict[str, Any]:
     """Check the QDQ graph against the packed layers (by module name), bit for bit.
 
@@ -110,7 +110,7 @@ def audit_qdq(
 
 def _audit_weight(
     name: str,
-    layer: PackedLinear,
+    layer: PackedLayer,
     constants: Mapping[str, onnx.TensorProto],
     dequantize: onnx.NodeProto,
     weight_bits: int,
@@ -135,7 +135,7 @@ def _audit_weight(
 
 def _audit_input(
     name: str,
-    layer: PackedLinear,
+    layer: PackedLayer,
     node: onnx.NodeProto,
     producer: Mapping[str, onnx.NodeProto],
     constants: Mapping[str, onnx.TensorProto],

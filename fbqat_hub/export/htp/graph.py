@@ -16,7 +16,7 @@ from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph
 from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families.graph import blocks_of_outputs
-from fbqat_hub.quantization.packed import PackedLinear
+from fbqat_hub.quantization.packed import PackedLayer
 
 if TYPE_CHECKING:
     import onnx
@@ -45,7 +45,7 @@ class GraphSource:
 
     name: str
     graph: FloatGraph
-    layers: Mapping[str, PackedLinear]
+    layers: Mapping[str, PackedLayer]
     ranges: dict[str, tuple[float, float]]
     held_out: Sequence[Feed]
     expected: Sequence[Feed]

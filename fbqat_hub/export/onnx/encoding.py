@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.quantization.observer import affine_parameters
-from fbqat_hub.quantization.packed import PackedLinear
+from fbqat_hub.quantization.packed import PackedLayer
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def encoding_for_range(low: float, high: float, bits: int) -> Encoding:
     return Encoding(*affine_parameters(low, high, bits), bits)
 
 
-def trained_encoding(layer: PackedLinear | None) -> Encoding | None:
+def trained_encoding(layer: PackedLayer | None) -> Encoding | None:
     """The static encoding `layer` was trained with, exactly; None where its range is dynamic or it is no layer."""
     if layer is None or layer.input_scale is None:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.families.graph import TWIN, GraphWrapper, Item, TwinModule
-from fbqat_hub.quantization.packed import PackedLinear
+from fbqat_hub.quantization.packed import PackedLayer
 from fbqat_hub.quantization.packing import pack_int4
 
 #: Graph inputs or outputs by name.
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 OPSET = 23
 
 
-def packed_layers(transformer: nn.Module) -> dict[str, PackedLinear]:
+def packed_layers(transformer: nn.Module) -> dict[str, PackedLayer]:
     """Every packed layer of `transformer` by its module name.
 
     Raises:
         ExportError: there is none, or one has per-group scales.
     """
-    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLinear)}
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLayer)}
     if not layers:
         raise ExportError(
             f"{type(transformer).__name__} has no packed layer: convert the trained model first (`convert`), "
@@ -63,7 +63,7 @@ class FloatGraph:
     """
 
     model: onnx.ModelProto
-    layers: dict[str, PackedLinear]
+    layers: dict[str, PackedLayer]
     module_names: dict[str, str]
     block_outputs: tuple[str, ...] = ()
 
@@ -81,7 +81,7 @@ def _quiet_exporter() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def trace(wrapper: GraphWrapper, example: Item, layers: Mapping[str, PackedLinear]) -> FloatGraph:
+def trace(wrapper: GraphWrapper, example: Item, layers: Mapping[str, PackedLayer]) -> FloatGraph:
     """Export `wrapper` at the shapes of `example` (keyword arguments of the transformer's forward).
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.quantization.packed import PackedLinear
+from fbqat_hub.quantization.packed import PackedLayer
 
 if TYPE_CHECKING:
     import onnx
@@ -63,11 +63,11 @@ class Precision:
         if unknown := set(self.a16_ops) - set(OP_KINDS):
             raise ExportError(f"unknown kinds of ops {sorted(unknown)}; known: {', '.join(OP_KINDS)}")
 
-    def stored_bits(self, layer: PackedLinear) -> int:
+    def stored_bits(self, layer: PackedLayer) -> int:
         """Bits at which a packed layer's weight is stored: 4 or 8."""
         return 8 if layer.weight_bits > 4 else self.weight_bits
 
-    def layer_bits(self, name: str, layer: PackedLinear | None) -> int:
+    def layer_bits(self, name: str, layer: PackedLayer | None) -> int:
         """Activation bits at which the layer called `name` computes (float activations, 32, become 16)."""
         if any(fnmatchcase(name, pattern) for pattern in self.a16_layers):
             return 16
@@ -127,11 +127,11 @@ def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def _has_bits(module: nn.Module) -> bool:
     """Of a layer that `Precision.layer_bits` is asked for: a matrix product, or a convolution over all channels."""
-    return isinstance(module, PackedLinear | nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    return isinstance(module, PackedLayer | nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def op_kind(
-    node: onnx.NodeProto, layers: Mapping[str, PackedLinear], constants: Mapping[str, onnx.TensorProto]
+    node: onnx.NodeProto, layers: Mapping[str, PackedLayer], constants: Mapping[str, onnx.TensorProto]
 ) -> str | None:
     """The kind of `node` among `OP_KINDS`; None for a packed layer."""
     if node.op_type in ("Gemm", "Conv") and node.input[1] in constants:
@@ -154,7 +154,7 @@ class NodeBits:
 def node_bits(
     node: onnx.NodeProto,
     precision: Precision,
-    layers: Mapping[str, PackedLinear],
+    layers: Mapping[str, PackedLayer],
     module_names: Mapping[str, str],
     constants: Mapping[str, onnx.TensorProto],
 ) -> NodeBits:

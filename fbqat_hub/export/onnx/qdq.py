@@ -22,7 +22,7 @@ from fbqat_hub.export.onnx.encoding import Encoding, encoding_for_range, trained
 from fbqat_hub.export.onnx.float_graph import FloatGraph, codes_tensor
 from fbqat_hub.export.onnx.precision import VIEW_OPS, Precision, node_bits
 from fbqat_hub.quantization.clip import max_abs
-from fbqat_hub.quantization.packed import PackedLinear
+from fbqat_hub.quantization.packed import PackedLayer
 from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.quantization.scheme import WeightScheme
 
@@ -132,7 +132,7 @@ class _Inserter:
             self.dequantized[key] = f"{narrow}/wide"
         return self.dequantized[key]
 
-    def _read(self, tensor: str, bits: int, layer: PackedLinear | None = None) -> tuple[str, Encoding]:
+    def _read(self, tensor: str, bits: int, layer: PackedLayer | None = None) -> tuple[str, Encoding]:
         """`tensor` as a consumer of `bits` bits reads it, through `layer`'s trained encoding if it has one."""
         encoding, trained = self.primary[tensor], trained_encoding(layer)
         if trained is not None:
@@ -165,7 +165,7 @@ class _Inserter:
             )
         return output
 
-    def _weight(self, name: str, layer: PackedLinear | None) -> tuple[str, np.ndarray]:
+    def _weight(self, name: str, layer: PackedLayer | None) -> tuple[str, np.ndarray]:
         """A weight [out, ...] with one scale a row: the packed layer's own codes, or INT8 max-abs where left float."""
         output = f"{name}/dq"
         dims = list(self.constants[name].dims)

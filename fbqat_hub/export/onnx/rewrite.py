@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.onnx.float_graph import FloatGraph, trace
 from fbqat_hub.families.graph import GraphWrapper, Item
-from fbqat_hub.quantization.packed import PackedLinear
+from fbqat_hub.quantization.packed import PackedLayer
 
 #: Ops no rewrite cures, with the reason they must not reach the compiler.
 FORBIDDEN = {
@@ -275,7 +275,7 @@ def rewrite(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def traced(
-    wrapper: GraphWrapper, example: Item, layers: Mapping[str, PackedLinear]
+    wrapper: GraphWrapper, example: Item, layers: Mapping[str, PackedLayer]
 ) -> tuple[FloatGraph, dict[str, int]]:
     """The float graph of `wrapper` after all rewrites, and how many places each changed (`trace`, `rewrite`)."""
     graph = trace(wrapper, example, layers)

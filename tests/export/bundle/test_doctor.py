@@ -12,7 +12,7 @@ from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle import doctor
 from fbqat_hub.export.htp.targets import TARGETS, target_for
 from fbqat_hub.files import sha256
-from fbqat_hub.quantization import PackedLinear
+from fbqat_hub.quantization import PackedLayer
 from tests.export.conftest import float_sana, pack
 
 ELITE = target_for("sm8750")
@@ -26,7 +26,7 @@ def test_a_good_model_has_no_errors(packed_sana: nn.Module) -> None:
     findings = doctor.diagnose_model(packed_sana, ELITE)
     assert set(levels(findings)) == {"ok"}
     size = doctor.graph_bytes(packed_sana)
-    packed = sum(m.weight_packed.nbytes for m in packed_sana.modules() if isinstance(m, PackedLinear))
+    packed = sum(m.weight_packed.nbytes for m in packed_sana.modules() if isinstance(m, PackedLayer))
     assert packed < size < 2 * packed
 
 

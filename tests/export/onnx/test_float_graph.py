@@ -13,7 +13,15 @@ from fbqat_hub.export.onnx.float_graph import as_feed, packed_layers, runnable, 
 from fbqat_hub.export.onnx.rewrite import rewrite
 from fbqat_hub.families import get_family
 from fbqat_hub.families.graph import MASK_BIAS
-from fbqat_hub.quantization import ActivationScheme, PackedLinear, WeightScheme, convert, prepare, set_bit_width
+from fbqat_hub.quantization import (
+    ActivationScheme,
+    PackedLayer,
+    PackedLinear,
+    WeightScheme,
+    convert,
+    prepare,
+    set_bit_width,
+)
 from tests.export.conftest import float_sana, make_items, pack
 
 
@@ -62,7 +70,7 @@ def test_the_packed_model_is_not_changed(packed_sana: nn.Module) -> None:
     get_family("sana").graph(packed_sana, make_items(1, 0)[0])
     assert packed_sana.attn_processors == processors
     assert all(torch.equal(tensor, before[name]) for name, tensor in packed_sana.state_dict().items())
-    assert sum(isinstance(module, PackedLinear) for module in packed_sana.modules()) == 17
+    assert sum(isinstance(module, PackedLayer) for module in packed_sana.modules()) == 17
 
 
 def test_a_float_model_is_refused() -> None:
