@@ -16,7 +16,6 @@ from fbqat_hub.families.graph import MASK_BIAS
 from fbqat_hub.quantization import (
     ActivationScheme,
     PackedLayer,
-    PackedLinear,
     WeightScheme,
     convert,
     prepare,
