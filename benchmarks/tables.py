@@ -34,7 +34,7 @@ def measured_at_true_size(name: str) -> list[tuple[Record, float]]:
 
 def demo_table() -> str:
     """Methods x metrics of one `make demo`."""
-    columns = ("kd_loss", "fd_teacher", "psnr", "ssim")
+    columns = ("kd_loss", "psnr", "ssim")
     rows: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in read_records(RESULTS / "method.json"):
         if record.method != "teacher":  # only its memory
@@ -55,8 +55,7 @@ def demo_table() -> str:
         f"Tiny Sana, W4A8 with dynamic INT8 activations, seed {one['kd_loss'].seed}, one run each"
         f"{trained}; "
         f"{one['kd_loss'].n} held-out draws for the loss, {one['psnr'].n} pictures from equal seeds for the rest. "
-        f"Fréchet distance is on the extractor that ships ({one['fd_teacher'].extra['extractor']}), not on Inception. "
-        "Remade by `make demo`."
+        "Remade by `make results`."
     )
 
 
