@@ -70,7 +70,7 @@ class Case:
         return pipeline
 
 
-# all families are a minute's work: those beside Sana are for `make test-all`, and for `benchmarks.integration`
+# all families are a minute's work: those beside Sana are for `make test-all`
 @pytest.fixture(
     scope="module",
     params=[family if family == "sana" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
