@@ -79,7 +79,7 @@ def _train(commands: Any) -> None:
         "--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline, its log and recipe"
     )
     sub.add_argument("--resume", action="store_true", help="continue an interrupted run of the same recipe")
-    _settings(sub, "fields of the recipe", "steps=800 learning_rate=1e-4")
+    _settings(sub, "fields of the recipe", "steps=800 learning_rate=1e-4 quantization.average_bits=4.5")
 
 
 def _plan(commands: Any) -> None:

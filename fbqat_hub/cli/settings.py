@@ -10,6 +10,8 @@ from typing import Any
 def changes_of(pairs: Sequence[str], texts: Collection[str] = ()) -> dict[str, Any]:
     """KEY=VALUE pairs as a mapping; values are read as YAML, 1e-4 is a number, and nothing is an empty text.
 
+    SECTION.KEY=VALUE sets one key of a section.
+
     Args:
         texts: keys whose values are text, and are taken as they are.
 
@@ -20,15 +22,23 @@ def changes_of(pairs: Sequence[str], texts: Collection[str] = ()) -> dict[str, A
     {'steps': 800, 'learning_rate': 0.0001, 'method': 'vqat'}
     >>> changes_of(["negative_prompt="], texts=["negative_prompt"])
     {'negative_prompt': ''}
+    >>> changes_of(["quantization.average_bits=4.5", "quantization.range=static"])
+    {'quantization': {'average_bits': 4.5, 'range': 'static'}}
     """
     changes: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"--set takes KEY=VALUE, got {pair!r:.80}; what is no setting stands before --set.")
-        if key in changes:
+        *sections, last = key.split(".")
+        section = changes
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ValueError(f"--set {key}: {name} is set to {section!r:.80} already; give it once.")
+        if last in section:
             raise ValueError(f"--set {key} is given twice; give it once.")
-        changes[key] = value if key in texts else _value(key, value)
+        section[last] = value if key in texts else _value(key, value)
     return changes
 
 
