@@ -193,7 +193,10 @@ def call_of(family: str, pipeline: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``teacher_of(model)``, a family or another of `MODELS`: folder of its float pipeline of true classes, untrained. Not to be written to."""
+    """``teacher_of(model)``: folder of the float pipeline of true classes of one of `MODELS`, untrained.
+
+    Not to be written to.
+    """
 
     @functools.cache
     def make(family: str) -> Path:

@@ -8,7 +8,9 @@ from fbqat_hub.families.pixart_sigma import PixArtSigma
 from fbqat_hub.families.sana import Sana, SanaSprint
 from fbqat_hub.families.sd3 import StableDiffusion3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Sana(), SanaSprint(), PixArtSigma(), StableDiffusion3(), Flux(), FluxKontext())}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Sana(), SanaSprint(), PixArtSigma(), StableDiffusion3(), Flux(), FluxKontext())
+}
 
 
 def get_family(name: str) -> Family:

@@ -197,8 +197,8 @@ def host_inputs(
 
     Returns:
         A function of an item -> `names`; `timestep_embedding`, the sin/cos [1, 256]; where the denoiser is told the
-        guidance scale, `guidance_embedding` [1, 256]; where the item has an `encoder_attention_mask`, `encoder_attention_bias` [1, 1, tokens], 0 where the mask is 1 and `MASK_BIAS` where
-        it is 0.
+        guidance scale, `guidance_embedding` [1, 256]; where the item has an `encoder_attention_mask`,
+        `encoder_attention_bias` [1, 1, tokens], 0 where the mask is 1 and `MASK_BIAS` where it is 0.
     """
 
     def inputs(item: Item) -> dict[str, Tensor]:

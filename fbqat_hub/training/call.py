@@ -77,7 +77,9 @@ def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
     annotation = parameter.annotation
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     kinds = {get_origin(part) or part for part in parts}
-    if parameter.default is None or list in kinds or parameter.name in _MAY_BE_NONE:  # a list can be left out, as Sana's instruction before a prompt
+    if (
+        parameter.default is None or list in kinds or parameter.name in _MAY_BE_NONE
+    ):  # a list can be left out, as Sana's instruction before a prompt
         parts = (*parts, type(None))
     return tuple(parts) if kinds <= {*_WORDS, type(None)} else ()
 

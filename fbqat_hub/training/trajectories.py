@@ -149,7 +149,9 @@ def _made(
         noise = [generator("trajectory noise", *key) for key in keys]
         calls: list[dict[str, Tensor]] = []
         with _recorded(pipeline.transformer, calls):
-            pipeline(prompt=[captions[caption] for caption, _ in batch], generator=noise, output_type="latent", **generation)
+            pipeline(
+                prompt=[captions[caption] for caption, _ in batch], generator=noise, output_type="latent", **generation
+            )
         inputs = calls[0]
         halves = len(inputs["hidden_states"]) // len(batch)  # 2 with guidance, and those without prompt come first
         for name, rows in conditioning.items():
