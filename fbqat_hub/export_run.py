@@ -14,7 +14,7 @@ import torch
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
-from fbqat_hub.export.htp.checks import check_asked, check_model
+from fbqat_hub.export.htp.checks import check_asked, check_bundle
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.families import component_configs
 from fbqat_hub.pipelines import load_pipeline
@@ -63,7 +63,7 @@ def export_run(
             "two prompts, of which the last is held out: --prompts FILE, one a line"
         )
     pipeline = load_pipeline(run, torch.float32)
-    family = check_model(pipeline.transformer, a16, graphs)
+    family = check_bundle(pipeline, a16, graphs)
     data = export_data(recipe, pipeline.scheduler) if recipe and not prompts else None
     shown = data.prompts if data else list(prompts)
     return export_bundle(

@@ -30,7 +30,7 @@ def generate_pictures(pipeline: Any, prompts: Sequence[str], call: Mapping[str, 
     texts = [prompt for prompt in prompts for _ in range(repeats)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pipeline.set_progress_bar_config(disable=True)
-    levels = pipeline(texts, generator=generators, output_type="pt", **arguments).images.float().cpu()
+    levels = pipeline(prompt=texts, generator=generators, output_type="pt", **arguments).images.float().cpu()
     finite = torch.isfinite(levels).flatten(1).all(dim=1).tolist()
     if not all(finite):
         first = finite.index(False)

@@ -110,6 +110,35 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }
 
+_FLOW = {"class": "FlowMatchEulerDiscreteScheduler"}
+# pipelines that have no teacher of their own -> the teacher's recipe that they are like, and what is other in theirs
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sana-1.5": ("sana", {"transformer": {"qk_norm": "rms_norm_across_heads"}}),
+    "sana-sprint": (
+        "sana",
+        {
+            "family": "sana-sprint",
+            "transformer": {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True},
+            "scheduler": {"class": "SCMScheduler", "sigma_data": 0.5},
+        },
+    ),
+    "sd3.5-large": ("sd3", {"transformer": {"dual_attention_layers": []}}),
+    "flux-dev": (
+        "flux",
+        {"transformer": {"guidance_embeds": True}, "scheduler": {**_FLOW, "shift": 3.0, "use_dynamic_shifting": True}},
+    ),
+    "flux-kontext": (
+        "flux-dev",
+        {"family": "flux-kontext", "generation": {"max_sequence_length": 16, "max_area": 32 * 32}},
+    ),
+}
+#: Parameters of a test that takes long: families without a teacher that ships run in the slow tests only.
+MOST_FAMILIES = [
+    name if family.tiny else pytest.param(name, marks=pytest.mark.slow) for name, family in FAMILIES.items()
+]
+#: Every family, and every model of one that has other parts.
+MODELS = [*FAMILIES, *(name for name in VARIANTS if name not in FAMILIES)]
+
 
 def subprocess_environment(**changes: str) -> dict[str, str]:
     """Of a fresh process that finds this checkout."""
@@ -125,8 +154,21 @@ def fbqat_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def family_name(model: str) -> str:
+    """Of one of `MODELS`."""
+    return str(teacher_recipe(model)["family"])
+
+
 def teacher_recipe(family: str) -> dict[str, Any]:
-    """The shipped recipe of the family's tiny teacher, with models smaller still that draw 32 x 32 pixels."""
+    """The shipped recipe of the family's tiny teacher, with models smaller still that draw 32 x 32 pixels.
+
+    Args:
+        family: or another of `MODELS`.
+    """
+    if family in VARIANTS:
+        like, changes = VARIANTS[family]
+        recipe = teacher_recipe(like)
+        return {**recipe, **changes, "transformer": {**recipe["transformer"], **changes.get("transformer", {})}}
     recipes = [yaml.safe_load(path.read_text()) for path in sorted(RECIPES.glob("*.yaml"))]
     found = [recipe for recipe in recipes if recipe["family"] == family]
     assert found, f"family {family} has no teacher; add training/recipes/teachers/<name>.yaml with family: {family}"
@@ -139,14 +181,22 @@ def teacher_recipe(family: str) -> dict[str, Any]:
 
 
 def call_of(family: str, pipeline: Any) -> dict[str, Any]:
-    """Arguments of the pipeline call: 32 x 32 pixels in two steps, texts as the teacher's recipe has them."""
+    """Arguments of the pipeline call: 32 x 32 pixels in two steps, texts as the teacher's recipe has them.
+
+    Args:
+        family: or another of `MODELS`.
+    """
     size = {"height": 32, "width": 32, "num_inference_steps": 2}
-    return {**FAMILIES[family].native_size(component_configs(pipeline)), **teacher_recipe(family)["generation"], **size}
+    native = FAMILIES[family_name(family)].native_size(component_configs(pipeline))
+    return {**native, **teacher_recipe(family)["generation"], **size}
 
 
 @pytest.fixture(scope="session")
 def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``teacher_of(family)``: folder of its float pipeline of true classes, untrained. Not to be written to."""
+    """``teacher_of(model)``: folder of the float pipeline of true classes of one of `MODELS`, untrained.
+
+    Not to be written to.
+    """
 
     @functools.cache
     def make(family: str) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from fbqat_hub.families.base import Family, component_configs
-from fbqat_hub.families.flux import Flux
+from fbqat_hub.families.base import Family, component_configs, moved
+from fbqat_hub.families.flux import Flux, FluxKontext
 from fbqat_hub.families.pixart_sigma import PixArtSigma
-from fbqat_hub.families.sana import Sana
+from fbqat_hub.families.sana import Sana, SanaSprint
 from fbqat_hub.families.sd3 import StableDiffusion3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Sana(), PixArtSigma(), StableDiffusion3(), Flux())}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Sana(), SanaSprint(), PixArtSigma(), StableDiffusion3(), Flux(), FluxKontext())
+}
 
 
 def get_family(name: str) -> Family:
@@ -24,15 +26,18 @@ def family_of(pipeline_class: str) -> Family:
 
 
 def family_of_denoiser(denoiser_class: str) -> Family:
-    """The family whose denoiser has that class name; ValueError with the classes there are."""
+    """The first family whose denoiser has that class name; ValueError with the classes there are.
+
+    Families that share a class have the same graph.
+    """
     return _with("denoiser_class", denoiser_class, "denoisers")
 
 
 def _with(attribute: str, value: str, kind: str) -> Family:
-    found = {getattr(family, attribute): family for family in FAMILIES.values()}
+    found = {getattr(family, attribute): family for family in reversed(FAMILIES.values())}
     if value not in found:
-        raise ValueError(f"{value} is of no supported family; supported {kind}: {', '.join(found)}.")
+        raise ValueError(f"{value} is of no supported family; supported {kind}: {', '.join(reversed(found))}.")
     return found[value]
 
 
-__all__ = ["FAMILIES", "Family", "component_configs", "family_of", "family_of_denoiser", "get_family"]
+__all__ = ["FAMILIES", "Family", "component_configs", "family_of", "family_of_denoiser", "get_family", "moved"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -31,9 +32,13 @@ class Family(ABC):
         a16_layers: fnmatch patterns of layers that an export computes at A16 though they were trained at A8: the last
             one, and those of one row a picture, which cost nothing (the timestep's path, modulations).
         few_steps: in how many steps a model that was distilled for few of them samples; 0 of others.
+        patch_side: latents a side that the denoiser makes one token of.
+        latents_input, timestep_input: what its forward calls them.
         stacks: names of the denoiser's lists of blocks, in the order in which they run.
         constant_inputs: arguments of the denoiser's forward without a batch, which are constants of its graph.
         options_without_graph: switches of the denoiser's config which, when on, keep it from being exported.
+        without_graph: why no denoiser of the family can be exported; empty where it can.
+        without_bundle: why its pipeline cannot be bundled for a phone, though its denoiser may be; empty where it can.
         tiny: what the tiny teacher that ships (``training/teachers/<tiny>``) and its recipe are called; None without.
     """
 
@@ -47,9 +52,14 @@ class Family(ABC):
     activation_overrides: ClassVar[dict[str, dict[str, Any]]] = {"proj_out": {"bits": 16}}
     a16_layers: ClassVar[tuple[str, ...]] = ("proj_out",)
     few_steps: ClassVar[int] = 0
+    patch_side: ClassVar[int] = 2
+    latents_input: ClassVar[str] = "hidden_states"
+    timestep_input: ClassVar[str] = "timestep"
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     constant_inputs: ClassVar[tuple[str, ...]] = ()
     options_without_graph: ClassVar[tuple[str, ...]] = ()
+    without_graph: ClassVar[str] = ""
+    without_bundle: ClassVar[str] = ""
     tiny: ClassVar[str | None] = None
 
     # -- pictures and texts ----------------------------------------------------------------------------------------
@@ -66,6 +76,10 @@ class Family(ABC):
         Args:
             generation: arguments of the pipeline call; what it leaves out has the call's own default.
         """
+
+    def picture_conditioning(self, latents: Tensor) -> dict[str, Tensor]:
+        """Conditioning that comes from a training picture beside its caption, of its latents; by default nothing."""
+        return {}
 
     def instruction(self, pipeline: Any, generation: Mapping[str, Any]) -> str:
         """What the pipeline puts before every prompt; by default nothing."""
@@ -102,11 +116,33 @@ class Family(ABC):
             progress: [N] uniform in (0, 1), turned into a timestep by the family's noise schedule.
             few_step: a model that samples in few steps gets the times of those steps only.
         """
-        few = self.few_steps and few_step
-        t = (progress * self.few_steps).ceil() / self.few_steps if few else logit_normal(progress)
-        shift = scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0
+        few = self.sampled_steps(scheduler) if few_step else 0
+        t = (progress * few).ceil() / few if few else logit_normal(progress)
+        shift = self.time_shift(scheduler, latents)
         sigma = shift * t / (1 + (shift - 1) * t)
         return torch.lerp(latents, noise, sigma[:, None, None, None]), 1000 * sigma
+
+    def sampled_steps(self, scheduler: Any) -> int:
+        """``few_steps`` of the model that has this scheduler."""
+        return self.few_steps
+
+    def time_shift(self, scheduler: Any, latents: Tensor) -> float:
+        """The factor that moves a sampler's times towards the noise: t -> f t / (1 + (f - 1) t).
+
+        Where the scheduler shifts by the picture's size, the one for latents of this size.
+        """
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("shift") or config.get("flow_shift") or 1.0)
+        mu = self.dynamic_shift(scheduler, latents.shape[-2] * latents.shape[-1] // self.patch_side**2)
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def dynamic_shift(self, scheduler: Any, tokens: int) -> float:
+        """``mu`` of the scheduler's ``set_timesteps`` for a picture of so many tokens, as the pipeline call has it."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return float(calculate_shift(tokens, *(scheduler.config[name] for name in names)))
 
     def target(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What the denoiser of a perfect model predicts; by default the velocity of flow matching, noise - latents."""
@@ -120,10 +156,17 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keyword arguments of the denoiser's forward, of noisy latents [N, C, H, W]."""
+    def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the denoiser's forward, of noisy latents [N, C, H, W].
 
-    def prediction(self, output: Tensor) -> Tensor:
+        Tensors; of a denoiser whose forward takes lists of them, lists.
+        """
+
+    def predict(self, denoiser: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """What the sampler takes of the denoiser for ``inputs``, keyword arguments of its forward."""
+        return self.prediction(denoiser(**inputs, return_dict=False)[0])
+
+    def prediction(self, output: Any) -> Tensor:
         """The part of the denoiser's output that the sampler uses; by default all of it."""
         return output
 
@@ -141,7 +184,9 @@ class Family(ABC):
         return tuple(f"{stack}.{index}" for stack in self.stacks for index in range(len(getattr(denoiser, stack))))
 
     def check_graph(self, denoiser: Any) -> None:
-        """ValueError where the config of ``denoiser`` has an option on that its graph does not have."""
+        """ValueError where no denoiser of the family has a graph, or this one has an option on that has none."""
+        if self.without_graph:
+            raise ValueError(f"a {self.title} cannot be exported: {self.without_graph}.")
         for option in self.options_without_graph:
             if denoiser.config.get(option):
                 raise ValueError(f"{self.denoiser_class} with {option}=True cannot be exported; use one without it.")
@@ -173,6 +218,21 @@ class Family(ABC):
                 f"{self.autoencoder_class}."
             )
         return decoder_graph(vae)
+
+
+def moved(inputs: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A denoiser's arguments with their tensors, and those of lists, on ``device``.
+
+    >>> moved({"x": [torch.zeros(1)], "shapes": [(1, 2)]}, "cpu")
+    {'x': [tensor([0.])], 'shapes': [(1, 2)]}
+    """
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(each) for each in value]
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: of(value) for name, value in inputs.items()}
 
 
 def component_configs(pipeline: Any) -> dict[str, Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""FLUX.1-schnell: double- and single-stream blocks with rotary positions, CLIP and T5, a picture in four steps."""
+"""FLUX.1 schnell, dev and Kontext-dev: double- and single-stream blocks with rotary positions, CLIP and T5."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fbqat_hub.families.attention import ExplicitRotaryAttention
 from fbqat_hub.families.base import Family, call_arguments
 from fbqat_hub.families.graph import GraphWrapper, Item, TwinModule, float_twin, host_inputs
 
+#: The conditioning that is a reference picture's latents, [N, C, H, W].
+_REFERENCE = "reference_latents"
+
 
 class Flux(Family):
-    """FluxPipeline with FluxTransformer2DModel without guidance embedding (schnell).
+    """FluxPipeline with FluxTransformer2DModel: schnell, and dev, which is told the guidance scale.
 
-    The denoiser takes tokens: 2 x 2 latents packed into one, [N, H/2 * W/2, 4 C].
+    Schnell samples in four steps; dev, whose scheduler shifts its times by the picture's size, does not. The denoiser
+    takes tokens: 2 x 2 latents packed into one, [N, H/2 * W/2, 4 C].
     """
 
     name: ClassVar[str] = "flux"
@@ -45,13 +49,19 @@ class Flux(Family):
     few_steps: ClassVar[int] = 4
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     constant_inputs: ClassVar[tuple[str, ...]] = ("txt_ids", "img_ids")
-    options_without_graph: ClassVar[tuple[str, ...]] = ("guidance_embeds",)
     tiny: ClassVar[str | None] = "flux-schnell-tiny"
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
         arguments = call_arguments(pipeline, generation, ("max_sequence_length",))
         embeds, pooled, _ = pipeline.encode_prompt(list(prompts), **arguments)
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        conditioning = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        if pipeline.transformer.config.guidance_embeds:
+            scale = call_arguments(pipeline, generation, ("guidance_scale",))["guidance_scale"]
+            conditioning["guidance"] = torch.full((len(embeds),), float(scale), device=embeds.device)
+        return conditioning
+
+    def sampled_steps(self, scheduler: Any) -> int:
+        return 0 if scheduler.config.get("use_dynamic_shifting") else self.few_steps
 
     def latent_side(self, config: Mapping[str, Any]) -> int:
         """128, FluxPipeline's own: positions are rotary, and the denoiser's config says no size."""
@@ -88,7 +98,9 @@ class Flux(Family):
         with torch.no_grad():
             rotary = twin.pos_embed(torch.cat([example[ids] for ids in self.constant_inputs]))
         names = ("hidden_states", "encoder_hidden_states", "pooled_projections")
-        made = host_inputs(twin.time_text_embed.time_proj, names, time_scale=1000.0)
+        told = denoiser.config.guidance_embeds
+        time_proj = twin.time_text_embed.time_proj
+        made = host_inputs(time_proj, names, time_scale=1000.0, guidance_proj=time_proj if told else None)
 
         def inputs(item: Item) -> dict[str, Tensor]:
             for ids in self.constant_inputs:
@@ -102,8 +114,45 @@ class Flux(Family):
         return GraphWrapper(module=_Forward(twin, self.blocks(twin), rotary), host_inputs=inputs)
 
 
+class FluxKontext(Flux):
+    """FluxKontextPipeline: FLUX.1-Kontext-dev, whose tokens of a reference picture follow those of the noisy one.
+
+    Training takes each picture as its own reference, since a captioned data set has no pairs: the denoiser then sees
+    tokens of a reference at their own positions, and the loss is over what it predicts for the noisy ones alone.
+    """
+
+    name: ClassVar[str] = "flux-kontext"
+    title: ClassVar[str] = "FLUX.1-Kontext-dev"
+    pipeline_class: ClassVar[str] = "FluxKontextPipeline"
+    few_steps: ClassVar[int] = 0
+    without_bundle: ClassVar[str] = "a bundle has no encoder of the reference picture"
+    tiny: ClassVar[str | None] = None
+
+    def picture_conditioning(self, latents: Tensor) -> dict[str, Tensor]:
+        return {_REFERENCE: latents}
+
+    def native_size(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """With the call's ``max_area``, which it scales every picture to."""
+        size = super().native_size(configs)
+        return {**size, "max_area": size["height"] * size["width"]}
+
+    def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rest = {name: value for name, value in conditioning.items() if name != _REFERENCE}
+        inputs = super().denoiser_inputs(noisy, timestep, rest)
+        if _REFERENCE in conditioning:
+            own = super().denoiser_inputs(conditioning[_REFERENCE], timestep, rest)
+            own["img_ids"][:, 0] = 1  # the first axis tells the pictures apart
+            for name, axis in (("hidden_states", 1), ("img_ids", 0)):
+                inputs[name] = torch.cat([inputs[name], own[name]], dim=axis)
+        return inputs
+
+    def predict(self, denoiser: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """For the tokens of the noisy picture, without those of the reference."""
+        return super().predict(denoiser, inputs)[:, : int((inputs["img_ids"][:, 0] == 0).sum())]
+
+
 class _Forward(TwinModule):
-    """FLUX's forward with the timestep's sin/cos given and the rotary positions as constants."""
+    """FLUX's forward with the sin/cos of timestep and guidance scale given and the rotary positions as constants."""
 
     def __init__(self, twin: Any, blocks: Sequence[str], rotary: tuple[Tensor, Tensor]) -> None:
         super().__init__(twin, blocks)
@@ -111,11 +160,14 @@ class _Forward(TwinModule):
         self.register_buffer("sine", rotary[1])
 
     def compute(self, *inputs: Tensor) -> Tensor:
-        hidden_states, encoder_hidden_states, pooled_projections, timestep_embedding = inputs
+        hidden_states, encoder_hidden_states, pooled_projections, timestep_embedding, *guidance_embedding = inputs
         twin: Any = self.twin
         rotary = (self.cosine, self.sine)
         embed = twin.time_text_embed
-        temb = embed.timestep_embedder(timestep_embedding) + embed.text_embedder(pooled_projections)
+        temb = embed.timestep_embedder(timestep_embedding)
+        for embedding in guidance_embedding:  # one, or none
+            temb = temb + embed.guidance_embedder(embedding)
+        temb = temb + embed.text_embedder(pooled_projections)
         picture, text = twin.x_embedder(hidden_states), twin.context_embedder(encoder_hidden_states)
         for block in [*twin.transformer_blocks, *twin.single_transformer_blocks]:
             text, picture = block(hidden_states=picture, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)

@@ -185,24 +185,27 @@ class OwnForward(TwinModule):
 
 
 def host_inputs(
-    time_proj: nn.Module, names: Sequence[str], time_scale: float = 1.0
+    time_proj: nn.Module, names: Sequence[str], time_scale: float = 1.0, guidance_proj: nn.Module | None = None
 ) -> Callable[[Item], dict[str, Tensor]]:
     """What the host makes of a denoiser's keyword arguments: the inputs of its graph, float32.
 
     Args:
         time_proj: the sin/cos projection of the timestep, taken out of the twin.
         names: arguments that stay as they are.
-        time_scale: what the denoiser multiplies its timestep by before the projection.
+        time_scale: what the denoiser multiplies its timestep, and its guidance, by before the projection.
+        guidance_proj: the sin/cos projection of the guidance scale, of a denoiser that is told it.
 
     Returns:
-        A function of an item -> `names`; `timestep_embedding`, the sin/cos [1, 256]; where the item has an
-        `encoder_attention_mask`, `encoder_attention_bias` [1, 1, tokens], 0 where the mask is 1 and `MASK_BIAS` where
-        it is 0.
+        A function of an item -> `names`; `timestep_embedding`, the sin/cos [1, 256]; where the denoiser is told the
+        guidance scale, `guidance_embedding` [1, 256]; where the item has an `encoder_attention_mask`,
+        `encoder_attention_bias` [1, 1, tokens], 0 where the mask is 1 and `MASK_BIAS` where it is 0.
     """
 
     def inputs(item: Item) -> dict[str, Tensor]:
         made = {name: item[name].float() for name in names}
         made["timestep_embedding"] = time_proj(time_scale * item["timestep"].reshape(-1).float()).float()
+        if guidance_proj is not None:
+            made["guidance_embedding"] = guidance_proj(time_scale * item["guidance"].reshape(-1).float()).float()
         if (mask := item.get("encoder_attention_mask")) is not None:
             made["encoder_attention_bias"] = ((1.0 - mask.float()) * MASK_BIAS)[:, None]
         return made
@@ -213,14 +216,18 @@ def host_inputs(
 def through_own_forward(
     twin: Any, blocks: Sequence[str], embed: Any, example: Item, names: Sequence[str]
 ) -> GraphWrapper:
-    """A wrapper around the twin's own forward, whose sin/cos of the timestep (`embed.time_proj`) is the host's work.
+    """A wrapper around the twin's own forward, whose sin/cos of the timestep (`embed.time_proj`), and of the guidance
+    scale where it is told that (`embed.guidance_condition_proj`), is the host's work.
 
     Args:
         blocks: names of the twin's blocks.
-        example: an item; says whether there is a text mask.
+        example: an item; says whether there are a guidance scale and a text mask.
         names: arguments of the forward besides timestep and mask.
     """
     time_proj, embed.time_proj = embed.time_proj, nn.Identity()
-    mask = ["encoder_attention_mask"] if "encoder_attention_mask" in example else []
-    module = OwnForward(twin, blocks, [*names, "timestep", *mask])
-    return GraphWrapper(module=module, host_inputs=host_inputs(time_proj, names))
+    guidance_proj = None
+    if "guidance" in example:
+        guidance_proj, embed.guidance_condition_proj = embed.guidance_condition_proj, nn.Identity()
+    told = [name for name in ("guidance", "encoder_attention_mask") if name in example]
+    module = OwnForward(twin, blocks, [*names, "timestep", *told])
+    return GraphWrapper(module=module, host_inputs=host_inputs(time_proj, names, guidance_proj=guidance_proj))

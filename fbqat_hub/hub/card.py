@@ -306,7 +306,7 @@ def _code(facts: Facts) -> str:
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.float32)\n"
-        f"image = pipe(\n    {json.dumps(prompt, ensure_ascii=False)},\n{call}"
+        f"image = pipe(\n    prompt={json.dumps(prompt, ensure_ascii=False)},\n{call}"
         f"    generator=torch.Generator().manual_seed({seed}),\n).images[0]\n"
         'image.save("picture.png")'
     )

@@ -188,6 +188,7 @@ def _build_split(
             ]
             part = family.encode_prompts(pipeline, rows["caption"][first : first + 32], generation)
             part["latents"] = family.encode_images(pipeline, pixels(images).float() / 127.5 - 1)
+            part |= family.picture_conditioning(part["latents"])
             parts.append(part)
         tensors = {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
         with whole(_shard_path(folder, start)) as partial:

@@ -19,10 +19,13 @@ _WORDS = {
     float: "a number",
     str: "text",
     list: "a list",
+    tuple: "a list",
     dict: "a mapping of keys to values",
 }
 # These are given by whoever makes the call.
 _OURS = {"self", "prompt", "prompt_2", "prompt_3", "generator", "latents", "output_type", "return_dict"}
+# Their annotation says nothing of None, which the call needs all the same: Sana-Sprint's with other steps than two.
+_MAY_BE_NONE = {"intermediate_timesteps"}
 # (least, most); a recipe that came with a model must not fill the memory of who generates with it.
 _RANGES = {
     "height": (1, 8192),
@@ -74,7 +77,9 @@ def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
     annotation = parameter.annotation
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     kinds = {get_origin(part) or part for part in parts}
-    if parameter.default is None or list in kinds:  # a list can be left out, as Sana's instruction before a prompt
+    if (
+        parameter.default is None or list in kinds or parameter.name in _MAY_BE_NONE
+    ):  # a list can be left out, as Sana's instruction before a prompt
         parts = (*parts, type(None))
     return tuple(parts) if kinds <= {*_WORDS, type(None)} else ()
 
@@ -93,7 +98,7 @@ def _problem(name: str, value: Any, allowed: tuple[Any, ...], multiple: int) -> 
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is list:
+    if get_origin(kind) in (list, tuple):
         return type(value) is list and all(_fits(each, get_args(kind)[0]) for each in value)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)

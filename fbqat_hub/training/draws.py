@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.families import Family
+from fbqat_hub.families import Family, moved
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.seeding import generator
 
@@ -26,18 +26,18 @@ class Draws:
     def __init__(self, family: Family, scheduler: Any, seed: int, device: torch.device | str = "cpu") -> None:
         self.family, self.scheduler, self.seed, self.device = family, scheduler, seed, device
 
-    def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
+    def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Any]:
         """The batch of an optimizer step, of one process of several."""
         random = generator(self.seed, "train", step, process)
         return self._inputs(split, torch.randint(len(split), (batch_size,), generator=random), [random])
 
-    def calibration(self, split: CachedSplit, samples: int) -> Iterator[dict[str, Tensor]]:
+    def calibration(self, split: CachedSplit, samples: int) -> Iterator[dict[str, Any]]:
         """Random samples for static activation ranges, one at a time."""
         for index in range(samples):
             random = generator(self.seed, "calibration", index)
             yield self._inputs(split, torch.randint(len(split), (1,), generator=random), [random])
 
-    def held_out(self, split: CachedSplit, draws: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def held_out(self, split: CachedSplit, draws: int, batch_size: int) -> Iterator[dict[str, Any]]:
         """Every sample of a split with ``draws`` different noises and timesteps, in the order of the draws.
 
         A sample's noise and timestep depend on its index and the number of the draw only: they are the same for every
@@ -49,20 +49,24 @@ class Draws:
                 streams = [generator("held-out", draw, index) for index in indices.tolist()]
                 yield self._inputs(split, indices, streams)
 
-    def predict(self, denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def predict(self, denoiser: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """What the sampler would take from the denoiser."""
-        return self.family.prediction(denoiser(**inputs, return_dict=False)[0])
+        return self.family.predict(denoiser, inputs)
 
-    def error_weight(self, inputs: dict[str, Tensor]) -> Tensor | None:
+    def times(self, inputs: dict[str, Any]) -> Tensor:
+        """The timesteps of a batch, [N], as the denoiser is given them."""
+        times: Tensor = inputs[self.family.timestep_input]
+        return times
+
+    def error_weight(self, inputs: dict[str, Any]) -> Tensor | None:
         """``Family.error_weight`` of a batch, [N]."""
-        return self.family.error_weight(self.scheduler, inputs["timestep"])
+        return self.family.error_weight(self.scheduler, self.times(inputs))
 
-    def _inputs(self, split: CachedSplit, indices: Tensor, streams: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    def _inputs(self, split: CachedSplit, indices: Tensor, streams: Sequence[torch.Generator]) -> dict[str, Any]:
         """Of the samples ``indices``, with one stream of random numbers for all of them, or one for each."""
         latents, conditioning = split.batch(indices)
         shape = (len(indices) // len(streams), *latents.shape[1:])
         noise = torch.cat([torch.randn(shape, generator=random) for random in streams])
         uniform = torch.cat([torch.rand(shape[0], generator=random) for random in streams]).clamp(1e-4, 1 - 1e-4)
         noisy, timestep = self.family.noisy(self.scheduler, latents.float(), noise, uniform)
-        inputs = self.family.denoiser_inputs(noisy, timestep, conditioning)
-        return {name: value.to(self.device) for name, value in inputs.items()}
+        return moved(self.family.denoiser_inputs(noisy, timestep, conditioning), self.device)

@@ -221,7 +221,7 @@ def _held_out(models: _Models) -> Measurement:
             f"the held-out loss is not finite in {broken} of {len(losses)} draws: {models.folder} or its teacher "
             f"{recipe.teacher} is broken. Nothing was recorded."
         )
-    times = [time for inputs in draws.held_out(test, repeats, batch_size) for time in inputs["timestep"].tolist()]
+    times = [time for inputs in draws.held_out(test, repeats, batch_size) for time in draws.times(inputs).tolist()]
     # The draws of one picture belong together: the interval is over pictures.
     by_picture = of_samples(torch.tensor(losses).view(repeats, len(test)).mean(dim=0).tolist(), seed=recipe.seed)
     return Measurement(

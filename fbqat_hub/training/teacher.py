@@ -248,7 +248,7 @@ def _train_denoiser(
         progress = torch.rand(len(x0), generator=random).clamp(1e-4, 1 - 1e-4)
         noisy, timestep = family.noisy(pipeline.scheduler, x0, noise, progress, few_step=False)
         inputs = family.denoiser_inputs(noisy, timestep, conditioning)
-        predicted = family.prediction(models["transformer"](**inputs, return_dict=False)[0])
+        predicted = family.predict(models["transformer"], inputs)
         errors = (predicted - family.target(x0, noise)).square().flatten(1).mean(1)
         return (errors * _sample_weights(pipeline.scheduler, timestep, training.get("max_weight", 1.0))).mean()
 
@@ -302,7 +302,7 @@ def _distil_few_steps(recipe: dict[str, Any], family: Any, pipeline: Any, captio
         conditioning = {name: value[chosen % len(captions)] for name, value in encoded.items()}
         latents = family.unpack_latents(start, side, side)
         inputs = family.denoiser_inputs(latents, 1000 * sigma, conditioning)
-        return F.mse_loss(transformer(**inputs, return_dict=False)[0], (start - end) * settings["segments"])
+        return F.mse_loss(family.predict(transformer, inputs), (start - end) * settings["segments"])
 
     _fit("few steps", transformer.train(), settings, loss_at, work / "few_step", yaml.safe_dump(recipe))
 

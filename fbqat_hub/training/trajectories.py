@@ -84,7 +84,7 @@ def trajectory_loss(
     """Mean squared distance of the predictions of student and teacher, for each draw."""
     losses: list[float] = []
     for inputs in draws.batches(batch_size, device):
-        made, wanted = (family.prediction(model(**inputs, return_dict=False)[0]) for model in (student, teacher))
+        made, wanted = (family.predict(model, inputs) for model in (student, teacher))
         losses += (made.float() - wanted.float()).square().flatten(1).mean(1).tolist()
     return losses
 
@@ -149,7 +149,9 @@ def _made(
         noise = [generator("trajectory noise", *key) for key in keys]
         calls: list[dict[str, Tensor]] = []
         with _recorded(pipeline.transformer, calls):
-            pipeline([captions[caption] for caption, _ in batch], generator=noise, output_type="latent", **generation)
+            pipeline(
+                prompt=[captions[caption] for caption, _ in batch], generator=noise, output_type="latent", **generation
+            )
         inputs = calls[0]
         halves = len(inputs["hidden_states"]) // len(batch)  # 2 with guidance, and those without prompt come first
         for name, rows in conditioning.items():

@@ -13,10 +13,10 @@ from torch import nn
 from benchmarks.method.outliers import FACTOR, outlier_channels
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
-from tests.conftest import call_of
+from tests.conftest import MOST_FAMILIES, call_of
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST_FAMILIES)
 @torch.no_grad()
 def test_predictions_keep_every_bit_and_the_weights_come_back(family: str, teacher_of: Callable[[str], Path]) -> None:
     rules, pipeline = FAMILIES[family], load_pipeline(teacher_of(family))

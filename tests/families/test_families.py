@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +21,7 @@ from fbqat_hub.families.base import logit_normal
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization.convert import quantizable
 from fbqat_hub.training.teacher import RECIPES
-from tests.conftest import call_of, teacher_recipe
+from tests.conftest import MODELS, call_of, family_name, teacher_recipe
 
 
 @pytest.fixture
@@ -35,10 +36,15 @@ def load(teacher_of: Callable[[str], Path]) -> Callable[[str], Any]:
     return loaded
 
 
-@pytest.fixture(params=FAMILIES)
-def family_and_pipeline(request: pytest.FixtureRequest, load) -> tuple[Family, Any]:
-    """A family with the tiny pipeline of its class."""
-    return FAMILIES[request.param], load(request.param)
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def family_and_pipeline(model: str, load) -> tuple[Family, Any]:
+    """A model's family with its tiny pipeline."""
+    return FAMILIES[family_name(model)], load(model)
 
 
 def ramp(*shape: int) -> Tensor:
@@ -58,7 +64,9 @@ def test_looked_up_by_name_and_by_pipeline() -> None:
     for name, family in FAMILIES.items():
         assert get_family(name) is family
         assert family_of(family.pipeline_class) is family
-        assert family_of_denoiser(family.denoiser_class) is family
+        assert family_of_denoiser(family.denoiser_class).denoiser_class == family.denoiser_class
+    assert family_of_denoiser("SanaTransformer2DModel") is get_family("sana")
+    assert family_of_denoiser("FluxTransformer2DModel") is get_family("flux")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,7 @@ def test_family_without_teacher_says_what_to_add() -> None:
 # what the loop asks of a family
 
 
-def test_layer_groups(family_and_pipeline) -> None:
+def test_layer_groups(model: str, family_and_pipeline) -> None:
     """Groups are of real layers; "all" is all; attention and feed-forward share none and lie within the blocks."""
     family, pipeline = family_and_pipeline
     names = list(quantizable(pipeline.transformer))
@@ -105,25 +113,26 @@ def test_layer_groups(family_and_pipeline) -> None:
     assert groups["attention"] | groups["feed_forward"] <= groups["blocks"] < groups["all"]
     rest = groups["blocks"] - groups["attention"] - groups["feed_forward"]
     assert all(".norm" in name and name.endswith(".linear") for name in rest), rest  # modulation
-    for patterns in (*family.layer_groups.values(), family.activation_overrides, family.a16_layers):
+    needed = (*family.layer_groups.values(), family.activation_overrides, family.a16_layers)
+    for patterns in needed[0 if model in FAMILIES else -2 :]:  # SD3.5-Large has no dual attention, say
         for pattern in patterns:
             assert any(fnmatchcase(name, pattern) for name in names), pattern
 
 
 @torch.no_grad()
-def test_batch_goes_through_the_denoiser(family_and_pipeline) -> None:
+def test_batch_goes_through_the_denoiser(model: str, family_and_pipeline) -> None:
     """Through a train step's own calls: what comes out has the target's shape, and depends on the prompt."""
     family, pipeline = family_and_pipeline
     latents = family.encode_images(pipeline, random_pixels())
-    conditioning = family.encode_prompts(pipeline, ["red", "dark blue"], call_of(family.name, pipeline))
+    conditioning = family.encode_prompts(pipeline, ["red", "dark blue"], call_of(model, pipeline))
+    conditioning |= family.picture_conditioning(latents)
     assert {len(value) for value in conditioning.values()} == {2}
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, torch.tensor([0.1, 0.9]))
     assert timestep[0] < timestep[1]
 
     def predicted(conditioning: dict[str, Tensor]) -> Tensor:
-        inputs = family.denoiser_inputs(noisy, timestep, conditioning)
-        return family.prediction(pipeline.transformer(**inputs, return_dict=False)[0])
+        return family.predict(pipeline.transformer, family.denoiser_inputs(noisy, timestep, conditioning))
 
     first, swapped = predicted(conditioning), predicted({name: value.flip(0) for name, value in conditioning.items()})
     assert first.shape == family.target(latents, noise).shape
@@ -137,37 +146,46 @@ def test_the_sample_follows_from_the_noisy_one_and_the_target(few_step: bool, fa
     family, pipeline = family_and_pipeline
     x0, noise = ramp(3, 4, 4, 4), ramp(3, 4, 4, 4).flip(0).roll(5)
     noisy, timestep = family.noisy(pipeline.scheduler, x0, noise, torch.tensor([0.2, 0.5, 0.7]), few_step=few_step)
-    target = family.target(x0, noise)
-    noisy, expected = (family.denoiser_inputs(each, timestep, no_text())["hidden_states"] for each in (noisy, x0))
+    target, expected = family.target(x0, noise), family.pack_latents(x0)
+    inputs = family.denoiser_inputs(noisy, timestep, no_text())
+    noisy = stacked(inputs[family.latents_input])
     level = timestep.view(-1, *[1] * (target.ndim - 1))
     if hasattr(pipeline.scheduler, "alphas_cumprod"):
         share = pipeline.scheduler.alphas_cumprod[level]
         recovered = (noisy - (1 - share).sqrt() * target) / share.sqrt()
+    elif isinstance(pipeline.scheduler, diffusers.SCMScheduler):  # the denoiser itself is one of flow matching
+        recovered = noisy - inputs["timestep"].view_as(level) * target
     else:
         recovered = noisy - level / 1000 * target
     assert torch.allclose(recovered, expected, atol=1e-4)
 
 
-def no_text() -> dict[str, Tensor]:
-    return {"encoder_hidden_states": torch.zeros(3, 1, 1)}
+def no_text(count: int = 3) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": torch.zeros(count, 1, 1)}
+
+
+def stacked(value: Any) -> Tensor:
+    """A denoiser's argument, of one that takes a list as if it took a tensor."""
+    return torch.stack(value) if isinstance(value, list) else value
 
 
 @torch.no_grad()
-def test_latents_are_those_that_the_pipeline_decodes(family_and_pipeline) -> None:
+def test_latents_are_those_that_the_pipeline_decodes(model: str, family_and_pipeline) -> None:
     """A sampler that returns the encoded pictures makes the call return what the autoencoder alone makes of them."""
     family, pipeline = family_and_pipeline
     pixels = random_pixels(1)
     encoded = pipeline.vae.encode(pixels)
     alone = pipeline.vae.decode(encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()).sample
-    latents = family.encode_images(pipeline, pixels)
-    inputs = family.denoiser_inputs(latents, torch.ones(1), no_text())
-    pipeline.scheduler.step = lambda *_, **__: (inputs["hidden_states"],)
-    drawn = pipeline("red", output_type="pt", **call_of(family.name, pipeline)).images
+    latents = family.pack_latents(family.encode_images(pipeline, pixels))
+    if isinstance(pipeline.scheduler, diffusers.SCMScheduler):
+        latents = latents * pipeline.scheduler.config.sigma_data
+    pipeline.scheduler.step = lambda *_, **__: (latents, latents)[: 1 + ("sprint" in model)]
+    drawn = pipeline(prompt="red", output_type="pt", **call_of(model, pipeline)).images
     assert alone.std() > 0.01
     assert torch.allclose(drawn, (alone / 2 + 0.5).clamp(0, 1), atol=1e-5)
 
 
-def test_native_size_is_what_the_denoiser_was_made_for(family_and_pipeline, monkeypatch) -> None:
+def test_native_size_is_what_the_denoiser_was_made_for(model: str, family_and_pipeline, monkeypatch) -> None:
     """From the files of its components alone."""
     family, pipeline = family_and_pipeline
     if "sample_size" not in pipeline.transformer.config:  # FLUX: the pipeline's own, 128, takes a while
@@ -180,7 +198,7 @@ def test_native_size_is_what_the_denoiser_was_made_for(family_and_pipeline, monk
     size = family.native_size(configs)
     assert size == family.native_size(component_configs(pipeline))
     side = configs["transformer"].get("sample_size", 8)
-    image = pipeline("red", **{**call_of(family.name, pipeline), **size}).images[0]
+    image = pipeline(prompt="red", **{**call_of(model, pipeline), **size}).images[0]
     assert image.size == (size["width"], size["height"]) == (side * pipeline.vae_scale_factor,) * 2
 
 
@@ -197,13 +215,11 @@ def test_a_config_without_a_size_is_named(name: str, configs: dict[str, Any], sa
 
 
 @torch.no_grad()
-def test_denoiser_inputs_are_those_of_the_pipeline_call(family_and_pipeline) -> None:
+def test_denoiser_inputs_are_those_of_the_pipeline_call(model: str, family_and_pipeline) -> None:
     """Student and sampler are given the same: text, masks, positions, timestep; with the call's defaults too."""
     family, pipeline = family_and_pipeline
-    full = {**call_of(family.name, pipeline), "guidance_scale": 1.0}  # one text, not also the empty one
-    side = 32 // pipeline.vae_scale_factor
-    latents = ramp(1, pipeline.vae.config.latent_channels, side, side)
-    tokens = family.denoiser_inputs(latents, torch.ones(1), no_text())["hidden_states"]
+    full = {**call_of(model, pipeline), "guidance_scale": 1.0}  # one text, not also the empty one
+    latents = ramp(*family.encode_images(pipeline, random_pixels(1)).shape)
     seen: list[dict[str, Any]] = []
     forward = inspect.signature(pipeline.transformer.forward)
 
@@ -211,15 +227,32 @@ def test_denoiser_inputs_are_those_of_the_pipeline_call(family_and_pipeline) -> 
         seen.append(forward.bind(*positional, **named).arguments)
 
     pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
-    for left_out in (None, *teacher_recipe(family.name)["generation"]):
+    for left_out in (None, *teacher_recipe(model)["generation"].keys() - {"max_area"}):  # its default is 1024 x 1024
         call = {name: value for name, value in full.items() if name != left_out}
         seen.clear()
-        pipeline("dark red", latents=tokens, **call)
+        pipeline(prompt="dark red", latents=family.pack_latents(latents), **call)
         conditioning = family.encode_prompts(pipeline, ["dark red"], call)
         inputs = family.denoiser_inputs(latents, pipeline.scheduler.timesteps[:1], conditioning)
         assert set(inputs) == {key for key, value in seen[0].items() if isinstance(value, Tensor)}, left_out
         for key, value in inputs.items():
             assert torch.equal(seen[0][key], value), (left_out, key)
+
+
+@torch.no_grad()
+def test_kontext_gives_the_reference_picture_as_the_pipeline_does(load) -> None:
+    family, pipeline = get_family("flux-kontext"), load("flux-kontext")
+    noisy, reference = ramp(1, 4, 8, 8), ramp(1, 4, 8, 8).flip(2)
+    seen: dict[str, Any] = {}
+    pipeline.transformer.register_forward_pre_hook(lambda *given: seen.update(given[2]), with_kwargs=True)
+    call = call_of("flux-kontext", pipeline) | {"num_inference_steps": 1}
+    pipeline(prompt="dark red", image=reference, latents=family.pack_latents(noisy), **call)
+    conditioning = family.encode_prompts(pipeline, ["dark red"], call) | family.picture_conditioning(reference)
+    inputs = family.denoiser_inputs(noisy, torch.full((1,), 1000.0), conditioning)
+    assert inputs["hidden_states"].shape == (1, 2 * 16, 16)
+    for name in ("hidden_states", "img_ids", "txt_ids", "guidance", "timestep"):
+        assert torch.equal(seen[name], inputs[name]), name
+    output = pipeline.transformer(**inputs, return_dict=False)[0]
+    assert torch.equal(family.predict(pipeline.transformer, inputs), output[:, :16])
 
 
 # noise schedules, in numbers
@@ -292,10 +325,41 @@ def test_flux_is_trained_where_it_is_sampled(load) -> None:
     noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, progress)
     assert timestep.tolist() == [250, 250, 500, 500, 750, 750, 1000, 1000]
     assert noisy[:, 0, 0, 0].tolist() == [1.5, 1.5, 2, 2, 2.5, 2.5, 3, 3]
-    pipeline("red", **{**call_of("flux", pipeline), "num_inference_steps": 4})
+    pipeline(prompt="red", **{**call_of("flux", pipeline), "num_inference_steps": 4})
     assert pipeline.scheduler.timesteps.tolist() == [1000, 750, 500, 250]
     inputs = family.denoiser_inputs(noisy, timestep, {"encoder_hidden_states": torch.zeros(8, 5, 16)})
     assert inputs["timestep"].tolist() == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1]
+
+
+def test_flux_dev_is_trained_at_all_levels_shifted_as_the_sampler_shifts_them(load) -> None:
+    """mu from 0.5 at 256 tokens to 1.15 at 4096; 64 x 64 latents are 1024 tokens: mu = 0.63, e^mu = 1.8776."""
+    latents, noise = torch.zeros(1, 4, 64, 64), torch.ones(1, 4, 64, 64)
+    noisy, timestep = get_family("flux").noisy(load("flux-dev").scheduler, latents, noise, torch.tensor([0.5]))
+    assert timestep.item() == pytest.approx(1000 * 1.87761 / 2.87761, abs=0.01)
+    assert noisy.mean().item() == pytest.approx(1.87761 / 2.87761, abs=1e-5)
+
+
+def test_guidance_is_the_calls(load) -> None:
+    """FLUX.1-dev is given the scale, Sana-Sprint a tenth of it (guidance_embeds_scale)."""
+    for name, given, told in (("flux-dev", 3.5, 3.5), ("sana-sprint", 4.5, 0.45), ("flux-kontext", 2.0, 2.0)):
+        family, pipeline = FAMILIES[family_name(name)], load(name)
+        call = call_of(name, pipeline) | {"guidance_scale": given}
+        guidance = family.encode_prompts(pipeline, ["red", "dark blue"], call)["guidance"]
+        assert guidance.tolist() == pytest.approx([told, told])
+    assert "guidance" not in get_family("flux").encode_prompts(load("flux"), ["red"], call_of("flux", load("flux")))
+
+
+def test_sana_sprint_is_trained_where_it_is_sampled(load) -> None:
+    """At its sampler's two angles, each for half of the draws: x_t = cos(t) x_0 + sin(t) noise."""
+    family, pipeline = get_family("sana-sprint"), load("sana-sprint")
+    latents, noise = torch.full((2, 1, 2, 2), 1.0), torch.full((2, 1, 2, 2), 3.0)
+    noisy, angle = family.noisy(pipeline.scheduler, latents, noise, torch.tensor([0.4, 0.6]))
+    pipeline(prompt="red", **call_of("sana-sprint", pipeline))
+    assert angle.flip(0).tolist() == pipeline.scheduler.timesteps[:-1].tolist()
+    assert noisy[0].unique().item() == pytest.approx(math.cos(1.3) + 3 * math.sin(1.3), abs=1e-5)
+    _, angles = family.noisy(pipeline.scheduler, latents, noise, torch.tensor([0.01, 0.99]), few_step=False)
+    assert 0 < angles[0] < 0.2
+    assert 1.4 < angles[1] < 1.5708
 
 
 def test_flux_before_its_distillation_is_trained_at_all_levels(load) -> None:

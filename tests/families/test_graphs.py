@@ -17,10 +17,10 @@ from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.families.graph import block_outputs
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import CAPTIONS, call_of
+from tests.conftest import CAPTIONS, MOST_FAMILIES, call_of
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST_FAMILIES)
 def test_the_graph_is_the_model_and_its_blocks(family: str, teacher_of: Callable[[str], Path], tmp_path: Path) -> None:
     """With float activations the packed model is float but for its weights: all agree to float rounding."""
     float_activations = {"activation_bits": 32, "module_overrides": {}}

@@ -25,7 +25,7 @@ from fbqat_hub.training.generate import generate
 from fbqat_hub.training.loop import distill
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.student import prepare_student
-from tests.conftest import call_of, write_recipe
+from tests.conftest import MOST_FAMILIES, call_of, write_recipe
 
 # the last block of SD3 has no text output, so the text's queries go nowhere
 WITHOUT_EFFECT = {"sd3": {"transformer_blocks.1.attn.add_q_proj"}}
@@ -55,7 +55,7 @@ def distilled(recipe: Recipe, output: Path) -> tuple[Any, dict[str, Any], list[d
     return student, before, [yaml.safe_load(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST_FAMILIES)
 def test_chosen_layers_train_and_every_layer_is_calibrated(family: str, fields_of, tmp_path: Path) -> None:
     static = {"quantization": {"activation_range": "static"}, "calibration": {"samples": 3, "rule": "min_max"}}
     recipe = Recipe(**{**fields_of(family), **static, "train_layers": "attention"})
@@ -74,7 +74,7 @@ def test_chosen_layers_train_and_every_layer_is_calibrated(family: str, fields_o
     assert all(0 < before[f"{name}.input_scale"] < float("inf") for name in layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST_FAMILIES)
 def test_loss_weighting_counts_errors_by_what_the_sampler_makes_of_them(family: str, fields_of, tmp_path: Path) -> None:
     fields = {**fields_of(family), "steps": 1, "learning_rate": 0.0}
     logged = {}
@@ -99,7 +99,7 @@ def test_loss_weighting_counts_errors_by_what_the_sampler_makes_of_them(family: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST_FAMILIES)
 def test_train_evaluate_card_and_generate(family: str, fields_of, tmp_path: Path) -> None:
     """From a recipe file to the card, with nothing said of the family but its name."""
     fields = {**fields_of(family), "prompts": ["dark red"]}

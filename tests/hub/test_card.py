@@ -86,7 +86,7 @@ def test_the_code_block_starts_with_our_import_and_calls_as_the_recipe_says(run:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "pipe"
     )  # fmt: skip
     given = {keyword.arg: keyword.value for keyword in call.keywords}
-    assert call.args[0].value == "flag of france"
+    assert given.pop("prompt").value == "flag of france"
     assert ast.unparse(given.pop("generator")).endswith("manual_seed(7)")
     assert {name: ast.literal_eval(value) for name, value in given.items()} == RECIPE["generation"]
     assert 'from_pretrained(".", dtype=torch.float32)' in code

@@ -113,7 +113,7 @@ def test_a_run_of_another_recipe_is_not_taken_over(tmp_path: Path) -> None:
         shutil.copy(zoo.ROOT / "sana-tiny" / file, tmp_path / "run")
     with pytest.raises(ValueError, match="is a run of Sana-tiny-OpenMoji-FBQAT-W4A8, not of the recipe sd3-tiny"):
         zoo.collect("sd3-tiny", tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match=r"model_cards/sdxl\.yaml is missing; models: flux-schnell, "):
+    with pytest.raises(FileNotFoundError, match=r"model_cards/sdxl\.yaml is missing; models: flux-dev, "):
         zoo.collect("sdxl", tmp_path / "run")
 
 

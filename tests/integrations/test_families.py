@@ -20,16 +20,16 @@ from fbqat_hub.quantization import PackedLayer, named_layers, stored_bits_per_we
 from fbqat_hub.quantization.convert import quantizable
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
-from tests.conftest import call_of
+from tests.conftest import MOST_FAMILIES, call_of
 
 
 def draw(pipeline: Any, family: str) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     random = torch.Generator().manual_seed(3)
-    return pipeline("dark red", generator=random, output_type="pt", **call_of(family, pipeline)).images
+    return pipeline(prompt="dark red", generator=random, output_type="pt", **call_of(family, pipeline)).images
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MOST_FAMILIES)
 def converted(request: pytest.FixtureRequest, teacher_of: Callable[[str], Path], tmp_path_factory) -> tuple[str, Path]:
     """A family, and the folder that ``convert_pipeline`` made of its pipeline."""
     output = tmp_path_factory.mktemp("converted") / request.param

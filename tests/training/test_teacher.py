@@ -19,7 +19,7 @@ from fbqat_hub.training import teacher
 from fbqat_hub.training.openmoji import default_cache_dir
 from fbqat_hub.training.teacher import train_teacher, untrained_pipeline
 from fbqat_hub.training.tokenizers import train_tokenizer
-from tests.conftest import call_of, teacher_recipe
+from tests.conftest import VARIANTS, call_of, teacher_recipe
 
 # smileys, animals, food, symbols
 CODES = {"1F600": "grinning face", "1F63E": "pouting cat", "1F436": "dog face", "1F34E": "red apple", "2705": "check"}
@@ -67,7 +67,7 @@ def small_world() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name not in VARIANTS])
 def trained(request: pytest.FixtureRequest, small_world, tmp_path_factory) -> tuple[str, Path]:
     """A family, and the folder of its teacher after the three steps of each stage."""
     output = tmp_path_factory.mktemp("teachers") / request.param
@@ -97,7 +97,7 @@ def test_is_a_plain_pipeline_that_draws(trained) -> None:
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == FAMILIES[family].pipeline_class
     assert {value.dtype for value in weights_of(folder).values() if value.is_floating_point()} == {torch.float16}
-    picture = pipeline("pouting cat", **call_of(family, pipeline)).images[0]
+    picture = pipeline(prompt="pouting cat", **call_of(family, pipeline)).images[0]
     assert picture.size == (32, 32)
     assert sorted(path.name for path in folder.parent.iterdir()) == [family]
 

@@ -20,7 +20,7 @@ from fbqat_hub.export.bundle.text_bundle import PROBE, build_text
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, recorded_tokens
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import staging
-from fbqat_hub.export.htp.checks import check_asked, check_model
+from fbqat_hub.export.htp.checks import check_asked, check_bundle
 from fbqat_hub.export.htp.export import build_transformer
 from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.export.htp.runtime import qnn_session
@@ -93,7 +93,7 @@ def export_bundle(
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
     if len(prompts) < 2 and (calibration is None or held_out is None):
         raise ExportError("calibration needs at least 2 prompts: the last one is held out")
-    family = check_model(pipeline.transformer, a16, graphs)
+    family = check_bundle(pipeline, a16, graphs)
     from fbqat_hub.export.htp import certificate, compiler
 
     encoders = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]

@@ -104,7 +104,7 @@ def generate(
         arguments["callback"] = lambda _step, _time, latents: last.__setitem__(slice(None), [latents])
     pipeline.set_progress_bar_config(disable=True)
     with denoiser_replaced(pipeline, recorded):
-        images = pipeline([prompt], generator=torch.Generator().manual_seed(seed), **arguments).images
+        images = pipeline(prompt=[prompt], generator=torch.Generator().manual_seed(seed), **arguments).images
     picture = (255 * images[0]).round().astype(np.uint8)
     return Generated(prompt=prompt, items=items, outputs=outputs, latents=last[0], picture=picture)
 
@@ -129,7 +129,7 @@ def record_inputs(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]
     with denoiser_replaced(pipeline, denoise):
         for index, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + index)
-            pipeline([prompt], generator=generator, **{**call, "output_type": "latent"})
+            pipeline(prompt=[prompt], generator=generator, **{**call, "output_type": "latent"})
     return items
 
 

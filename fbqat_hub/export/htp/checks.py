@@ -12,7 +12,7 @@ from fbqat_hub.export.htp.requirements import require_htp
 from fbqat_hub.export.htp.targets import Target, target_for
 from fbqat_hub.export.onnx.float_graph import packed_layers
 from fbqat_hub.export.onnx.precision import check_patterns
-from fbqat_hub.families import Family, family_of_denoiser
+from fbqat_hub.families import Family, family_of, family_of_denoiser
 
 
 def check_asked(output_dir: str | os.PathLike[str], soc: str, **counts: int | None) -> Target:
@@ -55,4 +55,20 @@ def check_model(denoiser: Any, a16: Sequence[str] = (), graphs: int = 1) -> Fami
     blocks = len(family.blocks(denoiser))
     if graphs > blocks:
         raise ExportError(f"{graphs} graphs were asked for; the model has {blocks} blocks, so give 1 to {blocks}")
+    return family
+
+
+def check_bundle(pipeline: Any, a16: Sequence[str] = (), graphs: int = 1) -> Family:
+    """The family of a pipeline that can be bundled for a phone.
+
+    Raises:
+        ValueError, ExportError: as `check_model` of its transformer; a pipeline of a family that has no bundle.
+    """
+    check_model(pipeline.transformer, a16, graphs)
+    family = family_of(type(pipeline).__name__)
+    if family.without_bundle:
+        raise ExportError(
+            f"a {family.title} cannot be bundled: {family.without_bundle}. Its transformer alone can be exported: "
+            "fbqat_hub.export.export_htp"
+        )
     return family
