@@ -15,6 +15,13 @@ from typing import Any, Self, TypeVar
 Item = TypeVar("Item")
 # A plain line at most every so many seconds, and at most every so many percent.
 _SECONDS, _PERCENT = 5.0, 10
+_bars = True
+
+
+def plain_lines() -> None:
+    """From now on plain lines, on a terminal too: for one of several processes that share it."""
+    global _bars
+    _bars = False
 
 
 class Progress:
@@ -34,7 +41,7 @@ class Progress:
         self._percent = _percent(start, total)
         self._shown = shown and total > start
         self._bar: Any = None
-        if self._shown and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        if self._shown and _bars and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             from tqdm.auto import tqdm  # a third of a second, which `fbqat --help` need not take
 
             self._bar = tqdm(total=total, initial=start, desc=stage, unit=unit, unit_scale=unit == "B")

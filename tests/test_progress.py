@@ -53,6 +53,14 @@ def test_a_terminal_gets_one_bar_a_stage(monkeypatch: pytest.MonkeyPatch, capsys
     assert "loss=1e-2" in shown
 
 
+def test_several_processes_on_one_terminal_write_lines(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "_bars", True)
+    progress.plain_lines()
+    assert list(each("ab", "read", "file")) == ["a", "b"]
+    assert capsys.readouterr().err == "read: 2 of 2 files, 100%, 0 s\n"
+
+
 def test_bars_of_other_libraries_are_off_for_a_while(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     rows = datasets.Dataset.from_dict({"a": list(range(10))})
