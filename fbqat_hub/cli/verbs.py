@@ -183,6 +183,25 @@ def doctor(options: argparse.Namespace) -> None:
         raise ValueError(f"{errors} {'error' if errors == 1 else 'errors'} found, see above.")
 
 
+def lora_check(options: argparse.Namespace) -> None:
+    """``fbqat lora check``."""
+    import peft  # noqa: F401  # an extra: that it is missing is said before anything is loaded
+
+    from fbqat_hub.training.lora import check
+
+    found = check(
+        options.adapter,
+        options.base,
+        options.float_base,
+        prompts=options.prompt,
+        output=options.output,
+        seed=options.seed,
+    )
+    print(found.text())
+    if options.output:
+        print(f"saved {options.output}" + (f" and {options.output.with_suffix('.png')}" if options.prompt else ""))
+
+
 def publish(options: argparse.Namespace) -> None:
     """``fbqat publish``."""
     from fbqat_hub.hub.publish import publish
