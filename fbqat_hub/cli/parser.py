@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   fbqat space runs/tiny                               a page: teacher beside W4A8, same prompt and seed
   fbqat export runs/tiny --soc sm8750                 compile for the Snapdragon 8 Elite's NPU
   fbqat doctor runs/tiny/htp --log logcat.txt         what would fail on a phone, and what its errors mean
+  fbqat lora train pictures/ --base runs/tiny --output style
   fbqat lora check style/ --base runs/tiny            what an adapter changes, and whether it fits
   fbqat publish runs/tiny --repo me/tiny --dry-run    check everything, show what would go to the Hub
   fbqat pull me/tiny --for diffusers                  download whole, verified by its manifest
@@ -282,7 +283,7 @@ def _doctor(commands: Any) -> None:
 def _lora(commands: Any) -> None:
     whole: argparse.ArgumentParser = commands.add_parser(
         "lora",
-        help="adapters (LoRA) on a 4-bit base: check one",
+        help="adapters (LoRA) on a 4-bit base: train one, check one",
         epilog="example:\n  fbqat lora check style/ --base runs/tiny --float training/teachers/sana-tiny",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -312,6 +313,27 @@ def _lora(commands: Any) -> None:
         help="JSON file to write; pictures go beside it, as PNG (default: print only)",
     )
     sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of inputs and pictures (default: 0)")
+    sub = _verb(
+        actions,
+        verbs.lora_train,
+        "train an adapter on captioned pictures; the base stays packed and as it is",
+        "train my-pictures/ --base runs/tiny --output style --rank 8 --steps 200",
+        "lora ",
+    )
+    sub.add_argument(
+        "pictures",
+        metavar="FOLDER",
+        type=_checked(local_path),
+        help="pictures, and a metadata.jsonl with file_name and caption of each",
+    )
+    sub.add_argument("--base", required=True, type=_checked(model_source), help="folder or Hub id of a 4-bit pipeline")
+    sub.add_argument("--output", required=True, type=_checked(_folder), help="new folder for the adapter and its card")
+    sub.add_argument("--rank", type=_number(1, 1024), default=8, help="of the adapter (default: 8)")
+    sub.add_argument("--steps", type=_number(1, 10**7), default=200, help="training steps (default: 200)")
+    sub.add_argument("--batch-size", type=_number(1, 4096), default=4, metavar="N", help="pictures a step (default: 4)")
+    sub.add_argument("--learning-rate", type=float, default=1e-3, metavar="RATE", help="of Adam (default: 1e-3)")
+    sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of first values and draws (default: 0)")
+    _device(sub)
 
 
 def _publish(commands: Any) -> None:

@@ -202,6 +202,28 @@ def lora_check(options: argparse.Namespace) -> None:
         print(f"saved {options.output}" + (f" and {options.output.with_suffix('.png')}" if options.prompt else ""))
 
 
+def lora_train(options: argparse.Namespace) -> None:
+    """``fbqat lora train``."""
+    import peft  # noqa: F401  # as above
+
+    from fbqat_hub.training.lora import train
+
+    done = train(
+        options.pictures,
+        options.base,
+        options.output,
+        rank=options.rank,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        device=options.device,
+    )
+    print(f"held-out loss before {done.loss_before:.4g}, after {done.loss_after:.4g} ({done.held_out} pictures)")
+    adapter, base = shlex.quote(str(done.output)), shlex.quote(options.base)
+    print(f"saved {done.output}. Next: fbqat lora check {adapter} --base {base}")
+
+
 def publish(options: argparse.Namespace) -> None:
     """``fbqat publish``."""
     from fbqat_hub.hub.publish import publish

@@ -1,8 +1,9 @@
-"""``fbqat lora`` on the tiny Sana: the passport of an adapter, through the command line."""
+"""``fbqat lora`` on the tiny Sana: training an adapter, and its passport, through the command line."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fbqat_hub import cli
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training.lora import DIFFUSERS_FILE, check
+from fbqat_hub.training.lora import DIFFUSERS_FILE, adapter_file, check, load_adapter, train
+from fbqat_hub.training.ptq import convert_pipeline
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -107,3 +110,62 @@ def test_bad_input_is_one_line(arguments, message, adapter, packed_folder, tmp_p
     assert status == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_lowers_the_held_out_loss_and_leaves_the_base(
+    pictures, packed_folder, tiny_sana, tmp_path, capsys
+) -> None:
+    before = {file: file.read_bytes() for file in packed_folder.rglob("*.safetensors")}
+    output = tmp_path / "style"
+    options = ("--base", packed_folder, "--output", output, "--steps", 30, "--learning-rate", "1e-2", "--rank", 4)
+    status, out, err = run(capsys, "train", pictures, *options)
+    assert status == 0, err
+    assert {file: file.read_bytes() for file in packed_folder.rglob("*.safetensors")} == before
+    first, last = (float(word) for word in re.findall(r"(?:before|after) ([0-9.]+)", out))
+    assert last < 0.98 * first
+    card = (output / "README.md").read_text()
+    assert f"held-out loss after | {last:.4g}" in card
+    assert str(tmp_path.parent) not in card
+    for base in (packed_folder, tiny_sana):
+        matched, unmatched = load_adapter(load_pipeline(base), adapter_file(str(output)))
+        assert matched == len(load_file(output / DIFFUSERS_FILE))
+        assert unmatched == []
+    assert check(str(output), str(packed_folder)).change > 1e-3
+    status, _, err = run(capsys, "train", pictures, *options)
+    assert status == 1
+    assert "exists and is not empty" in err
+
+
+def test_training_is_repeatable(pictures, packed_folder, tmp_path) -> None:
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(pictures, str(packed_folder), tmp_path / name, steps=2, seed=seed, progress=False)
+        states.append((tmp_path / name / DIFFUSERS_FILE).read_bytes())
+    assert states[0] == states[1] != states[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["{tmp}/none"], "is no folder; give one of pictures"),
+        (["{pictures}", "--learning-rate", "0"], "--learning-rate is 0.0"),
+        (["{pictures}", "--learning-rate", "1e30", "--steps", "3"], "the loss is"),
+    ],
+)
+def test_training_that_cannot_be_leaves_nothing(change, message, pictures, packed_folder, tmp_path, capsys) -> None:
+    given = [each.format(tmp=tmp_path, pictures=pictures) for each in change]
+    status, _, err = run(capsys, "train", *given, "--base", packed_folder, "--output", tmp_path / "o")
+    assert status == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sana"])
+def test_training_and_check_of_the_other_families(family, teacher_of, pictures, tmp_path) -> None:
+    packed = convert_pipeline(str(teacher_of(family)), tmp_path / "packed")
+    done = train(pictures, str(packed), tmp_path / "style", steps=20, learning_rate=1e-2, progress=False)
+    assert done.loss_after < done.loss_before
+    found = check(str(done.output), str(packed), str(teacher_of(family)))
+    assert found.unmatched == []
+    assert found.cosine > 0.5
