@@ -316,7 +316,7 @@ library_name: diffusers
 
 # LoRA for {name}
 
-Trained on the packed base by `fbqat lora train`: {facts}; {done.parameters:,} parameters.
+Trained by `fbqat lora train`, the base unchanged: {facts}; {done.parameters:,} parameters.
 
 | | |
 |---|---|
