@@ -19,6 +19,7 @@ from benchmarks.method.report import Results, at_equal_storage, average_widths_r
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.export.onnx.precision import OP_KINDS
 from fbqat_hub.families import FAMILIES
+from fbqat_hub.training.recipe import RECIPES, load_recipe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -221,7 +222,23 @@ def htp_gain_table() -> str:
     return markdown(head, rows)
 
 
+def families_table() -> str:
+    """What the package supports: a family a row, with the recipes that ship for it."""
+    recipes: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(RECIPES.glob("*.yaml")):
+        if not path.stem.endswith("-tiny"):
+            recipes[load_recipe(path).family].append(f"[{path.stem}](training/recipes/{path.name})")
+    rows = []
+    for name, family in FAMILIES.items():
+        export = "no" if family.without_graph else "denoiser" if family.without_bundle else "bundle"
+        tested = "trained tiny teacher" if family.tiny else "random weights"
+        rows.append((f"`{name}`", f"`{family.pipeline_class}`", ", ".join(recipes[name]), export, tested))
+    head = ("family", "pipeline", "recipes (real checkpoints: not yet run)", "HTP export", "tested with")
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "families": families_table,
     "demo": demo_table,
     "method": method_table,
     "equal-storage": equal_storage_table,

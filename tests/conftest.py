@@ -110,8 +110,45 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }
 
+_QWEN3 = {
+    "class": "Qwen3ForCausalLM",
+    "tokenizer": "Qwen2Tokenizer",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+_QWEN2 = {name: value for name, value in _QWEN3.items() if name not in ("class", "tokenizer", "head_dim")}
 _FLOW = {"class": "FlowMatchEulerDiscreteScheduler"}
-# pipelines that have no teacher of their own -> the teacher's recipe that they are like, and what is other in theirs
+_OF_FLUX = (
+    "patch_size",
+    "num_layers",
+    "num_single_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "guidance_embeds",
+    "axes_dims_rope",
+)
+_OF_KL = (
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "norm_num_groups",
+    "sample_size",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "mid_block_add_attention",
+    "shift_factor",
+    "scaling_factor",
+)
+# Pipelines that have no teacher of their own -> the teacher's recipe that they are like, and what is other in theirs;
+# of autoencoder and transformer, ... takes a setting away.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sana-1.5": ("sana", {"transformer": {"qk_norm": "rms_norm_across_heads"}}),
     "sana-sprint": (
@@ -130,6 +167,96 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux-kontext": (
         "flux-dev",
         {"family": "flux-kontext", "generation": {"max_sequence_length": 16, "max_area": 32 * 32}},
+    ),
+    "flux2-klein": (
+        "flux",
+        {
+            "family": "flux2-klein",
+            "max_tokens": 24,
+            "generation": {"max_sequence_length": 24, "text_encoder_out_layers": [1, 2, 3], "guidance_scale": 1.0},
+            "pipeline": {"is_distilled": True},
+            "centre_latents": False,
+            "autoencoder": {"class": "AutoencoderKLFlux2", "shift_factor": ..., "scaling_factor": ...},
+            "text_encoders": {"text_encoder": _QWEN3},
+            "transformer": {
+                "class": "Flux2Transformer2DModel",
+                "joint_attention_dim": 24,
+                "axes_dims_rope": [4, 4, 4, 4],
+                "pooled_projection_dim": ...,
+            },
+            "scheduler": {**_FLOW, "shift": 3.0, "use_dynamic_shifting": True},
+        },
+    ),
+    "z-image": (
+        "flux",
+        {
+            "family": "z-image",
+            "max_tokens": 24,
+            "generation": {"max_sequence_length": 24, "guidance_scale": 0.0},
+            "text_encoders": {"text_encoder": {**_QWEN3, "class": "Qwen3Model"}},
+            "transformer": {
+                "class": "ZImageTransformer2DModel",
+                **dict.fromkeys(_OF_FLUX, ...),
+                "in_channels": 4,
+                "dim": 48,  # 48 / 3 * 8 = 128, an even width of the feed-forward
+                "n_layers": 1,
+                "n_refiner_layers": 1,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "cap_feat_dim": 8,
+                "axes_dims": [8, 8, 8],
+                "axes_lens": [128, 32, 32],
+            },
+            "scheduler": {**_FLOW, "shift": 3.0},
+        },
+    ),
+    "qwen-image": (
+        "flux",
+        {
+            "family": "qwen-image",
+            "max_tokens": 256,
+            "generation": {"max_sequence_length": 256},
+            "autoencoder": {
+                "class": "AutoencoderKLQwenImage",
+                **dict.fromkeys(_OF_KL, ...),
+                "base_dim": 8,
+                "z_dim": 4,
+                "dim_mult": [1, 1, 1],
+                "num_res_blocks": 1,
+                "temperal_downsample": [False, False],
+                "latents_mean": [0.1, -0.1, 0.2, 0.0],
+                "latents_std": [0.5, 0.6, 0.7, 0.8],
+            },
+            "text_encoders": {
+                "text_encoder": {
+                    "class": "Qwen2_5_VLForConditionalGeneration",
+                    "tokenizer": "Qwen2Tokenizer",
+                    "text_config": {
+                        **_QWEN2,
+                        "max_window_layers": 3,
+                        "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]},
+                    },
+                    "vision_config": {
+                        "depth": 1,
+                        "hidden_size": 8,
+                        "intermediate_size": 8,
+                        "num_heads": 1,
+                        "out_hidden_size": 8,
+                        "fullatt_block_indexes": [0],
+                    },
+                }
+            },
+            "transformer": {
+                "class": "QwenImageTransformer2DModel",
+                "num_layers": 2,
+                "patch_size": 2,
+                "out_channels": 4,
+                "joint_attention_dim": 8,
+                "num_single_layers": ...,
+                "pooled_projection_dim": ...,
+            },
+            "scheduler": {**_FLOW, "use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192},
+        },
     ),
 }
 #: Parameters of a test that takes long: families without a teacher that ships run in the slow tests only.
@@ -168,7 +295,11 @@ def teacher_recipe(family: str) -> dict[str, Any]:
     if family in VARIANTS:
         like, changes = VARIANTS[family]
         recipe = teacher_recipe(like)
-        return {**recipe, **changes, "transformer": {**recipe["transformer"], **changes.get("transformer", {})}}
+        merged = {**recipe, **changes}
+        for part in ("autoencoder", "transformer"):
+            settings = {**recipe[part], **changes.get(part, {})}
+            merged[part] = {name: value for name, value in settings.items() if value is not ...}
+        return merged
     recipes = [yaml.safe_load(path.read_text()) for path in sorted(RECIPES.glob("*.yaml"))]
     found = [recipe for recipe in recipes if recipe["family"] == family]
     assert found, f"family {family} has no teacher; add training/recipes/teachers/<name>.yaml with family: {family}"

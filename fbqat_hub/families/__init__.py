@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from fbqat_hub.families.base import Family, component_configs, moved
 from fbqat_hub.families.flux import Flux, FluxKontext
+from fbqat_hub.families.flux2 import Flux2Klein
 from fbqat_hub.families.pixart_sigma import PixArtSigma
+from fbqat_hub.families.qwen_image import QwenImage
 from fbqat_hub.families.sana import Sana, SanaSprint
 from fbqat_hub.families.sd3 import StableDiffusion3
+from fbqat_hub.families.z_image import ZImage
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Sana(), SanaSprint(), PixArtSigma(), StableDiffusion3(), Flux(), FluxKontext())
-}
+_ALL = (
+    Sana(),
+    SanaSprint(),
+    PixArtSigma(),
+    StableDiffusion3(),
+    Flux(),
+    FluxKontext(),
+    Flux2Klein(),
+    ZImage(),
+    QwenImage(),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def get_family(name: str) -> Family:

@@ -179,3 +179,27 @@ class ExplicitRotaryAttention:
             return attended
         text, picture = attended.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
         return attn.to_out[0](picture), attn.to_add_out(text)
+
+
+class ExplicitParallelAttention:
+    """A single block of FLUX.2: one projection to queries, keys, values and the feed-forward's input, and one back."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        width = attn.inner_dim
+        feed_forward = attn.mlp_hidden_dim * attn.mlp_mult_factor
+        parts = attn.to_qkv_mlp_proj(hidden_states).split([width, width, width, feed_forward], dim=-1)
+        query, key, value = (split_heads(part, attn.heads) for part in parts[:3])
+        assert image_rotary_emb is not None
+        query, key = (
+            rotate(normalized(norm, part), image_rotary_emb)
+            for norm, part in ((attn.norm_q, query), (attn.norm_k, key))
+        )
+        attended = attend(query, key, value)
+        output: Tensor = attn.to_out(torch.cat([attended, attn.mlp_act_fn(parts[3])], dim=-1))
+        return output

@@ -34,6 +34,7 @@ class Family(ABC):
         few_steps: in how many steps a model that was distilled for few of them samples; 0 of others.
         patch_side: latents a side that the denoiser makes one token of.
         latents_input, timestep_input: what its forward calls them.
+        takes_tensors: whether its forward is given nothing but tensors, with a batch or of ``constant_inputs``.
         stacks: names of the denoiser's lists of blocks, in the order in which they run.
         constant_inputs: arguments of the denoiser's forward without a batch, which are constants of its graph.
         options_without_graph: switches of the denoiser's config which, when on, keep it from being exported.
@@ -55,6 +56,7 @@ class Family(ABC):
     patch_side: ClassVar[int] = 2
     latents_input: ClassVar[str] = "hidden_states"
     timestep_input: ClassVar[str] = "timestep"
+    takes_tensors: ClassVar[bool] = True
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     constant_inputs: ClassVar[tuple[str, ...]] = ()
     options_without_graph: ClassVar[tuple[str, ...]] = ()
@@ -191,7 +193,6 @@ class Family(ABC):
             if denoiser.config.get(option):
                 raise ValueError(f"{self.denoiser_class} with {option}=True cannot be exported; use one without it.")
 
-    @abstractmethod
     def graph(self, denoiser: Any, example: Item) -> GraphWrapper:
         """The graph of a (packed) denoiser, which is itself not changed.
 
@@ -203,8 +204,9 @@ class Family(ABC):
                 the values of ``constant_inputs``.
 
         Raises:
-            ValueError: an option that has no graph.
+            ValueError: an option that has no graph, or a family that has none.
         """
+        raise ValueError(f"a {self.title} cannot be exported: {self.without_graph}.")
 
     def decoder_graph(self, vae: Any) -> GraphWrapper:
         """The graph of the autoencoder's decoder, see `families.decoder.decoder_graph`.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fbqat_hub.families.attention import ExplicitRotaryAttention
 from fbqat_hub.families.base import Family, call_arguments
-from fbqat_hub.families.graph import GraphWrapper, Item, TwinModule, float_twin, host_inputs
+from fbqat_hub.families.graph import GraphWrapper, Item, TwinModule, float_twin, host_inputs, with_constants
 
 #: The conditioning that is a reference picture's latents, [N, C, H, W].
 _REFERENCE = "reference_latents"
@@ -101,16 +101,7 @@ class Flux(Family):
         told = denoiser.config.guidance_embeds
         time_proj = twin.time_text_embed.time_proj
         made = host_inputs(time_proj, names, time_scale=1000.0, guidance_proj=time_proj if told else None)
-
-        def inputs(item: Item) -> dict[str, Tensor]:
-            for ids in self.constant_inputs:
-                if not torch.equal(item[ids], example[ids]):
-                    raise ValueError(
-                        f"an item's {ids} differ from the first item's; positions are constants of the graph, so "
-                        "export for one picture size and one number of text tokens."
-                    )
-            return made(item)
-
+        inputs = with_constants(made, example, self.constant_inputs)
         return GraphWrapper(module=_Forward(twin, self.blocks(twin), rotary), host_inputs=inputs)
 
 

@@ -213,6 +213,23 @@ def host_inputs(
     return inputs
 
 
+def with_constants(
+    made: Callable[[Item], dict[str, Tensor]], example: Item, names: Sequence[str]
+) -> Callable[[Item], dict[str, Tensor]]:
+    """`made`, refusing an item whose arguments `names` are not those of `example`, which are constants of the graph."""
+
+    def inputs(item: Item) -> dict[str, Tensor]:
+        for name in names:
+            if not torch.equal(item[name], example[name]):
+                raise ValueError(
+                    f"an item's {name} differ from the first item's; positions are constants of the graph, so "
+                    "export for one picture size and one number of text tokens."
+                )
+        return made(item)
+
+    return inputs
+
+
 def through_own_forward(
     twin: Any, blocks: Sequence[str], embed: Any, example: Item, names: Sequence[str]
 ) -> GraphWrapper:

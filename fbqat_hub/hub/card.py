@@ -297,7 +297,7 @@ def _code(facts: Facts) -> str:
     prompts = recipe.get("prompts") or ["red heart"]
     prompt = generation.pop("prompt", None) or recipe.get("prompt") or prompts[0]
     seed = int(recipe.get("seed") or 0)
-    call = "".join(f"    {name}={value!r},\n" for name, value in generation.items())
+    call = "".join(f"    {name}={_literal(value)},\n" for name, value in generation.items())
     source = json.dumps(facts.source)
     if facts.stage is not None and facts.source != ".":
         source += f', revision="{branch_name(facts.stage)}"'
@@ -310,6 +310,11 @@ def _code(facts: Facts) -> str:
         f"    generator=torch.Generator().manual_seed({seed}),\n).images[0]\n"
         'image.save("picture.png")'
     )
+
+
+def _literal(value: Any) -> str:
+    """A value in Python, a text in double quotes as in all our code."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _dataset_names(recipe: Mapping[str, Any]) -> list[str]:

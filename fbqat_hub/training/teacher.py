@@ -85,13 +85,15 @@ def untrained_pipeline(
         tokenizer = _tokenizer(settings.pop("tokenizer"), texts, recipe, work and work / part)
         special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
         encoder = getattr(transformers, settings.pop("class"))
-        config = encoder.config_class(**settings, **special, vocab_size=len(tokenizer), attn_implementation="eager")
+        texts_own = settings.get("text_config", settings)  # of an encoder that sees too
+        texts_own.update(special, vocab_size=len(tokenizer))
+        config = encoder.config_class(**settings, attn_implementation="eager")
         parts[part] = tokenizer
         parts[name] = encoder(config)
     parts["transformer"] = _made(recipe["transformer"])
     parts["scheduler"] = _made(recipe["scheduler"])
     pipeline_class = getattr(diffusers, get_family(recipe["family"]).pipeline_class)
-    return pipeline_class(**parts)
+    return pipeline_class(**parts, **recipe.get("pipeline", {}))
 
 
 def _tokenizer(kind: str, texts: list[str], recipe: dict[str, Any], folder: Path | None) -> Any:

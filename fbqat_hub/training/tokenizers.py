@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 
 def train_tokenizer(kind: str, texts: list[str], vocabulary: int, max_tokens: int) -> Any:
-    """A tokenizer of the transformers class ``kind``: "GemmaTokenizer", "T5Tokenizer" or "CLIPTokenizer"."""
-    makers = {"GemmaTokenizer": _gemma, "T5Tokenizer": _t5, "CLIPTokenizer": _clip}
+    """A tokenizer of the transformers class ``kind``: "GemmaTokenizer", "T5Tokenizer", "CLIPTokenizer" or
+    "Qwen2Tokenizer"."""
+    makers = {"GemmaTokenizer": _gemma, "T5Tokenizer": _t5, "CLIPTokenizer": _clip, "Qwen2Tokenizer": _qwen}
     if kind not in makers:
         raise ValueError(f"tokenizer is {kind!r}; there are {', '.join(makers)}.")
     return makers[kind](texts, vocabulary, max_tokens)
@@ -57,6 +58,31 @@ def _clip(texts: list[str], vocabulary: int, max_tokens: int) -> Any:
     learner.normalizer, learner.pre_tokenizer = own.normalizer, own.pre_tokenizer
     vocab, merges = _learned_pairs(learner, texts, vocabulary, special, end_of_word_suffix="</w>")
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
+
+
+#: The turns of a conversation as Qwen's models read them, without tools and thoughts.
+_TURNS = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _qwen(texts: list[str], vocabulary: int, max_tokens: int) -> Any:
+    """Byte-level pairs, and the marks of a conversation's turns; padded with the end-of-text token."""
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    own = Qwen2Tokenizer().backend_tokenizer
+    learner = Tokenizer(models.BPE())
+    learner.normalizer, learner.pre_tokenizer = own.normalizer, own.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # a pipeline's own template has other characters than the captions
+    roles = ["user\nassistant\nsystem\n"] * 100
+    vocab, merges = _learned_pairs(learner, texts + roles, vocabulary, special, initial_alphabet=alphabet)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, model_max_length=max_tokens, additional_special_tokens=special[1:]
+    )
+    tokenizer.chat_template = _TURNS
+    return tokenizer
 
 
 def _learned_pairs(

@@ -112,8 +112,10 @@ def trajectories(
             guidance a step is two draws, without prompt and with it.
 
     Raises:
-        ValueError: captions that are not different, or a count below 1.
+        ValueError: captions that are not different, a count below 1, or a denoiser that is given more than tensors.
     """
+    if not family.takes_tensors:
+        raise ValueError(f"the draws of a {family.title}'s sampler cannot be kept: its denoiser takes lists and sizes.")
     if len(set(captions)) != len(captions) or not captions:
         raise ValueError(f"{len(captions)} captions of which {len(set(captions))} are different; give each once.")
     if min(pictures, steps) < 1:

@@ -28,7 +28,7 @@ from fbqat_hub.families import FAMILIES
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.hub.publish import publish
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import PackedLinear, named_layers
+from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training import checkpoint, loop
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.evaluate import evaluate
@@ -119,7 +119,7 @@ def test_the_denoiser_is_exported_or_says_why_not(
     result = export_htp(
         pipeline.transformer, items[:-2], items[-2:], tmp_path / "out", precision=PRESETS["w8a16"], progress=False
     )
-    assert result["model"]["packed_layers"] == len(list(named_layers(pipeline.transformer, PackedLinear)))
+    assert result["model"]["packed_layers"] == len(list(named_layers(pipeline.transformer, PackedLayer)))
     assert result["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 15  # as of the teachers that ship
 
 

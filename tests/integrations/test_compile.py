@@ -28,7 +28,11 @@ def compile_anew() -> Iterator[None]:
 
 
 @pytest.fixture(
-    params=[family if family == "sana" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+    params=[
+        family if family == "sana" else pytest.param(family, marks=pytest.mark.slow)
+        for family in FAMILIES
+        if FAMILIES[family].tiny
+    ]
 )
 def packed(request: pytest.FixtureRequest, teacher_of: Callable[[str], Path]) -> tuple[str, Any]:
     """A family and its tiny packed denoiser."""

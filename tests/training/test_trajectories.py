@@ -35,7 +35,18 @@ def made(
     return trajectories(pipeline, family, captions, call, path, progress=False, **options)
 
 
-@pytest.mark.parametrize("name", MOST_FAMILIES)
+def test_a_denoiser_of_lists_is_refused(load, tmp_path):
+    for name in ("z-image", "qwen-image"):
+        with pytest.raises(ValueError, match="sampler cannot be kept: its denoiser takes lists and sizes"):
+            made(None, FAMILIES[name], {}, tmp_path / "held", CAPTIONS[:1])
+
+
+OF_TENSORS = [
+    each for each in MOST_FAMILIES if FAMILIES[each if isinstance(each, str) else each.values[0]].takes_tensors
+]
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
 def test_draws_are_what_the_sampler_gives_the_denoiser(name, load, tmp_path):
     family, pipeline, call = load(name)
     held = made(pipeline, family, call, tmp_path / "held.safetensors", CAPTIONS[:3], pictures=2, steps=5)
