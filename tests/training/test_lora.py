@@ -18,6 +18,7 @@ from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.lora import DIFFUSERS_FILE, adapter_file, check, load_adapter, train
 from fbqat_hub.training.ptq import convert_pipeline
+from fbqat_hub.training.recipe import load_recipe
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -164,6 +165,8 @@ def test_training_that_cannot_be_leaves_nothing(change, message, pictures, packe
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sana"])
 def test_training_and_check_of_the_other_families(family, teacher_of, pictures, tmp_path) -> None:
     packed = convert_pipeline(str(teacher_of(family)), tmp_path / "packed")
+    small = {"height": 32, "width": 32}  # FLUX's own size is 1024
+    load_recipe(packed / "recipe.yaml", generation=small).save(packed / "recipe.yaml")
     done = train(pictures, str(packed), tmp_path / "style", steps=20, learning_rate=1e-2, progress=False)
     assert done.loss_after < done.loss_before
     found = check(str(done.output), str(packed), str(teacher_of(family)))
