@@ -25,7 +25,7 @@ def test_a_log_gets_a_line_every_ten_percent_and_five_seconds(clock: list[float]
             clock[0] += 1 if step < 50 else 0.1
             stage.update(loss=f"{step}")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "train: 10 of 100 steps, 10%, 10 s, loss 9"
+    assert lines[0] == "train: 10 of 100 steps, 10%, 10 s, about 90 s left, loss 9"
     assert [line.split()[1] for line in lines] == ["10", "20", "30", "40", "50", "100"]
     assert not any("\r" in line for line in lines)
 
