@@ -264,6 +264,8 @@ MOST_FAMILIES = [
     name if family.tiny else pytest.param(name, marks=pytest.mark.slow) for name, family in FAMILIES.items()
 ]
 #: Every family, and every model of one that has other parts.
+# Families with a trained tiny teacher.
+TRAINED = [name for name, family in FAMILIES.items() if family.tiny]
 MODELS = [*FAMILIES, *(name for name in VARIANTS if name not in FAMILIES)]
 
 

@@ -19,9 +19,10 @@ from benchmarks.method.report import Results, at_equal_storage, budgets, forms, 
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Remembered, Setting
 from benchmarks.method.variants import LearnedWidths
 from fbqat_hub.evaluation.results import METHODS as TITLES
-from fbqat_hub.families import FAMILIES, get_family
+from fbqat_hub.families import get_family
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, WeightScheme, prepare, set_bit_width
 from fbqat_hub.training.recipe import load_recipe
+from tests.conftest import TRAINED
 
 
 def options(**changes: Any) -> argparse.Namespace:
@@ -102,7 +103,7 @@ def test_every_setting_is_a_valid_recipe_that_keeps_the_method(method: str, trac
 
 
 def test_every_family_and_method_has_its_place() -> None:
-    assert set(RECIPES) == set(FAMILIES)
+    assert set(RECIPES) == set(TRAINED)
     assert set(METHODS) == set(TITLES) - {"teacher"}
 
 

@@ -18,16 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub import FBQATConfig
-from fbqat_hub.families import FAMILIES, get_family
+from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training.ptq import convert_pipeline
+from tests.conftest import TRAINED
 from tests.integrations.tiny import denoiser_inputs, in_dtype
 
 # of the attention, and of Sana's 1x1 convolutions
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"]
 # the pipelines that diffusers has adapters for
-WITH_LORA = [family for family in FAMILIES if family != "pixart-sigma"]
+WITH_LORA = [family for family in TRAINED if family != "pixart-sigma"]
 
 
 def config(seed: int = 0, rank: int = 4, **fields: Any) -> LoraConfig:
@@ -73,7 +74,7 @@ class Case:
 # all families are a minute's work: those beside Sana are for `make test-all`
 @pytest.fixture(
     scope="module",
-    params=[family if family == "sana" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
+    params=[family if family == "sana" else pytest.param(family, marks=pytest.mark.slow) for family in TRAINED],
 )
 def case(request: pytest.FixtureRequest, teacher_of: Callable[[str], Path], tmp_path_factory) -> Case:
     family, folder = request.param, tmp_path_factory.mktemp("lora")

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fbqat_hub import cli
-from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.lora import DIFFUSERS_FILE, adapter_file, check, load_adapter, train
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
+from tests.conftest import TRAINED
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -162,7 +162,7 @@ def test_training_that_cannot_be_leaves_nothing(change, message, pictures, packe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sana"])
+@pytest.mark.parametrize("family", [family for family in TRAINED if family != "sana"])
 def test_training_and_check_of_the_other_families(family, teacher_of, pictures, tmp_path) -> None:
     packed = convert_pipeline(str(teacher_of(family)), tmp_path / "packed")
     small = {"height": 32, "width": 32}  # FLUX's own size is 1024

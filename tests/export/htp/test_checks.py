@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.htp.checks import check_model
+from fbqat_hub.families import get_family
 from tests.export.conftest import float_sana, pack
 
 
@@ -22,6 +25,7 @@ def test_a_pattern_is_of_a_layer_whose_bits_can_be_chosen(packed_sana: nn.Module
 
 
 def test_an_option_without_a_graph_is_refused() -> None:
-    with_guidance = pack(float_sana(guidance_embeds=True), activation_range="per_token")
-    with pytest.raises(ValueError, match="SanaTransformer2DModel with guidance_embeds=True cannot be exported"):
-        check_model(with_guidance)
+    family = get_family("pixart-sigma")
+    family.check_graph(SimpleNamespace(config={"use_additional_conditions": False}))
+    with pytest.raises(ValueError, match="PixArtTransformer2DModel with use_additional_conditions=True cannot be"):
+        family.check_graph(SimpleNamespace(config={"use_additional_conditions": True}))
