@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,10 +218,13 @@ class Component:
                 raise ValueError(f"{self.folder} {what} a {self.class_name}: {names(sorted(tensors))}. {_AGAIN}")
         return model
 
-    def copy(self, target: Path, variant: str | None = None) -> None:
+    def copy(self, target: Path, variant: str | None = None, done: Callable[[int], None] | None = None) -> None:
         """Copy the part into a new folder: weights byte for byte, under names without a variant.
 
         Only what is used is copied: one variant, configurations and vocabularies; no code, and no pickles.
+
+        Args:
+            done: is told of bytes of weights as they are written.
 
         Raises:
             ValueError: a tensor with a value that is not finite, named.
@@ -232,7 +235,7 @@ class Component:
             if path.is_file() and path.suffix in _TEXTS and ".safetensors." not in path.name:
                 shutil.copyfile(path, target / path.name)
         for path in weights.files:
-            copy_finite(path, target / self._plain(path.name, weights.variant))
+            copy_finite(path, target / self._plain(path.name, weights.variant), done)
         if weights.index:
             index = read_json(weights.index)
             index["weight_map"] = {

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.stages import find_stage
 from fbqat_hub.text import names
 
+# What is being saved in a folder; one that was killed leaves it, and the next takes its place.
+PARTIAL = ".partial"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
 
@@ -196,7 +198,9 @@ def save_quantized(transformer: Any, source: Path, folder: Path) -> None:
         transformer.save_pretrained(partial / "transformer")
 
 
-def copy_parts(source: Path, target: Path, variant: str | None = None) -> None:
+def copy_parts(
+    source: Path, target: Path, variant: str | None = None, done: Callable[[int], None] | None = None
+) -> None:
     """Copy a pipeline's folder but for its denoiser: the files as they are stored, see ``Component.copy``.
 
     Raises:
@@ -206,7 +210,7 @@ def copy_parts(source: Path, target: Path, variant: str | None = None) -> None:
     shutil.copyfile(source / INDEX, target / INDEX)
     for name, part in read_index(source)[1].items():
         if name != "transformer":
-            part.copy(target / name, variant)
+            part.copy(target / name, variant, done)
 
 
 @contextmanager
@@ -221,7 +225,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".partial"
+    partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial

@@ -15,6 +15,13 @@ from typing import Any, Self, TypeVar
 Item = TypeVar("Item")
 # A plain line at most every so many seconds, and at most every so many percent.
 _SECONDS, _PERCENT = 5.0, 10
+_bars = True
+
+
+def plain_lines() -> None:
+    """From now on plain lines, on a terminal too: for one of several processes that share it."""
+    global _bars
+    _bars = False
 
 
 class Progress:
@@ -29,12 +36,12 @@ class Progress:
     """
 
     def __init__(self, stage: str, total: int, unit: str, *, start: int = 0, shown: bool = True) -> None:
-        self._stage, self._total, self._unit, self._done = stage, total, unit, start
+        self._stage, self._total, self._unit, self._start, self._done = stage, total, unit, start, start
         self._began = self._said = time.monotonic()
         self._percent = _percent(start, total)
         self._shown = shown and total > start
         self._bar: Any = None
-        if self._shown and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        if self._shown and _bars and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             from tqdm.auto import tqdm  # a third of a second, which `fbqat --help` need not take
 
             self._bar = tqdm(total=total, initial=start, desc=stage, unit=unit, unit_scale=unit == "B")
@@ -69,12 +76,19 @@ class Progress:
         """
         >>> Progress("train", 400, "step", start=40)._line(time.monotonic(), 10, {"loss": "1e-2"})
         'train: 40 of 400 steps, 10%, 0 s, loss 1e-2'
+        >>> half_done = Progress("train", 400, "step")
+        >>> half_done.update(100)
+        >>> half_done._line(half_done._began + 60, 25, {})
+        'train: 100 of 400 steps, 25%, 60 s, about 180 s left'
         """
         if self._unit == "B":
             sizes = (f"{self._done / 1e6:.1f}", f"{self._total / 1e6:.1f} MB")
         else:
             sizes = (str(self._done), f"{self._total} {self._unit}{'s' if self._total != 1 else ''}")
         parts = [" of ".join(sizes), f"{percent}%", f"{now - self._began:.0f} s"]
+        if self._start < self._done < self._total:
+            left = (now - self._began) * (self._total - self._done) / (self._done - self._start)
+            parts.append(f"about {left:.0f} s left")
         return f"{self._stage}: {', '.join([*parts, *(f'{name} {value}' for name, value in facts.items())])}"
 
 

@@ -1,16 +1,18 @@
 """Weight files (safetensors): what their headers say, whether their numbers are finite, and copies of them.
 
-A file is read in pieces of 16 MiB, so that memory does not grow with it.
+A file is copied in pieces of 16 MiB, and read and written tensor by tensor, so that memory does not grow with it.
+Nothing is mapped: pages of a mapped file count as the process's own.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,12 +42,21 @@ _DTYPES = {
 _LARGEST_FLOAT8 = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 
 
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# safetensors' own order of tensors in a file: by dtype, widest first, then by name.
+_ORDER = [
+    torch.uint64, torch.int64, torch.float64, torch.float32, torch.uint32, torch.int32, torch.bfloat16, torch.float16,
+    torch.uint16, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool,
+]  # fmt: skip
+
+
 class StoredTensor(NamedTuple):
-    """Where a tensor is in its file: dtype, and the first byte and the one after the last."""
+    """Where a tensor is in its file: dtype, the first byte and the one after the last; and its shape."""
 
     dtype: torch.dtype
     begin: int
     end: int
+    shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -67,9 +78,72 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if kind not in _DTYPES:
             raise ValueError(f"{path}: {name} is stored as {kind}; {', '.join(_DTYPES)} can be read.")
         end = place + math.prod(shape) * _DTYPES[kind].itemsize
-        tensors[name] = StoredTensor(_DTYPES[kind], place, end)
+        tensors[name] = StoredTensor(_DTYPES[kind], place, end, tuple(shape))
         place = end
     return tensors
+
+
+def read_tensor(path: Path, stored: StoredTensor) -> Tensor:
+    """One tensor of a file, as ``read_header`` says where it is, in memory of its own.
+
+    Raises:
+        ValueError: the file is shorter.
+    """
+    values = torch.empty(stored.shape, dtype=stored.dtype)
+    with path.open("rb", buffering=0) as file:
+        file.seek(stored.begin)
+        _fill(file, _bytes_of(values))
+    return values
+
+
+class TensorFile:
+    """A safetensors file that is written tensor by tensor, in any order; a context manager.
+
+    The bytes are those of ``safetensors.torch.save_file`` for the same tensors and metadata.
+
+    Args:
+        path: of the new file.
+        tensors: name -> dtype and shape of all that it will hold.
+
+    Raises:
+        ValueError: at the end, a tensor that was not written.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Iterable[int]]]) -> None:
+        self._path = path
+        ordered = sorted(tensors, key=lambda name: (_ORDER.index(tensors[name][0]), name.encode()))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._places: dict[str, StoredTensor] = {}
+        end = 0
+        for name in ordered:
+            dtype, shape = tensors[name][0], tuple(tensors[name][1])
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            self._places[name] = StoredTensor(dtype, begin, end, shape)
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._left = set(ordered)
+        self._file = path.open("wb", buffering=0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Write a tensor of the dtype and shape that were announced."""
+        place = self._places[name]
+        assert (values.dtype, tuple(values.shape)) == (place.dtype, place.shape), name
+        self._file.seek(self._start + place.begin)
+        left = _bytes_of(values.detach().cpu().contiguous())
+        while left:
+            left = left[self._file.write(left) :]
+        self._left.discard(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._file.close()
+        if kind is None and self._left:
+            raise ValueError(f"{self._path} lacks {', '.join(sorted(self._left)[:3])}, which were not written.")
 
 
 def stored_dtype(files: Iterable[Path]) -> torch.dtype:
@@ -118,17 +192,20 @@ def check_finite(path: Path) -> None:
     _read(path, None)
 
 
-def copy_finite(path: Path, target: Path) -> None:
+def copy_finite(path: Path, target: Path, done: Callable[[int], None] | None = None) -> None:
     """Copy a safetensors file byte for byte, and refuse NaN and infinity on the way.
+
+    Args:
+        done: is told of bytes as they are written.
 
     Raises:
         ValueError: as ``check_finite``; part of ``target`` is then written.
     """
     with target.open("wb") as file:
-        _read(path, file)
+        _read(path, file, done)
 
 
-def _read(path: Path, target: BinaryIO | None) -> None:
+def _read(path: Path, target: BinaryIO | None, done: Callable[[int], None] | None = None) -> None:
     tensors = read_header(path)
     buffer = bytearray(_PIECE)
     with path.open("rb", buffering=0) as file:
@@ -145,17 +222,27 @@ def _read(path: Path, target: BinaryIO | None) -> None:
                 check_values(torch.frombuffer(buffer, dtype=tensor.dtype, count=count), f"{path}: {name}")
                 if target:
                     target.write(piece)
+                if done:
+                    done(len(piece))
 
 
 def _pieces(file: io.FileIO, length: int, buffer: bytearray) -> Iterator[memoryview]:
     """The next ``length`` bytes of a file, each piece at the start of ``buffer`` and gone with the next one."""
     while length:
         piece = memoryview(buffer)[: min(length, len(buffer))]
-        got = 0
-        while got < len(piece):  # an unbuffered read may give less than it is asked for
-            more = file.readinto(piece[got:])
-            if not more:
-                raise ValueError(f"{file.name} is damaged or cut short. Download or convert it again.")
-            got += more
-        length -= got
+        _fill(file, piece)
+        length -= len(piece)
         yield piece
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    array: Any = values.view(-1).view(torch.uint8).numpy() if values.numel() else b""
+    return memoryview(array)
+
+
+def _fill(file: io.FileIO, left: memoryview) -> None:
+    while left:  # an unbuffered read may give less than it is asked for
+        more = file.readinto(left)
+        if not more:
+            raise ValueError(f"{file.name} is damaged or cut short. Download or convert it again.")
+        left = left[more:]

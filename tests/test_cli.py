@@ -27,6 +27,7 @@ VERBS = (
     "card",
     "export",
     "doctor",
+    "lora",
     "publish",
     "pull",
     "list",

@@ -25,7 +25,7 @@ def test_a_log_gets_a_line_every_ten_percent_and_five_seconds(clock: list[float]
             clock[0] += 1 if step < 50 else 0.1
             stage.update(loss=f"{step}")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "train: 10 of 100 steps, 10%, 10 s, loss 9"
+    assert lines[0] == "train: 10 of 100 steps, 10%, 10 s, about 90 s left, loss 9"
     assert [line.split()[1] for line in lines] == ["10", "20", "30", "40", "50", "100"]
     assert not any("\r" in line for line in lines)
 
@@ -51,6 +51,14 @@ def test_a_terminal_gets_one_bar_a_stage(monkeypatch: pytest.MonkeyPatch, capsys
     assert shown.count("\n") == 1
     assert "train: 100%" in shown
     assert "loss=1e-2" in shown
+
+
+def test_several_processes_on_one_terminal_write_lines(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "_bars", True)
+    progress.plain_lines()
+    assert list(each("ab", "read", "file")) == ["a", "b"]
+    assert capsys.readouterr().err == "read: 2 of 2 files, 100%, 0 s\n"
 
 
 def test_bars_of_other_libraries_are_off_for_a_while(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fbqat_hub import weights
-from fbqat_hub.weights import check_finite, copy_finite, is_finite, read_header, stored_dtype
+from fbqat_hub.weights import TensorFile, check_finite, copy_finite, is_finite, read_header, read_tensor, stored_dtype
 
 FLOATS = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
@@ -50,7 +50,8 @@ def test_header_says_where_each_tensor_is(tmp_path: Path) -> None:
     content = path.read_bytes()
     header = read_header(path)
     assert set(header) == set(tensors)
-    for name, (dtype, begin, end) in header.items():
+    for name, (dtype, begin, end, shape) in header.items():
+        assert shape == tensors[name].shape
         assert dtype == tensors[name].dtype
         assert content[begin:end] == tensors[name].numpy().tobytes()
 
@@ -91,3 +92,22 @@ def test_copies_are_byte_for_byte_and_checked_in_pieces(piece: int, tmp_path: Pa
     for read in (lambda: check_finite(path), lambda: copy_finite(path, tmp_path / "copy")):
         with pytest.raises(ValueError, match=r"w\.safetensors: half has values that are not finite"):
             read()
+
+
+def test_tensors_are_written_in_any_order_as_safetensors_writes_them(tmp_path: Path) -> None:
+    tensors = {f'{number}."é': torch.ones(3, 5).to(dtype) for number, dtype in enumerate(weights._DTYPES.values())}
+    tensors |= {"scalar": torch.tensor(1.5), "none": torch.zeros(0, 3), "A.b": torch.randn(4, 2).half()}
+    expected, path = tmp_path / "expected.safetensors", tmp_path / "ours.safetensors"
+    save_file(tensors, expected, metadata={"format": "pt"})
+    with TensorFile(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as file:
+        for name in sorted(tensors):
+            file.write(name, tensors[name])
+    assert path.read_bytes() == expected.read_bytes()
+    for name, stored in read_header(path).items():
+        assert read_tensor(path, stored).flatten().equal(tensors[name].flatten()), name
+
+
+def test_a_tensor_that_was_not_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lacks b, which were not written"):  # noqa: SIM117
+        with TensorFile(tmp_path / "half.safetensors", dict.fromkeys("ab", (torch.float32, (2,)))) as file:
+            file.write("a", torch.zeros(2))

@@ -26,6 +26,8 @@ _EXAMPLES = """examples:
   fbqat space runs/tiny                               a page: teacher beside W4A8, same prompt and seed
   fbqat export runs/tiny --soc sm8750                 compile for the Snapdragon 8 Elite's NPU
   fbqat doctor runs/tiny/htp --log logcat.txt         what would fail on a phone, and what its errors mean
+  fbqat lora train pictures/ --base runs/tiny --output style
+  fbqat lora check style/ --base runs/tiny            what an adapter changes, and whether it fits
   fbqat publish runs/tiny --repo me/tiny --dry-run    check everything, show what would go to the Hub
   fbqat pull me/tiny --for diffusers                  download whole, verified by its manifest
   fbqat list --author me                              published, downloaded and local models
@@ -55,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="verb")
     for add in (
-        _demo, _train, _plan, _convert, _generate, _evaluate, _compare, _card, _space, _export, _doctor, _publish,
-        _pull, _list,
+        _demo, _train, _plan, _convert, _generate, _evaluate, _compare, _card, _space, _export, _doctor, _lora,
+        _publish, _pull, _list,
     ):  # fmt: skip
         add(commands)
     return whole
@@ -278,6 +280,62 @@ def _doctor(commands: Any) -> None:
     sub.add_argument("--log", type=_checked(local_path), help="text file of a device's log")
 
 
+def _lora(commands: Any) -> None:
+    whole: argparse.ArgumentParser = commands.add_parser(
+        "lora",
+        help="adapters (LoRA) on a 4-bit base: train one, check one",
+        epilog="example:\n  fbqat lora check style/ --base runs/tiny --float training/teachers/sana-tiny",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = whole.add_subparsers(title="commands", required=True, metavar="ACTION", dest="action")
+    sub = _verb(
+        actions,
+        verbs.lora_check,
+        "say what of an adapter matches a 4-bit base, what it changes, and how near that is to its change in float",
+        'check style/ --base runs/tiny --float base/ --prompt "red heart" --output style.json',
+        "lora ",
+    )
+    sub.add_argument(
+        "adapter",
+        metavar="ADAPTER",
+        type=_checked(model_source),
+        help="safetensors file, folder or Hub id; of diffusers' or peft's layout",
+    )
+    sub.add_argument("--base", required=True, type=_checked(model_source), help="folder or Hub id of a 4-bit pipeline")
+    sub.add_argument(
+        "--float", dest="float_base", metavar="BASE", type=_checked(model_source), help="the full-precision pipeline"
+    )
+    _list_option(sub, "--prompt", "TEXT", "draw these without and with the adapter (with --output)")
+    sub.add_argument(
+        "--output",
+        metavar="FILE",
+        type=_checked(local_path),
+        help="JSON file to write; pictures go beside it, as PNG (default: print only)",
+    )
+    sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of inputs and pictures (default: 0)")
+    sub = _verb(
+        actions,
+        verbs.lora_train,
+        "train an adapter on captioned pictures; the base stays packed and as it is",
+        "train my-pictures/ --base runs/tiny --output style --rank 8 --steps 200",
+        "lora ",
+    )
+    sub.add_argument(
+        "pictures",
+        metavar="FOLDER",
+        type=_checked(local_path),
+        help="pictures, and a metadata.jsonl with file_name and caption of each",
+    )
+    sub.add_argument("--base", required=True, type=_checked(model_source), help="folder or Hub id of a 4-bit pipeline")
+    sub.add_argument("--output", required=True, type=_checked(_folder), help="new folder for the adapter and its card")
+    sub.add_argument("--rank", type=_number(1, 1024), default=8, help="of the adapter (default: 8)")
+    sub.add_argument("--steps", type=_number(1, 10**7), default=200, help="training steps (default: 200)")
+    sub.add_argument("--batch-size", type=_number(1, 4096), default=4, metavar="N", help="pictures a step (default: 4)")
+    sub.add_argument("--learning-rate", type=float, default=1e-3, metavar="RATE", help="of Adam (default: 1e-3)")
+    sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of first values and draws (default: 0)")
+    _device(sub)
+
+
 def _publish(commands: Any) -> None:
     sub = _verb(
         commands,
@@ -318,12 +376,15 @@ def _list(commands: Any) -> None:
     sub.add_argument("--local", action="store_true", help="do not ask the Hub")
 
 
-def _verb(commands: Any, run: Callable[[Any], None], text: str, example: str) -> argparse.ArgumentParser:
+def _verb(
+    commands: Any, run: Callable[[Any], None], text: str, example: str, above: str = ""
+) -> argparse.ArgumentParser:
+    """A verb; ``above`` is the verb that it stands under, with a space."""
     sub: argparse.ArgumentParser = commands.add_parser(
         example.partition(" ")[0],
         help=text,
         description=text[0].upper() + text[1:] + ".",
-        epilog=f"example:\n  fbqat {example}",
+        epilog=f"example:\n  fbqat {above}{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -183,6 +183,47 @@ def doctor(options: argparse.Namespace) -> None:
         raise ValueError(f"{errors} {'error' if errors == 1 else 'errors'} found, see above.")
 
 
+def lora_check(options: argparse.Namespace) -> None:
+    """``fbqat lora check``."""
+    import peft  # noqa: F401  # an extra: that it is missing is said before anything is loaded
+
+    from fbqat_hub.training.lora import check
+
+    found = check(
+        options.adapter,
+        options.base,
+        options.float_base,
+        prompts=options.prompt,
+        output=options.output,
+        seed=options.seed,
+    )
+    print(found.text())
+    if options.output:
+        print(f"saved {options.output}" + (f" and {options.output.with_suffix('.png')}" if options.prompt else ""))
+
+
+def lora_train(options: argparse.Namespace) -> None:
+    """``fbqat lora train``."""
+    import peft  # noqa: F401  # as above
+
+    from fbqat_hub.training.lora import train
+
+    done = train(
+        options.pictures,
+        options.base,
+        options.output,
+        rank=options.rank,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        device=options.device,
+    )
+    print(f"held-out loss before {done.loss_before:.4g}, after {done.loss_after:.4g} ({done.held_out} pictures)")
+    adapter, base = shlex.quote(str(done.output)), shlex.quote(options.base)
+    print(f"saved {done.output}. Next: fbqat lora check {adapter} --base {base}")
+
+
 def publish(options: argparse.Namespace) -> None:
     """``fbqat publish``."""
     from fbqat_hub.hub.publish import publish

@@ -16,7 +16,6 @@ from accelerate.utils import CustomDtype
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
@@ -29,7 +28,7 @@ from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, LayerSize, widths_of_average
 from fbqat_hub.text import names
-from fbqat_hub.weights import check_values, read_header
+from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tensor
 
 _BUFFERS = ("weight_scale", "input_scale", "input_zero_point")
 
@@ -110,7 +109,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         super().__init__(FBQATConfig(**quantization_config.to_dict()), **kwargs)
         self._dtype = torch.float32
         self._keys: list[str] = []
-        self._files: dict[str, Path] = {}  # tensor -> its file
+        self._files: dict[str, tuple[Path, StoredTensor]] = {}  # tensor -> its file, and where it is in it
         self._layers: dict[str, PackedLayer] = {}
         self._floats: set[str] = set()
         if not self.pre_quantized:
@@ -140,7 +139,9 @@ class FBQATQuantizer(DiffusersQuantizer):
             raise ValueError(f"{others[0]} is no safetensors file; packed checkpoints are stored in these only.")
         if files:
             check_component(files[0].parent)
-        self._files = {key: file for file in files if file not in others for key in read_header(file)}
+        self._files = {
+            key: (file, stored) for file in files if file not in others for key, stored in read_header(file).items()
+        }
         if len(files) > 1 and not others:
             loaded_keys[:] = self._files  # what the shards hold, whatever their index says
         self._keys = loaded_keys  # the loader's own list: it compares with it after the layers were swapped
@@ -180,7 +181,9 @@ class FBQATQuantizer(DiffusersQuantizer):
             if id(layer) in names_of:  # shared: its first name is enough
                 continue
             names_of[id(layer)] = name
-            weight = self._float_weight(f"{name}.weight", state_dict)
+            if state_dict is None and f"{name}.weight" not in self._files:
+                raise ValueError("average_bits compares all weights before one is packed; give a model in safetensors.")
+            weight = self._float_weight(f"{name}.weight", state_dict or {})
             self._check_weight(layer, name, weight)
             errors = rounding_errors(weight, self.quantization_config.weight_scheme(), WIDTHS)
             scores[name] = weight_sensitivity(weight, errors)
@@ -188,13 +191,9 @@ class FBQATQuantizer(DiffusersQuantizer):
         chosen = widths_of_average(scores, sizes, average_bits)
         self.quantization_config = self.quantization_config.with_widths(chosen)
 
-    def _float_weight(self, key: str, state_dict: dict[str, Tensor] | None) -> Tensor:
-        if state_dict is not None:
-            return state_dict[key]
-        if key not in self._files:
-            raise ValueError("average_bits compares all weights before one is packed; give a model in safetensors.")
-        with safe_open(self._files[key], framework="pt") as file:
-            return file.get_tensor(key)
+    def _float_weight(self, key: str, state_dict: dict[str, Tensor]) -> Tensor:
+        """Read from its file, if it has one: the loader's tensors map the file, and each page read would stay."""
+        return read_tensor(*self._files[key]) if key in self._files else state_dict[key]
 
     def _check_weight(self, layer: PackedLayer, name: str, weight: Tensor) -> None:
         shape = torch.Size((layer.out_features, layer.in_features))
@@ -265,11 +264,31 @@ class FBQATQuantizer(DiffusersQuantizer):
                 if value.dtype.is_floating_point and value.dtype.itemsize == 1:  # float8: nothing computes in it
                     state_dict[key] = value.to(self._dtype)
 
+    def keeps_dtype(self, name: str) -> bool:
+        """True of a tensor of a packed layer that is stored as docs/format.md has it, whatever the model's dtype."""
+        layer, _, tensor = name.rpartition(".")
+        return layer in self._layers and tensor in ("weight_packed", *_BUFFERS)
+
+    def packed(self, key: str) -> dict[str, Tensor]:
+        """What a tensor of the float files becomes: read, checked and, if it is a packed layer's weight, quantized.
+
+        After ``preprocess_model``. Nothing is kept in the model.
+        """
+        name, _, tensor = key.rpartition(".")
+        if name not in self._layers or tensor != "weight":
+            return self.maybe_update_state_dict({key: read_tensor(*self._files[key])})
+        layer = self._layers[name]
+        empty = layer.weight_scale
+        packed = self.maybe_update_state_dict({key: torch.empty(0, dtype=self._files[key][1].dtype)})
+        packed[f"{name}.weight_scale"], layer.weight_scale = layer.weight_scale, empty
+        return packed
+
     def _place(self, key: str) -> str:
-        return f"{self._files[key]}: {key}" if key in self._files else key
+        return f"{self._files[key][0]}: {key}" if key in self._files else key
 
     def _quantize(self, layer: PackedLayer, name: str, state_dict: dict[str, Tensor]) -> None:
-        weight = state_dict.pop(f"{name}.weight")
+        weight = self._float_weight(f"{name}.weight", state_dict)
+        del state_dict[f"{name}.weight"]
         self._check_weight(layer, name, weight)
         scheme = replace(self.quantization_config.weight_scheme(), bits=layer.weight_bits)
         try:

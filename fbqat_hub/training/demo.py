@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
@@ -18,6 +22,7 @@ from fbqat_hub.export_run import export_run
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.inputs import output_folder
 from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.progress import plain_lines
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.distill import is_finished, train
 from fbqat_hub.training.evaluate import evaluate
@@ -48,20 +53,21 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
         ValueError: it has one of another recipe.
     """
     began = time.monotonic()
-    changes = {} if steps is None else {"steps": steps}
     runs = {output.parent / f"{output.name}.baselines" / method: method for method in BASELINES} | {output: "fbqat"}
-    recipes = {folder: load_recipe("sana-tiny", **{**changes, "method": method}) for folder, method in runs.items()}
+    recipes = {folder: load_recipe("sana-tiny", method=method) for folder, method in runs.items()}
+    if steps is not None:
+        recipes = {folder: replace(each, steps=steps) if each.steps else each for folder, each in recipes.items()}
     for folder, recipe in recipes.items():
         is_finished(recipe, output_folder(folder), resume=True)
-    for folder, recipe in recipes.items():
-        metrics = (*METRICS, "peak_rss_mib") if folder == output else METRICS
-        with _timed(METHODS[recipe.method]):
-            train(recipe, folder, resume=True)
-            found = {record.metric: record.value for record in evaluate(folder, metrics=metrics).records}
-            print(
-                f"   held-out distillation loss {found['kd_loss']:.2e}, PSNR {found['psnr']:.1f} dB, "
-                f"SSIM {found['ssim']:.3f}"
-            )
+    print("== four methods; the trained ones at the same time", flush=True)
+    jobs = [(folder, recipe, folder == output) for folder, recipe in recipes.items()]
+    _run(*jobs[0])  # alone: it leaves the data, encoded, and the teacher's pictures for the others
+    workers = min(len(jobs) - 1, os.cpu_count() or 1)
+    threads = max(1, torch.get_num_threads() // workers)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_alone, initargs=(threads,)) as pool:
+        for done in as_completed([pool.submit(_run, *job) for job in reversed(jobs[1:])]):  # the longest one first
+            done.result()
     _collect(recipes, output)
     with _timed("QNN HTP context binary for the Snapdragon 8 Elite"):
         _compile(output)
@@ -69,6 +75,25 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
     print(f"done in {time.monotonic() - began:.0f} s. Look at {output}/README.md and {output}/images/comparison.png")
     print(f'next: fbqat generate {quote(str(output))} "red heart" "pouting cat" --output two.png')
     return output
+
+
+def _alone(threads: int) -> None:
+    """In a process of its own: so many threads, and lines instead of bars, which would overwrite each other."""
+    torch.set_num_threads(threads)
+    plain_lines()
+
+
+def _run(folder: Path, recipe: Recipe, ours: bool) -> None:
+    """Train and measure by one recipe, unless it is done; prints what was found."""
+    began = time.monotonic()
+    train(recipe, folder, resume=True)
+    metrics = (*METRICS, "peak_rss_mib") if ours else METRICS
+    found = {record.metric: record.value for record in evaluate(folder, metrics=metrics).records}
+    print(
+        f"   {METHODS[recipe.method]}: held-out distillation loss {found['kd_loss']:.2e}, PSNR {found['psnr']:.1f} dB, "
+        f"SSIM {found['ssim']:.3f}, {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from fbqat_hub.families import Family, moved
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.seeding import generator
 
+# Arguments of the denoiser's forward, and what a perfect model predicts of them (``Family.target``).
+Pair = tuple[dict[str, Any], Tensor]
+
 
 class Draws:
     """Denoiser inputs drawn from a cached split, reproducibly.
@@ -28,14 +31,18 @@ class Draws:
 
     def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Any]:
         """The batch of an optimizer step, of one process of several."""
+        return self.training_pair(split, step, batch_size, process)[0]
+
+    def training_pair(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> Pair:
+        """As ``training``, with what a perfect model predicts."""
         random = generator(self.seed, "train", step, process)
-        return self._inputs(split, torch.randint(len(split), (batch_size,), generator=random), [random])
+        return self._pair(split, torch.randint(len(split), (batch_size,), generator=random), [random])
 
     def calibration(self, split: CachedSplit, samples: int) -> Iterator[dict[str, Any]]:
         """Random samples for static activation ranges, one at a time."""
         for index in range(samples):
             random = generator(self.seed, "calibration", index)
-            yield self._inputs(split, torch.randint(len(split), (1,), generator=random), [random])
+            yield self._pair(split, torch.randint(len(split), (1,), generator=random), [random])[0]
 
     def held_out(self, split: CachedSplit, draws: int, batch_size: int) -> Iterator[dict[str, Any]]:
         """Every sample of a split with ``draws`` different noises and timesteps, in the order of the draws.
@@ -43,11 +50,16 @@ class Draws:
         A sample's noise and timestep depend on its index and the number of the draw only: they are the same for every
         method, seed and batch size.
         """
+        for inputs, _ in self.held_out_pairs(split, draws, batch_size):
+            yield inputs
+
+    def held_out_pairs(self, split: CachedSplit, draws: int, batch_size: int) -> Iterator[Pair]:
+        """As ``held_out``, with what a perfect model predicts."""
         for draw in range(draws):
             for first in range(0, len(split), batch_size):
                 indices = torch.arange(first, min(first + batch_size, len(split)))
                 streams = [generator("held-out", draw, index) for index in indices.tolist()]
-                yield self._inputs(split, indices, streams)
+                yield self._pair(split, indices, streams)
 
     def predict(self, denoiser: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """What the sampler would take from the denoiser."""
@@ -62,11 +74,12 @@ class Draws:
         """``Family.error_weight`` of a batch, [N]."""
         return self.family.error_weight(self.scheduler, self.times(inputs))
 
-    def _inputs(self, split: CachedSplit, indices: Tensor, streams: Sequence[torch.Generator]) -> dict[str, Any]:
+    def _pair(self, split: CachedSplit, indices: Tensor, streams: Sequence[torch.Generator]) -> Pair:
         """Of the samples ``indices``, with one stream of random numbers for all of them, or one for each."""
         latents, conditioning = split.batch(indices)
         shape = (len(indices) // len(streams), *latents.shape[1:])
         noise = torch.cat([torch.randn(shape, generator=random) for random in streams])
         uniform = torch.cat([torch.rand(shape[0], generator=random) for random in streams]).clamp(1e-4, 1 - 1e-4)
         noisy, timestep = self.family.noisy(self.scheduler, latents.float(), noise, uniform)
-        return moved(self.family.denoiser_inputs(noisy, timestep, conditioning), self.device)
+        inputs = moved(self.family.denoiser_inputs(noisy, timestep, conditioning), self.device)
+        return inputs, self.family.target(latents.float(), noise).to(self.device)

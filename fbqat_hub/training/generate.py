@@ -51,15 +51,10 @@ def generate(
     folder = downloaded(resolve_teacher(model))
     pipeline_class, _ = read_index(folder)
     check_call(pipeline_class, call or {}, "--set ")
-    recipe = folder / "recipe.yaml"
-    given = dict(load_recipe(recipe).generation) if recipe.is_file() else None
-    count = len(prompts) * {**(given or {}), **(call or {})}.get("num_images_per_prompt", 1)
+    count = len(prompts) * (call or {}).get("num_images_per_prompt", 1)  # a recipe has it as 1 only
     each_seed = seeds(seed, count)
     pipeline = load_pipeline(folder, torch.float32).to(device)
-    if given is None:
-        families = (family for family in FAMILIES.values() if family.pipeline_class == pipeline_class)
-        given = next((dict(family.native_size(component_configs(pipeline))) for family in families), {})
-    pictures = generate_pictures(pipeline, prompts, {**given, **(call or {})}, each_seed)
+    pictures = generate_pictures(pipeline, prompts, {**generation_of(folder, pipeline), **(call or {})}, each_seed)
     for number, picture in enumerate(pictures):
         if is_one_colour(picture):
             raise ValueError(
@@ -70,3 +65,14 @@ def generate(
     with whole(output) as partial:
         (images[0] if count == 1 else grid(images, min(8, count))).save(partial, format="PNG")
     return output
+
+
+def generation_of(folder: Path, pipeline: Any) -> dict[str, Any]:
+    """Arguments of a pipeline's call: those of the ``recipe.yaml`` in its folder, else the size that its denoiser was
+    trained for; nothing of a pipeline of no family.
+    """
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file():
+        return dict(load_recipe(recipe).generation)
+    families = (family for family in FAMILIES.values() if family.pipeline_class == type(pipeline).__name__)
+    return next((dict(family.native_size(component_configs(pipeline))) for family in families), {})

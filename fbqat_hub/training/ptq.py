@@ -1,4 +1,4 @@
-"""Quantization without training: a float pipeline to a packed one, a shard at a time."""
+"""Quantization without training: a float pipeline to a packed one, a tensor at a time."""
 
 from __future__ import annotations
 
@@ -9,34 +9,42 @@ from typing import Any
 from fbqat_hub.components import read_index
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import component_configs, family_of
+from fbqat_hub.integrations.convert_files import convert_files
 from fbqat_hub.integrations.diffusers import packed_layers
-from fbqat_hub.pipelines import check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
+from fbqat_hub.pipelines import PARTIAL, check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
+from fbqat_hub.progress import Progress
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_json
 
 
 def convert_pipeline(
-    source: str, output: Path, settings: Mapping[str, Any] | None = None, variant: str | None = None
+    source: str,
+    output: Path,
+    settings: Mapping[str, Any] | None = None,
+    variant: str | None = None,
+    *,
+    progress: bool = True,
 ) -> Path:
-    """Quantize the denoiser of a float pipeline to W4A8 as it is loaded, and save the whole pipeline.
+    """Quantize the denoiser of a float pipeline to W4A8 as it is read, and save the whole pipeline.
 
-    Memory stays near the packed model's: each weight is packed as it is read, and the other parts are copied as files,
-    never loaded. All is checked before: each part by its class without its numbers, patterns against the denoiser's
-    layers.
+    Memory does not grow with the model: each weight is read, packed and written before the next, and the other parts
+    are copied as files. All is checked before: each part by its class without its numbers, patterns against the
+    denoiser's layers.
 
     Args:
         source: folder or Hub id of a float pipeline.
         output: new or empty folder.
         settings: fields of ``FBQATConfig``.
         variant: of the source's weights, e.g. "fp16"; see ``Component.weights``.
+        progress: show a bar, or a line now and then.
 
     Raises:
         FileExistsError: ``output`` has content.
         ValueError: ``source`` is no whole pipeline, is of no supported family, is quantized already, or holds a tensor
             that is not finite.
     """
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and any(path.name != PARTIAL for path in output.iterdir()):
         raise FileExistsError(f"{output} exists and is not empty; give another --output.")
     teacher = resolve_teacher(source)
     check_source(teacher, variant)
@@ -58,8 +66,12 @@ def convert_pipeline(
         "generation": family.native_size(component_configs(pipeline)),
     }
     recipe = Recipe(**fields)
-    with replacing(output) as partial:
-        copy_parts(folder, partial, variant)
-        denoiser.load(variant=variant, quantization_config=config).save_pretrained(partial / "transformer")
+    parts = [part for part in read_index(folder)[1].values() if part.is_model]
+    sizes = [path.stat().st_size for part in parts for path in part.weights(variant).files]
+    with replacing(output) as partial, Progress("convert", sum(sizes), "B", shown=progress) as bar:
+        bar.stage("copy")
+        copy_parts(folder, partial, variant, bar.update)
+        bar.stage("quantize")
+        convert_files(denoiser, config, partial / "transformer", variant, done=bar.update)
         recipe.save(partial / "recipe.yaml")
     return output

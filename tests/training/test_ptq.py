@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from tests.conftest import subprocess_environment
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 
@@ -93,15 +96,33 @@ def test_stopped_while_saving_leaves_the_folder_as_it_was(error, tiny_sana: Path
     (tmp_path / "there").mkdir()
     for output in (tmp_path / "there", tmp_path / "new"):
         with monkeypatch.context() as patch:
-            patch.setattr("diffusers.SanaTransformer2DModel.save_pretrained", stop)  # the last part
+            patch.setattr("fbqat_hub.weights.TensorFile.write", stop)  # of the last part
             with pytest.raises(type(error)):
                 convert_pipeline(str(tiny_sana), output)
         assert not any(output.iterdir()) if output.name == "there" else not output.exists()
         convert_pipeline(str(tiny_sana), output)
 
 
-def test_only_the_denoiser_is_loaded(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers of a text encoder of many gigabytes pass through in pieces."""
+def test_a_killed_conversion_leaves_nothing_whole_and_can_be_run_again(tiny_sana: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from fbqat_hub.training.ptq import convert_pipeline\n"
+        "from fbqat_hub.weights import TensorFile\n"
+        "TensorFile.write = lambda *_: os.kill(os.getpid(), 9)\n"
+        "convert_pipeline(sys.argv[1], Path(sys.argv[2]))"
+    )
+    output = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", program, str(tiny_sana), str(output)], env=subprocess_environment())
+    assert done.returncode == -9
+    assert [path.name for path in output.iterdir()] == [".partial"]
+    convert_pipeline(str(tiny_sana), output, progress=False)
+    assert sorted(path.name for path in output.glob(".*")) == []
+    load_pipeline(output)
+
+
+def test_no_part_is_loaded(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of a model of many gigabytes pass through tensor by tensor."""
     loaded, load = [], Component.load
 
     def watched(component: Component, *args: Any, **options: Any) -> Any:
@@ -111,7 +132,7 @@ def test_only_the_denoiser_is_loaded(tiny_sana: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Component, "load", watched)
     convert_pipeline(str(tiny_sana), tmp_path / "out")
-    assert loaded == ["SanaTransformer2DModel"]
+    assert loaded == []
 
 
 def test_what_is_not_packed_keeps_its_dtype(half_sana: Path, tmp_path: Path) -> None:

@@ -1,0 +1,491 @@
+"""Adapters (LoRA) on a 4-bit base: training one, and what one changes, beside its change of the float base."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fbqat_hub.components import read_index
+from fbqat_hub.evaluation.pictures import comparison_sheet
+from fbqat_hub.families import Family, component_configs, family_of
+from fbqat_hub.families.base import pixels_per_latent
+from fbqat_hub.files import whole
+from fbqat_hub.generation import generate_pictures
+from fbqat_hub.hub.client import step
+from fbqat_hub.inputs import checked_device, seeds
+from fbqat_hub.pictures import as_image
+from fbqat_hub.pipelines import downloaded, load_pipeline
+from fbqat_hub.progress import Progress
+from fbqat_hub.text import names
+from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key, load_pictures
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.generate import generation_of
+from fbqat_hub.training.openmoji import default_cache_dir
+from fbqat_hub.training.seeding import generator
+from fbqat_hub.training.teachers import resolve_teacher
+
+# the names that diffusers and peft give an adapter's file
+DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
+_ADAPTER, _TRAINED = "checked", "default"
+# what is trained: the attention of every family
+_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# noises and timesteps of each held-out picture
+_HELD_OUT_DRAWS = 8
+# what the denoiser is asked where no prompt is given; any text serves, since only a change is measured
+_PROMPTS = ("a red heart", "a house beside a tree", "the flag of france", "a cat")
+
+
+@dataclass(frozen=True)
+class Check:
+    """The passport of an adapter.
+
+    Attributes:
+        matched: tensors of the adapter that belong to a module of the pipeline.
+        unmatched: names of those that do not.
+        change: norm of the change of the denoiser's output over the norm of the output, on the 4-bit base.
+        float_change: the same on the float base; None where none was given, as are the next two.
+        cosine: between the two changes.
+        norm_ratio: norm of the change on the 4-bit base over that on the float base.
+        inputs: how many seeded inputs were measured.
+    """
+
+    adapter: str
+    base: str
+    float_base: str | None
+    matched: int
+    unmatched: list[str]
+    change: float
+    float_change: float | None
+    cosine: float | None
+    norm_ratio: float | None
+    inputs: int
+
+    def text(self) -> str:
+        """A table of two columns."""
+        missing = f" ({names(self.unmatched)})" if self.unmatched else ""
+        rows = [
+            ("tensors matched", f"{self.matched} of {self.matched + len(self.unmatched)}"),
+            ("not matched", f"{len(self.unmatched)}{missing}"),
+            ("change, 4-bit base", f"{self.change:.2%} of the output"),
+        ]
+        if self.float_change is not None:
+            rows += [
+                ("change, float base", f"{self.float_change:.2%} of the output"),
+                ("cosine of changes", f"{self.cosine:.4f}"),
+                ("ratio of norms", f"{self.norm_ratio:.4f}"),
+            ]
+        return "\n".join(f"{name:20s} {value}" for name, value in rows)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one base: tensors that matched, names that did not, outputs [N, ...], and pictures without and with."""
+
+    matched: int
+    unmatched: list[str]
+    before: Tensor
+    change: Tensor
+    pictures: list[Tensor]
+
+
+def check(
+    adapter: str,
+    base: str,
+    float_base: str | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    output: Path | None = None,
+    seed: int = 0,
+) -> Check:
+    """Measure what an adapter changes of a 4-bit base, and of the float base if one is given.
+
+    The denoiser's output is compared on four inputs that depend on ``seed`` only. The text encoders of ``base`` make
+    the conditioning of both.
+
+    Args:
+        adapter: a safetensors file, a folder with one (the layouts of diffusers and peft), or a Hub id.
+        base, float_base: folder or Hub id of a pipeline.
+        prompts: generate with each, without and with the adapter.
+        output: JSON file to write; the picture sheet is written beside it, with the ending .png.
+
+    Raises:
+        ValueError: no tensor of the adapter matches, or it changes nothing; an output that is no JSON file; prompts
+            without an output; bases of different families.
+    """
+    if output is not None and (output.suffix.lower() != ".json" or output.is_dir()):
+        raise ValueError(f"output is {output}; it must be a file that ends in .json.")
+    if prompts and output is None:
+        raise ValueError("--prompt makes a sheet of pictures beside the JSON file; say where with --output FILE.json.")
+    file = adapter_file(adapter)
+    folders = [downloaded(resolve_teacher(source)) for source in (base, float_base) if source is not None]
+    classes = [read_index(folder)[0] for folder in folders]
+    if len(set(classes)) > 1:
+        raise ValueError(f"{base} is a {classes[0]}, and {float_base} a {classes[1]}; give two of one family.")
+    family = family_of(classes[0])
+    inputs: dict[str, Tensor] | None = None
+    call: dict[str, Any] = {}
+    found: list[_Measured] = []
+    for folder in folders:
+        pipeline = load_pipeline(folder, torch.float32)
+        if inputs is None:
+            call = generation_of(folder, pipeline)
+            inputs = _seeded_inputs(pipeline, family, call, seed)
+        found.append(_measure(pipeline, family, file, inputs, prompts, call, seed))
+        del pipeline
+    of_base, of_float = found[0], found[1] if float_base is not None else None
+    result = Check(
+        adapter=adapter,
+        base=base,
+        float_base=float_base,
+        matched=of_base.matched,
+        unmatched=of_base.unmatched,
+        change=_ratio(of_base.change, of_base.before),
+        float_change=_ratio(of_float.change, of_float.before) if of_float else None,
+        cosine=_cosine(of_base.change, of_float.change) if of_float else None,
+        norm_ratio=_ratio(of_base.change, of_float.change) if of_float else None,
+        inputs=len(_PROMPTS),
+    )
+    if output is not None:
+        if prompts:
+            _write_sheet(output.with_suffix(".png"), found, prompts)
+        with whole(output) as partial:
+            partial.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What ``train`` left.
+
+    Attributes:
+        output: folder of the adapter.
+        loss_before, loss_after: mean squared error of the prediction on held-out pictures, without and with it.
+        pictures, held_out: how many were trained on, and how many were kept for the two losses.
+        parameters: numbers in the adapter.
+    """
+
+    output: Path
+    loss_before: float
+    loss_after: float
+    pictures: int
+    held_out: int
+    parameters: int
+
+
+def train(
+    pictures: Path,
+    base: str,
+    output: Path,
+    *,
+    rank: int = 8,
+    steps: int = 200,
+    batch_size: int = 4,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train an adapter of the denoiser's attention on captioned pictures; the base stays as it is.
+
+    The loss is the mean squared error of the family's prediction (the velocity of flow matching, or the noise). Of the
+    pictures one in forty, at least two, are held out. The adapter's first values and all draws depend on ``seed``
+    only.
+
+    Args:
+        pictures: folder of pictures with a ``metadata.jsonl`` (``file_name``, ``caption``).
+        base: folder or Hub id of a packed (or float) pipeline; its recipe says the size of the pictures.
+        output: new or empty folder; gets the adapter in diffusers' layout, or peft's where the pipeline has no adapter
+            methods in diffusers, and a README.md.
+        rank: of the two factors; the scale is 1.
+
+    Raises:
+        FileExistsError: ``output`` has content.
+        FileNotFoundError: ``pictures`` is no folder.
+        ValueError: no captions, a base of no supported family, a number out of range.
+        FloatingPointError: the loss is not finite.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} exists and is not empty; give another --output.")
+    if not pictures.is_dir():
+        raise FileNotFoundError(f"{pictures} is no folder; give one of pictures with captions in a metadata.jsonl.")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"--learning-rate is {learning_rate}; it must be above 0, e.g. 1e-3.")
+    place = checked_device(device)
+    folder = downloaded(resolve_teacher(base))
+    family = family_of(read_index(folder)[0])
+    dataset = {"path": str(pictures), "cache_dir": str(default_cache_dir() / "datasets")}
+    data = load_pictures(dataset, 0)
+    pipeline = load_pipeline(folder, torch.float32).to(place)
+    call = generation_of(folder, pipeline)
+    size = (call["height"], call["width"])
+    cache = default_cache_dir() / "encoded" / f"{family.name}-{cache_key(str(folder), dataset, size, call)}"
+    splits = build_cache(pipeline, family, data, size, call, cache)
+    held_out = [splits["validation"], splits["test"]]
+    denoiser, kind = pipeline.transformer.requires_grad_(False), type(pipeline)
+    draws = Draws(family, pipeline.scheduler, seed, place)
+    del pipeline  # its other models are not needed any more
+    before = _held_out_loss(draws, denoiser, held_out, batch_size)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_TARGETS))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, denoiser, _TRAINED)
+    weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(weights, learning_rate)
+    with Progress("train the adapter", steps, "step", shown=progress) as shown:
+        for number in range(steps):
+            loss = _loss(draws, denoiser, *draws.training_pair(splits["train"], number, batch_size))
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {number + 1}; nothing was saved. Try a lower --learning-rate "
+                    f"than {learning_rate:g}."
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            shown.update(loss=f"{loss.item():.2e}")
+    after = _held_out_loss(draws, denoiser, held_out, batch_size)
+    counts = (len(splits["train"]), sum(len(split) for split in held_out), sum(weight.numel() for weight in weights))
+    done = Trained(output, before, after, *counts)
+    with whole(output) as partial:
+        partial.mkdir()
+        layout = _save(denoiser, kind, config, partial)
+        facts = f"{steps} steps of {batch_size} pictures, rank {rank}, learning rate {learning_rate:g}, seed {seed}"
+        (partial / "README.md").write_text(_card(done, base, layout, facts), encoding="utf-8")
+    return done
+
+
+def _loss(draws: Draws, denoiser: Any, inputs: dict[str, Tensor], target: Tensor) -> Tensor:
+    return torch.nn.functional.mse_loss(draws.predict(denoiser, inputs).float(), target)
+
+
+@torch.no_grad()
+def _held_out_loss(draws: Draws, denoiser: Any, splits: Sequence[CachedSplit], batch_size: int) -> float:
+    """Mean over every picture, with the same noises and timesteps at every call."""
+    total, count = 0.0, 0
+    for split in splits:
+        for inputs, target in draws.held_out_pairs(split, _HELD_OUT_DRAWS, batch_size):
+            total += len(target) * _loss(draws, denoiser, inputs, target).item()
+            count += len(target)
+    return total / count
+
+
+def _save(denoiser: Any, kind: Any, config: Any, folder: Path) -> str:
+    """Save the adapter in the layout that a pipeline of this class loads; the lines that load it."""
+    from peft import get_peft_model_state_dict
+
+    tensors = {
+        name: value.detach().cpu().contiguous()
+        for name, value in get_peft_model_state_dict(denoiser, adapter_name=_TRAINED).items()
+    }
+    if hasattr(kind, "save_lora_weights"):
+        kind.save_lora_weights(folder, transformer_lora_layers=tensors)
+        return 'pipeline.load_lora_weights("ADAPTER")'
+    config.save_pretrained(folder)
+    save_file({f"base_model.model.{name}": value for name, value in tensors.items()}, folder / PEFT_FILE)
+    return (
+        "from peft import PeftModel\n\n"
+        'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "ADAPTER")'
+    )
+
+
+def _card(done: Trained, base: str, load: str, facts: str) -> str:
+    """README.md; a local base is named without its path."""
+    local = Path(base).exists()
+    name = Path(base).resolve().name if local else base
+    relation = "" if local else f"base_model: {base}\nbase_model_relation: adapter\n"
+    return f"""---
+library_name: diffusers
+{relation}tags: [lora, fbqat]
+---
+
+# LoRA for {name}
+
+Trained by `fbqat lora train`, the base unchanged: {facts}; {done.parameters:,} parameters.
+
+| | |
+|---|---|
+| pictures trained on | {done.pictures} |
+| pictures held out | {done.held_out} |
+| held-out loss before | {done.loss_before:.4g} |
+| held-out loss after | {done.loss_after:.4g} |
+
+The loss is the mean squared error of the denoiser's prediction.
+
+```python
+import fbqat_hub
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+{load}
+```
+"""
+
+
+def adapter_file(adapter: str) -> Path:
+    """The safetensors file of an adapter; of a Hub id the file is downloaded.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: another kind of file, or a folder with none or several to choose from.
+        HubError: the Hub refused or failed.
+    """
+    place = Path(adapter)
+    if place.is_file():
+        if place.suffix != ".safetensors":
+            raise ValueError(f"{adapter} is no safetensors file; other formats can run programs and are not read.")
+        return place
+    if not place.is_dir():
+        if place.is_absolute() or adapter.count("/") != 1 or adapter.startswith("."):
+            raise FileNotFoundError(f"{adapter} is no file or folder, nor a Hub id such as owner/name.")
+        with step(f"download the adapter {adapter}"):
+            place = Path(snapshot_download(adapter, allow_patterns=["*.safetensors", PEFT_CONFIG]))
+    for name in (DIFFUSERS_FILE, PEFT_FILE):
+        if (place / name).is_file():
+            return place / name
+    files = sorted(place.glob("*.safetensors"))
+    if len(files) != 1:
+        found = f"it has {names([file.name for file in files])}" if files else "it has no safetensors file"
+        raise ValueError(f"{adapter} is no adapter: {found}; give the file, or a folder with {DIFFUSERS_FILE}.")
+    return files[0]
+
+
+def load_adapter(pipeline: Any, file: Path, name: str = _ADAPTER) -> tuple[int, list[str]]:
+    """Load an adapter into a pipeline: by diffusers, or by peft where the file stands beside a config of peft's.
+
+    Returns:
+        How many of its tensors belong to a module of the pipeline, and the names of those that do not.
+
+    Raises:
+        ValueError: none does.
+    """
+    if (file.parent / PEFT_CONFIG).is_file():
+        tensors = _load_peft(pipeline.transformer, file, name)
+    elif hasattr(pipeline, "load_lora_weights"):
+        found = type(pipeline).lora_state_dict(str(file))
+        tensors = found[0] if isinstance(found, tuple) else found
+        pipeline.load_lora_weights(str(file), adapter_name=name)
+    else:
+        raise ValueError(
+            f"diffusers loads no adapter into a {type(pipeline).__name__}; give one in peft's layout, a folder with "
+            f"{PEFT_CONFIG} and {PEFT_FILE}."
+        )
+    known = {
+        f"{part}.{module}"
+        for part, model in pipeline.components.items()
+        if isinstance(model, torch.nn.Module)
+        for module, layer in model.named_modules()
+        if name in getattr(layer, "lora_A", ())
+    }
+    unmatched = [key for key in tensors if _module_of(key, pipeline) not in known]
+    if len(unmatched) == len(tensors):
+        raise ValueError(f"no tensor of {file} belongs to a module of {type(pipeline).__name__}: {names(unmatched)}.")
+    return len(tensors) - len(unmatched), unmatched
+
+
+def _load_peft(model: Any, file: Path, name: str) -> dict[str, Tensor]:
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    tensors = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
+    known = dict(model.named_modules())
+    if not any(key.partition(".lora_")[0] in known for key in tensors):
+        raise ValueError(f"no tensor of {file} belongs to {type(model).__name__}: it has {names(list(tensors)[:3])}.")
+    inject_adapter_in_model(LoraConfig.from_pretrained(str(file.parent)), model, name)
+    set_peft_model_state_dict(model, tensors, name)
+    return tensors
+
+
+def _module_of(key: str, pipeline: Any) -> str:
+    """Component and module that a tensor of an adapter is for."""
+    module = key.partition(".lora")[0]
+    return module if module.partition(".")[0] in pipeline.components else f"transformer.{module}"
+
+
+@torch.no_grad()
+def _seeded_inputs(pipeline: Any, family: Family, call: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Arguments of the denoiser's forward at noise levels of training, of random latents of unit variance."""
+    configs = component_configs(pipeline)
+    size = {**family.native_size(configs), **call}
+    scale = pixels_per_latent(configs["vae"])
+    shape = (len(_PROMPTS), configs["vae"]["latent_channels"], size["height"] // scale, size["width"] // scale)
+    random = generator(seed, "lora check")
+    latents, noise = (torch.randn(shape, generator=random) for _ in range(2))
+    progress = torch.linspace(0.2, 0.8, len(_PROMPTS))
+    noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, progress)
+    return family.denoiser_inputs(noisy, timestep, family.encode_prompts(pipeline, _PROMPTS, call))
+
+
+def _measure(
+    pipeline: Any,
+    family: Family,
+    file: Path,
+    inputs: dict[str, Tensor],
+    prompts: Sequence[str],
+    call: dict[str, Any],
+    seed: int,
+) -> _Measured:
+    """Without the adapter, and then with it."""
+    outputs, pictures = [], []
+    matched: int = 0
+    unmatched: list[str] = []
+    for with_adapter in (False, True):
+        if with_adapter:
+            matched, unmatched = load_adapter(pipeline, file)
+            _refuse_zero(pipeline, file)
+        with torch.no_grad():
+            outputs.append(family.prediction(pipeline.transformer(**inputs, return_dict=False)[0]))
+        if prompts:
+            pictures.append(generate_pictures(pipeline, prompts, call, seeds(seed, len(prompts))))
+    change = outputs[1] - outputs[0]
+    if not torch.isfinite(change).all():
+        raise ValueError(f"the denoiser's output with {file} is not finite: the adapter, or the model, is broken.")
+    if not change.any():
+        raise ValueError(
+            f"the adapter changes nothing of the denoiser's output on {len(change)} inputs, though {file} matches "
+            f"{matched} tensors: its values are too small, or it is for a text encoder only."
+        )
+    return _Measured(matched, unmatched, outputs[0], change, pictures)
+
+
+def _refuse_zero(pipeline: Any, file: Path) -> None:
+    """Raise ValueError if the adapter is one as it is before training."""
+    models = [model for model in pipeline.components.values() if isinstance(model, torch.nn.Module)]
+    ends = (f".lora_B.{_ADAPTER}.weight", f".lora_embedding_B.{_ADAPTER}")
+    layers = [weight for model in models for name, weight in model.named_parameters() if name.endswith(ends)]
+    if layers and not any(weight.any() for weight in layers):
+        raise ValueError(
+            f"the adapter changes nothing: all lora_B of {file} are zero ({len(layers)} layers), as before training."
+        )
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    return float(a.norm() / b.norm())
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+
+
+def _write_sheet(path: Path, found: Sequence[_Measured], prompts: Sequence[str]) -> None:
+    columns = {
+        f"{base}{how}": [as_image(picture) for picture in pictures]
+        for base, measured in zip(("4-bit base", "float base"), found, strict=False)
+        for how, pictures in zip(("", ", with adapter"), measured.pictures, strict=True)
+    }
+    with whole(path) as partial:
+        comparison_sheet(columns, prompts).save(partial, format="PNG")

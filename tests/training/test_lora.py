@@ -1,0 +1,174 @@
+"""``fbqat lora`` on the tiny Sana: training an adapter, and its passport, through the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fbqat_hub import cli
+from fbqat_hub.families import FAMILIES
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training.lora import DIFFUSERS_FILE, adapter_file, check, load_adapter, train
+from fbqat_hub.training.ptq import convert_pipeline
+from fbqat_hub.training.recipe import load_recipe
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    status = cli.main(["lora", *(str(argument) for argument in arguments)])
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random, made on the float model, in diffusers' layout; not to be written to."""
+    pipeline, folder = load_pipeline(tiny_sana), tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "conv_point"], init_lora_weights=False)
+    tensors = get_peft_model_state_dict(get_peft_model(pipeline.transformer, config))
+    layers = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder
+
+
+def edited(adapter: Path, folder: Path, edit: Any) -> Path:
+    tensors = {name: value.clone() for name, value in load_file(adapter / DIFFUSERS_FILE).items()}
+    save_file(edit(tensors), folder / DIFFUSERS_FILE)
+    return folder
+
+
+def test_passport_of_an_adapter(adapter, packed_folder, tiny_sana, tmp_path, capsys) -> None:
+    output = tmp_path / "style.json"
+    options = ("--base", packed_folder, "--float", tiny_sana, "--prompt", "red", "blue", "--output", output)
+    status, out, err = run(capsys, "check", adapter, *options)
+    assert status == 0, err
+    found = json.loads(output.read_text())
+    assert found["matched"] == len(load_file(adapter / DIFFUSERS_FILE))
+    assert found["unmatched"] == []
+    assert found["change"] > 1e-3
+    assert found["cosine"] > 0.8
+    assert found["norm_ratio"] == pytest.approx(1, abs=0.3)
+    assert f"{found['cosine']:.4f}" in out
+    with Image.open(output.with_suffix(".png")) as sheet:
+        assert sheet.width > 4 * 144  # four columns
+
+
+def test_the_float_base_against_itself_is_the_same_change(adapter, tiny_sana) -> None:
+    found = check(str(adapter / DIFFUSERS_FILE), str(tiny_sana), str(tiny_sana))
+    assert found.cosine == pytest.approx(1)
+    assert found.norm_ratio == pytest.approx(1)
+    assert check(str(adapter), str(tiny_sana), seed=1).change != found.change
+
+
+def test_tensors_that_do_not_match_are_named(adapter, packed_folder, tmp_path) -> None:
+    other = "transformer.blocks.9.nowhere.lora_{}.weight"
+    extra = {other.format("A"): torch.ones(4, 16), other.format("B"): torch.ones(16, 4)}
+    found = check(str(edited(adapter, tmp_path, lambda tensors: tensors | extra)), str(packed_folder))
+    assert sorted(found.unmatched) == sorted(extra)
+    assert found.matched == len(load_file(adapter / DIFFUSERS_FILE))
+    assert "blocks.9.nowhere" in found.text()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda tensors: {k: v * 0 if "lora_B" in k else v for k, v in tensors.items()},
+            "the adapter changes nothing: all lora_B of",
+        ),
+        (lambda tensors: {f"transformer.x.{k[12:]}": v for k, v in tensors.items()}, "no tensor of the adapter"),
+        (lambda tensors: {k: v * float("nan") for k, v in tensors.items()}, "not finite"),
+    ],
+)
+def test_an_adapter_that_does_nothing_or_harm_is_an_error(
+    edit, message, adapter, packed_folder, tmp_path, capsys
+) -> None:
+    status, out, err = run(capsys, "check", edited(adapter, tmp_path, edit), "--base", packed_folder)
+    assert (status, out) == (1, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nothing"], "is no file or folder, nor a Hub id"),
+        (["{tmp}"], "it has no safetensors file"),
+        (["{adapter}", "--prompt", "red"], "say where with --output"),
+        (["{adapter}", "--output", "{tmp}/a.txt"], "must be a file that ends in .json"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, adapter, packed_folder, tmp_path, capsys) -> None:
+    given = [each.format(tmp=tmp_path, adapter=adapter) for each in arguments]
+    status, _, err = run(capsys, "check", *given, "--base", packed_folder)
+    assert status == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_lowers_the_held_out_loss_and_leaves_the_base(
+    pictures, packed_folder, tiny_sana, tmp_path, capsys
+) -> None:
+    before = {file: file.read_bytes() for file in packed_folder.rglob("*.safetensors")}
+    output = tmp_path / "style"
+    options = ("--base", packed_folder, "--output", output, "--steps", 30, "--learning-rate", "1e-2", "--rank", 4)
+    status, out, err = run(capsys, "train", pictures, *options)
+    assert status == 0, err
+    assert {file: file.read_bytes() for file in packed_folder.rglob("*.safetensors")} == before
+    first, last = (float(word) for word in re.findall(r"(?:before|after) ([0-9.]+)", out))
+    assert last < 0.98 * first
+    card = (output / "README.md").read_text()
+    assert f"held-out loss after | {last:.4g}" in card
+    assert str(tmp_path.parent) not in card
+    for base in (packed_folder, tiny_sana):
+        matched, unmatched = load_adapter(load_pipeline(base), adapter_file(str(output)))
+        assert matched == len(load_file(output / DIFFUSERS_FILE))
+        assert unmatched == []
+    assert check(str(output), str(packed_folder)).change > 1e-3
+    status, _, err = run(capsys, "train", pictures, *options)
+    assert status == 1
+    assert "exists and is not empty" in err
+
+
+def test_training_is_repeatable(pictures, packed_folder, tmp_path) -> None:
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(pictures, str(packed_folder), tmp_path / name, steps=2, seed=seed, progress=False)
+        states.append((tmp_path / name / DIFFUSERS_FILE).read_bytes())
+    assert states[0] == states[1] != states[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["{tmp}/none"], "is no folder; give one of pictures"),
+        (["{pictures}", "--learning-rate", "0"], "--learning-rate is 0.0"),
+        (["{pictures}", "--learning-rate", "1e30", "--steps", "3"], "the loss is"),
+    ],
+)
+def test_training_that_cannot_be_leaves_nothing(change, message, pictures, packed_folder, tmp_path, capsys) -> None:
+    given = [each.format(tmp=tmp_path, pictures=pictures) for each in change]
+    status, _, err = run(capsys, "train", *given, "--base", packed_folder, "--output", tmp_path / "o")
+    assert status == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sana"])
+def test_training_and_check_of_the_other_families(family, teacher_of, pictures, tmp_path) -> None:
+    packed = convert_pipeline(str(teacher_of(family)), tmp_path / "packed")
+    small = {"height": 32, "width": 32}  # FLUX's own size is 1024
+    load_recipe(packed / "recipe.yaml", generation=small).save(packed / "recipe.yaml")
+    done = train(pictures, str(packed), tmp_path / "style", steps=20, learning_rate=1e-2, progress=False)
+    assert done.loss_after < done.loss_before
+    found = check(str(done.output), str(packed), str(teacher_of(family)))
+    assert found.unmatched == []
+    assert found.cosine > 0.5
