@@ -36,7 +36,13 @@ def load(teacher_of: Callable[[str], Path]) -> Callable[[str], Any]:
     return loaded
 
 
-@pytest.fixture(params=MODELS)
+# these two have no line of a family file to themselves
+ONLY_OTHER_SIZES = ("sana-1.5", "sd3.5-large")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in ONLY_OTHER_SIZES else name for name in MODELS]
+)
 def model(request: pytest.FixtureRequest) -> str:
     return request.param
 

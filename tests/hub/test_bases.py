@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from fbqat_hub import cli
 from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.export import PRESETS, export_htp
+from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.export.bundle.pipeline import record_inputs
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.checks import check_bundle
@@ -129,3 +130,21 @@ def test_a_pipeline_without_a_bundle_says_why(model: str, teacher_of: Callable[[
     family = FAMILIES[family_name(model)]
     with pytest.raises((ValueError, ExportError), match=f"a {re.escape(family.title)} cannot be (bundled|exported): "):
         check_bundle(pipeline)
+
+
+@pytest.mark.slow
+def test_a_bundle_of_flux_dev_generates_another_text_with_its_guidance_scale(
+    teacher_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The scale is an input of the denoiser that no text encoder makes."""
+    pytest.importorskip("onnxruntime_qnn")
+    pipeline = load_pipeline(convert_pipeline(str(teacher_of("flux-dev")), tmp_path / "packed"))
+    bundle, call = tmp_path / "bundle", call_of("flux-dev", pipeline)
+    made = export_bundle(
+        pipeline, bundle, prompts=["red", "sky", "mint"], call=call, precision="w8a16", pictures=1, progress=False
+    )
+    assert made["text_left_out"] is None
+    command = [sys.executable, str(bundle / "generate.py"), "--text", "dark red", "--output", str(tmp_path / "p.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "p.png").size == (32, 32)

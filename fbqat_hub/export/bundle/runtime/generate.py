@@ -110,7 +110,7 @@ def generate(folder: Path, prompt: int, seed: int | None = None, text: str | Non
         noise = np.random.default_rng(seed).standard_normal(noise.shape).astype(np.float32)
     given = stored_inputs(manifest, host, prompt)
     if text is not None:
-        given[-1] = encode(folder, manifest, host, text)
+        given[-1] |= encode(folder, manifest, host, text)  # what is no text, the guidance scale say, stays
     denoiser = [open_graph(folder, manifest, part["graph"]) for part in manifest["denoiser"]]
     latents = sample(manifest, host, denoiser, given, noise)
     if manifest["sampler"]["token_grid"]:
