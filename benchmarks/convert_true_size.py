@@ -1,0 +1,123 @@
+"""`fbqat convert` of a FLUX.1-shaped pipeline of random weights, and loading what it made: time and peak memory.
+
+    python -m benchmarks.convert_true_size --work /some/disk                      # -> benchmarks/results/convert.json
+    python -m benchmarks.convert_true_size --work /some/disk --double 2 --single 4   # minutes instead
+
+With all blocks it takes 33 GB of disk for the source (12 billion weights and a text encoder of T5-XXL's shape, in bf16)
+and 16 GB for the result; both are removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from fbqat_hub.evaluation.results import machine, now, peak_rss_mib, versions
+from fbqat_hub.files import shipped, whole
+from fbqat_hub.weights import TensorFile
+
+RESULTS = Path(__file__).parent / "results" / "convert.json"
+# google/t5-v1_1-xxl, the second text encoder of FLUX.1
+T5 = {
+    "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
+# All weights are cut from so many random numbers.
+_NUMBERS = 2**28
+_LOAD = """
+import sys, torch, fbqat_hub
+from diffusers import FluxTransformer2DModel
+FluxTransformer2DModel.from_pretrained(sys.argv[1], subfolder="transformer", dtype=torch.bfloat16)
+"""
+
+
+def write_random(model: nn.Module, path: Path, numbers: torch.Tensor) -> None:
+    """The tensors of ``model`` (on the meta device) in bf16, in one file."""
+    shapes = {name: (torch.bfloat16, tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes.pop("encoder.embed_tokens.weight", None)  # the same as T5's shared.weight
+    place = 0
+    with TensorFile(path, shapes) as file:
+        for name, (_, shape) in shapes.items():
+            place = (place + 4099) % (_NUMBERS - shape.numel())  # another start for each: no two tensors are the same
+            file.write(name, numbers[place : place + shape.numel()].view(shape))
+
+
+def source(folder: Path, double: int, single: int) -> int:
+    """Make the pipeline; returns how many parameters its denoiser has."""
+    shutil.copytree(shipped("training/teachers") / "flux-schnell-tiny", folder)
+    with torch.device("meta"):
+        denoiser = FluxTransformer2DModel(num_layers=double, num_single_layers=single)
+        text_encoder = T5EncoderModel(T5Config(**T5))
+    text_encoder.config.architectures = ["T5EncoderModel"]
+    for part in ("transformer", "text_encoder_2"):
+        shutil.rmtree(folder / part)
+    denoiser.save_config(folder / "transformer")
+    text_encoder.config.save_pretrained(folder / "text_encoder_2")
+    numbers = torch.randn(_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    write_random(denoiser, folder / "transformer" / "diffusion_pytorch_model.safetensors", numbers)
+    write_random(text_encoder, folder / "text_encoder_2" / "model.safetensors", numbers)
+    return sum(tensor.numel() for tensor in denoiser.parameters())
+
+
+def measured(command: list[str]) -> dict[str, float]:
+    """Seconds and peak memory of a fresh process.
+
+    Raises:
+        ChildProcessError: it failed.
+    """
+    began, peak = time.perf_counter(), 0.0
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            peak = max(peak, peak_rss_mib(process.pid) or 0.0)
+            time.sleep(0.1)
+    if process.returncode:
+        raise ChildProcessError(f"{command} failed with {process.returncode}")
+    return {"seconds": round(time.perf_counter() - began, 1), "peak_mib": round(peak)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.convert_true_size",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder on a disk with room")
+    parser.add_argument("--double", type=int, default=19, help="double blocks (default: 19, FLUX.1's)")
+    parser.add_argument("--single", type=int, default=38, help="single blocks (default: 38, FLUX.1's)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
+        folder, output = Path(work) / "source", Path(work) / "packed"
+        parameters = source(folder, options.double, options.single)
+        convert = measured([sys.executable, "-m", "fbqat_hub.cli", "convert", str(folder), "--output", str(output)])
+        load = measured([sys.executable, "-c", _LOAD, str(output)])
+        packed = sum(path.stat().st_size for path in (output / "transformer").glob("*.safetensors"))
+        text_encoder = (folder / "text_encoder_2" / "model.safetensors").stat().st_size
+    found = {
+        "command": f"python -m benchmarks.convert_true_size --double {options.double} --single {options.single}",
+        "denoiser_parameters": parameters,
+        "text_encoder_bytes": text_encoder,
+        "packed_denoiser_bytes": packed,
+        "convert": convert,
+        "load": load | {"peak_over_packed_bytes": round(load["peak_mib"] * 2**20 / packed, 3)},
+        "machine": machine(),
+        "versions": versions(),
+        "date": now(),
+    }
+    with whole(RESULTS) as partial:
+        partial.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
