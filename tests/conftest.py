@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fbqat_hub.families import FAMILIES, component_configs
+from fbqat_hub.families import FAMILIES, Family, component_configs
 from fbqat_hub.pipelines import load_pipeline, save_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe
@@ -259,13 +259,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-#: Parameters of a test that takes long: families without a teacher that ships run in the slow tests only.
-MOST_FAMILIES = [
-    name if family.tiny else pytest.param(name, marks=pytest.mark.slow) for name, family in FAMILIES.items()
-]
-#: Every family, and every model of one that has other parts.
-# Families with a trained tiny teacher.
+
+
+def most_families(wanted: Callable[[Family], bool] = lambda _: True) -> list[Any]:
+    """Parameters of a test that takes long: families without a teacher that ships run in the slow tests only."""
+    return [
+        name if family.tiny else pytest.param(name, marks=pytest.mark.slow)
+        for name, family in FAMILIES.items()
+        if wanted(family)
+    ]
+
+
+MOST_FAMILIES = most_families()
+#: Families with a trained tiny teacher.
 TRAINED = [name for name, family in FAMILIES.items() if family.tiny]
+#: The same as parameters of a test that takes very long: those beside Sana run in the slow tests only.
+SANA_FIRST = [name if name == "sana" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+#: Every family, and every model of one that has other parts.
 MODELS = [*FAMILIES, *(name for name in VARIANTS if name not in FAMILIES)]
 
 

@@ -293,7 +293,6 @@ def _lora(commands: Any) -> None:
         verbs.lora_check,
         "say what of an adapter matches a 4-bit base, what it changes, and how near that is to its change in float",
         'check style/ --base runs/tiny --float base/ --prompt "red heart" --output style.json',
-        "lora ",
     )
     sub.add_argument(
         "adapter",
@@ -318,7 +317,6 @@ def _lora(commands: Any) -> None:
         verbs.lora_train,
         "train an adapter on captioned pictures; the base stays packed and as it is",
         "train my-pictures/ --base runs/tiny --output style --rank 8 --steps 200",
-        "lora ",
     )
     sub.add_argument(
         "pictures",
@@ -376,17 +374,15 @@ def _list(commands: Any) -> None:
     sub.add_argument("--local", action="store_true", help="do not ask the Hub")
 
 
-def _verb(
-    commands: Any, run: Callable[[Any], None], text: str, example: str, above: str = ""
-) -> argparse.ArgumentParser:
-    """A verb; ``above`` is the verb that it stands under, with a space."""
+def _verb(commands: Any, run: Callable[[Any], None], text: str, example: str) -> argparse.ArgumentParser:
+    """A verb, called by the first word of its example."""
     sub: argparse.ArgumentParser = commands.add_parser(
         example.partition(" ")[0],
         help=text,
         description=text[0].upper() + text[1:] + ".",
-        epilog=f"example:\n  fbqat {above}{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    sub.epilog = f"example:\n  {sub.prog.rpartition(' ')[0]} {example}"  # prog: "fbqat lora check"
     sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     sub.set_defaults(run=run)
     return sub

@@ -185,9 +185,7 @@ def doctor(options: argparse.Namespace) -> None:
 
 def lora_check(options: argparse.Namespace) -> None:
     """``fbqat lora check``."""
-    import peft  # noqa: F401  # an extra: that it is missing is said before anything is loaded
-
-    from fbqat_hub.training.lora import check
+    from fbqat_hub.training.lora_check import check
 
     found = check(
         options.adapter,
@@ -204,9 +202,7 @@ def lora_check(options: argparse.Namespace) -> None:
 
 def lora_train(options: argparse.Namespace) -> None:
     """``fbqat lora train``."""
-    import peft  # noqa: F401  # as above
-
-    from fbqat_hub.training.lora import train
+    from fbqat_hub.training.lora_train import train
 
     done = train(
         options.pictures,

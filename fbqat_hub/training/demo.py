@@ -6,9 +6,8 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -69,8 +68,10 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
         for done in as_completed([pool.submit(_run, *job) for job in reversed(jobs[1:])]):  # the longest one first
             done.result()
     _collect(recipes, output)
-    with _timed("QNN HTP context binary for the Snapdragon 8 Elite"):
-        _compile(output)
+    print("== QNN HTP context binary for the Snapdragon 8 Elite", flush=True)
+    exporting = time.monotonic()
+    _compile(output)
+    print(f"   {time.monotonic() - exporting:.0f} s", flush=True)
     print(f"card: {write_card(output)}")
     print(f"done in {time.monotonic() - began:.0f} s. Look at {output}/README.md and {output}/images/comparison.png")
     print(f'next: fbqat generate {quote(str(output))} "red heart" "pouting cat" --output two.png')
@@ -94,14 +95,6 @@ def _run(folder: Path, recipe: Recipe, ours: bool) -> None:
         f"SSIM {found['ssim']:.3f}, {time.monotonic() - began:.0f} s",
         flush=True,
     )
-
-
-@contextmanager
-def _timed(what: str) -> Iterator[None]:
-    print(f"== {what}", flush=True)
-    began = time.monotonic()
-    yield
-    print(f"   {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _collect(recipes: Mapping[Path, Recipe], output: Path) -> None:

@@ -17,14 +17,10 @@ from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.families.graph import block_outputs
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import CAPTIONS, MOST_FAMILIES, call_of
-
-WITH_GRAPH = [
-    each for each in MOST_FAMILIES if not FAMILIES[each if isinstance(each, str) else each.values[0]].without_graph
-]
+from tests.conftest import CAPTIONS, call_of, most_families
 
 
-@pytest.mark.parametrize("family", WITH_GRAPH)
+@pytest.mark.parametrize("family", most_families(lambda family: not family.without_graph))
 def test_the_graph_is_the_model_and_its_blocks(family: str, teacher_of: Callable[[str], Path], tmp_path: Path) -> None:
     """With float activations the packed model is float but for its weights: all agree to float rounding."""
     float_activations = {"activation_bits": 32, "module_overrides": {}}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
+from tests.conftest import SANA_FIRST
 from tests.integrations.tiny import denoiser_inputs, pack_denoiser
 
 # within each no two sizes are equal, nor equal to a width of the model: torch would take equal sizes for one
@@ -27,13 +27,7 @@ def compile_anew() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(
-    params=[
-        family if family == "sana" else pytest.param(family, marks=pytest.mark.slow)
-        for family in FAMILIES
-        if FAMILIES[family].tiny
-    ]
-)
+@pytest.fixture(params=SANA_FIRST)
 def packed(request: pytest.FixtureRequest, teacher_of: Callable[[str], Path]) -> tuple[str, Any]:
     """A family and its tiny packed denoiser."""
     return request.param, pack_denoiser(load_pipeline(teacher_of(request.param)), request.param)

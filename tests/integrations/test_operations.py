@@ -18,7 +18,7 @@ from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import ActivationScheme, PackedLayer, PackedLinear, WeightScheme, convert, prepare
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import TRAINED
+from tests.conftest import SANA_FIRST, TRAINED
 from tests.integrations.tiny import denoiser_inputs, pack_denoiser
 
 
@@ -179,9 +179,7 @@ def test_joined_layers_give_the_same(bits: tuple[int, ...], group_size: int | No
 
 
 @pytest.mark.cell("compile(fullgraph=True) with a LoRA")
-@pytest.mark.parametrize(
-    "family", [family if family == "sana" else pytest.param(family, marks=pytest.mark.slow) for family in TRAINED]
-)
+@pytest.mark.parametrize("family", SANA_FIRST)
 def test_a_model_with_an_adapter_is_one_graph(family: str, teacher_of) -> None:
     from peft import LoraConfig, get_peft_model
 

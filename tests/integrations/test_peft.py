@@ -22,7 +22,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import TRAINED
+from tests.conftest import SANA_FIRST, TRAINED
 from tests.integrations.tiny import denoiser_inputs, in_dtype
 
 # of the attention, and of Sana's 1x1 convolutions
@@ -72,10 +72,7 @@ class Case:
 
 
 # all families are a minute's work: those beside Sana are for `make test-all`
-@pytest.fixture(
-    scope="module",
-    params=[family if family == "sana" else pytest.param(family, marks=pytest.mark.slow) for family in TRAINED],
-)
+@pytest.fixture(scope="module", params=SANA_FIRST)
 def case(request: pytest.FixtureRequest, teacher_of: Callable[[str], Path], tmp_path_factory) -> Case:
     family, folder = request.param, tmp_path_factory.mktemp("lora")
     teacher = teacher_of(family)

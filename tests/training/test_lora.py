@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from fbqat_hub import cli
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training.lora import DIFFUSERS_FILE, adapter_file, check, load_adapter, train
+from fbqat_hub.training.lora_check import DIFFUSERS_FILE, adapter_file, check, load_adapter
+from fbqat_hub.training.lora_train import train
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
 from tests.conftest import TRAINED

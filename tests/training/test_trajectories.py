@@ -13,7 +13,7 @@ from fbqat_hub.families import FAMILIES, Family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training import trajectories as module
 from fbqat_hub.training.trajectories import Trajectories, trajectories, trajectory_loss
-from tests.conftest import CAPTIONS, MOST_FAMILIES, call_of
+from tests.conftest import CAPTIONS, call_of, most_families
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,7 @@ def test_a_denoiser_of_lists_is_refused(load, tmp_path):
             made(None, FAMILIES[name], {}, tmp_path / "held", CAPTIONS[:1])
 
 
-OF_TENSORS = [
-    each for each in MOST_FAMILIES if FAMILIES[each if isinstance(each, str) else each.values[0]].takes_tensors
-]
-
-
-@pytest.mark.parametrize("name", OF_TENSORS)
+@pytest.mark.parametrize("name", most_families(lambda family: family.takes_tensors))
 def test_draws_are_what_the_sampler_gives_the_denoiser(name, load, tmp_path):
     family, pipeline, call = load(name)
     held = made(pipeline, family, call, tmp_path / "held.safetensors", CAPTIONS[:3], pictures=2, steps=5)

@@ -15,6 +15,7 @@ from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.families import family_of_denoiser
 from fbqat_hub.files import sha256
+from fbqat_hub.quantization.convert import named_layers
 from fbqat_hub.quantization.packed import PackedLayer
 
 #: A context binary must stay under 2 GiB: the HTP addresses it with 31 bits (qualcomm/ai-hub-models#274).
@@ -83,7 +84,7 @@ def diagnose_log(text: str) -> list[Finding]:
 
 def graph_bytes(transformer: nn.Module) -> int:
     """Bytes of constants of the transformer's graph: two 4-bit codes per byte, other weights 8 bits, biases int32."""
-    packed = [module for module in transformer.modules() if isinstance(module, PackedLayer)]
+    packed = [layer for _, layer in named_layers(transformer, PackedLayer)]
     inside = {id(parameter) for layer in packed for parameter in layer.parameters()}
     four_bit = sum(layer.weight_packed.nbytes + 8 * layer.out_features for layer in packed)
     rest = sum(parameter.numel() for parameter in transformer.parameters() if id(parameter) not in inside)
@@ -97,7 +98,7 @@ def diagnose_model(transformer: nn.Module, target: Target) -> list[Finding]:
         family = family_of_denoiser(name)
     except ValueError as error:
         return [Finding("error", str(error), "export a pipeline of one of these families")]
-    layers = {key: module for key, module in transformer.named_modules() if isinstance(module, PackedLayer)}
+    layers = dict(named_layers(transformer, PackedLayer))
     if not layers:
         return [Finding("error", f"{name} has no packed layer", "quantize it first: fbqat convert, or fbqat train")]
     findings = []

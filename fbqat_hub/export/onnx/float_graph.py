@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fbqat_hub.export.errors import ExportError
+from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.families.graph import TWIN, GraphWrapper, Item, TwinModule
+from fbqat_hub.quantization.convert import named_layers
 from fbqat_hub.quantization.packed import PackedLayer
 from fbqat_hub.quantization.packing import pack_int4
 
@@ -35,7 +37,7 @@ def packed_layers(transformer: nn.Module) -> dict[str, PackedLayer]:
     Raises:
         ExportError: there is none, or one has per-group scales.
     """
-    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, PackedLayer)}
+    layers = dict(named_layers(transformer, PackedLayer))
     if not layers:
         raise ExportError(
             f"{type(transformer).__name__} has no packed layer: convert the trained model first (`convert`), "
@@ -147,7 +149,7 @@ def runnable(graph: FloatGraph) -> onnx.ModelProto:
     dequantize = {}
     for name, shape in shapes.items():
         layer = graph.layers[name]
-        kept.append(codes_tensor(f"{name}/codes", layer.codes(), shape, 8 if layer.weight_bits > 4 else 4))
+        kept.append(codes_tensor(f"{name}/codes", layer.codes(), shape, Precision().stored_bits(layer)))
         kept.append(numpy_helper.from_array(layer.weight_scale.detach().cpu().float().numpy(), f"{name}/scale"))
         dequantize[name] = helper.make_node("DequantizeLinear", [f"{name}/codes", f"{name}/scale"], [name], axis=0)
     nodes = []
