@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
 from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import set_bit_width
+from fbqat_hub.quantization import set_bit_width, stored_bits_per_weight
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
+from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import distill
@@ -43,6 +44,7 @@ LOW_RANK = 4
 PICTURES = 768
 # Every held-out sample is seen with this many noises and timesteps.
 REPEATS = 4
+HELD_OUT = ("validation", "test")
 TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[benchmark]'"
 
 Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]
@@ -55,7 +57,7 @@ class Method:
     preset: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     prepare: Prepare = prepare_student
-    trained: bool = True
+    trained: bool = True  # at a rate of the grid
     widths_by_curve: bool = False
     average: float = 0.0
     freeze: float = 0.0
@@ -95,6 +97,10 @@ VARIANTS: dict[str, Method] = {
         fields={"initialization": "nearest", "schedule": {"stages": "constant", "softness": 0.3, "soft_until": 0.9}},
     ),
     "lsq-gptq": Method("lsq-qat", {"initialization": "gptq"}),
+    "fbqat blockwise": Method("fbqat", {"training": "blockwise"}, trained=False),
+    "fbqat blockwise x4": Method(
+        "fbqat", {"training": "blockwise", "blockwise": {"steps": 400, "tuning_steps": 300}}, trained=False
+    ),
     "fbqat ewgs": replace(_OURS, fields={"optimizer": {"ewgs": 0.2}}),
     "fbqat average": replace(_OURS, average=0.98),
     "fbqat freeze": replace(_OURS, freeze=0.02),
@@ -229,6 +235,8 @@ class Bench:
         splits = self._splits_of(recipe)
         began = time.monotonic()
         torch.manual_seed(setting.seed)
+        if recipe.training == "blockwise":
+            return self._measured_blocks(setting, recipe, splits, draws, pictures)
         with outlier_channels(self.teacher) if setting.track == "outliers" else nullcontext():
             student = method.prepare(recipe, self.teacher, splits["train"], draws)
         bits = recipe.config().weight_bits
@@ -245,14 +253,33 @@ class Bench:
         row["bits_per_weight"] = bits_per_weight(student)
         if recipe.steps:
             row |= dynamics.summary()
-        for split in ("validation", "test"):
-            losses = held_out_loss(student, self.teacher, splits[split], draws, repeats=REPEATS)
-            row[split] = statistics.fmean(losses)
-        row["train"] = statistics.fmean(held_out_loss(student, self.teacher, splits["train"], draws))
+        row |= self._losses(student, splits, draws)
         if pictures:
             row |= self._pictures(recipe, student.eval())
         row |= {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
         return {**row, "command": command_line(), "versions": versions(), "machine": machine(), "date": now()}
+
+    def _measured_blocks(
+        self, setting: Setting, recipe: Recipe, splits: dict[str, CachedSplit], draws: Remembered, pictures: bool
+    ) -> dict[str, Any]:
+        """``measure`` of block-wise training, whose steps and rates are its own: the recipe's ``blockwise``."""
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            student = train_blockwise(
+                recipe, self.teacher, splits, draws, Path(folder), Accelerator(), resume=False, progress=False
+            )
+        trained = time.monotonic() - began
+        row = {**vars(setting), "batch_size": recipe.batch_size, "blockwise": asdict(recipe.blockwise)}
+        row |= {"bits_per_weight": stored_bits_per_weight(student), **self._losses(student.eval(), splits, draws)}
+        if pictures:
+            row |= self._pictures(recipe, student)
+        row |= {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
+        return {**row, "command": command_line(), "versions": versions(), "machine": machine(), "date": now()}
+
+    def _losses(self, student: nn.Module, splits: dict[str, CachedSplit], draws: Remembered) -> dict[str, float]:
+        losses = {name: held_out_loss(student, self.teacher, splits[name], draws, repeats=REPEATS) for name in HELD_OUT}
+        losses["train"] = held_out_loss(student, self.teacher, splits["train"], draws)
+        return {name: statistics.fmean(values) for name, values in losses.items()}
 
     def _splits_of(self, recipe: Recipe) -> dict[str, CachedSplit]:
         """The splits of the family's recipe, with other training pictures where ``recipe`` has other ones."""

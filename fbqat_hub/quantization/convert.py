@@ -164,6 +164,18 @@ def prepare(
         ValueError: nothing to quantize, a pattern that matches no layer, or a layer that the scheme does not fit.
     """
     chosen = targets(model, activations, not_convert=not_convert, overrides=overrides, widths=widths)
+    return prepare_layers(model, chosen, weights)
+
+
+def prepare_layers(model: nn.Module, chosen: list[Target], weights: WeightScheme) -> list[str]:
+    """``prepare`` for some of a model's layers.
+
+    Args:
+        chosen: of `targets`; the list is emptied.
+
+    Raises:
+        ValueError: a layer that the scheme does not fit; the model is left as it was.
+    """
     for layer, names, _, _ in chosen:
         try:
             group_count(weights.group_size or layer.weight.shape[1], layer.weight.shape[1])
@@ -212,16 +224,28 @@ def quantization_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+    """The forward of each batch, keyword arguments of it."""
+    for batch in batches:
+        model(**batch)
+
+
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, rule: RangeRule = "mean_3sigma", percentile: float = 99.9
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rule: RangeRule = "mean_3sigma",
+    percentile: float = 99.9,
+    run: Callable[[nn.Module, Iterable[Any]], None] = run_batches,
 ) -> dict[str, tuple[float, float]]:
     """Set the static activation ranges of a prepared model from the float model's activations.
 
     Args:
         model: a prepared model; layers whose range is not "static" are left alone.
-        batches: keyword arguments of ``model.forward``.
+        batches: what ``run`` takes; by default keyword arguments of ``model.forward``.
         rule, percentile: as ``RangeObserver.range``.
+        run: runs the model on all batches.
 
     Returns:
         name -> (low, high), the ranges set.
@@ -236,8 +260,7 @@ def calibrate(
     }
     observers = {name: RangeObserver(name) for name in layers}
     with observed_inputs(layers, lambda name, x: observers[name].observe(x)), quantization_disabled(model):
-        for batch in batches:
-            model(**batch)
+        run(model, batches)
     ranges = {name: observer.range(rule, percentile) for name, observer in observers.items()}
     for name, layer in layers.items():
         layer.set_input_range(*affine_parameters(*ranges[name], layer.activation_scheme.bits))

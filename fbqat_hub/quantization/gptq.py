@@ -9,13 +9,13 @@ spending its steps on finding such codes by flipping one weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.quantization.convert import named_layers, observed_inputs, quantization_disabled
+from fbqat_hub.quantization.convert import named_layers, observed_inputs, quantization_disabled, run_batches
 from fbqat_hub.quantization.fake_quantize import grid, symmetric_scale
 from fbqat_hub.quantization.linear import FakeQuantizedLinear, FakeQuantizedPointwiseConv2d
 
@@ -29,12 +29,13 @@ _Layers = dict[str, FakeQuantizedLinear]
 @torch.no_grad()
 def gptq_initialize(
     model: nn.Module,
-    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    batches: Callable[[], Iterable[Any]],
     *,
     damping: float = 0.01,
     margin: float = 0.05,
     softness: float = 0.0,
     max_bytes: int = 2**31,
+    run: Callable[[nn.Module, Iterable[Any]], None] = run_batches,
 ) -> dict[str, float]:
     """Move every latent weight of a prepared model into the bin of its GPTQ code.
 
@@ -44,12 +45,14 @@ def gptq_initialize(
 
     Args:
         model: a prepared model, at the bit width to start from.
-        batches: gives keyword arguments of ``model.forward``, the same ones at every call. It is called once for each
-            set of layers whose second moments fit into ``max_bytes``; the result does not depend on it.
+        batches: gives what ``run`` takes, by default keyword arguments of ``model.forward``, the same at every call.
+            It is called once for each set of layers whose second moments fit into ``max_bytes``; the result does not
+            depend on it.
         damping: added to the diagonal of H, as a share of its mean.
         margin: how far inside its bin a weight is put, in steps.
         softness: of the staircase that training starts with (``check_margin``).
         max_bytes: of second moments held at a time, fp32. Beside them a byte a weight is held.
+        run: runs the model on all batches.
 
     Returns:
         name -> the layer's expected squared output error as a share of that of nearest rounding.
@@ -66,7 +69,7 @@ def gptq_initialize(
     found: list[Tensor] = []
     ratios: dict[str, float] = {}
     for chunk in _chunks(list(by_weight.values()), max_bytes):
-        moments = _second_moments(model, chunk, batches())
+        moments = _second_moments(model, chunk, lambda: run(model, batches()))
         for layers in chunk:
             codes, ratio = _codes(next(iter(layers.values())), moments.pop(next(iter(layers))), damping)
             found.append(codes)
@@ -165,9 +168,7 @@ def _output_error(difference: Tensor, moments: Tensor) -> float:
     return float(((difference @ moments) * difference).sum())
 
 
-def _second_moments(
-    model: nn.Module, chunk: Iterable[_Layers], batches: Iterable[Mapping[str, Any]]
-) -> dict[str, Tensor]:
+def _second_moments(model: nn.Module, chunk: Iterable[_Layers], run: Callable[[], None]) -> dict[str, Tensor]:
     """First name of each set -> mean of x x^T over the inputs x of its layers in the float model, [in, in] fp32."""
     layers = {name: layer for group in chunk for name, layer in group.items()}
     first_of = {name: next(iter(group)) for group in chunk for name in group}
@@ -185,8 +186,7 @@ def _second_moments(
         counts[first] += len(rows)
 
     with observed_inputs(layers, observe), quantization_disabled(model):
-        for batch in batches:
-            model(**batch)
+        run()
     if missed := [name for name, count in counts.items() if not count]:
         raise ValueError(f"no input of {missed[0]} was seen; give batches that run through the whole model.")
     return {name: total / counts[name] for name, total in sums.items()}

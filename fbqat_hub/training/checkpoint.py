@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 _KEEP = 2
@@ -71,15 +71,11 @@ def load_checkpoint(
     if not checkpoints:
         return 0
     newest = checkpoints[-1]
-    if different := differences(yaml.safe_load((newest / "recipe.yaml").read_text()), yaml.safe_load(recipe)):
-        raise ValueError(
-            f"{newest} was made with another recipe, so it cannot be continued with this one: {'; '.join(different)}. "
-            "Give another --output, or the recipe it was started with."
-        )
+    check_same_recipe(newest, recipe)
     model_state: dict[str, torch.Tensor] = {}
     optimizer_state: dict[int, dict[str, torch.Tensor]] = {}
     scaler_state: dict[str, float | int] = {}
-    for key, value in _tensors(newest / "state.safetensors"):
+    for key, value in read_tensors(newest / "state.safetensors").items():
         kind, _, rest = key.partition(".")
         if kind == "model":
             model_state[rest] = value
@@ -95,6 +91,15 @@ def load_checkpoint(
     if scaler:
         scaler.load_state_dict(scaler_state)
     return int(newest.name.removeprefix("step-"))
+
+
+def check_same_recipe(folder: Path, recipe: str) -> None:
+    """ValueError that lists the values which differ, where ``folder/recipe.yaml`` is not the ``recipe``, YAML."""
+    if different := differences(yaml.safe_load((folder / "recipe.yaml").read_text()), yaml.safe_load(recipe)):
+        raise ValueError(
+            f"{folder} was made with another recipe, so it cannot be continued with this one: {'; '.join(different)}. "
+            "Give another --output, or the recipe it was started with."
+        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -117,11 +122,10 @@ def _short(value: Any) -> str:
     return value if value is _ABSENT else f"{value!r:.100}"
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, or ValueError if it is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                yield key, file.get_tensor(key)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to continue from an older one.") from None
 

@@ -12,6 +12,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import downloaded, load_pipeline, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
+from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.checkpoint import differences
 from fbqat_hub.training.dataset import check_local_data
@@ -56,17 +57,23 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         pipeline = load_teacher(recipe)
         splits = cached_splits(recipe, pipeline.to(accelerator.device))
     pipeline.to("cpu")  # its encoders make room for the training
-    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, accelerator.device)
-    student = prepare_student(recipe, pipeline.transformer, splits["train"], draws)
+    device = "cpu" if recipe.training == "blockwise" else accelerator.device  # where inputs of blocks are kept
+    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
+    teacher, blockwise = pipeline.transformer, recipe.training == "blockwise"
+    student: Any = None if blockwise else prepare_student(recipe, teacher, splits["train"], draws)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
         recipe.save(output / "recipe.yaml")
-    if recipe.steps:
-        distill(recipe, student, pipeline.transformer, splits, draws, output, accelerator, resume, progress)
+    options: Any = {"resume": resume, "progress": progress}
+    if blockwise:
+        student = train_blockwise(recipe, teacher, splits, draws, output, accelerator, **options)
+    elif recipe.steps:
+        distill(recipe, student, teacher, splits, draws, output, accelerator, **options)
 
     if accelerator.is_main_process:
-        set_bit_width(student, recipe.quantization.weight_bits)
-        convert(student)
+        if not blockwise:
+            set_bit_width(student, recipe.quantization.weight_bits)
+            convert(student)
         widths = {name: layer.weight_bits for name, layer in named_layers(student, PackedLayer)}
         attach(student, recipe.config().with_widths(widths))
         save_quantized(student.cpu(), downloaded(resolve_teacher(recipe.teacher)), output)
@@ -76,9 +83,14 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
 
 
 def load_teacher(recipe: Recipe) -> Any:
-    """The recipe's full-precision pipeline; ValueError if it is of another family, or quantized."""
+    """The recipe's pipeline in float32, or in bfloat16 for blocks that are trained in it.
+
+    Raises:
+        ValueError: it is of another family, or quantized.
+    """
     family = get_family(recipe.family)
-    pipeline = load_pipeline(resolve_teacher(recipe.teacher), torch.float32)
+    half = recipe.training == "blockwise" and recipe.mixed_precision == "bf16"
+    pipeline = load_pipeline(resolve_teacher(recipe.teacher), torch.bfloat16 if half else torch.float32)
     if type(pipeline).__name__ != family.pipeline_class:
         raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
     if getattr(pipeline.transformer, "is_quantized", False):

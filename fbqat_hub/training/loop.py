@@ -28,13 +28,16 @@ from fbqat_hub.config import FBQATConfig
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import save_stage
 from fbqat_hub.progress import Progress
-from fbqat_hub.quantization import converted, set_bit_width
+from fbqat_hub.quantization import BitSchedule, converted, set_bit_width
 from fbqat_hub.stages import stage_folder
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loss import held_out_loss, mean_squared
 from fbqat_hub.training.recipe import Recipe
+
+# A line a step, in the folder of a run.
+LOG = "training_log.jsonl"
 
 
 def accelerator_of(recipe: Recipe) -> Accelerator:
@@ -48,7 +51,10 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
 
 @dataclass
 class LogLine:
-    """One line of ``training_log.jsonl``. ``step`` counts from 1; ``loss`` is the mean over all processes."""
+    """One line of ``training_log.jsonl``. ``step`` counts from 1; ``loss`` is the mean over all processes.
+
+    ``block`` is the one that is trained, of block-wise training.
+    """
 
     step: int
     loss: float
@@ -56,6 +62,11 @@ class LogLine:
     softness: float
     learning_rate: float
     validation_loss: float | None = None
+    block: str | None = None
+
+    def json(self) -> str:
+        """The line, without what is None."""
+        return json.dumps({key: value for key, value in asdict(self).items() if value is not None}) + "\n"
 
 
 class Loop:
@@ -83,7 +94,7 @@ class Loop:
         self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
         if recipe.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        self.optimizer = _optimizer(recipe, student)
+        self.optimizer = optimizer_of(recipe, student)
         self._schedule = recipe.bit_schedule()
         self._text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
         ends = recipe.stage_ends()
@@ -117,13 +128,7 @@ class Loop:
             FloatingPointError: the loss is not finite.
         """
         recipe, accelerator = self.recipe, self.accelerator
-        progress = step / recipe.steps
-        rounding, width = recipe.rounding_at(progress), self._schedule.bit_width(progress)
-        for clip in set_bit_width(self.student, width, rounding):
-            self.optimizer.state.pop(clip, None)  # moments of the clip at another width
-        rate = recipe.learning_rate * learning_rate_factor(recipe, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+        line = set_step(recipe, self._schedule, self.student, self.optimizer, step)
         inputs = self.draws.training(self.splits["train"], step, recipe.batch_size, accelerator.process_index)
         with torch.no_grad(), accelerator.autocast():
             target = self.draws.predict(self.teacher, inputs)
@@ -134,13 +139,9 @@ class Loop:
             accelerator.clip_grad_norm_(self._wrapped.parameters(), recipe.optimizer.max_grad_norm)
         self._stepping.step()
         self._stepping.zero_grad()
-        mean = accelerator.reduce(loss.detach(), reduction="mean").item()
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss is {mean} at step {step + 1}; lower learning_rate ({recipe.learning_rate:g}) or set "
-                f"optimizer.max_grad_norm. The last checkpoint is kept in {self.output / 'checkpoints'}."
-            )
-        return LogLine(step + 1, mean, width, rounding.softness, rate)
+        line.loss = accelerator.reduce(loss.detach(), reduction="mean").item()
+        check_finite(line, recipe, self.output)
+        return line
 
     def validation_loss(self) -> float:
         """Mean held-out loss of the validation split, student and teacher in the precision of training."""
@@ -181,6 +182,7 @@ def distill(
     resume: bool,
     progress: bool,
     after_step: Callable[[int], None] | None = None,
+    stage: str = "",
 ) -> None:
     """Run the recipe's steps on a prepared student; writes ``output/training_log.jsonl``, stages and checkpoints.
 
@@ -189,14 +191,15 @@ def distill(
         resume: continue from the newest checkpoint in ``output``.
         progress: show a progress bar.
         after_step: called with the number of each step, from 0, when its update is done.
+        stage: what the progress is called; "train" and the method if empty.
 
     Raises:
         FileNotFoundError, FloatingPointError, ValueError: as `Loop.start` and `Loop.step`.
     """
     loop = Loop(recipe, student, teacher, splits, draws, output, accelerator)
     first, writes = loop.start(resume), accelerator.is_main_process
-    log = _open_log(output / "training_log.jsonl", first) if writes else io.StringIO()
-    bar = Progress(f"train {recipe.method}", recipe.steps, "step", start=first, shown=progress and writes)
+    log = open_log(output / LOG, first) if writes else io.StringIO()
+    bar = Progress(stage or f"train {recipe.method}", recipe.steps, "step", start=first, shown=progress and writes)
     with log, bar:
         for step in range(first, recipe.steps):
             line = loop.step(step)
@@ -205,11 +208,39 @@ def distill(
             if writes:
                 if recipe.validate_every and line.step % recipe.validate_every == 0:
                     line.validation_loss = loop.validation_loss()
-                log.write(json.dumps({key: value for key, value in asdict(line).items() if value is not None}) + "\n")
+                log.write(line.json())
                 log.flush()
                 loop.keep(line.step)
             bar.update(loss=f"{line.loss:.2e}", bits=f"{line.bit_width:g}", soft=f"{line.softness:.3f}")
     loop.finish()
+
+
+def set_step(
+    recipe: Recipe, schedule: BitSchedule, student: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> LogLine:
+    """Bring a student and its optimizer (`optimizer_of`) to the width, the rounding and the rate of a step, from 0.
+
+    Returns:
+        The step's line of the log, without its loss.
+    """
+    progress = step / recipe.steps
+    rounding, width = recipe.rounding_at(progress), schedule.bit_width(progress)
+    for clip in set_bit_width(student, width, rounding):
+        optimizer.state.pop(clip, None)  # moments of the clip at another width
+    rate = recipe.learning_rate * learning_rate_factor(recipe, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    return LogLine(step + 1, math.nan, width, rounding.softness, rate)
+
+
+def check_finite(line: LogLine, recipe: Recipe, output: Path) -> None:
+    """Raise FloatingPointError where the loss of a step is not finite."""
+    if not math.isfinite(line.loss):
+        where = f"{line.block}, step {line.step}" if line.block else f"step {line.step}"
+        raise FloatingPointError(
+            f"the loss is {line.loss} at {where}; lower learning_rate ({recipe.learning_rate:g}) or set "
+            f"optimizer.max_grad_norm. The last checkpoint is kept in {output / 'checkpoints'}."
+        )
 
 
 def learning_rate_factor(recipe: Recipe, step: int) -> float:
@@ -221,7 +252,8 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
-def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+    """Adam of what is trainable: weights and biases, and clips at a rate of their own."""
     clips: list[nn.Parameter] = []
     weights: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
@@ -234,7 +266,7 @@ def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
 
 
-def _open_log(path: Path, steps_done: int) -> io.TextIOBase:
+def open_log(path: Path, steps_done: int) -> io.TextIOBase:
     """The log, cut back to the steps of the checkpoint that is continued."""
     lines = path.read_text().splitlines(keepends=True)[:steps_done] if path.exists() else []
     path.write_text("".join(lines))

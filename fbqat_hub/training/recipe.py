@@ -78,6 +78,25 @@ class Evaluation:
     batch_size: Count = 32
 
 
+@checked("recipe.blockwise")
+class Blockwise:
+    """Block-wise training (`fbqat_hub.training.blockwise`).
+
+    Attributes:
+        samples: of the training split, with one noise and timestep each, that all blocks are trained on. What goes into
+            a block is kept of all of them, of the student and of the teacher.
+        steps, learning_rate: optimizer steps of each block, and their peak rate.
+        tuning_steps, tuning_rate: of the last stage, which trains only the scales and biases of the packed model, end
+            to end; 0 steps leave it out.
+    """
+
+    samples: Count = 512
+    steps: Count = 100
+    learning_rate: Amount = 2e-4
+    tuning_steps: Whole = 100
+    tuning_rate: Amount = 3e-3
+
+
 @checked("recipe")
 class Recipe:
     """One run, resolved: what is left out when one is made is filled in from its method and its family.
@@ -95,6 +114,8 @@ class Recipe:
         generation: arguments of the pipeline call. Its height and width (512 if neither is said) are also those of the
             training pictures.
         prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.
+        training: "end_to_end", the default, or "blockwise": one block after the other, in the memory of one.
+        blockwise: of the latter, which has steps and rates of its own. See `Blockwise`.
         steps, batch_size: optimizer steps, and samples in each (on each device).
         learning_rate: peak.
         seed: of everything random.
@@ -129,6 +150,8 @@ class Recipe:
     dataset: Options
     generation: Options
     prompts: Texts = field(default_factory=list)
+    training: Annotated[Literal["end_to_end", "blockwise"], Field(description="end_to_end or blockwise")] = "end_to_end"
+    blockwise: Blockwise = Blockwise()
     steps: Whole
     batch_size: Count = 8
     learning_rate: Amount = 2e-4
@@ -185,6 +208,7 @@ class Recipe:
         self._check_average(schedule)
         self._check_start(schedule)
         self._check_stages()
+        self._check_blockwise()
         check_call(family.pipeline_class, self.generation, "recipe: generation.")
         if self.generation.get("num_images_per_prompt") not in (None, 1):
             raise ValueError("recipe: generation.num_images_per_prompt must be 1; pictures are compared by prompt.")
@@ -246,6 +270,21 @@ class Recipe:
                 f"recipe: gptq.margin is {self.gptq.margin:g} and schedule.softness {schedule.softness:g}; the margin "
                 f"must be at least half the softness, {schedule.softness / 2:g}, or training starts off the grid. "
                 "Raise it, lower the softness, or use initialization: nearest."
+            )
+
+    def _check_blockwise(self) -> None:
+        if self.training != "blockwise":
+            return
+        if not self.steps:
+            raise ValueError(f"recipe: method {self.method} does not train, so training cannot be blockwise.")
+        if self.mixed_precision == "fp16":
+            raise ValueError("recipe: mixed_precision is fp16, which training: blockwise has not; use bf16 or 'no'.")
+        if self.keep_stages:
+            raise ValueError("recipe: keep_stages needs training: end_to_end; blocks are packed one by one.")
+        if self.blockwise.tuning_steps and self.quantization.group_size:
+            raise ValueError(
+                f"recipe: blockwise.tuning_steps is {self.blockwise.tuning_steps}, and what is tuned is one scale per "
+                "output channel; set it to 0, or leave out quantization.group_size."
             )
 
     def _check_stages(self) -> None:
@@ -318,6 +357,7 @@ def _checked_version(path: Path, data: dict[str, Any]) -> dict[str, Any]:
             f"recipe {path.name} has recipe_version {version}; this is fbqat_hub {__version__}, which reads up to "
             f"{RECIPE_VERSION}. Update with: pip install -U fbqat-hub"
         )
+    data = {**_ADDED, **data}
     missing = [name for name in _FIELDS if name not in data]
     for section, kind in _SECTIONS.items():
         if isinstance(data.get(section), Mapping):
@@ -367,12 +407,15 @@ def _sized(generation: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]
     return sized
 
 
+# What recipes of this version were saved without, before there was a choice.
+_ADDED: dict[str, Any] = {"training": "end_to_end", "blockwise": asdict(Blockwise())}
 _FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))
 _SECTIONS: dict[str, Any] = {
     "evaluation": Evaluation,
     "calibration": Calibration,
     "quantization": Quantization,
     "gptq": GPTQ,
+    "blockwise": Blockwise,
     "schedule": Schedule,
     "optimizer": Optimizer,
 }

@@ -12,10 +12,10 @@ import yaml
 from accelerate import Accelerator
 
 from fbqat_hub.evaluation.results import read_records
-from fbqat_hub.families import FAMILIES
+from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
+from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, named_layers
 from fbqat_hub.quantization.convert import matches
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.distill import train
@@ -122,3 +122,15 @@ def test_train_evaluate_card_and_generate(family: str, fields_of, tmp_path: Path
     exec(code.replace('"picture.png"', repr(str(tmp_path / "card.png"))), namespace)
     drawn = generate(str(run), ["dark red"], tmp_path / "drawn.png", seed=fields.get("seed", 1234))
     assert (tmp_path / "card.png").read_bytes() == drawn.read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_block_by_block(family: str, fields_of, tmp_path: Path) -> None:
+    settings = {"samples": 4, "steps": 1, "tuning_steps": 1}
+    recipe = Recipe(**{**fields_of(family), "training": "blockwise", "blockwise": settings})
+    run = train(recipe, tmp_path / "run", progress=False)
+    log = [yaml.safe_load(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+    student = load_pipeline(run).transformer
+    assert [line.get("block") for line in log] == [*get_family(recipe.family).blocks(student), None]
+    assert all(0 < line["loss"] < float("inf") for line in log)
+    assert len(dict(named_layers(student, PackedLayer))) > 20

@@ -19,6 +19,7 @@ from fbqat_hub.quantization import (
     prepare,
     set_bit_width,
 )
+from fbqat_hub.quantization.convert import run_batches
 from fbqat_hub.quantization.gptq import gptq_codes
 
 FLOAT_ACTIVATIONS = ActivationScheme(bits=32)
@@ -79,7 +80,10 @@ def test_outputs_are_nearer_than_by_nearest_rounding_and_the_ratio_says_how_much
 def test_second_moments_are_of_the_layers_own_inputs(x: Tensor) -> None:
     model = prepared()
     layers = list(named_layers(model, FakeQuantizedLinear))
-    moments = gptq._second_moments(model, [{name: layer} for name, layer in layers], [{"x": x[:200]}, {"x": x[200:]}])
+    batches = [{"x": x[:200]}, {"x": x[200:]}]
+    moments = gptq._second_moments(
+        model, [{name: layer} for name, layer in layers], lambda: run_batches(model, batches)
+    )
     hidden = x @ model.first.weight.T + model.first.bias
     torch.testing.assert_close(moments["first"], x.T @ x / 512, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moments["second"], (hidden.T @ hidden / 512).detach(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,312 @@
+"""Training block by block: each block of the student learns to give what the teacher's block gives.
+
+Memory holds one block, its gradients and its optimizer, and what goes into it of all samples. A block is trained and
+packed, and the samples go through it to the next one. Its inputs are the student's own, as the packed blocks before it
+made them, and its targets what the teacher's block makes of the teacher's inputs: so a block undoes errors of those
+before it, too. This is EfficientQAT (arXiv 2407.11062) for diffusion transformers; BRECQ (arXiv 2102.05426) trained
+blocks before.
+
+What a block learns is its own output, not the prediction of the model; docs/method.md says what that costs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fbqat_hub.files import whole
+from fbqat_hub.integrations.diffusers import packed_layers
+from fbqat_hub.progress import Progress
+from fbqat_hub.quantization import FakeQuantizedLinear, calibrate, convert, gptq_initialize, named_layers, set_bit_width
+from fbqat_hub.quantization.blocks import BlockWalk, Call, moved_tensors
+from fbqat_hub.quantization.convert import Target, matches, prepare_layers, targets
+from fbqat_hub.quantization.tuning import scales_tuned
+from fbqat_hub.training.cache import CachedSplit
+from fbqat_hub.training.checkpoint import check_same_recipe, read_tensors
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.loop import LOG, LogLine, check_finite, distill, open_log, optimizer_of, set_step
+from fbqat_hub.training.loss import mean_squared
+from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.seeding import generator
+from fbqat_hub.training.widths import chosen_widths
+
+
+def train_blockwise(
+    recipe: Recipe,
+    teacher: nn.Module,
+    splits: dict[str, CachedSplit],
+    draws: Draws,
+    output: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> Any:
+    """A packed student: its blocks trained one by one, then the scales and biases of all, end to end.
+
+    Layers outside the blocks are quantized as training starts, and only tuned. Writes ``output/training_log.jsonl``, a
+    line a step (`LogLine`), and while it runs the finished blocks and the tuning into ``output/checkpoints``.
+
+    Args:
+        teacher: the full-precision denoiser. Until the last stage it stays where it is, and copies of single blocks go
+            to the accelerator's device.
+        draws: on the teacher's device, where all inputs of a block are kept.
+        resume: go on with what is not finished; the student is the same, bit for bit.
+
+    Raises:
+        FloatingPointError: a loss that is not finite; names the block and the step.
+        ValueError: more than one process, a model that cannot go block by block, or blocks that were finished with
+            another recipe.
+    """
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"recipe: training is blockwise, and there are {accelerator.num_processes} processes; it runs in one, on "
+            "one device. Start it without accelerate launch, or use training: end_to_end."
+        )
+    training = _BlockTraining(recipe, teacher, splits["train"], draws, output, accelerator.device)
+    done = training.finished() if resume else 0
+    student = training.run(done, progress)
+    if recipe.blockwise.tuning_steps:
+        _tune(recipe, student, teacher, splits, draws, output, accelerator, resume, progress)
+    return student
+
+
+def _tune(
+    recipe: Recipe,
+    student: Any,
+    teacher: nn.Module,
+    splits: dict[str, CachedSplit],
+    draws: Draws,
+    output: Path,
+    accelerator: Accelerator,
+    resume: bool,
+    progress: bool,
+) -> None:
+    """The last stage. Its lines follow those of the blocks in the log."""
+    settings, folder = recipe.blockwise, output / "checkpoints" / "tuning"
+    folder.mkdir(parents=True, exist_ok=True)
+    tuned = replace(
+        recipe,
+        training="end_to_end",
+        steps=settings.tuning_steps,
+        learning_rate=settings.tuning_rate,
+        schedule=replace(recipe.schedule, softness=0.0, soft_until=0.0),
+    )
+    draws.device = accelerator.device
+    with scales_tuned(student.to(accelerator.device)):
+        distill(tuned, student, teacher, splits, draws, folder, accelerator, resume, progress, stage="tune scales")
+    before = (output / LOG).read_text().splitlines()
+    with (output / LOG).open("a") as log:
+        for line in map(json.loads, (folder / LOG).read_text().splitlines()):
+            log.write(json.dumps({**line, "step": len(before) + line["step"]}) + "\n")
+
+
+class _BlockTraining:
+    """A student on its way from the first block to the last.
+
+    Attributes:
+        student: the modules of the teacher, and its very tensors where a layer is not quantized yet.
+        chosen: name of a block, or "" of what is outside -> its layers to quantize, named from the block.
+        batches: keyword arguments of the denoiser, all that is trained on; ``weights`` are those of their errors.
+        folder: of the finished blocks.
+    """
+
+    def __init__(
+        self, recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws, output: Path, device: torch.device
+    ) -> None:
+        own = recipe.blockwise
+        self.recipe = replace(recipe, steps=own.steps, learning_rate=own.learning_rate)
+        self._saved = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+        self.teacher, self.draws, self.output, self.device = teacher.eval(), draws, output, device
+        self.names = draws.family.blocks(teacher)
+        self.folder = output / "checkpoints" / "blocks"
+        self.student = copy.deepcopy(teacher, {id(each): each for each in _tensors(teacher)})
+        average = recipe.quantization.average_bits
+        widths = {} if average is None else chosen_widths(recipe, None, teacher, split, draws)
+        self.config = recipe.config().with_widths(widths)
+        self.chosen = self._chosen()
+        self._empty = packed_layers(teacher, self.config)
+        numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))
+        drawn = [draws.training(split, number, recipe.batch_size) for number in numbers]
+        weighted = recipe.loss_weighting == "sampler"
+        self.weights = [draws.error_weight(inputs) if weighted else None for inputs in drawn]
+        self.batches = [self._arguments(inputs) for inputs in drawn]
+
+    def finished(self) -> int:
+        """How many blocks an interrupted run has finished.
+
+        Raises:
+            ValueError: with another recipe.
+        """
+        if (self.folder / "recipe.yaml").exists():
+            check_same_recipe(self.folder, self._saved)
+        return next(n for n in range(len(self.names) + 1) if not self._file(n).exists())
+
+    def run(self, done: int, progress: bool) -> Any:
+        """Train all blocks but the first ``done``, which are read."""
+        steps = self.recipe.steps
+        bar = Progress("train blocks", len(self.names) * steps, "step", start=done * steps, shown=progress)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._quantize_outside()
+        with (
+            bar,
+            open_log(self.output / LOG, done * steps) as log,
+            BlockWalk(self.teacher, self.names, self.batches) as of_teacher,
+            BlockWalk(self.student, self.names, self.batches) as of_student,
+        ):
+            for number, name in enumerate(self.names):
+                block = copy.deepcopy(of_teacher.blocks[number]).to(self.device)
+                with torch.no_grad():
+                    wanted = list(self._outputs(block, of_teacher.calls))
+                if number < done:
+                    self._read(number, block)
+                else:
+                    self._prepare(block, name, of_teacher.calls)
+                    for line in self._train(number, block, of_student.calls, wanted):
+                        log.write(line.json())
+                        bar.update(block=f"{number + 1}/{len(self.names)}", loss=f"{line.loss:.2e}")
+                    log.flush()
+                    convert(block)
+                    self._write(number, block)
+                of_student.advance(self._outputs(block, of_student.calls))
+                of_teacher.advance(wanted)
+                of_student.blocks[number] = block.to(_device_of(self.teacher))
+        return self.student
+
+    def _arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Of the denoiser's forward, in its precision. Not the timesteps, of which bfloat16 would leave 256."""
+        own = {name: value for name, value in inputs.items() if name == self.draws.family.timestep_input}
+        dtype = next(self.teacher.parameters()).dtype
+        return {**moved_tensors(inputs, dtype=dtype), **own, "return_dict": False}
+
+    def _train(self, number: int, block: nn.Module, calls: list[Call], wanted: list[Any]) -> Iterator[LogLine]:
+        """The steps of one block, on the kept batches in an order that is shuffled in each round."""
+        recipe, name, count = self.recipe, self.names[number], len(calls)
+        optimizer, schedule = optimizer_of(recipe, block), recipe.bit_schedule()
+        order: list[int] = []
+        for step in range(recipe.steps):
+            if step % count == 0:
+                order = torch.randperm(count, generator=generator(recipe.seed, "blocks", number, step)).tolist()
+            index = order[step % count]
+            line = set_step(recipe, schedule, block, optimizer, step)
+            line.step, line.block = number * recipe.steps + step + 1, name
+            made = moved_tensors(calls[index], self.device).run(block)
+            loss = block_loss(made, moved_tensors(wanted[index], self.device), self.weights[index])
+            loss.backward()
+            if recipe.optimizer.max_grad_norm:
+                nn.utils.clip_grad_norm_(block.parameters(), recipe.optimizer.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            line.loss = loss.item()
+            check_finite(line, recipe, self.output)
+            yield line
+        set_bit_width(block, recipe.quantization.weight_bits)
+
+    def _quantize_outside(self) -> None:
+        """Pack the layers that are in no block; the blocks are still the teacher's."""
+        if self.chosen[""]:
+            self._start(self.student, "", self.batches, self._walk)
+            convert(self.student)
+
+    def _prepare(self, block: nn.Module, name: str, calls: list[Call]) -> None:
+        if self.chosen[name]:
+            self._start(block, name, calls, self._run)
+        patterns = self.draws.family.layer_groups[self.recipe.train_layers]
+        for layer_name, layer in named_layers(block, FakeQuantizedLinear):
+            layer.requires_grad_(matches(f"{name}.{layer_name}", patterns))
+
+    def _start(self, module: nn.Module, name: str, batches: list[Any], run: Any) -> None:
+        """Fake-quantize the layers of a block, or of what is outside, at the codes that training starts from."""
+        recipe = self.recipe
+        prepare_layers(module, list(self.chosen[name]), self.config.weight_scheme())
+        module.requires_grad_(False)
+
+        def first(samples: int) -> list[Any]:
+            return batches[: math.ceil(samples / recipe.batch_size)]
+
+        if self.config.needs_calibration:
+            options = asdict(recipe.calibration)
+            calibrate(module, first(options.pop("samples")), run=run, **options)
+        if recipe.initialization == "gptq":
+            options = asdict(recipe.gptq)
+            known = first(options.pop("samples"))
+            gptq_initialize(module, lambda: known, softness=recipe.schedule.softness, run=run, **options)
+
+    def _outputs(self, block: nn.Module, calls: Iterable[Call]) -> Iterator[Any]:
+        """What a block on ``device`` makes of calls that are kept elsewhere, kept there as well."""
+        for call in calls:
+            yield moved_tensors(moved_tensors(call, self.device).run(block), _device_of(self.teacher))
+
+    def _run(self, block: nn.Module, calls: Iterable[Call]) -> None:
+        for call in calls:
+            moved_tensors(call, self.device).run(block)
+
+    def _walk(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """The forward of all batches, one block on ``device`` at a time."""
+        with BlockWalk(model, self.names, batches) as walk:
+            for block in walk.blocks:
+                here = copy.deepcopy(block).to(self.device)
+                walk.advance(self._outputs(here, walk.calls))
+
+    def _chosen(self) -> dict[str, list[Target]]:
+        config = self.config
+        chosen: dict[str, list[Target]] = {name: [] for name in (*self.names, "")}
+        for target in targets(
+            self.teacher,
+            config.activation_scheme(),
+            not_convert=config.modules_to_not_convert,
+            overrides=config.module_overrides,
+            widths=config.weight_bits_by_module,
+        ):
+            own = next((name for name in self.names if target.names[0].startswith(f"{name}.")), "")
+            chosen[own].append(target._replace(names=[each.removeprefix(f"{own}.") for each in target.names]))
+        return chosen
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:04d}.safetensors"
+
+    def _write(self, number: int, block: nn.Module) -> None:
+        if not number:
+            with whole(self.folder / "recipe.yaml") as partial:
+                partial.write_text(self._saved)
+        with whole(self._file(number)) as partial:
+            save_file({name: value.contiguous().cpu() for name, value in block.state_dict().items()}, partial)
+
+    def _read(self, number: int, block: nn.Module) -> None:
+        prefix = f"{self.names[number]}."
+        for name, layer in self._empty.items():
+            if name.startswith(prefix):
+                block.set_submodule(name.removeprefix(prefix), layer)
+        block.load_state_dict(read_tensors(self._file(number)), assign=True)
+        block.requires_grad_(False).to(self.device)
+
+
+def block_loss(made: Any, wanted: Any, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error of a block's outputs [N, ...], summed over its outputs.
+
+    Args:
+        made, wanted: a tensor, or a tuple of them; None, which the last block of some models gives, counts nothing.
+        weight: [N], of each sample.
+    """
+    pairs = zip(*(each if isinstance(each, tuple) else (each,) for each in (made, wanted)), strict=True)
+    losses = [mean_squared(a.float(), b.float(), weight) for a, b in pairs if b is not None]
+    return torch.stack(losses).sum()
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
