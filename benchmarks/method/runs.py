@@ -122,6 +122,9 @@ for _share in (0.05, 0.1):  # softer ones leave the GPTQ codes that training sta
             _OURS, fields={"schedule": {"softness": _share, "soft_until": _until}}
         )
 
+# Bits a weight on average, of the curve of size against loss; 8 is uniform 8 bits.
+AVERAGES = (4.25, 4.5, 5.0, 6.0, 8.0)
+
 _GROUPS = {"quantization": {"group_size": 32}}
 _TRACKS: dict[str, dict[str, Any]] = {
     "w4a8": {},
@@ -133,10 +136,15 @@ _TRACKS: dict[str, dict[str, Any]] = {
     "outliers": {},  # the student starts from a teacher with outlier channels
     **{f"train-{group}": {"train_layers": group} for group in ("blocks", "attention", "feed_forward")},
     "train-blocks-weighted": {"train_layers": "blocks", "loss_weighting": "sampler"},
-    # average widths: the same method, layers and loss weights at 4 bits throughout and at 4.5 on average
+    # average widths: the same method, layers and loss weights at 4 bits throughout and at more on average
+    "uniform-4": {"train_layers": "blocks", "loss_weighting": "sampler"},
     **{
-        name: {"quantization": {"average_bits": average}, "train_layers": "blocks", "loss_weighting": "sampler"}
-        for name, average in (("uniform-4", None), ("mixed-4.5", 4.5))
+        f"mixed-{average:g}": {
+            "quantization": {"average_bits": average},
+            "train_layers": "blocks",
+            "loss_weighting": "sampler",
+        }
+        for average in AVERAGES
     },
     "train-blocks-groups": {**_GROUPS, "train_layers": "blocks"},
     "train-blocks-groups-weighted": {**_GROUPS, "train_layers": "blocks", "loss_weighting": "sampler"},
