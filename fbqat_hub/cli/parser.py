@@ -322,7 +322,7 @@ def _lora(commands: Any) -> None:
         "pictures",
         metavar="FOLDER",
         type=_checked(local_path),
-        help="pictures, and a metadata.jsonl with file_name and caption of each",
+        help="pictures, and a metadata.jsonl with file_name and caption of each, or a text file beside each",
     )
     sub.add_argument("--base", required=True, type=_checked(model_source), help="folder or Hub id of a 4-bit pipeline")
     sub.add_argument("--output", required=True, type=_checked(_folder), help="new folder for the adapter and its card")

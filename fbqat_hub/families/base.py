@@ -75,6 +75,9 @@ class Family(ABC):
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
         """Conditioning of prompts, every tensor [N, ...], as the pipeline call computes it.
 
+        If some tokens are not the text's, a tensor [N, tokens] whose name ends in ``_mask`` says so of
+        ``encoder_hidden_states``, [N, tokens, D], and the denoiser does not look at the others.
+
         Args:
             generation: arguments of the pipeline call; what it leaves out has the call's own default.
         """
