@@ -36,6 +36,8 @@ from fbqat_hub.training.teachers import resolve_teacher
 SPLITS = ("train", "validation", "test")
 # Counts the changes of what the files mean; a cache of another version is not looked at.
 _VERSION = 2
+# Encoded at a time: one picture of 1024 x 1024, which takes half a gigabyte for each layer of 128 channels.
+_PIXELS = 2**20
 # What a run in this precision keeps; None is the encoder's own.
 _DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -208,7 +210,11 @@ class _Encoder:
         left_out.count(notes)
         if not images:
             return Rows({}, notes)
-        latents = self.family.encode_images(self.pipeline, pixels(images).float() / 127.5 - 1)
+        at_once = max(1, _PIXELS // (self.size[0] * self.size[1]))
+        parts = [
+            self.family.encode_images(self.pipeline, part.float() / 127.5 - 1) for part in pixels(images).split(at_once)
+        ]
+        latents = torch.cat(parts)
         return Rows({"latents": latents.to(self.dtype or latents.dtype)}, notes)
 
     @torch.no_grad()
