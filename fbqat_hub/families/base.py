@@ -90,6 +90,34 @@ class Family(ABC):
         """What the pipeline puts before every prompt; by default nothing."""
         return ""
 
+    def latent_shape(self, configs: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> tuple[int, int, int]:
+        """[C, h, w] of the latents of a picture of (height, width), as ``encode_images`` makes them.
+
+        Args:
+            configs: whole configs of the components ``transformer`` and ``vae``.
+        """
+        factor = pixels_per_latent(configs["vae"])
+        return configs["transformer"]["in_channels"], size[0] // factor, size[1] // factor
+
+    @abstractmethod
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of what ``encode_prompts`` makes of a prompt, without the batch.
+
+        Args:
+            config: the denoiser's, whole.
+            generation: as for ``encode_prompts``.
+        """
+
+    def text_tokens(self, generation: Mapping[str, Any]) -> int:
+        """``max_sequence_length`` of the pipeline call."""
+        import diffusers
+
+        name = "max_sequence_length"
+        default = inspect.signature(getattr(diffusers, self.pipeline_class).__call__).parameters[name].default
+        return int(generation.get(name, default))
+
     def native_size(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Arguments of the pipeline call that generate at the size the denoiser was trained for.
 

@@ -93,13 +93,13 @@ def _has_texts_beside(folder: Path) -> bool:
     """Captions in ``name.txt`` beside the pictures, and none in a table, which would come first."""
     if any(next(folder.rglob(f"metadata.{ending}"), None) for ending in ("jsonl", "csv", "parquet")):
         return False
-    return any(picture.with_suffix(".txt").is_file() for picture in _pictures_in(folder))
+    return any(picture.with_suffix(".txt").is_file() for picture in pictures_in(folder))
 
 
 def _with_texts_beside(folder: Path) -> datasets.DatasetDict:
     """A picture without a text has an empty caption. Folders named as a split hold it, all others are of train."""
     rows: dict[str, dict[str, list[str]]] = {}
-    for picture in _pictures_in(folder):
+    for picture in pictures_in(folder):
         top = picture.relative_to(folder.resolve()).parts[0]
         of_split = rows.setdefault(top if top in ("validation", "test") else "train", {"image": [], "caption": []})
         beside = picture.with_suffix(".txt")
@@ -109,6 +109,7 @@ def _with_texts_beside(folder: Path) -> datasets.DatasetDict:
     return datasets.DatasetDict({split: datasets.Dataset.from_dict(found, features) for split, found in rows.items()})
 
 
-def _pictures_in(folder: Path) -> list[Path]:
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files in a folder and below, absolute, in the order of their names."""
     files = sorted(folder.resolve().rglob("*"))
     return [file for file in files if file.suffix.lower() in _ENDINGS and not file.name.startswith(".")]

@@ -83,7 +83,7 @@ class Loop:
         self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
         if recipe.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        self.optimizer = _optimizer(recipe, student)
+        self.optimizer = optimizer_of(recipe, student)
         self._schedule = recipe.bit_schedule()
         self._text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
         ends = recipe.stage_ends()
@@ -221,7 +221,8 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
-def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+    """Adam of what is trainable: weights and biases, and clips at a rate of their own."""
     clips: list[nn.Parameter] = []
     weights: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
