@@ -135,6 +135,7 @@ def result(name: str) -> dict[str, Any]:
         "name": name,
         "recipe": row.recipe,
         "what": row.what,
+        "size": list(recipe.size),
         "batch_size": recipe.batch_size,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "mixed_precision": recipe.mixed_precision,

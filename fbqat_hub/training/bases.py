@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from fbqat_hub.components import INDEX, read_index
+from fbqat_hub.components import INDEX, quiet, read_index
 from fbqat_hub.hub.client import step
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -62,7 +62,7 @@ def parameters(teacher: str) -> dict[str, int]:
     """Component -> number of its parameters."""
     counts = {}
     for name, config in configs_of(teacher).items():
-        with torch.device("meta"):
+        with torch.device("meta"), quiet():
             model: nn.Module = build(config)
         counts[name] = sum(parameter.numel() for parameter in model.parameters())
     return counts

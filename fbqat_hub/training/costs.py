@@ -19,7 +19,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
 from fbqat_hub.text import columns
-from fbqat_hub.training.bases import Configs, build, configs_of
+from fbqat_hub.training.bases import Configs, build, configs_of, parameters
 from fbqat_hub.training.captioned import pictures_in
 from fbqat_hub.training.dataset import folder_of
 from fbqat_hub.training.footprint import StepMemory, fake_student, step_memory
@@ -118,24 +118,29 @@ def costs(recipe: Recipe) -> Costs:
         HubError: a teacher that is not known here and cannot be looked up.
     """
     check_trains(recipe)
-    configs, family = configs_of(recipe.teacher), get_family(recipe.family)
-    with torch.device("meta"), quiet():
-        models = {name: build(config) for name, config in configs.items()}
-    whole = {name: models[name].config for name in ("transformer", "vae")}
-    shapes = family.conditioning_shapes(whole["transformer"], recipe.generation)
-    width = _HALF if _is_half(recipe) else 4
-    parameters = {name: sum(each.numel() for each in model.parameters()) for name, model in models.items()}
-    others = sum(count for name, count in parameters.items() if name != "transformer")
+    configs, counts = configs_of(recipe.teacher), parameters(recipe.teacher)
+    embeddings, latents = cached_bytes(recipe, configs)
+    others = sum(count for name, count in counts.items() if name != "transformer")
     return Costs(
         recipe=recipe,
-        parameters=parameters,
+        parameters=counts,
         memory=step_memory(recipe, configs),
         memory_of_one=step_memory(recipe, configs, 1),
         pictures=_pictures(recipe.dataset),
-        embeddings=width * sum(math.prod(shape) for shape in shapes.values() if len(shape) > 0),
-        latents=width * math.prod(family.latent_shape(whole, recipe.size)),
+        embeddings=embeddings,
+        latents=latents,
         output=_packed(recipe, configs) + _HALF * others,
     )
+
+
+def cached_bytes(recipe: Recipe, configs: Configs) -> tuple[int, int]:
+    """What the cache keeps of a caption, at most, and of a picture."""
+    family = get_family(recipe.family)
+    with torch.device("meta"), quiet():
+        whole = {name: build(configs[name]).config for name in ("transformer", "vae")}
+    shapes = family.conditioning_shapes(whole["transformer"], recipe.generation).values()
+    width = _HALF if _is_half(recipe) else 4
+    return width * sum(map(math.prod, shapes)), width * math.prod(family.latent_shape(whole, recipe.size))
 
 
 def check_trains(recipe: Recipe) -> None:
@@ -246,9 +251,10 @@ def _time(found: Costs, seconds: float | None) -> list[str]:
 def _measured_steps(found: Costs) -> list[dict[str, Any]]:
     """Rows of benchmarks/results/training.json that are of this teacher, whole, at this size."""
     rows: list[dict[str, Any]] = json.loads(shipped("benchmarks/results/training.json").read_text(encoding="utf-8"))
-    like = [(row, load_recipe(row["recipe"])) for row in rows if row["bytes"]["trained"] == found.memory.trained]
-    own = found.recipe
-    return [row for row, recipe in like if (recipe.teacher, recipe.size) == (own.teacher, own.size)]
+    like = [
+        row for row in rows if (row["bytes"]["trained"], row["size"]) == (found.memory.trained, [*found.recipe.size])
+    ]
+    return [row for row in like if load_recipe(row["recipe"]).teacher == found.recipe.teacher]
 
 
 def _fit(found: Costs, gpus: Gpus) -> list[str]:
