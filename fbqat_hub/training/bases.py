@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from torch import nn
 from fbqat_hub.components import INDEX, quiet, read_index
 from fbqat_hub.hub.client import step
 from fbqat_hub.training.teachers import resolve_teacher
+from fbqat_hub.untrusted import read_json
 
+_LARGEST_CONFIG = 2**24
 # Component -> its config, with the name of its class as "class".
 Configs = Mapping[str, Mapping[str, Any]]
 
@@ -39,13 +40,18 @@ def configs_of(teacher: str) -> Configs:
             folder = Path(snapshot_download(teacher, allow_patterns=[INDEX, "*/config.json"]))
     found = {}
     for name, part in read_index(folder)[1].items():
-        if (folder / name / "config.json").is_file():
-            found[name] = {**json.loads((folder / name / "config.json").read_text()), "class": part.class_name}
+        path = folder / name / "config.json"
+        if path.is_file():
+            found[name] = {**read_json(path, _LARGEST_CONFIG), "class": part.class_name}
     return found
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    """A model of this config, its numbers random: on the device that is set, meta say, and in its mode."""
+    """A model of this config, its numbers random: on the device that is set, meta say, and in its mode.
+
+    Raises:
+        ValueError: neither diffusers nor transformers has a model of its class.
+    """
     import diffusers
     import transformers
 
@@ -53,7 +59,9 @@ def build(config: Mapping[str, Any]) -> Any:
     settings = {key: value for key, value in config.items() if key != "class"}
     if hasattr(diffusers, name):
         return getattr(diffusers, name).from_config(settings)
-    kind = getattr(transformers, name)
+    kind: Any = getattr(transformers, name, None)
+    if not hasattr(kind, "config_class"):
+        raise ValueError(f"{name} is no model of diffusers or transformers; a plan cannot be made of it.")
     return kind(kind.config_class(**settings))
 
 

@@ -57,3 +57,8 @@ def test_of_another_id_only_configs_are_downloaded(tiny_sana: Path, monkeypatch:
     )
     assert bases.configs_of("me/my-finetune").keys() == {"transformer", "vae", "text_encoder"}
     assert asked == {"repo": "me/my-finetune", "allow_patterns": ["model_index.json", "*/config.json"]}
+
+
+def test_a_class_that_is_no_model_is_named() -> None:
+    with pytest.raises(ValueError, match="Popen is no model of diffusers or transformers"):
+        bases.build({"class": "Popen"})
