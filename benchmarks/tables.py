@@ -7,6 +7,7 @@ python -m benchmarks.tables --check    # exit 1 if a table is not what the resul
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections import defaultdict
@@ -23,7 +24,7 @@ from fbqat_hub.training.recipe import RECIPES, load_recipe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/method.md", "docs/htp.md")
+FILES = ("README.md", "docs/method.md", "docs/htp.md", "training/README.md")
 
 
 def measured_at_true_size(name: str) -> list[tuple[Record, float]]:
@@ -237,6 +238,36 @@ def families_table() -> str:
     return markdown(head, rows)
 
 
+def training_memory_table() -> str:
+    """Peak memory of training steps, computed and measured, by `benchmarks.training_memory`."""
+    rows = json.loads((RESULTS / "training.json").read_text(encoding="utf-8"))
+    head = (
+        "batch of one, float32",
+        "checkpointing",
+        "computed",
+        "measured",
+        "ratio",
+        "with glibc's defaults",
+        "a step",
+    )
+    cells = [
+        (
+            f"`{row['recipe']}`: {row['what']}",
+            "yes" if row["gradient_checkpointing"] else "no",
+            f"{row['estimated_mib'] / 1024:.2f} GiB",
+            f"{row['measured_mib'] / 1024:.2f} GiB",
+            f"{row['estimated_over_measured']:.3f}",
+            f"{defaults / 1024:.2f} GiB"
+            if (defaults := row.get("measured_with_glibc_defaults_mib"))
+            else "not measured",
+            f"{row['seconds_per_step']:.0f} s",
+        )
+        for row in rows
+    ]
+    machines = {f"{row['machine']['cpu']}, {row['threads']} thread, {row['date'][:10]}" for row in rows}
+    return f"{markdown(head, cells)}\n\nProcessor time of a step on {'; '.join(sorted(machines))}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "families": families_table,
     "demo": demo_table,
@@ -244,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal-storage": equal_storage_table,
     "average-widths": average_widths_table,
     "speed": speed_table,
+    "training-memory": training_memory_table,
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
     "htp": htp_table,

@@ -58,9 +58,28 @@ def test_help_lists_every_verb_with_examples(capsys) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_has_an_example_that_parses(verb: str, capsys) -> None:
-    example = help_of(capsys, verb).partition("example:")[2].strip()
-    assert example.startswith(f"fbqat {verb} ")
-    parser().parse_args(shlex.split(example)[1:])
+    """Or several, each with what it is for behind it."""
+    for example in re.split(r"\nexamples?:\n", help_of(capsys, verb))[1].strip().splitlines():
+        command = re.split(r" {3,}", example.strip())[0]
+        assert command.startswith(f"fbqat {verb} ")
+        parser().parse_args(shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        (
+            "--gpus",
+            "nonsense",
+            "'nonsense' is not a number of GPUs and the memory of each; write e.g. 1x24GB or 8x80GB.",
+        ),
+        ("--seconds-per-step", "0", "'0' is no number of seconds above 0."),
+    ],
+)
+def test_what_a_plan_cannot_read(option: str, value: str, says: str, capsys) -> None:
+    status, _, err = run(capsys, "plan", "sana-tiny", option, value)
+    assert status == 2
+    assert err == f"fbqat: error: argument {option}: {says} (see fbqat plan --help)"
 
 
 def test_version(capsys) -> None:
@@ -81,6 +100,8 @@ def test_version(capsys) -> None:
         (["train", "{tmp}/broken.yaml", "--output", "{tmp}/o"], "{tmp}/broken.yaml is not YAML"),
         (["train", "sana-tiny", "--output", "{tmp}"], "{tmp} exists and is not empty; give another --output"),
         (["plan", "sana-tiny", "--set", "method=ptq-mse"], "method ptq-mse does not train, so there is nothing"),
+        (["plan", "sana-tiny", "--measure", "--set", "method=ptq-mse"], "method ptq-mse does not train, so there is"),
+        (["plan", "sana-tiny", "--output", "{tmp}/o"], "--output keeps what --measure measures"),
         (["convert", "{tmp}", "--output", "{tmp}/o"], "{tmp} is not a diffusers pipeline: it has no model_index.json"),
         (["convert", "{tmp}/missing", "--output", "{tmp}/o"], "{tmp}/missing is no folder"),
         (["generate", "{tmp}"], "no prompt"),
@@ -167,13 +188,27 @@ def test_train_then_generate(recipe_fields: dict[str, Any], tmp_path: Path, caps
 def test_plan(recipe_fields: dict[str, Any], tmp_path: Path, capsys) -> None:
     """With the one validation picture of this data nothing is sure, so all layers are advised."""
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_fields)
-    status, out, err = run(capsys, "plan", recipe, "--output", tmp_path / "o", "--set", "steps=2")
+    status, out, err = run(capsys, "plan", recipe, "--measure", "--output", tmp_path / "o", "--set", "steps=2")
     assert (status, "error" in err) == (0, False)
     assert re.search(r"^4 +0\.\d{5} +–$", out, re.MULTILINE)
     assert "\nAdvice: train all: of no smaller group is it sure" in out
     assert "\nTime: 2 steps of " in out
     assert out.endswith(f"saved {tmp_path}/o\n")
     assert json.loads((tmp_path / "o" / "plan.json").read_text())["recipe"]["steps"] == 2
+
+
+def test_plan_without_weights(recipe_fields: dict[str, Any], tmp_path: Path, capsys, monkeypatch) -> None:
+    """Of a teacher whose weights are gone."""
+    folder = shutil.copytree(recipe_fields["teacher"], tmp_path / "teacher")
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_fields | {"teacher": str(folder)})
+    status, out, _ = run(capsys, "plan", recipe, "--gpus", "1x1GB", "--seconds-per-step", "2", "--set", "steps=30")
+    assert status == 0
+    assert "\nMemory of each device, a batch of 4 at 32 x 32:\n" in out
+    assert "\nlatents of 12 pictures" in out
+    assert "\nTime: 30 steps of 2 s are 0:01:00" in out
+    assert "\n1x1GB: it does not fit" in out  # 1 GiB is kept free
 
 
 def test_convert(tiny_sana: Path, tmp_path: Path, capsys) -> None:

@@ -18,6 +18,7 @@ PACKAGE = "fbqat_hub"
 # of the checkout -> where the wheel has it
 SHIPPED = {
     **{n: f"{PACKAGE}/shipped/{n}" for n in ("training/recipes", "training/teachers", "model_cards/")},
+    "benchmarks/results/training.json": f"{PACKAGE}/shipped/benchmarks/results/training.json",
     "integrations/optimum/optimum": f"{PACKAGE}/shipped/integrations/optimum/optimum",
     "integrations/optimum/fbqat_hub_optimum.pth": "fbqat_hub_optimum.pth",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -18,7 +19,7 @@ _EXAMPLES = """examples:
   fbqat demo                                          a tiny Sana: train, pack, compare, compile, card; all local
   fbqat train sana-tiny --output runs/tiny            quantize by fractional-bit quantization-aware training
   fbqat train my-recipe.yaml --output runs/mine --resume
-  fbqat plan my-recipe.yaml --output runs/plan        widths, layers, time and memory, before the run is paid for
+  fbqat plan my-recipe.yaml --gpus 1x24GB             memory, disk and time, before the run is paid for
   fbqat convert my-finetune/ --output mine-w4a8       quantize without training
   fbqat generate runs/tiny "red heart" --output heart.png
   fbqat evaluate runs/tiny && fbqat card runs/tiny
@@ -31,6 +32,12 @@ _EXAMPLES = """examples:
   fbqat publish runs/tiny --repo me/tiny --dry-run    check everything, show what would go to the Hub
   fbqat pull me/tiny --for diffusers                  download whole, verified by its manifest
   fbqat list --author me                              published, downloaded and local models
+"""
+_PLANS = """examples:
+  fbqat plan sana-600m --gpus 1x24GB                  does it fit, and what does it need
+  fbqat plan flux-schnell --gpus 8x80GB --set batch_size=8
+  fbqat plan my-recipe.yaml --seconds-per-step 2.5    the hours at your device's pace
+  fbqat plan sana-tiny --measure --output runs/plan   bit widths and layers to train, by short runs
 """
 _RUN = "folder of a run: what fbqat train or convert left"
 _RECIPE = "YAML file, or the name of a recipe that ships, e.g. sana-tiny"
@@ -88,13 +95,29 @@ def _plan(commands: Any) -> None:
     sub = _verb(
         commands,
         verbs.plan,
-        "measure what a recipe has to choose from: bit widths, layers to train, time and memory",
-        "plan sana-tiny --output runs/plan --set method=fbqat-paper",
+        "say what a run costs, memory, disk and time, and whether it fits, without its weights; or measure short runs",
+        "plan flux-schnell --gpus 8x80GB",
     )
+    sub.epilog = _PLANS
     sub.add_argument("recipe", type=_checked(model_source), help=_RECIPE)
     sub.add_argument(
-        "--output", type=_checked(_folder), help="folder for plan.json and curve.png (default: print only)"
+        "--gpus",
+        type=_checked(_gpus),
+        metavar="NxMGB",
+        help="what it is to run on, e.g. 1x24GB or 8x80GB: says whether it fits, and which settings to change",
     )
+    sub.add_argument(
+        "--seconds-per-step",
+        type=_checked(_seconds),
+        metavar="S",
+        help="of your device, for the hours (default: a table of measured steps)",
+    )
+    sub.add_argument(
+        "--measure",
+        action="store_true",
+        help="load the teacher and measure what there is to choose from: bit widths, layers to train, time and memory",
+    )
+    sub.add_argument("--output", type=_checked(_folder), help="with --measure: folder for plan.json and curve.png")
     _settings(sub, "fields of the recipe", "method=fbqat-paper")
 
 
@@ -322,7 +345,7 @@ def _lora(commands: Any) -> None:
         "pictures",
         metavar="FOLDER",
         type=_checked(local_path),
-        help="pictures, and a metadata.jsonl with file_name and caption of each",
+        help="pictures, and a metadata.jsonl with file_name and caption of each, or a text file beside each",
     )
     sub.add_argument("--base", required=True, type=_checked(model_source), help="folder or Hub id of a 4-bit pipeline")
     sub.add_argument("--output", required=True, type=_checked(_folder), help="new folder for the adapter and its card")
@@ -422,6 +445,22 @@ def _checked(check: Callable[[str], Value]) -> Callable[[str], Value]:
 
 def _number(least: int, most: int) -> Callable[[str], int]:
     return _checked(lambda text: whole_number(text, least, most))
+
+
+def _gpus(text: str) -> Any:
+    from fbqat_hub.training.costs import Gpus  # brings torch, which `fbqat --help` need not take
+
+    return Gpus.parse(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"{text!r} is no number of seconds above 0.")
+    return value
 
 
 def _folder(text: str) -> Path:

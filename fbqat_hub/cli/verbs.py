@@ -34,10 +34,19 @@ def train(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """``fbqat plan``."""
-    from fbqat_hub.training.plan import plan
     from fbqat_hub.training.recipe import load_recipe
 
-    print(plan(load_recipe(options.recipe, **changes_of(options.set)), options.output).text())
+    recipe = load_recipe(options.recipe, **changes_of(options.set))
+    if not options.measure:
+        if options.output:
+            raise ValueError("--output keeps what --measure measures; give both, or neither.")
+        from fbqat_hub.training.costs import costs, report
+
+        print(report(costs(recipe), options.gpus, options.seconds_per_step))
+        return
+    from fbqat_hub.training.plan import plan
+
+    print(plan(recipe, options.output).text())
     if options.output:
         print(f"saved {options.output}")
 

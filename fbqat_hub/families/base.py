@@ -75,6 +75,9 @@ class Family(ABC):
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
         """Conditioning of prompts, every tensor [N, ...], as the pipeline call computes it.
 
+        If some tokens are not the text's, a tensor [N, tokens] whose name ends in ``_mask`` says so of
+        ``encoder_hidden_states``, [N, tokens, D], and the denoiser does not look at the others.
+
         Args:
             generation: arguments of the pipeline call; what it leaves out has the call's own default.
         """
@@ -86,6 +89,34 @@ class Family(ABC):
     def instruction(self, pipeline: Any, generation: Mapping[str, Any]) -> str:
         """What the pipeline puts before every prompt; by default nothing."""
         return ""
+
+    def latent_shape(self, configs: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> tuple[int, int, int]:
+        """[C, h, w] of the latents of a picture of (height, width), as ``encode_images`` makes them.
+
+        Args:
+            configs: whole configs of the components ``transformer`` and ``vae``.
+        """
+        factor = pixels_per_latent(configs["vae"])
+        return configs["transformer"]["in_channels"], size[0] // factor, size[1] // factor
+
+    @abstractmethod
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of what ``encode_prompts`` makes of a prompt, without the batch.
+
+        Args:
+            config: the denoiser's, whole.
+            generation: as for ``encode_prompts``.
+        """
+
+    def text_tokens(self, generation: Mapping[str, Any]) -> int:
+        """``max_sequence_length`` of the pipeline call."""
+        import diffusers
+
+        name = "max_sequence_length"
+        default = inspect.signature(getattr(diffusers, self.pipeline_class).__call__).parameters[name].default
+        return int(generation.get(name, default))
 
     def native_size(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Arguments of the pipeline call that generate at the size the denoiser was trained for.

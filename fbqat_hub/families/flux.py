@@ -60,6 +60,20 @@ class Flux(Family):
             conditioning["guidance"] = torch.full((len(embeds),), float(scale), device=embeds.device)
         return conditioning
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        tokens, pooled = self.text_tokens(generation), config["pooled_projection_dim"]
+        shapes: dict[str, tuple[int, ...]] = {
+            "encoder_hidden_states": (tokens, config["joint_attention_dim"]),
+            "pooled_projections": (pooled,),
+        }
+        return shapes | ({"guidance": ()} if config["guidance_embeds"] else {})
+
+    def latent_shape(self, configs: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> tuple[int, int, int]:
+        channels, height, width = super().latent_shape(configs, size)
+        return channels // 4, height, width
+
     def sampled_steps(self, scheduler: Any) -> int:
         return 0 if scheduler.config.get("use_dynamic_shifting") else self.few_steps
 

@@ -54,6 +54,16 @@ class Flux2Klein(Family):
         arguments = call_arguments(pipeline, generation, ("max_sequence_length", "text_encoder_out_layers"))
         return {"encoder_hidden_states": pipeline.encode_prompt(list(prompts), **arguments)[0]}
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (self.text_tokens(generation), config["joint_attention_dim"])}
+
+    def latent_shape(self, configs: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> tuple[int, int, int]:
+        """2 x 2 latents of the autoencoder are one of the denoiser's."""
+        channels, height, width = super().latent_shape(configs, size)
+        return channels, height // 2, width // 2
+
     def latent_side(self, config: Mapping[str, Any]) -> int:
         """128, the pipeline's own: positions are rotary, and the denoiser's config says no size."""
         return 128

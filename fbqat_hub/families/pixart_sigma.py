@@ -34,6 +34,12 @@ class PixArtSigma(Family):
         embeds, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **arguments)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        tokens = self.text_tokens(generation)
+        return {"encoder_hidden_states": (tokens, config["caption_channels"]), "encoder_attention_mask": (tokens,)}
+
     def native_size(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return {**super().native_size(configs), "use_resolution_binning": False}
 

@@ -60,6 +60,17 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": F.pad(mask, (0, lacking)),
         }
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        tokens = self.text_tokens(generation)
+        shape = (tokens, config["joint_attention_dim"])
+        return {"encoder_hidden_states": shape, "encoder_hidden_states_mask": (tokens,)}
+
+    def latent_shape(self, configs: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> tuple[int, int, int]:
+        factor = 2 ** len(configs["vae"]["temperal_downsample"])
+        return configs["transformer"]["in_channels"] // 4, size[0] // factor, size[1] // factor
+
     def latent_side(self, config: Mapping[str, Any]) -> int:
         """128, the pipeline's own: positions are rotary, and the denoiser's config says no size."""
         return 128

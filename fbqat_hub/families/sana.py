@@ -45,6 +45,12 @@ class Sana(Family):
         embeds, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **arguments)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        tokens = self.text_tokens(generation)
+        return {"encoder_hidden_states": (tokens, config["caption_channels"]), "encoder_attention_mask": (tokens,)}
+
     def instruction(self, pipeline: Any, generation: Mapping[str, Any]) -> str:
         name = "complex_human_instruction"
         return "\n".join(call_arguments(pipeline, generation, (name,))[name] or ())
@@ -94,6 +100,11 @@ class SanaSprint(Sana):
             "encoder_attention_mask": mask,
             "guidance": guidance * pipeline.transformer.config.guidance_embeds_scale,
         }
+
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        return {**super().conditioning_shapes(config, generation), "guidance": ()}
 
     def noisy(
         self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, *, few_step: bool = True

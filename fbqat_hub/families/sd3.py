@@ -12,6 +12,9 @@ from fbqat_hub.families.attention import ExplicitJointAttention
 from fbqat_hub.families.base import Family, call_arguments
 from fbqat_hub.families.graph import GraphWrapper, Item, float_twin, through_own_forward
 
+# Before those of T5 in the text.
+_CLIP_TOKENS = 77
+
 
 class StableDiffusion3(Family):
     """StableDiffusion3Pipeline with SD3Transformer2DModel; SD3.5-Medium's dual attention (``attn2``) included."""
@@ -42,6 +45,13 @@ class StableDiffusion3(Family):
             texts, texts, texts, do_classifier_free_guidance=False, **arguments
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        tokens = _CLIP_TOKENS + self.text_tokens(generation)
+        pooled = config["pooled_projection_dim"]
+        return {"encoder_hidden_states": (tokens, config["joint_attention_dim"]), "pooled_projections": (pooled,)}
 
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"hidden_states": noisy, "timestep": timestep, **conditioning}

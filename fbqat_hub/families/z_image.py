@@ -47,6 +47,12 @@ class ZImage(Family):
         mask = torch.arange(longest, device=padded.device) < counts[:, None]
         return {"encoder_hidden_states": padded, "encoder_attention_mask": mask}
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        tokens = self.text_tokens(generation)
+        return {"encoder_hidden_states": (tokens, config["cap_feat_dim"]), "encoder_attention_mask": (tokens,)}
+
     def latent_side(self, config: Mapping[str, Any]) -> int:
         """128: the call's own size is 1024 pixels, and the denoiser's config says none."""
         return 128

@@ -1,136 +1,120 @@
 """Latents and prompt embeddings of a data set, computed once and kept on disk.
 
-A split is a folder of safetensors files of up to ``SHARD`` samples. A file is written beside and renamed, so an
-interrupted run goes on with the first one missing. Reading maps the files; nothing is loaded until it is used.
+A split is a folder with shards (`fbqat_hub.training.shards`) of its pictures' latents, and of the embeddings of its
+distinct captions. A run in half precision keeps both in that precision, and the embeddings without their padding; a run
+in float32 keeps what was computed. Pictures that cannot be used are left out, and listed in ``left-out.txt``.
 """
 
 from __future__ import annotations
 
+import bisect
+import copy
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import whole
 from fbqat_hub.pictures import pixels
-from fbqat_hub.progress import each
-from fbqat_hub.training.dataset import NAMED, check_local_data
-from fbqat_hub.training.openmoji import default_cache_dir, load_openmoji
-from fbqat_hub.training.pictures import training_picture, undecoded
-from fbqat_hub.training.prompts import load_prompts
+from fbqat_hub.training.captioned import load_pictures
+from fbqat_hub.training.dataset import SKIP
+from fbqat_hub.training.embeddings import Embeddings, without_padding
+from fbqat_hub.training.openmoji import default_cache_dir
+from fbqat_hub.training.pictures import name_of, training_picture
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.shards import Rows, Shard, fill
 from fbqat_hub.training.teachers import resolve_teacher
 
-SHARD = 256
 SPLITS = ("train", "validation", "test")
+# Counts the changes of what the files mean; a cache of another version is not looked at.
+_VERSION = 2
+# Encoded at a time: one picture of 1024 x 1024, which takes half a gigabyte for each layer of 128 channels.
+_PIXELS = 2**20
+# What a run in this precision keeps; None is the encoder's own.
+_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class CachedSplit:
-    """One split: latents [N, C, H, W] and conditioning tensors [N, ...], indexable by sample."""
+    """One split: latents [N, C, H, W] and conditioning tensors [N, ...], indexable by sample.
 
-    def __init__(self, folder: Path) -> None:
-        self.captions: list[str] = json.loads((folder / "captions.json").read_text())
-        self._shards: list[dict[str, Tensor]] = []
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    Args:
+        captions: of the samples.
+        prompts: the row of each caption among the embeddings.
+    """
+
+    def __init__(
+        self, captions: list[str], prompts: Mapping[str, int], latents: list[Shard], embeddings: list[Shard]
+    ) -> None:
+        self.captions = captions
+        self._prompts = prompts
+        self._latents = [shard.tensors["latents"] for shard in latents if shard.tensors]
+        self._embeddings = [Embeddings(shard.tensors) for shard in embeddings]
+        self._starts = _starts([len(part) for part in self._latents]), [shard.first for shard in embeddings]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents and conditioning of the samples ``indices`` (int64 [B])."""
-        rows = [divmod(int(index), SHARD) for index in indices]
-        stacked = {
-            name: torch.stack([self._shards[shard][name][row] for shard, row in rows]) for name in self._shards[0]
-        }
-        return stacked.pop("latents"), stacked
+        """Latents and conditioning of the samples ``indices`` (int64 [B]); from half precision as float32."""
+        samples = [int(index) for index in indices]
+        places = [_place(self._starts[0], sample) for sample in samples]
+        latents = torch.stack([self._latents[shard][row] for shard, row in places])
+        places = [_place(self._starts[1], self._prompts[self.captions[sample]]) for sample in samples]
+        rows = [self._embeddings[shard].row(row) for shard, row in places]
+        conditioning = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return _full(latents), {name: _full(value) for name, value in conditioning.items()}
+
+    def first(self, count: int) -> CachedSplit:
+        """The first samples alone."""
+        part = copy.copy(self)
+        part.captions = self.captions[:count]
+        return part
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    """Where parts of these sizes begin when they lie one after the other.
+
+    >>> _starts([3, 2, 4])
+    [0, 3, 5]
+    """
+    return [sum(sizes[:index]) for index in range(len(sizes))]
+
+
+def _place(starts: list[int], item: int) -> tuple[int, int]:
+    """(part, row in it) of an item.
+
+    >>> _place([0, 3, 5], 4)
+    (1, 1)
+    """
+    part = bisect.bisect_right(starts, item) - 1
+    return part, item - starts[part]
 
 
 def cached_splits(recipe: Recipe, pipeline: Any) -> dict[str, CachedSplit]:
     """Latents and conditioning of the recipe's data under its teacher, from disk or encoded now."""
     data = load_pictures(recipe.dataset, max(recipe.size))
     family, folder = get_family(recipe.family), cache_folder(recipe)
-    return build_cache(pipeline, family, data, recipe.size, recipe.generation, folder)
+    options = {"dtype": _DTYPES[recipe.mixed_precision], "skip": recipe.dataset.get("skip", SKIP)}
+    return build_cache(pipeline, family, data, recipe.size, recipe.generation, folder, **options)
 
 
 def cache_folder(recipe: Recipe) -> Path:
     """Where what the teacher makes of the recipe's data is kept."""
-    key = cache_key(resolve_teacher(recipe.teacher), recipe.dataset, recipe.size, recipe.generation)
+    teacher, dtype = resolve_teacher(recipe.teacher), _DTYPES[recipe.mixed_precision]
+    key = cache_key(teacher, recipe.dataset, recipe.size, recipe.generation, dtype)
     return default_cache_dir() / "encoded" / f"{recipe.family}-{key}"
-
-
-def load_pictures(dataset: Mapping[str, Any], side: int) -> datasets.DatasetDict:
-    """The data set of a recipe with the splits train, validation, test and the columns ``image``, ``caption``; pictures
-    as they are stored (`pictures.picture_of` reads one), but for OpenMoji's.
-
-    Args:
-        dataset: {"path": "openmoji"}, perhaps with "groups" (see ``load_openmoji``); {"path": "ye-pop"} or another set
-            of `prompts.PROMPT_SETS`, perhaps with "count", of pictures; or arguments of ``datasets.load_dataset`` and
-            the names of its columns, ``image_column`` and ``caption_column``. Splits that it lacks are cut from train,
-            2.5% each, seed 1234.
-        side: of pictures that are drawn here (OpenMoji), in pixels; others have their own size.
-
-    Raises:
-        FileNotFoundError: a folder that is not there.
-        ValueError: no train split, no such column, a split without pictures, or a caption that is not text.
-    """
-    check_local_data(dataset)
-    name = dataset["path"]
-    if name == "openmoji":
-        return load_openmoji(side, dataset.get("groups", ()))
-    if name in NAMED:
-        image_column, caption_column = "image", "prompt"
-        data: Any = load_prompts(name, dataset.get("count"), images=True)
-    else:
-        options = dict(dataset)
-        image_column, caption_column = options.pop("image_column", "image"), options.pop("caption_column", "caption")
-        data = _loaded(options)
-    if isinstance(data, datasets.Dataset):
-        data = datasets.DatasetDict(train=data)
-    if "train" not in data:
-        raise ValueError(f"data set {name!r} has no split 'train'; it has {', '.join(data)}.")
-    for column in (image_column, caption_column):
-        if column not in data["train"].column_names:
-            raise ValueError(
-                f"data set {name!r} has no column {column!r}; it has {', '.join(data['train'].column_names)}. Name "
-                "them in the recipe: dataset.image_column, dataset.caption_column."
-            )
-    data = data.select_columns([image_column, caption_column])
-    data = data.rename_columns({image_column: "image", caption_column: "caption"})
-    for split, rows in data.items():
-        for row, caption in enumerate(rows["caption"]):
-            if not isinstance(caption, str):
-                raise ValueError(f"data set {name!r}, {split}, row {row + 1}: caption is {caption!r:.80}, not text.")
-    data = datasets.DatasetDict({split: undecoded(rows, "image", name) for split, rows in data.items()})
-    if len(data["train"]) < 3:
-        raise ValueError(f"data set {name!r} has {len(data['train'])} training pictures; give at least 3.")
-    for split in ("validation", "test"):
-        if split not in data:
-            parts = data["train"].train_test_split(test_size=0.025, seed=1234)
-            data["train"], data[split] = parts["train"], parts["test"]
-        if not len(data[split]):
-            raise ValueError(f"data set {name!r} has an empty split {split!r}.")
-    return data
-
-
-def _loaded(options: dict[str, Any]) -> Any:
-    """``datasets.load_dataset``; what it says of data that it cannot read follows the name of the data set."""
-    try:
-        return datasets.load_dataset(**options)
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno:  # the disk is full, say
-            raise cause from None
-        raise ValueError(f"data set {options['path']!r} cannot be loaded: {type(cause).__name__}: {cause}") from error
 
 
 def build_cache(
@@ -140,20 +124,32 @@ def build_cache(
     size: tuple[int, int],
     generation: Mapping[str, Any],
     root: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    skip: float = SKIP,
 ) -> dict[str, CachedSplit]:
     """Encode every split, or take it from ``root`` when the same pipeline and data were encoded before.
 
     Args:
         size: (height, width) of the training pictures; others are scaled, and cut at the middle.
+        dtype: that latents and embeddings are kept in; None for that of the encoders.
+        skip: the share of a split's pictures that may be left out.
+
+    Raises:
+        ValueError: more pictures than that cannot be used (the last one is named), or ``root`` is of other data.
     """
-    return {split: _build_split(pipeline, family, data[split], size, generation, root / split) for split in SPLITS}
+    encoder = _Encoder(pipeline, family, size, generation, dtype, skip)
+    return {split: encoder.split(data[split], root / split) for split in SPLITS}
 
 
-def cache_key(teacher: str, dataset: Mapping[str, Any], size: Any, generation: Mapping[str, Any]) -> str:
+def cache_key(
+    teacher: str, dataset: Mapping[str, Any], size: Any, generation: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> str:
     """A short name for what a cache depends on; local folders count by the names, sizes and times of their files."""
-    folders = [_files(teacher), *(_files(dataset.get(key)) for key in ("path", "data_dir"))]
-    text = json.dumps([teacher, folders, dict(dataset), size, dict(generation)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    data = {key: value for key, value in dataset.items() if key != "skip"}
+    folders = [_files(teacher), *(_files(data.get(key)) for key in ("path", "data_dir"))]
+    given = [_VERSION, teacher, folders, data, size, dict(generation), str(dtype)]
+    return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _files(folder: str | None) -> list[tuple[str, int, int]]:
@@ -165,39 +161,89 @@ def _files(folder: str | None) -> list[tuple[str, int, int]]:
     return [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in files]
 
 
-@torch.no_grad()
-def _build_split(
-    pipeline: Any,
-    family: Family,
-    data: datasets.Dataset,
-    size: tuple[int, int],
-    generation: Mapping[str, Any],
-    folder: Path,
-) -> CachedSplit:
-    folder.mkdir(parents=True, exist_ok=True)
-    captions = folder / "captions.json"
-    starts = range(0, len(data), SHARD)
-    missing = [start for start in starts if not _shard_path(folder, start).exists()]
-    for start in each(missing, f"encode {folder.name}", "shard"):
-        rows = data[start : start + SHARD]
-        parts = []
-        for first in range(0, len(rows["caption"]), 32):
-            images = [
-                training_picture(image, size[::-1], f"training data, {folder.name}, row {start + first + row}")
-                for row, image in enumerate(rows["image"][first : first + 32], 1)
-            ]
-            part = family.encode_prompts(pipeline, rows["caption"][first : first + 32], generation)
-            part["latents"] = family.encode_images(pipeline, pixels(images).float() / 127.5 - 1)
-            part |= family.picture_conditioning(part["latents"])
-            parts.append(part)
-        tensors = {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
-        with whole(_shard_path(folder, start)) as partial:
-            save_file(tensors, partial)
-    if not captions.exists():
-        with whole(captions) as partial:
-            partial.write_text(json.dumps(list(data["caption"])))
-    return CachedSplit(folder)
+@dataclass(frozen=True)
+class _Encoder:
+    """Of one pipeline; the fields are arguments of `build_cache`."""
+
+    pipeline: Any
+    family: Family
+    size: tuple[int, int]
+    generation: Mapping[str, Any]
+    dtype: torch.dtype | None
+    skip: float
+
+    def split(self, data: datasets.Dataset, folder: Path) -> CachedSplit:
+        """From the folder, or made now."""
+        captions = list(data["caption"])
+        prompts = {caption: row for row, caption in enumerate(dict.fromkeys(filter(str.strip, captions)))}
+        distinct, left_out = list(prompts), _LeftOut(folder.name, len(captions), self.skip)
+        latents = fill(folder, "pictures", len(captions), lambda rows: self._pictures(data, rows, left_out))
+        notes = [note for shard in latents for note in shard.notes]
+        _LeftOut(folder.name, len(captions), self.skip).count(notes)
+        embeddings = fill(folder, "captions", len(distinct), lambda rows: self._captions(distinct, rows))
+        if len(notes) != len(captions) or [note for shard in embeddings for note in shard.notes] != distinct:
+            raise ValueError(f"{folder} was encoded from other data under the same name; delete it to encode it anew.")
+        said = [note for note in notes if note]
+        if said:
+            with whole(folder / "left-out.txt") as partial:
+                partial.write_text("\n".join(said) + "\n", encoding="utf-8")
+            names = f"{len(said)} of {len(notes)} pictures of {folder.name} are left out"
+            print(f"{names}; why is in {folder / 'left-out.txt'}", file=sys.stderr)
+        used = [caption for caption, note in zip(captions, notes, strict=True) if not note]
+        if not used:
+            raise ValueError(f"no picture of the split {folder.name} can be used; the last: {said[-1]}")
+        return CachedSplit(used, prompts, latents, embeddings)
+
+    @torch.no_grad()
+    def _pictures(self, data: datasets.Dataset, rows: range, left_out: _LeftOut) -> Rows:
+        """Latents of the rows whose picture can be used; a note each: why it cannot, or nothing."""
+        found, images, notes = data[rows.start : rows.stop], [], []
+        for row, stored, caption in zip(rows, found["image"], found["caption"], strict=True):
+            where = f"training data, {left_out.split}, row {row + 1}"
+            try:
+                if not caption.strip():
+                    raise ValueError(f"{name_of(stored, where)} has no caption.")
+                images.append(training_picture(stored, self.size[::-1], where))
+                notes.append("")
+            except (ValueError, FileNotFoundError) as error:
+                notes.append(str(error))
+        left_out.count(notes)
+        if not images:
+            return Rows({}, notes)
+        at_once = max(1, _PIXELS // (self.size[0] * self.size[1]))
+        parts = [
+            self.family.encode_images(self.pipeline, part.float() / 127.5 - 1) for part in pixels(images).split(at_once)
+        ]
+        latents = torch.cat(parts)
+        return Rows({"latents": latents.to(self.dtype or latents.dtype)}, notes)
+
+    @torch.no_grad()
+    def _captions(self, captions: list[str], rows: range) -> Rows:
+        batch = captions[rows.start : rows.stop]
+        conditioning = self.family.encode_prompts(self.pipeline, batch, self.generation)
+        return Rows(without_padding(conditioning, self.dtype), batch)
 
 
-def _shard_path(folder: Path, start: int) -> Path:
-    return folder / f"{start:09d}.safetensors"
+@dataclass
+class _LeftOut:
+    """How many pictures of a split are left out; too many are an error."""
+
+    split: str
+    total: int
+    share: float
+    number: int = 0
+
+    def count(self, notes: list[str]) -> None:
+        """
+        >>> _LeftOut("train", 9, 0.1).count(["", "a.png is damaged."])
+        Traceback (most recent call last):
+        ValueError: a.png is damaged. 1 of the 9 pictures of train cannot be used; dataset.skip is 0.1: take them out, \
+or raise it.
+        """
+        said = [note for note in notes if note]
+        self.number += len(said)
+        if self.number > self.share * self.total:
+            raise ValueError(
+                f"{said[-1]} {self.number} of the {self.total} pictures of {self.split} cannot be used; dataset.skip "
+                f"is {self.share:g}: take them out, or raise it."
+            )

@@ -1,4 +1,4 @@
-"""What a recipe can say of its data, checked before any of it is read; ``cache.load_pictures`` reads it."""
+"""What a recipe can say of its data, checked before any of it is read; ``captioned.load_pictures`` reads it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from fbqat_hub.config import unknown_key_error
 NAMED = {"openmoji": {"groups"}, "mjhq-30k": {"count"}, "pixart-eval-30k": {"count"}, "ye-pop": {"count"}}
 # Of all others: arguments of datasets.load_dataset, and the names of two columns.
 LOADED = {"name", "data_dir", "data_files", "split", "revision", "cache_dir", "image_column", "caption_column"}
+# Of every set: the share of its pictures that may be left out because they cannot be used.
+SKIP = 0.01
 # Builders of datasets that take local files; they are no folders and no Hub ids.
 BUILDERS = ("imagefolder", "webdataset", "parquet", "json", "csv", "arrow")
 
@@ -26,13 +28,15 @@ def check_dataset(dataset: Mapping[str, Any]) -> None:
     path = dataset.get("path")
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"recipe: dataset is {dict(dataset)}; it needs a path, e.g. {{path: openmoji}}.")
-    allowed = NAMED.get(path, LOADED) | {"path"}
+    allowed = NAMED.get(path, LOADED) | {"path", "skip"}
     if unknown := set(dataset) - allowed:
         raise unknown_key_error(f"recipe.dataset ({path})", unknown, allowed)
     for key, value in dataset.items():
         texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if key == "count":
             good, must = type(value) is int and value >= 3, "a whole number of at least 3"
+        elif key == "skip":
+            good, must = type(value) in (int, float) and 0 <= value <= 1, "a share from 0 to 1, e.g. 0.01"
         elif key == "groups":
             good, must = texts, "a list of texts, e.g. [Food & Drink]"
         elif key == "data_files":
@@ -54,13 +58,25 @@ def check_local_data(dataset: Mapping[str, Any]) -> None:
         ValueError: a row of a ``metadata.jsonl`` that is not JSON, or whose caption is not text (file and row are
             named); or an unknown group of OpenMoji.
     """
-    path, data_dir = str(dataset["path"]), dataset.get("data_dir")
+    path = str(dataset["path"])
     if path == "openmoji":
         from fbqat_hub.training.openmoji import check_groups  # needs the extra `training`
 
         check_groups(dataset.get("groups", ()))
+    folder = folder_of(dataset)
+    for file in sorted(folder.rglob("metadata.jsonl")) if folder else ():
+        _check_captions(file, str(dataset.get("caption_column", "caption")))
+
+
+def folder_of(dataset: Mapping[str, Any]) -> Path | None:
+    """The folder on this machine that the data is in, if its recipe names one.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    path, data_dir = str(dataset["path"]), dataset.get("data_dir")
     if path in NAMED:
-        return
+        return None
     folder: Path | None = None
     if Path(path).is_dir():
         folder = Path(path, data_dir or "")
@@ -68,12 +84,9 @@ def check_local_data(dataset: Mapping[str, Any]) -> None:
         folder = Path(data_dir)
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path:
         raise FileNotFoundError(f"recipe: dataset.path is {path!r}; there is no such folder.")
-    if folder is None:
-        return
-    if not folder.is_dir():
+    if folder and not folder.is_dir():
         raise FileNotFoundError(f"recipe: dataset.data_dir is {data_dir!r}; there is no such folder ({folder}).")
-    for file in sorted(folder.rglob("metadata.jsonl")):
-        _check_captions(file, str(dataset.get("caption_column", "caption")))
+    return folder
 
 
 def _check_captions(file: Path, column: str) -> None:

@@ -77,6 +77,7 @@ class Draws:
     def _pair(self, split: CachedSplit, indices: Tensor, streams: Sequence[torch.Generator]) -> Pair:
         """Of the samples ``indices``, with one stream of random numbers for all of them, or one for each."""
         latents, conditioning = split.batch(indices)
+        conditioning |= self.family.picture_conditioning(latents)
         shape = (len(indices) // len(streams), *latents.shape[1:])
         noise = torch.cat([torch.randn(shape, generator=random) for random in streams])
         uniform = torch.cat([torch.rand(shape[0], generator=random) for random in streams]).clamp(1e-4, 1 - 1e-4)

@@ -18,7 +18,8 @@ from fbqat_hub.files import whole
 from fbqat_hub.inputs import checked_device
 from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.progress import Progress
-from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key, load_pictures
+from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key
+from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.generate import generation_of
 from fbqat_hub.training.lora_check import PEFT_FILE
@@ -71,7 +72,7 @@ def train(
     only.
 
     Args:
-        pictures: folder of pictures with a ``metadata.jsonl`` (``file_name``, ``caption``).
+        pictures: folder of pictures with a ``metadata.jsonl`` (``file_name``, ``caption``) or a text file beside each.
         base: folder or Hub id of a packed (or float) pipeline; its recipe says the size of the pictures.
         output: new or empty folder; gets the adapter in diffusers' layout, or peft's where the pipeline has no adapter
             methods in diffusers, and a README.md.
@@ -88,7 +89,10 @@ def train(
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists and is not empty; give another --output.")
     if not pictures.is_dir():
-        raise FileNotFoundError(f"{pictures} is no folder; give one of pictures with captions in a metadata.jsonl.")
+        raise FileNotFoundError(
+            f"{pictures} is no folder; give one of pictures with captions, in a metadata.jsonl or in text files beside "
+            "them."
+        )
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"--learning-rate is {learning_rate}; it must be above 0, e.g. 1e-3.")
     place = checked_device(device)

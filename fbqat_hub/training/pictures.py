@@ -48,7 +48,7 @@ def picture_of(stored: Mapping[str, Any] | Image.Image, where: str) -> Image.Ima
     if stored is None or (stored["bytes"] is None and not stored["path"]):
         raise ValueError(f"{where} has no picture.")
     if stored["bytes"] is not None:
-        return read_rgb(stored["bytes"], _name(stored, where))
+        return read_rgb(stored["bytes"], name_of(stored, where))
     path = Path(stored["path"])
     if path.is_absolute():
         return read_rgb(path)
@@ -67,12 +67,13 @@ def training_picture(stored: Mapping[str, Any] | Image.Image, size: tuple[int, i
     picture = picture_of(stored, where)
     if min(picture.size) < _SMALLEST:
         raise ValueError(
-            f"{_name(stored, where)} has {picture.width} x {picture.height} pixels; a training picture has at least "
-            f"{_SMALLEST} on each side. Take it out of the data."
+            f"{name_of(stored, where)} has {picture.width} x {picture.height} pixels; a training picture has at least "
+            f"{_SMALLEST} on each side."
         )
     return ImageOps.fit(picture, size)
 
 
-def _name(stored: Mapping[str, Any] | Image.Image, where: str) -> str:
+def name_of(stored: Mapping[str, Any] | Image.Image, where: str) -> str:
+    """What to call a picture of a row in an error: its file, or ``where``."""
     path = None if isinstance(stored, Image.Image) else stored["path"]
     return f"{where} ({path})" if path and not Path(path).is_absolute() else path or where

@@ -16,6 +16,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
 from fbqat_hub.text import columns
 from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.costs import check_trains
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.distill import load_teacher
 from fbqat_hub.training.draws import Draws
@@ -153,8 +154,7 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
     Raises:
         ValueError: a method that does not train, or a teacher that is not a float pipeline of the recipe's family.
     """
-    if not recipe.steps:
-        raise ValueError(f"method {recipe.method} does not train, so there is nothing to plan; take e.g. fbqat.")
+    check_trains(recipe)
     accelerator = accelerator_of(recipe)
     check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)

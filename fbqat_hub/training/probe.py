@@ -6,7 +6,6 @@ would change is not in them.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import statistics
@@ -204,7 +203,6 @@ def relative_difference(losses: Sequence[float], reference: Sequence[float]) -> 
 
 def _picture_losses(student: nn.Module, teacher: nn.Module, split: CachedSplit, draws: Draws) -> list[float]:
     """The held-out loss of each picture: the mean of its draws."""
-    part = copy.copy(split)
-    part.captions = split.captions[:PICTURES]
+    part = split.first(PICTURES)
     losses = held_out_loss(student, teacher, part, draws, repeats=DRAWS)
     return [statistics.fmean(losses[picture :: len(part)]) for picture in range(len(part))]

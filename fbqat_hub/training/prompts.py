@@ -31,6 +31,7 @@ class HubPrompts:
         text: field of a row with the prompt.
         archive: zip of the pictures.
         picture: field of a row with its picture's file name; None where the row's name in the mapping is that.
+        rows: about how many there are.
         download: what the two files weigh.
     """
 
@@ -39,13 +40,14 @@ class HubPrompts:
     text: str
     archive: str
     picture: str | None
+    rows: int
     download: str
 
 
 PROMPT_SETS: dict[str, HubPrompts | None] = {
     "openmoji": None,  # of this package, without a download
     "mjhq-30k": HubPrompts(
-        "playgroundai/MJHQ-30K", "meta_data.json", "prompt", "mjhq30k_imgs.zip", None, "9 MB, pictures 3.6 GB"
+        "playgroundai/MJHQ-30K", "meta_data.json", "prompt", "mjhq30k_imgs.zip", None, 30_000, "9 MB, pictures 3.6 GB"
     ),
     "pixart-eval-30k": HubPrompts(
         "PixArt-alpha/PixArt-Eval30K",
@@ -53,6 +55,7 @@ PROMPT_SETS: dict[str, HubPrompts | None] = {
         "prompt",
         "pixart-eval30K.zip",
         "path",
+        30_000,
         "18 MB, pictures 48.5 GB",
     ),
     # the first of ten parts
@@ -62,6 +65,7 @@ PROMPT_SETS: dict[str, HubPrompts | None] = {
         "cogvlm_caption",
         "images/chunk_1/chunk_1.zip",
         "filename",
+        48_000,
         "87 MB, pictures 11.5 GB",
     ),
 }

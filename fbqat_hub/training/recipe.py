@@ -110,7 +110,8 @@ class Recipe:
         teacher: Hub id or folder of the full-precision pipeline.
         method: a key of ``METHODS``.
         dataset: {"path": "openmoji"}, {"path": "ye-pop"} or another set of ``training.prompts``, or arguments of
-            ``datasets.load_dataset`` with image_column, caption_column.
+            ``datasets.load_dataset`` with image_column, caption_column. ``skip``: the share of its pictures that may be
+            left out (default 0.01).
         generation: arguments of the pipeline call. Its height and width (512 if neither is said) are also those of the
             training pictures.
         prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.

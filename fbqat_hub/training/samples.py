@@ -21,7 +21,8 @@ from fbqat_hub.inputs import read_prompts, seeds
 from fbqat_hub.pictures import as_image, is_one_colour, read_picture
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.progress import Progress, each
-from fbqat_hub.training.cache import CachedSplit, cache_folder, cache_key, load_pictures
+from fbqat_hub.training.cache import CachedSplit, cache_folder, cache_key
+from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.pictures import picture_of
 from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
 from fbqat_hub.training.recipe import Recipe

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from fbqat_hub.families import FAMILIES, Family, component_configs, family_of, family_of_denoiser, get_family
+from fbqat_hub.families import FAMILIES, Family, component_configs, family_of, family_of_denoiser, get_family, sd3
 from fbqat_hub.families.base import logit_normal
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization.convert import quantizable
@@ -132,6 +132,21 @@ def test_layer_groups(model: str, family_and_pipeline) -> None:
     for patterns in needed[0 if model in FAMILIES else -2 :]:  # SD3.5-Large has no dual attention, say
         for pattern in patterns:
             assert any(fnmatchcase(name, pattern) for name in names), pattern
+
+
+@torch.no_grad()
+def test_shapes_are_known_before_anything_is_encoded(model: str, family_and_pipeline, monkeypatch) -> None:
+    """What a plan counts on, from configs alone."""
+    family, pipeline = family_and_pipeline
+    monkeypatch.setattr(sd3, "_CLIP_TOKENS", 16)  # of the tiny tokenizer
+    call, configs = call_of(model, pipeline), component_configs(pipeline)
+    encoded = family.encode_prompts(pipeline, ["red", "dark blue"], call)
+    shapes = family.conditioning_shapes(pipeline.transformer.config, call)
+    assert {name: (2, *shape) for name, shape in shapes.items()} == {
+        name: value.shape for name, value in encoded.items()
+    }
+    latents = family.encode_images(pipeline, random_pixels())
+    assert (2, *family.latent_shape(configs, (32, 32))) == latents.shape
 
 
 @torch.no_grad()

@@ -11,14 +11,17 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
 
-from fbqat_hub.families import get_family
+from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.families.sana import Sana
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training import cache
-from fbqat_hub.training.cache import build_cache, cache_key, load_pictures
+from fbqat_hub.training import cache, shards
+from fbqat_hub.training.cache import build_cache, cache_key
+from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.pictures import picture_of
-from tests.conftest import CALL, CAPTIONS
+from tests.conftest import CALL, CAPTIONS, TRAINED, call_of
 
 
 @pytest.fixture
@@ -41,6 +44,11 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lambda self, pipeline, pixels: [sizes.append(len(pixels)), encode(self, pipeline, pixels)][1],
     )
     return sizes
+
+
+def tensors_of(split: cache.CachedSplit, indices: Tensor) -> list[Tensor]:
+    latents, conditioning = split.batch(indices)
+    return [latents, *conditioning.values()]
 
 
 def test_splits_are_cut_from_train_and_share_nothing(data: datasets.DatasetDict) -> None:
@@ -74,28 +82,90 @@ def test_second_build_reads_from_disk(pipeline, data, tmp_path: Path, encoded: l
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_interrupted_build_goes_on(error, pipeline, data, tmp_path: Path, encoded, monkeypatch) -> None:
     """Stopped while the third of four shards is written: the two before it are kept, nothing half-written stays."""
-    monkeypatch.setattr(cache, "SHARD", 3)
+    monkeypatch.setattr(shards, "BATCH", 3)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     whole = build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path / "whole")
     encoded.clear()
-    write = cache.save_file
+    write = shards.save_file
 
-    def stopping(tensors: Any, path: Path) -> None:
-        if "000000006" in path.name:
+    def stopping(tensors: Any, path: Path, metadata: Any) -> None:
+        if "pictures-000000006" in path.name:
             path.write_bytes(b"half")
             raise error
-        write(tensors, path)
+        write(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "save_file", stopping)
+        patch.setattr(shards, "save_file", stopping)
         with pytest.raises(type(error)):
             build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path / "cut")
     kept = sorted(path.name for path in (tmp_path / "cut" / "train").iterdir())
-    assert kept == ["000000000.safetensors", "000000003.safetensors"]
+    assert kept == ["pictures-000000000.safetensors", "pictures-000000003.safetensors"]
     encoded.clear()
     resumed = build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path / "cut")
     assert sum(encoded) == 6  # rows 6 to 9, and one of each other split
     everything = torch.arange(10)
-    assert torch.equal(resumed["train"].batch(everything)[0], whole["train"].batch(everything)[0])
+    of_resumed, of_whole = (tensors_of(splits["train"], everything) for splits in (resumed, whole))
+    assert all(map(torch.equal, of_resumed, of_whole))
+
+
+def test_a_caption_is_encoded_and_kept_once(pipeline, pictures: Path, fbqat_cache: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "twice")
+    captions = ["red", "red", "blue"] * 4
+    rows = [{"file_name": f"{index}.png", "caption": caption} for index, caption in enumerate(captions)]
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load_pictures({"path": str(folder), "cache_dir": str(fbqat_cache / "datasets")}, 32)
+    split = build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path / "encoded")["train"]
+    with safe_open(tmp_path / "encoded" / "train" / "captions-000000000.safetensors", "pt") as file:
+        assert file.get_tensor("encoder_attention_mask").shape[0] == 2
+    _, conditioning = split.batch(torch.arange(10))
+    for index, caption in enumerate(split.captions):
+        expected = get_family("sana").encode_prompts(pipeline, [caption], CALL)["encoder_hidden_states"][0]
+        assert torch.allclose(conditioning["encoder_hidden_states"][index], expected, atol=1e-6), caption
+
+
+@pytest.mark.parametrize("name", [*TRAINED, *(name for name in FAMILIES if name not in TRAINED)])
+@torch.no_grad()
+def test_half_precision_keeps_half_and_no_padding(name: str, teacher_of: Any, data: Any, tmp_path: Path) -> None:
+    """Latents and the rows of the text as bf16 rounds them, masks as they are; padded with zeros again."""
+    family, pipeline = get_family(name), load_pipeline(teacher_of(name))
+    pipeline.set_progress_bar_config(disable=True)
+    call = call_of(name, pipeline)
+    full, half = (
+        build_cache(pipeline, family, data, (32, 32), call, tmp_path / str(dtype), dtype=dtype)["train"]
+        for dtype in (None, torch.bfloat16)
+    )
+    some = torch.tensor([3, 0, 9])
+    (latents, exact), (rounded, compact) = full.batch(some), half.batch(some)
+    assert torch.equal(rounded, latents.bfloat16().float())
+    assert exact.keys() == compact.keys()
+    text, mask = exact.pop("encoder_hidden_states"), next((v for k, v in exact.items() if k.endswith("_mask")), None)
+    seen = torch.ones(text.shape[:2]) if mask is None else mask
+    assert torch.equal(compact.pop("encoder_hidden_states"), text.bfloat16().float() * seen.bool()[..., None])
+    for key, value in exact.items():
+        wanted = value.bfloat16().float() if key == "pooled_projections" else value
+        assert torch.equal(compact[key], wanted), key
+    if mask is not None:
+        with safe_open(tmp_path / "torch.bfloat16" / "train" / "captions-000000000.safetensors", "pt") as file:
+            assert file.get_tensor("encoder_hidden_states").shape[0] < mask.numel() / mask.shape[0] * 10
+
+
+def test_full_precision_keeps_what_was_computed(pipeline, data, tmp_path: Path, monkeypatch) -> None:
+    """To the bit, what lies behind the mask included: results of a run do not change."""
+    made, encode = [], Sana.encode_prompts
+    monkeypatch.setattr(Sana, "encode_prompts", lambda *args: [made.append(encode(*args)), made[-1]][1])
+    split = build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path)["train"]
+    _, conditioning = split.batch(torch.arange(10))
+    assert (made[0]["encoder_attention_mask"] == 0).any()
+    for name, value in made[0].items():
+        assert torch.equal(conditioning[name], value), name
+        assert conditioning[name].dtype == value.dtype
+
+
+def test_a_cache_of_other_data_is_refused(pipeline, data, tmp_path: Path) -> None:
+    build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path)
+    data["train"] = data["train"].map(lambda row: {"caption": row["caption"] + " square"}, keep_in_memory=True)
+    with pytest.raises(ValueError, match="train was encoded from other data under the same name; delete it"):
+        build_cache(pipeline, get_family("sana"), data, (32, 32), CALL, tmp_path)
 
 
 def test_picture_that_is_not_square_is_cut_not_squeezed(pipeline, tmp_path: Path, monkeypatch) -> None:
@@ -118,6 +188,7 @@ def test_key_depends_on_all_that_is_encoded(tiny_sana: Path, pictures: Path, tmp
     given: dict[str, Any] = {"teacher": str(teacher), "dataset": dataset, "size": (32, 32), "generation": CALL}
     key = cache_key(**given)
     assert key == cache_key(**given)
+    assert key == cache_key(**given | {"dataset": {**dataset, "skip": 0.5}})  # nothing that was encoded is lost
     others = [
         cache_key(**{**given, change: value})
         for change, value in (
@@ -125,6 +196,7 @@ def test_key_depends_on_all_that_is_encoded(tiny_sana: Path, pictures: Path, tmp
             ("dataset", {"path": "openmoji"}),
             ("size", 64),
             ("generation", {**CALL, "max_sequence_length": 9}),
+            ("dtype", torch.bfloat16),
         )
     ]
     with (images / "train" / "metadata.jsonl").open("a") as file:
@@ -132,7 +204,7 @@ def test_key_depends_on_all_that_is_encoded(tiny_sana: Path, pictures: Path, tmp
     others.append(cache_key(**given))
     (teacher / "tokenizer" / "tokenizer.json").write_text("{}")
     others.append(cache_key(**given))
-    assert len({key, *others}) == 7
+    assert len({key, *others}) == 8
 
 
 @pytest.mark.parametrize(

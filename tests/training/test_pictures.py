@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from PIL import Image
 from fbqat_hub.families import get_family
 from fbqat_hub.families.sana import Sana
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training.cache import build_cache, load_pictures
+from fbqat_hub.training.cache import build_cache
+from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.pictures import picture_of, training_picture, undecoded
 from tests.conftest import CALL
 
@@ -68,6 +71,81 @@ def test_a_damaged_picture_is_named(mixed: Path, tiny_sana: Path, tmp_path: Path
     family, pipeline = get_family("sana"), load_pipeline(tiny_sana, torch.float32)
     with pytest.raises(ValueError, match=r"train/deep\.png cannot be read as a picture"):
         build_cache(pipeline, family, rows, (32, 32), CALL, tmp_path / "encoded")
+
+
+def test_what_cannot_be_used_is_left_out_and_listed(mixed: Path, tiny_sana: Path, tmp_path: Path, capsys) -> None:
+    """A damaged picture, a tiny one and one without a caption, of 40; the others are learned with their captions."""
+    folder = mixed / "train"
+    for number in range(3, 40):
+        Image.new("RGB", (32, 32), (6 * number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:50])
+    Image.new("RGB", (40, 8)).save(folder / "7.png")
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in (".png", ".jpg"))
+    rows = [{"file_name": name, "caption": " " if name == "9.png" else name} for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for split in ("validation", "test"):
+        (mixed / split).mkdir()
+        Image.new("RGB", (32, 32)).save(mixed / split / "0.png")
+        (mixed / split / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "caption": "black"}))
+    data, encoded = loaded(mixed, tmp_path), tmp_path / "encoded"
+    family, pipeline = get_family("sana"), load_pipeline(tiny_sana, torch.float32)
+    with pytest.raises(ValueError, match=r"3 of the 43 pictures of train cannot be used; dataset.skip is 0.05"):
+        build_cache(pipeline, family, data, (32, 32), CALL, encoded, skip=0.05)
+    for given in (pipeline, None):  # the second time nothing is encoded
+        split = build_cache(given, family, data, (32, 32), CALL, encoded, skip=0.1)["train"]
+        assert "3 of 43 pictures of train are left out" in capsys.readouterr().err
+        assert split.captions == [name for name in names if name not in ("5.png", "7.png", "9.png")]
+    said = (encoded / "train" / "left-out.txt").read_text().splitlines()
+    assert [line.partition(".png ")[2].partition(" (")[0] for line in said] == [
+        "cannot be read as a picture", "has 40 x 8 pixels; a training picture has at least 16 on each side.",
+        "has no caption.",
+    ]  # fmt: skip
+    latents, _ = split.batch(torch.arange(len(split)))
+    row = split.captions.index("20.png")
+    alone = torch.tensor([6 * 20, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
+    with torch.no_grad():
+        assert torch.allclose(latents[row], family.encode_images(pipeline, alone)[0], atol=1e-5)
+
+
+def test_captions_may_lie_in_text_files_beside_the_pictures(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "beside"
+    for split, name in (("", "a"), ("", "b"), ("deep", "c"), ("validation", "d"), ("test", "e")):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), "blue").save(folder / split / f"{name}.png")
+        (folder / split / f"{name}.txt").write_text(f"\ufeffpicture\n {name} \n", encoding="utf-8")
+    Image.new("RGB", (32, 32)).save(folder / "f.jpg")
+    monkeypatch.chdir(tmp_path)
+    for dataset in ({"path": str(folder)}, {"path": "beside"}, {"path": "imagefolder", "data_dir": str(folder)}):
+        data = load_pictures(dataset, 32)
+        captions = {split: list(rows["caption"]) for split, rows in data.items()}
+        assert captions == {
+            "train": ["picture a", "picture b", "picture c", ""], "validation": ["picture d"], "test": ["picture e"],
+        }  # fmt: skip
+        assert picture_of(data["train"][2]["image"], "c").getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_webdataset_shards_are_read(tmp_path: Path, tiny_sana: Path) -> None:
+    """Two tar files of pictures and texts by one name each; a damaged picture is named by it."""
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(10 * shard, 10 * shard + 10):
+                content = io.BytesIO()
+                Image.new("RGB", (32, 32), (10 * number, 0, 0)).save(content, "JPEG")
+                picture = content.getvalue()[: 100 if number == 13 else None]
+                for ending, data in (("jpg", picture), ("txt", f"level {number}".encode())):
+                    entry = tarfile.TarInfo(f"{number:03d}.{ending}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    dataset = {"path": "webdataset", "data_files": str(tmp_path / "*.tar"), "cache_dir": str(tmp_path / "cache")}
+    rows = load_pictures(dataset, 32)
+    assert sorted(caption for split in rows.values() for caption in split["caption"]) == sorted(
+        f"level {number}" for number in range(20)
+    )
+    family, pipeline = get_family("sana"), load_pipeline(tiny_sana, torch.float32)
+    splits = build_cache(pipeline, family, rows, (32, 32), CALL, tmp_path / "encoded", skip=0.1)
+    assert "level 13" not in splits["train"].captions
+    said = (tmp_path / "encoded" / "train" / "left-out.txt").read_text()
+    assert re.match(r"training data, train, row \d+ \(.*013\.jpg\) cannot be read as a picture", said)
 
 
 def test_pictures_inside_a_table_are_named_by_their_row() -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fbqat_hub.training import prompts
-from fbqat_hub.training.cache import load_pictures
+from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.dataset import check_dataset
 from fbqat_hub.training.pictures import picture_of
 from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts

@@ -1,0 +1,326 @@
+"""What a run costs, from its recipe and its teacher's configs alone: parameters, memory, disk, steps and hours."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fbqat_hub.components import quiet
+from fbqat_hub.families import get_family
+from fbqat_hub.files import shipped
+from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
+from fbqat_hub.text import columns
+from fbqat_hub.training.bases import Configs, build, configs_of, parameters
+from fbqat_hub.training.captioned import pictures_in
+from fbqat_hub.training.dataset import folder_of
+from fbqat_hub.training.footprint import StepMemory, fake_student, step_memory
+from fbqat_hub.training.prompts import PROMPT_SETS
+from fbqat_hub.training.recipe import Recipe, load_recipe
+
+# Two checkpoints are kept while the third is written.
+_CHECKPOINTS = 3
+# Of a GPU's memory, for the driver's context and what the allocator loses.
+RESERVE = 2**30
+_HALF = 2
+# What makes a step smaller, the least harmful first; None is the largest that fits.
+_CHANGES: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": True},
+    {"mixed_precision": "bf16"},
+    {"batch_size": None},
+    {"train_layers": "attention", "batch_size": 1},
+)
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """``count`` GPUs of ``bytes`` memory each."""
+
+    count: int
+    bytes: int
+
+    @classmethod
+    def parse(cls, text: str) -> Gpus:
+        """
+        >>> Gpus.parse("8x80GB")
+        Gpus(count=8, bytes=85899345920)
+        """
+        found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})GB", text, re.IGNORECASE)
+        if not found:
+            raise ValueError(f"{text!r} is not a number of GPUs and the memory of each; write e.g. 1x24GB or 8x80GB.")
+        return cls(int(found[1]), int(found[2]) * 2**30)
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.bytes >> 30}GB"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a run of ``recipe``.
+
+    Attributes:
+        parameters: component -> number.
+        memory: of a step, on each device.
+        memory_of_one: the same with a batch of one.
+        pictures: of the data; None where they cannot be counted without loading them.
+        embeddings, latents: bytes on disk of a picture, the embeddings at most.
+        output: bytes of the finished pipeline.
+    """
+
+    recipe: Recipe
+    parameters: Mapping[str, int]
+    memory: StepMemory
+    memory_of_one: StepMemory
+    pictures: int | None
+    embeddings: int
+    latents: int
+    output: int
+
+    @property
+    def encoding(self) -> int:
+        """Bytes of the whole pipeline in float32, which is on the device while the data is encoded."""
+        return 4 * sum(self.parameters.values())
+
+    @property
+    def download(self) -> int:
+        """Bytes of the teacher, stored in half precision."""
+        return _HALF * sum(self.parameters.values())
+
+    @property
+    def checkpoints(self) -> int:
+        """Bytes of all that are there at once."""
+        one = self.memory.student + self.memory.frozen + self.memory.optimizer
+        return _CHECKPOINTS * one if 0 < self.recipe.save_every < self.recipe.steps else 0
+
+    def largest_batch(self, budget: int) -> int:
+        """The largest batch, a power of two of at most the recipe's, whose step takes at most so many bytes; or 0."""
+        size = self.recipe.batch_size
+        each = (self.memory.peak - self.memory_of_one.peak) / max(1, size - 1)
+        if self.memory_of_one.peak > budget:
+            return 0
+        fits = size if not each else min(size, 1 + int((budget - self.memory_of_one.peak) / each))
+        return size if fits >= size else int(2 ** math.floor(math.log2(fits)))
+
+
+def costs(recipe: Recipe) -> Costs:
+    """What a run costs; no weights are needed, and of a teacher on the Hub only its configs.
+
+    Raises:
+        ValueError: a method that does not train.
+        HubError: a teacher that is not known here and cannot be looked up.
+    """
+    check_trains(recipe)
+    configs, counts = configs_of(recipe.teacher), parameters(recipe.teacher)
+    embeddings, latents = cached_bytes(recipe, configs)
+    others = sum(count for name, count in counts.items() if name != "transformer")
+    return Costs(
+        recipe=recipe,
+        parameters=counts,
+        memory=step_memory(recipe, configs),
+        memory_of_one=step_memory(recipe, configs, 1),
+        pictures=_pictures(recipe.dataset),
+        embeddings=embeddings,
+        latents=latents,
+        output=_packed(recipe, configs) + _HALF * others,
+    )
+
+
+def cached_bytes(recipe: Recipe, configs: Configs) -> tuple[int, int]:
+    """What the cache keeps of a caption, at most, and of a picture."""
+    family = get_family(recipe.family)
+    with torch.device("meta"), quiet():
+        whole = {name: build(configs[name]).config for name in ("transformer", "vae")}
+    shapes = family.conditioning_shapes(whole["transformer"], recipe.generation).values()
+    width = _HALF if _is_half(recipe) else 4
+    return width * sum(map(math.prod, shapes)), width * math.prod(family.latent_shape(whole, recipe.size))
+
+
+def check_trains(recipe: Recipe) -> None:
+    """Refuse a recipe whose method only quantizes."""
+    if not recipe.steps:
+        raise ValueError(f"method {recipe.method} does not train, so there is nothing to plan; take e.g. fbqat.")
+
+
+def advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
+    """Changes of the recipe, each with those before it, until it fits or none is left.
+
+    Returns:
+        Of each, KEY=VALUE as ``--set`` takes it, and what the run costs with it.
+    """
+    budget, tried = _budget(gpus), []
+    if found.encoding > budget:
+        return []
+    for change in _CHANGES:
+        if on_device(found, gpus) <= budget:
+            break
+        if change == {"batch_size": None}:
+            change = {"batch_size": found.largest_batch(budget - _buckets(found, gpus))}
+        is_news = any(getattr(found.recipe, name) != value for name, value in change.items())
+        if not is_news or change.get("batch_size") == 0 or ("mixed_precision" in change and _is_half(found.recipe)):
+            continue
+        found = costs(replace(found.recipe, **change))
+        tried.append((" ".join(f"{name}={_yaml(value)}" for name, value in change.items()), found))
+    return tried
+
+
+def on_device(found: Costs, gpus: Gpus) -> int:
+    """Bytes on each GPU, at the worst moment."""
+    return max(found.memory.peak + _buckets(found, gpus), found.encoding)
+
+
+def fits_at_all(found: Costs, gpus: Gpus) -> bool:
+    """With a batch of one."""
+    return max(found.memory_of_one.peak + _buckets(found, gpus), found.encoding) <= _budget(gpus)
+
+
+def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> str:
+    """The costs to read, with what fits and which setting to change."""
+    recipe, memory = found.recipe, found.memory
+    total = sum(found.parameters.values())
+    numbers = [(name, f"{count / 1e6:,.1f} M") for name, count in found.parameters.items()]
+    of_memory = [
+        ("teacher, float32", memory.teacher),
+        ("student, masters in float32", memory.student),
+        ("student, what is not trained", memory.frozen),
+        ("Adam's moments", memory.optimizer),
+        ("gradients at the peak", memory.gradients),
+        ("activations at the peak", memory.activations),
+    ]
+    if gpus and gpus.count > 1:
+        of_memory.append(("buckets of gradients, several GPUs", _buckets(found, gpus)))
+    step = sum(size for _, size in of_memory)
+    lines = [
+        f"{recipe.name}: {recipe.teacher}, {total / 1e6:,.1f} million parameters, of which "
+        f"{memory.trained / 1e6:,.1f} million are trained (train_layers: {recipe.train_layers})",
+        columns(numbers, numbers_from=1),
+        "",
+        f"Memory of each device, a batch of {recipe.batch_size} at {recipe.size[0]} x {recipe.size[1]}:",
+        columns([(name, gib(size)) for name, size in of_memory], numbers_from=1),
+        columns(
+            [("a training step", gib(step)), ("the whole pipeline in float32, while encoding", gib(found.encoding))],
+            numbers_from=1,
+        ),
+        "Computed from shapes; the driver's context and what an allocator loses (about 1 GiB) are not in it.",
+        "",
+        "Disk:",
+        columns(_disk(found), numbers_from=1),
+        "",
+        *_time(found, seconds_per_step),
+    ]
+    return "\n".join(lines + (["", *_fit(found, gpus)] if gpus else []))
+
+
+def _disk(found: Costs) -> list[tuple[str, str]]:
+    recipe, rows = found.recipe, [("the teacher, in half precision", gb(found.download))]
+    source = PROMPT_SETS.get(str(recipe.dataset["path"]))
+    if source:
+        rows.append((f"the data set {recipe.dataset['path']}", source.download))
+    if found.pictures is None:
+        rows.append(("embeddings of a caption, at most", f"{found.embeddings / 1e3:,.1f} kB"))
+        rows.append(("latents of a picture", f"{found.latents / 1e3:,.1f} kB"))
+    else:
+        rows.append((f"embeddings of {found.pictures:,} captions, at most", gb(found.pictures * found.embeddings)))
+        rows.append((f"latents of {found.pictures:,} pictures", gb(found.pictures * found.latents)))
+    return [*rows, ("checkpoints", gb(found.checkpoints)), ("the quantized pipeline", gb(found.output))]
+
+
+def _time(found: Costs, seconds: float | None) -> list[str]:
+    recipe = found.recipe
+    if seconds is not None:
+        took = datetime.timedelta(seconds=round(seconds * recipe.steps))
+        return [f"Time: {recipe.steps} steps of {seconds:g} s are {took}, without encoding and validation."]
+    lines = [f"Time: {recipe.steps} steps of {recipe.batch_size}; give --seconds-per-step for the hours."]
+    for row in _measured_steps(found):
+        hours = row["seconds_per_step"] * recipe.batch_size * recipe.steps / 3600
+        lines.append(
+            f"Measured: {row['seconds_per_step']:g} s for a step of one sample on {row['machine']['cpu']}, "
+            f"{row['threads']} thread, {row['date'][:10]}, gradient_checkpointing="
+            f"{_yaml(row['gradient_checkpointing'])}; all samples of the run at that pace are {hours:,.0f} hours."
+        )
+    return lines
+
+
+def _measured_steps(found: Costs) -> list[dict[str, Any]]:
+    """Rows of benchmarks/results/training.json that are of this teacher, whole, at this size."""
+    rows: list[dict[str, Any]] = json.loads(shipped("benchmarks/results/training.json").read_text(encoding="utf-8"))
+    like = [
+        row for row in rows if (row["bytes"]["trained"], row["size"]) == (found.memory.trained, [*found.recipe.size])
+    ]
+    return [row for row in like if load_recipe(row["recipe"]).teacher == found.recipe.teacher]
+
+
+def _fit(found: Costs, gpus: Gpus) -> list[str]:
+    budget = _budget(gpus)
+    needs = on_device(found, gpus)
+    said = f"it needs {gib(needs)}; {gib(budget)} are there ({gib(gpus.bytes)} less 1 GiB)."
+    if needs <= budget:
+        return [f"{gpus}: it fits. On each, {said}"]
+    lines = [f"{gpus}: it does not fit. On each, {said}"]
+    tried = advice(found, gpus)
+    lines += [f"  --set {change}: {gib(on_device(after, gpus))}" for change, after in tried]
+    last = tried[-1][1] if tried else found
+    if on_device(last, gpus) <= budget:
+        return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
+    if last.encoding > budget:
+        lines.append(f"The whole pipeline takes {gib(last.encoding)} in float32 while the data is encoded.")
+    return [
+        *lines,
+        "No setting of a recipe makes it fit: more GPUs do not help, for each holds the whole model. Without training:",
+        f"  fbqat convert {found.recipe.teacher} --output {found.recipe.name}",
+    ]
+
+
+def _budget(gpus: Gpus) -> int:
+    return gpus.bytes - RESERVE
+
+
+def _buckets(found: Costs, gpus: Gpus) -> int:
+    """DistributedDataParallel copies gradients into buckets."""
+    return found.memory.student if gpus.count > 1 else 0
+
+
+def _pictures(dataset: Mapping[str, Any]) -> int | None:
+    source = PROMPT_SETS.get(str(dataset["path"]))
+    if source:
+        return min(source.rows, int(dataset.get("count") or source.rows))
+    folder: Path | None = folder_of(dataset)
+    return len(pictures_in(folder)) if folder else None
+
+
+def _packed(recipe: Recipe, configs: Configs) -> int:
+    """Bytes of the packed denoiser: codes of 4 or 8 bits, fp32 scales and biases, the rest in float32."""
+    bits = recipe.quantization.average_bits or (4 if recipe.quantization.weight_bits <= 4 else 8)
+    with FakeTensorMode():
+        student = fake_student(recipe, configs)
+        layers = [layer for _, layer in named_layers(student, FakeQuantizedLinear)]
+        weights = {id(layer.weight): layer.weight.numel() for layer in layers}
+        scales = sum(layer.current_clip().numel() for layer in layers)
+        clips = sum(parameter.numel() for layer in layers for parameter in layer.clip.parameters())
+        rest = sum(each.numel() for each in student.parameters()) - sum(weights.values()) - clips
+    return int(sum(weights.values()) * bits / 8) + 4 * (scales + rest)
+
+
+def _is_half(recipe: Recipe) -> bool:
+    return recipe.mixed_precision != "no"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def gib(size: float) -> str:
+    """Memory, in powers of two."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"
+
+
+def gb(size: float) -> str:
+    """Disk, in powers of ten."""
+    return f"{size / 1e9:,.1f} GB" if size >= 5e8 else f"{size / 1e6:,.1f} MB"

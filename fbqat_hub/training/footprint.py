@@ -1,0 +1,181 @@
+"""Memory of a training step from configs alone: the step is run on tensors that have shapes and no numbers.
+
+torch's fake tensors go through the same operators, autocast and checkpointing as real ones; every storage counts from
+the operator that makes it until it is freed. What an operator takes for itself is not seen, nor what an
+allocator loses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fbqat_hub.families import get_family
+from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, prepare
+from fbqat_hub.quantization.clip import CLIPS
+from fbqat_hub.quantization.convert import matches
+from fbqat_hub.training.bases import Configs, build
+from fbqat_hub.training.loop import optimizer_of
+from fbqat_hub.training.loss import mean_squared
+from fbqat_hub.training.recipe import Recipe
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes at the moment of a step at which most is in use, from the second step on.
+
+    Attributes:
+        teacher: its weights.
+        student: what is trained, in float32, with the scales.
+        frozen: the student's own copy of what is not trained.
+        gradients: those that are there at that moment.
+        optimizer: Adam's two moments.
+        activations: of teacher and student, what autograd keeps and what operators leave on the way, and the batch.
+        trained: how many numbers are trained.
+    """
+
+    teacher: int
+    student: int
+    frozen: int
+    gradients: int
+    optimizer: int
+    activations: int
+    trained: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return sum(value for name, value in dataclasses.asdict(self).items() if name != "trained")
+
+
+def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None) -> StepMemory:
+    """What a step of the recipe takes on one device.
+
+    Args:
+        configs: of the teacher's models, "transformer" and "vae" among them.
+        batch_size: instead of the recipe's.
+    """
+    family = get_family(recipe.family)
+    inputs = denoiser_arguments(recipe, configs, batch_size or recipe.batch_size)
+    with FakeTensorMode() as fake, _Storages() as storages:
+        teacher = build(configs["transformer"]).eval().requires_grad_(False)
+        of_teacher = storages.bytes
+        student = fake_student(recipe, configs).train()
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        optimizer = optimizer_of(recipe, student)
+        weights, trained_bytes = storages.bytes, sum(parameter.nbytes for parameter in trained)
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(storages.gradient)
+        precision = _AUTOCAST.get(recipe.mixed_precision)
+        storages.peak = storages.gradients_at_peak = 0
+        inputs = tree_map(lambda value: fake.from_tensor(value).clone() if isinstance(value, Tensor) else value, inputs)
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            with torch.no_grad():
+                target = family.prediction(teacher(**inputs, return_dict=False)[0])
+            made = family.prediction(student(**inputs, return_dict=False)[0])
+        mean_squared(made.float(), target.float(), None).backward()
+        peak, gradients, before = storages.peak, storages.gradients_at_peak, storages.bytes
+        optimizer.step()  # in place, and the moments stay
+        moments = storages.bytes - before
+    return StepMemory(
+        teacher=of_teacher,
+        student=trained_bytes,
+        frozen=weights - of_teacher - trained_bytes,
+        gradients=gradients,
+        optimizer=moments,
+        activations=peak - weights - gradients,
+        trained=sum(parameter.numel() for parameter in trained),
+    )
+
+
+def fake_student(recipe: Recipe, configs: Configs) -> Any:
+    """As `prepare_student` makes it, but for the numbers: no clip is searched."""
+    config, family = recipe.config(), get_family(recipe.family)
+    student = build(configs["transformer"]).requires_grad_(False)
+    prepare(
+        student,
+        replace(config.weight_scheme(), clip="max_abs"),
+        config.activation_scheme(),
+        not_convert=config.modules_to_not_convert,
+        overrides=config.module_overrides,
+    )
+    if recipe.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    patterns = family.layer_groups[recipe.train_layers]
+    for name, layer in named_layers(student, FakeQuantizedLinear):
+        layer.clip = CLIPS[recipe.quantization.weight_clip](layer.grouped_weight())
+        layer.weight_scheme, layer.rounding = config.weight_scheme(), recipe.rounding_at(0.0)
+        if layer.activation_scheme.range == "static":
+            layer.set_input_range(1.0, 0)
+        layer.requires_grad_(matches(name, patterns))
+    return student
+
+
+def denoiser_arguments(recipe: Recipe, configs: Configs, batch_size: int) -> dict[str, Any]:
+    """Arguments of the denoiser's forward in a step of the recipe: zeros, which take no memory where they are repeated.
+
+    Args:
+        configs: of the teacher's models, "transformer" and "vae" among them.
+    """
+    family = get_family(recipe.family)
+    with torch.device("meta"):
+        whole: Mapping[str, Any] = {name: build(configs[name]).config for name in ("transformer", "vae")}
+    latents = _zeros((batch_size, *family.latent_shape(whole, recipe.size)))
+    shapes = family.conditioning_shapes(whole["transformer"], recipe.generation)
+    conditioning = {
+        name: torch.ones(batch_size, *shape, dtype=torch.long)
+        if name.endswith("_mask")
+        else _zeros((batch_size, *shape))
+        for name, shape in shapes.items()
+    }
+    conditioning |= family.picture_conditioning(latents)
+    return family.denoiser_inputs(latents, torch.ones(batch_size), conditioning)
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(1).expand(shape)
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = self.gradients = self.gradients_at_peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def gradient(self, parameter: nn.Parameter) -> None:
+        """A hook: the parameter's gradient is whole."""
+        self.gradients += parameter.nbytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in tree_leaves(made):
+            if isinstance(value, Tensor):
+                self._see(value.untyped_storage())
+        return made
+
+    def _see(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            self.bytes -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        if self.bytes > self.peak:
+            self.peak, self.gradients_at_peak = self.bytes, self.gradients

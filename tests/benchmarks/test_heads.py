@@ -1,0 +1,29 @@
+"""The heads of recipes say what is computed."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.heads import REAL, head
+from fbqat_hub.training.bases import configs_of
+from fbqat_hub.training.costs import cached_bytes, costs, gb
+from fbqat_hub.training.recipe import RECIPES, load_recipe
+
+
+def _text(name: str) -> str:
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_a_head_says_what_a_run_costs(name: str) -> None:
+    assert head(name, costs(load_recipe(name))) in _text(name)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_head_says_costs_of_its_own(name: str) -> None:
+    """What is computed at once: the disk that latents and embeddings take."""
+    recipe, text = load_recipe(name), _text(name)
+    assert f"# Costs, by `fbqat plan {name}`:\n#   memory of each device: " in text
+    embeddings, latents = (48_000 * size for size in cached_bytes(recipe, configs_of(recipe.teacher)))
+    assert f"embeddings at most {gb(embeddings)}, latents {gb(latents)}," in text

@@ -1,0 +1,83 @@
+"""What a run costs before it is paid for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fbqat_hub.training import costs as module
+from fbqat_hub.training.costs import RESERVE, Gpus, advice, costs, on_device, report
+from fbqat_hub.training.recipe import Recipe, load_recipe
+
+
+@pytest.fixture(scope="module")
+def sana() -> module.Costs:
+    return costs(load_recipe("sana-600m", gradient_checkpointing=False))
+
+
+def test_disk_is_computed(sana: module.Costs) -> None:
+    assert sana.embeddings == (300 * 2304 + 300) * 2  # bf16, and a mask
+    assert sana.latents == 32 * 16 * 16 * 2
+    assert sana.pictures == 48_000
+    assert sana.download == pytest.approx(2 * (2.614e9 + 0.312e9 + 0.592e9), rel=1e-3)
+    # 4 bits a weight, and what is not quantized or packed in float32
+    assert sana.output == pytest.approx(0.59e9 * 0.5 + 2 * 2.927e9, rel=0.05)
+    weights = sana.memory.student + sana.memory.frozen
+    assert sana.checkpoints == 3 * (weights + sana.memory.optimizer)
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, Any]) -> None:
+    """Settings that there are, one after the other; what it says fits, fits."""
+    found = costs(Recipe(**recipe_fields | {"batch_size": 32, "mixed_precision": "bf16"}))
+    gpus = Gpus(1, RESERVE + (found.memory_of_one.peak + found.memory.peak) // 3)
+    tried = advice(found, gpus)
+    assert tried[0][0] == "gradient_checkpointing=true"
+    assert re.fullmatch(r"batch_size=\d+", tried[-1][0])
+    assert on_device(found, gpus) > gpus.bytes - RESERVE >= on_device(tried[-1][1], gpus)
+    text = report(found, gpus, None)
+    assert "it does not fit. On each, it needs" in text
+    assert "\n  --set gradient_checkpointing=true: " in text
+    assert text.endswith("it fits.")
+    assert "it fits. On each, it needs" in report(tried[-1][1], gpus, None)
+
+
+def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
+    found = costs(Recipe(**recipe_fields))
+    text = report(found, Gpus(8, RESERVE + found.memory.teacher), None)
+    assert "\nNo setting of a recipe makes it fit" in text
+    assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
+
+
+def test_several_gpus_need_buckets_each(sana: module.Costs) -> None:
+    one, eight = (on_device(sana, Gpus.parse(text)) for text in ("1x80GB", "8x80GB"))
+    assert eight - one == sana.memory.student
+
+
+def test_hours_are_those_of_the_given_pace_or_of_a_measured_one(sana: module.Costs) -> None:
+    assert "8900 steps of 2 s are 4:56:40" in report(sana, None, 2.0)
+    text = report(sana, None, None)
+    assert "give --seconds-per-step" in text
+    assert "Measured: " in text
+    other = replace(sana, recipe=replace(sana.recipe, generation={**sana.recipe.generation, "height": 1024}))
+    assert "Measured: " not in report(other, None, None)  # another size was not
+
+
+def test_the_batch_that_fits_is_a_power_of_two(sana: module.Costs) -> None:
+    small, whole = sana.memory_of_one.peak, sana.memory.peak
+    assert sana.largest_batch(whole) == 128
+    assert sana.largest_batch(small - 1) == 0
+    assert sana.largest_batch((small + whole) // 2) in (32, 64)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "24GB", "1x24", "0x24GB", "1x0GB", "1 x 24GB"])
+def test_gpus_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"write e\.g\. 1x24GB or 8x80GB"):
+        Gpus.parse(text)
+
+
+def test_a_method_that_does_not_train_is_refused(recipe_fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="method ptq-mse does not train"):
+        costs(Recipe(**recipe_fields | {"method": "ptq-mse", "steps": 0}))
