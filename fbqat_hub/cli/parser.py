@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   fbqat train my-recipe.yaml --output runs/mine --resume
   fbqat plan my-recipe.yaml --output runs/plan        widths, layers, time and memory, before the run is paid for
   fbqat convert my-finetune/ --output mine-w4a8       quantize without training
+  fbqat convert my-finetune/ --output small --text-encoders w8a8      and its text encoders
   fbqat generate runs/tiny "red heart" --output heart.png
   fbqat evaluate runs/tiny && fbqat card runs/tiny
   fbqat compare runs/tiny runs/other --output compared
@@ -109,6 +110,11 @@ def _convert(commands: Any) -> None:
         type=float,
         metavar="BITS",
         help="8 bits for the layers whose weights lose most, so many bits a weight on average, e.g. 4.5 (default: 4)",
+    )
+    sub.add_argument(
+        "--text-encoders",
+        choices=("w8a8", "w8", "w4a8", "w4"),
+        help="quantize these too: bits of weights and of activations, float without a8 (default: copied as they are)",
     )
     sub.add_argument("--variant", help="of the weight files, e.g. fp16 for *.fp16.safetensors (default: those without)")
     sub.add_argument(

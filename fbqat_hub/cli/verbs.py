@@ -49,7 +49,9 @@ def convert(options: argparse.Namespace) -> None:
     settings = {"weight_clip": options.clip, "modules_to_not_convert": options.leave}
     if options.average_bits is not None:
         settings["average_bits"] = options.average_bits
-    output = convert_pipeline(options.pipeline, options.output, settings, options.variant)
+    output = convert_pipeline(
+        options.pipeline, options.output, settings, options.variant, text_encoders=options.text_encoders
+    )
     print(
         f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "
         f"fbqat evaluate {shlex.quote(str(output))} --prompts mjhq-30k --images 1000"

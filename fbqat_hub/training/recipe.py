@@ -105,6 +105,8 @@ class Recipe:
             denoiser is kept in ``stages/w8`` and so on.
         evaluation: see `Evaluation`.
         calibration: see `Calibration`.
+        text_encoders: "w8a8", "w8", "w4a8" or "w4": bits of weights and activations (float without "a8") that the
+            pipeline's text encoders are saved with; None copies the teacher's, which training uses in any case.
         quantization: what is stored; only its clip is the method's. See `Quantization`.
 
     What the method decides, unless the recipe says otherwise (see `fbqat_hub.training.method`):
@@ -143,6 +145,9 @@ class Recipe:
     ] = field(default_factory=list)
     evaluation: Evaluation = Evaluation()
     calibration: Calibration = Calibration()
+    text_encoders: Annotated[
+        Literal["w8a8", "w8", "w4a8", "w4"] | None, Field(description="w8a8, w8, w4a8, w4 or null")
+    ] = None
     quantization: Quantization
     initialization: Initialization
     gptq: GPTQ
@@ -318,7 +323,7 @@ def _checked_version(path: Path, data: dict[str, Any]) -> dict[str, Any]:
             f"recipe {path.name} has recipe_version {version}; this is fbqat_hub {__version__}, which reads up to "
             f"{RECIPE_VERSION}. Update with: pip install -U fbqat-hub"
         )
-    missing = [name for name in _FIELDS if name not in data]
+    missing = [name for name in _FIELDS if name not in data and name not in _LATER]
     for section, kind in _SECTIONS.items():
         if isinstance(data.get(section), Mapping):
             missing += [f"{section}.{key.name}" for key in fields(kind) if key.name not in data[section]]
@@ -368,6 +373,8 @@ def _sized(generation: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]
 
 
 _FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))
+# Came after recipes of version 1 had been saved; their defaults are what was done before.
+_LATER = ("text_encoders",)
 _SECTIONS: dict[str, Any] = {
     "evaluation": Evaluation,
     "calibration": Calibration,
