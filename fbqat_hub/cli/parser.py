@@ -231,8 +231,15 @@ def _export(commands: Any) -> None:
     sub = _verb(
         commands,
         verbs.export,
-        "compile a run for a Snapdragon's NPU (QNN HTP) and certify it",
+        "compile a run for a Snapdragon's NPU (QNN HTP) and certify it, or write it in another library's format",
         "export runs/tiny --soc sm8750 --precision auto",
+    )
+    sub.add_argument(
+        "--to",
+        choices=("htp", "sdnq"),
+        default="htp",
+        help="htp: context binaries for a phone; sdnq: a pipeline that diffusers loads with the package sdnq, without "
+        "this one; of the other options it takes --output only (default: htp)",
     )
     sub.add_argument(
         "run_folder",
@@ -241,7 +248,7 @@ def _export(commands: Any) -> None:
         help="folder of a run, or of a packed pipeline, or the Hub id of one",
     )
     sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
-    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp)")
+    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp or RUN/sdnq)")
     sub.add_argument(
         "--precision",
         default="w4a8",
@@ -266,6 +273,8 @@ def _export(commands: Any) -> None:
         metavar="N",
         help="how many pictures to generate with the emulator (default: 2)",
     )
+    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images")
+    sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})
 
 
 def _doctor(commands: Any) -> None:
