@@ -21,9 +21,10 @@ from fbqat_hub.export.onnx.precision import OP_KINDS
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.training.recipe import RECIPES, load_recipe
 
+_ENCODERS = {"text encoders, float denoiser": "float", "text encoders, w4a8 denoiser": "W4A8"}
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/method.md", "docs/htp.md")
+FILES = ("README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md")
 
 
 def measured_at_true_size(name: str) -> list[tuple[Record, float]]:
@@ -80,6 +81,24 @@ def speed_table() -> str:
     records = read_records(RESULTS / "speed-cpu.json")
     rows = [(record.extra["label"], f"{record.value:.4g} {record.unit}") for record in records]
     return markdown(("Sana-600M shape, 2 blocks, 512 px", "value"), rows)
+
+
+def text_encoders_table() -> str:
+    """What quantized text encoders do to the pictures, by `benchmarks.text_encoders`."""
+    records = [each for each in read_records(RESULTS / "integration.json") if each.extra.get("part") in _ENCODERS]
+    families = list(dict.fromkeys(record.family for record in records))
+    value = {(each.extra["part"], each.extra["precision"], each.family): each for each in records}
+    rows = [
+        [denoiser, precision, *(f"{value[part, precision, family].value:.1f}" for family in families)]
+        for part, denoiser in _ENCODERS.items()
+        for precision in dict.fromkeys(each.extra["precision"] for each in records if each.extra["part"] == part)
+    ]
+    return (
+        f"{markdown(('denoiser', 'text encoders', *families), rows)}\n\n"
+        f"PSNR in dB to the pictures of the float pipeline from the same seeds, mean of up to "
+        f"{max(record.n for record in records)} pictures of 64 pixels; tiny pipelines, whose text encoders were "
+        f"trained with the denoiser. The W4A8 denoiser is PTQ with MSE clip. By `{records[0].command}`."
+    )
 
 
 def true_size_table() -> str:
@@ -244,6 +263,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal-storage": equal_storage_table,
     "average-widths": average_widths_table,
     "speed": speed_table,
+    "text-encoders": text_encoders_table,
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
     "htp": htp_table,

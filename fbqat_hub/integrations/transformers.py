@@ -90,7 +90,16 @@ def text_encoder_writers(folder: Path, precision: str | None) -> dict[str, Write
 def _save_text_encoder(
     precision: str, part: Component, target: Path, variant: str | None, done: Callable[[int], None] | None
 ) -> None:
-    """Quantize a text encoder as it is read, and save it.
+    """Quantize a text encoder as it is read, and save it."""
+    config = text_encoder_config(part, precision, variant)
+    with quiet():
+        part.load(variant=variant, quantization_config=config).save_pretrained(target)
+    if done:
+        done(sum(path.stat().st_size for path in part.weights(variant).files))
+
+
+def text_encoder_config(part: Component, precision: str, variant: str | None = None) -> FBQATConfig:
+    """How a text encoder is quantized at a precision of ``TEXT_ENCODERS``.
 
     Layers that its class keeps in fp32, for their numbers leave the range of float16 (``wo`` of T5), take activations
     in float whatever the precision is.
@@ -98,15 +107,11 @@ def _save_text_encoder(
     weight_bits, activation_bits = TEXT_ENCODERS[precision]
     wide = [f"*.{name}" for name in part.kind._keep_in_fp32_modules or ()]
     layers = quantizable(part.load(variant=variant, meta=True))
-    config = FBQATConfig(
+    return FBQATConfig(
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         module_overrides={each: {"bits": 32} for each in wide if any(matches(layer, [each]) for layer in layers)},
     )
-    with quiet():
-        part.load(variant=variant, quantization_config=config).save_pretrained(target)
-    if done:
-        done(sum(path.stat().st_size for path in part.weights(variant).files))
 
 
 class FBQATHfQuantizer(HfQuantizer):
