@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import auto as tables
 from transformers.quantizers.base import HfQuantizer
 
@@ -159,11 +160,11 @@ class FBQATHfQuantizer(HfQuantizer):
         self.layers = packed_layers(model, self.quantization_config)
         with torch.device("cpu"):  # the loader has made it the meta device
             self._read_headers([Path(file) for file in checkpoint_files or ()])
-        if self.files:
-            self._refuse_wrong_tensors(model)
         if self.pre_quantized:
             for name, layer in self.layers.items():
                 model.set_submodule(name, layer)
+        if self.files:
+            self._refuse_wrong_tensors(model)
         return model
 
     def _read_headers(self, files: list[Path]) -> None:
@@ -176,24 +177,19 @@ class FBQATHfQuantizer(HfQuantizer):
             if not self.pre_quantized:  # of packed weights each tensor is looked at once it is loaded
                 check_finite(file)
 
-    def _refuse_wrong_tensors(self, model: nn.Module) -> None:
-        """Compare the layers with what is stored, whose names may have another prefix, before anything is loaded."""
-        stored = _Suffixes(self.files)
+    def _refuse_wrong_tensors(self, model: Any) -> None:
+        """Compare the layers with what is stored, before anything is loaded."""
+        stored = _stored_names(model, self.files)
         missing = []
         for name, layer in self.layers.items():
             own = sorted(layer.state_dict()) if self.pre_quantized else ["weight"]
             for tensor in own:
-                key = stored.find(f"{name}.{tensor}")
+                key = stored.pop(f"{name}.{tensor}", None)
                 if key is None:
                     missing.append(f"{name}.{tensor}")
                 else:
                     self._check_header(layer, tensor, key)
-        extra = [
-            key
-            for key in self.files
-            if key.rpartition(".")[2] in ("weight_packed", *BUFFERS)
-            and not (self.pre_quantized and key in stored.found)
-        ]
+        extra = [key for key in stored.values() if key.rpartition(".")[2] in ("weight_packed", *BUFFERS)]
         problems = [f"missing tensors: {listed(missing)}"] if missing else []
         problems += [f"extra tensors: {listed(extra)}"] if extra else []
         if problems:
@@ -316,18 +312,19 @@ def _keep_in_fp32(model: Any) -> None:
             layer.to(torch.float32)
 
 
-class _Suffixes:
-    """Finds a stored tensor by its name in the model, which may lack, or have more of, a prefix."""
+def _stored_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Name in the model -> the stored tensor that transformers' loader puts there.
 
-    def __init__(self, stored: Iterable[str]) -> None:
-        self._stored = set(stored)
-        self._by_suffix = {key[at + 1 :]: key for key in sorted(stored) for at, each in enumerate(key) if each == "."}
-        self.found: set[str] = set()
-
-    def find(self, name: str) -> str | None:
-        parts = name.split(".")
-        shorter = [".".join(parts[first:]) for first in range(len(parts) - 1)]
-        key = next((each for each in shorter if each in self._stored), None) or self._by_suffix.get(name)
-        if key is not None:
-            self.found.add(key)
-        return key
+    Checkpoints of several classes keep the names of an older version, or have another prefix.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    own = model.state_dict()
+    found = {}
+    for key in stored:
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if name not in own and key in own:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, own)
+        found[name] = key
+    return found

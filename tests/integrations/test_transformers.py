@@ -27,7 +27,7 @@ from fbqat_hub.quantization.packing import pack
 from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
-from tests.conftest import ROOT, call_of, edit_tensors, subprocess_environment
+from tests.conftest import MOST_FAMILIES, ROOT, call_of, edit_tensors, subprocess_environment
 
 _TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _DECODER = {**_TINY, "num_key_value_heads": 1, "head_dim": 8}
@@ -181,6 +181,35 @@ def test_widths_by_module_and_dequantize(t5: Path, tmp_path: Path) -> None:
     )
 
 
+def test_shards_and_a_device_map(packed_t5: Path, tmp_path: Path) -> None:
+    model = transformers.T5EncoderModel.from_pretrained(packed_t5)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    again = transformers.T5EncoderModel.from_pretrained(tmp_path / "shards", device_map={"": "cpu"})
+    assert torch.equal(output(again), output(model))
+    (lost, *_) = sorted((tmp_path / "shards").glob("*.safetensors"))
+    lost.unlink()
+    with pytest.raises((ValueError, OSError), match=lost.name):
+        transformers.T5EncoderModel.from_pretrained(tmp_path / "shards")
+
+
+def test_an_adapter_on_a_packed_encoder(packed_t5: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = transformers.T5EncoderModel.from_pretrained(packed_t5)
+    plain = output(model)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False))
+    adapted = output(model)
+    assert not torch.equal(adapted, plain)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("model*.safetensors"))
+    with pytest.raises(ValueError, match="dequantize is not possible with an adapter"):
+        model.dequantize()
+    other = transformers.T5EncoderModel.from_pretrained(packed_t5)
+    other.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(output(other), adapted)
+    model.delete_adapter("default")
+
+
 def drop(tensors: dict[str, Tensor]) -> None:
     del tensors["encoder.block.0.layer.0.SelfAttention.q.weight_scale"]
 
@@ -260,14 +289,14 @@ def pictures(pipeline: Any, family: str) -> Tensor:
     return pipeline(prompt="dark red", generator=random, output_type="pt", **call_of(family, pipeline)).images
 
 
-@pytest.mark.parametrize("family", ["sana", "flux"])
+@pytest.mark.parametrize("family", MOST_FAMILIES)
 def test_one_call_loads_a_whole_small_pipeline(family: str, teacher_of: Callable[[str], Path], tmp_path: Path) -> None:
     """Denoiser at 4 bits, every text encoder at 8: by ``fbqat convert``, and by diffusers' own configuration."""
     source = teacher_of(family)
     assert cli.main(["convert", str(source), "--output", str(tmp_path / "small"), "--text-encoders", "w8a8"]) == 0
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "small")
     encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
-    assert len(encoders) == (2 if family == "flux" else 1)
+    assert encoders
     for encoder in encoders:
         layers = dict(named_layers(encoder, PackedLayer))
         assert {layer.weight_bits for layer in layers.values()} == {8}
