@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fbqat_hub import FBQATConfig, cli
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.integrations.sdnq import export_sdnq
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
@@ -208,11 +209,12 @@ def test_sdnq_reads_every_weight_to_the_bit_and_computes_w4a8_as_we_do(mixed, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"weight_granularity": "per_group", "group_size": 8}, {"weight_bits": 8}])
-@pytest.mark.parametrize(("family", "kind"), [("sana", "SanaTransformer2DModel"), ("flux", "FluxTransformer2DModel")])
-def test_sdnq_reads_groups_and_eight_bits(
-    teacher_of: Callable[[str], Path], tmp_path: Path, family: str, kind: str, settings: dict[str, Any]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sdnq_reads_every_family_and_groups_and_eight_bits(
+    teacher_of: Callable[[str], Path], tmp_path: Path, family: str, settings: dict[str, Any]
 ) -> None:
     packed = packed_as(teacher_of(family), tmp_path / "packed", **settings)
+    kind = json.loads((packed / "model_index.json").read_text())["transformer"][1]
     read = read_by_sdnq(export_sdnq(packed, tmp_path / "out").folder, kind, tmp_path / "read.safetensors")
     layers = layers_of(packed)
     assert len(read) == 3 * len(layers)
