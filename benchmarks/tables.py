@@ -22,9 +22,10 @@ from fbqat_hub.families import FAMILIES
 from fbqat_hub.training.recipe import RECIPES, load_recipe
 
 _ENCODERS = {"text encoders, float denoiser": "float", "text encoders, w4a8 denoiser": "W4A8"}
+_SDNQ = "SDNQ, pictures against the packed pipeline's"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md")
+FILES = ("README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md", "docs/exits.md")
 
 
 def measured_at_true_size(name: str) -> list[tuple[Record, float]]:
@@ -98,6 +99,27 @@ def text_encoders_table() -> str:
         f"PSNR in dB to the pictures of the float pipeline from the same seeds, mean of up to "
         f"{max(record.n for record in records)} pictures of 64 pixels; tiny pipelines, whose text encoders were "
         f"trained with the denoiser. The W4A8 denoiser is PTQ with MSE clip. By `{records[0].command}`."
+    )
+
+
+def sdnq_table() -> str:
+    """Pictures drawn by SDNQ against ours, by `benchmarks.sdnq`."""
+    records = [each for each in read_records(RESULTS / "integration.json") if each.extra.get("part") == _SDNQ]
+    rows = [
+        [
+            record.family,
+            f"{record.value:.1f}",
+            str(record.extra["int8_layers"]),
+            str(record.extra["float_activation_layers"]),
+        ]
+        for record in records
+    ]
+    head = ("family", "PSNR to the packed pipeline, dB", "layers with int8 products", "with float activations")
+    one = records[0]
+    return (
+        f"{markdown(head, rows)}\n\n"
+        f"Tiny pipelines at W4A8, mean of {one.n} pictures of 64 pixels from equal seeds, float32 on a CPU, sdnq "
+        f"{one.versions['sdnq']}. By `{one.command}`."
     )
 
 
@@ -264,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "average-widths": average_widths_table,
     "speed": speed_table,
     "text-encoders": text_encoders_table,
+    "sdnq": sdnq_table,
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
     "htp": htp_table,
