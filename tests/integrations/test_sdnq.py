@@ -22,6 +22,7 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import call_of, subprocess_environment
+from tests.integrations.tiny import denoiser_inputs
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 TEACHER = "fbqat-hub/sana-tiny-openmoji"
@@ -235,3 +236,24 @@ def test_a_whole_pipeline_draws_with_sdnq(packed_folder: Path, tmp_path: Path) -
         call = call_of("sana", pipeline)
         pictures.append(pipeline(prompt="dark red", generator=random, output_type="pt", **call).images)
     assert 0 < float((pictures[0] - pictures[1]).abs().mean()) < 0.02
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_packed_model_does_the_same_in_sdnq(packed_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sdnq")
+    peft = pytest.importorskip("peft")
+    packed = load_pipeline(packed_folder, torch.float32).transformer
+    torch.manual_seed(0)
+    packed.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    packed.save_lora_adapter(tmp_path / "adapter")
+    made = export_sdnq(packed_folder, tmp_path / "out")
+    other = type(packed).from_pretrained(made.folder, subfolder="transformer", dtype=torch.float32)
+    other.load_lora_adapter(tmp_path / "adapter", prefix=None, use_safetensors=True)
+    changes = []
+    for model in (packed, other):
+        with torch.no_grad():
+            adapted = model(**denoiser_inputs("sana", model)).sample
+            model.disable_adapters()
+            changes.append((adapted - model(**denoiser_inputs("sana", model)).sample).flatten())
+    assert changes[0].norm() > 0
+    assert torch.cosine_similarity(*changes, dim=0) > 0.95
