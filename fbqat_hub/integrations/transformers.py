@@ -60,14 +60,27 @@ def register() -> None:
     tables.AUTO_QUANTIZER_MAPPING.setdefault("fbqat", FBQATHfQuantizer)
     tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("fbqat", FBQATConfig)
     around(PreTrainedConfig, "to_diff_dict", _with_notice)
+    around(PreTrainedConfig, "from_dict", _without_notice)
 
 
 def _with_notice(original: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
     plain = original(config)
-    given = plain.get("quantization_config")
-    if isinstance(given, dict) and given.get("quant_method") == FBQATMethod.FBQAT:
+    if _is_packed(plain):
         plain["transformers_weights"] = NOTICE
     return plain
+
+
+def _without_notice(original: Callable[..., Any], kind: type, plain: dict[str, Any], **kwargs: Any) -> Any:
+    given = plain.get("transformers_weights")
+    if _is_packed(plain) and not str(given).endswith((".safetensors", ".safetensors.index.json")):
+        # a sentence, of this version or another
+        plain = {key: value for key, value in plain.items() if key != "transformers_weights"}
+    return original(kind, plain, **kwargs)
+
+
+def _is_packed(plain: dict[str, Any]) -> bool:
+    given = plain.get("quantization_config")
+    return isinstance(given, dict) and given.get("quant_method") == FBQATMethod.FBQAT
 
 
 def text_encoder_writers(folder: Path, precision: str | None) -> dict[str, Writer]:
@@ -139,12 +152,6 @@ class FBQATHfQuantizer(HfQuantizer):
             raise ValueError(
                 "average_bits chooses widths for denoisers; give those of a text encoder in weight_bits_by_module."
             )
-
-    def update_attn_implementation(self, config: Any) -> Any:
-        """The one look at the config before transformers asks it for the weight file's name."""
-        if getattr(config, "transformers_weights", None) == NOTICE:
-            del config.transformers_weights
-        return config
 
     def _process_model_before_weight_loading(
         self,

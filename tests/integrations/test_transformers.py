@@ -251,6 +251,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(packed_t5: Path, edit: Callable
         transformers.T5EncoderModel.from_pretrained(packed_t5)
 
 
+def test_the_notice_of_another_version_is_no_obstacle(packed_t5: Path) -> None:
+    config = json.loads((packed_t5 / "config.json").read_text())
+    config["transformers_weights"] = "another sentence"
+    (packed_t5 / "config.json").write_text(json.dumps(config))
+    assert transformers.T5EncoderModel.from_pretrained(packed_t5).is_quantized
+
+
 def test_a_newer_format_is_refused(packed_t5: Path) -> None:
     config = json.loads((packed_t5 / "config.json").read_text())
     config["quantization_config"]["format_version"] = 99
