@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import auto as tables
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.versions import require_version
 
 from fbqat_hub.checked import one_of
 from fbqat_hub.components import Component, quiet, read_index
@@ -49,6 +50,8 @@ from fbqat_hub.weights import StoredTensor, check_finite, check_values, read_hea
 # name -> bits of weights and of activations; 32 is float
 TEXT_ENCODERS = {"w8a8": (8, 8), "w8": (8, 32), "w4a8": (4, 8), "w4": (4, 32)}
 
+# The oldest version that this was tried with; denoisers work with older ones.
+_TRANSFORMERS = "5.12"
 NOTICE = (
     "the weights of this model are packed by fbqat_hub, without which they cannot be read. Run: pip install fbqat-hub, "
     "and in Python: import fbqat_hub, before the model is loaded"
@@ -152,6 +155,9 @@ class FBQATHfQuantizer(HfQuantizer):
             raise ValueError(
                 "average_bits chooses widths for denoisers; give those of a text encoder in weight_bits_by_module."
             )
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        require_version(f"transformers>={_TRANSFORMERS}", "For packed text encoders: pip install -U transformers")
 
     def _process_model_before_weight_loading(
         self,
@@ -313,7 +319,12 @@ def _keep_in_fp32(model: Any) -> None:
 
     A packed layer then takes and gives fp32: in T5, whose feed-forward leaves the range of float16.
     """
-    patterns = list(model._get_dtype_plan(model.config.dtype))
+    dtype = model.config.dtype
+    patterns: list[str] = []
+    if dtype == torch.float16:
+        patterns += model._keep_in_fp32_modules or ()
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns += model._keep_in_fp32_modules_strict or ()
     for name, layer in quantizable(model).items():
         if any(re.search(pattern.replace("*", ".*"), f"{name}.weight") for pattern in patterns):
             layer.to(torch.float32)

@@ -279,6 +279,12 @@ def test_a_config_that_does_not_suit_is_refused(t5: Path, settings: dict[str, An
         transformers.T5EncoderModel.from_pretrained(t5, quantization_config=FBQATConfig(**settings))
 
 
+def test_a_transformers_that_is_too_old_is_refused(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fbqat_hub.integrations.transformers._TRANSFORMERS", "99.0")
+    with pytest.raises(ImportError, match=r"transformers>=99.0 is required(.|\n)*pip install -U transformers"):
+        transformers.T5EncoderModel.from_pretrained(t5, quantization_config=FBQATConfig())
+
+
 def test_float_weights_that_are_not_finite_are_refused_by_name(t5: Path, tmp_path: Path) -> None:
     transformers.T5EncoderModel.from_pretrained(t5).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
