@@ -22,9 +22,11 @@ from fbqat_hub.export.onnx.precision import OP_KINDS
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.training.recipe import RECIPES, load_recipe
 
+_ENCODERS = {"text encoders, float denoiser": "float", "text encoders, w4a8 denoiser": "W4A8"}
+_SDNQ = "SDNQ, pictures against the packed pipeline's"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/method.md", "docs/htp.md", "training/README.md")
+FILES = ("README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md", "docs/exits.md", "training/README.md")
 
 
 def measured_at_true_size(name: str) -> list[tuple[Record, float]]:
@@ -81,6 +83,45 @@ def speed_table() -> str:
     records = read_records(RESULTS / "speed-cpu.json")
     rows = [(record.extra["label"], f"{record.value:.4g} {record.unit}") for record in records]
     return markdown(("Sana-600M shape, 2 blocks, 512 px", "value"), rows)
+
+
+def text_encoders_table() -> str:
+    """What quantized text encoders do to the pictures, by `benchmarks.text_encoders`."""
+    records = [each for each in read_records(RESULTS / "integration.json") if each.extra.get("part") in _ENCODERS]
+    families = list(dict.fromkeys(record.family for record in records))
+    value = {(each.extra["part"], each.extra["precision"], each.family): each for each in records}
+    rows = [
+        [denoiser, precision, *(f"{value[part, precision, family].value:.1f}" for family in families)]
+        for part, denoiser in _ENCODERS.items()
+        for precision in dict.fromkeys(each.extra["precision"] for each in records if each.extra["part"] == part)
+    ]
+    return (
+        f"{markdown(('denoiser', 'text encoders', *families), rows)}\n\n"
+        f"PSNR in dB to the pictures of the float pipeline from the same seeds, mean of up to "
+        f"{max(record.n for record in records)} pictures of 64 pixels; tiny pipelines, whose text encoders were "
+        f"trained with the denoiser. The W4A8 denoiser is PTQ with MSE clip. By `{records[0].command}`."
+    )
+
+
+def sdnq_table() -> str:
+    """Pictures drawn by SDNQ against ours, by `benchmarks.sdnq`."""
+    records = [each for each in read_records(RESULTS / "integration.json") if each.extra.get("part") == _SDNQ]
+    rows = [
+        [
+            record.family,
+            f"{record.value:.1f}",
+            str(record.extra["int8_layers"]),
+            str(record.extra["float_activation_layers"]),
+        ]
+        for record in records
+    ]
+    head = ("family", "PSNR to the packed pipeline, dB", "layers with int8 products", "with float activations")
+    one = records[0]
+    return (
+        f"{markdown(head, rows)}\n\n"
+        f"Tiny pipelines at W4A8, mean of {one.n} pictures of 64 pixels from equal seeds, float32 on a CPU, sdnq "
+        f"{one.versions['sdnq']}. By `{one.command}`."
+    )
 
 
 def true_size_table() -> str:
@@ -276,6 +317,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "average-widths": average_widths_table,
     "speed": speed_table,
     "training-memory": training_memory_table,
+    "text-encoders": text_encoders_table,
+    "sdnq": sdnq_table,
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
     "htp": htp_table,

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from fbqat_hub.quantization.scheme import ActivationRange, ActivationScheme, ClipName, Granularity, WeightScheme
 from fbqat_hub.version import __version__
@@ -34,8 +35,10 @@ def unknown_key_error(what: str, unknown: Iterable[str], allowed: Iterable[str])
     return ValueError(f"unknown key in {what}: {', '.join(lines)}. Allowed: {', '.join(allowed)}.")
 
 
-class FBQATConfig(QuantizationConfigMixin):
-    """W4A8 for a diffusers model: written into config.json, or given to ``from_pretrained`` to quantize on load.
+class FBQATConfig(QuantizationConfigMixin, TransformersConfigMixin):
+    """W4A8 for a model of diffusers, or a text encoder of transformers.
+
+    Written into config.json, or given to ``from_pretrained`` of either to quantize on load.
 
     Args:
         weight_bits: 4 (two codes a byte), or 3 for experiments: codes of -4..3, stored in the same four bits. 5 to 8:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.stages import find_stage
 from fbqat_hub.text import names
 
+# Writes a part of a pipeline into a new folder: the part, the folder, the variant of its weights, and what is told of
+# bytes that are done; see ``Component.copy``.
+Writer = Callable[[Component, Path, str | None, Callable[[int], None] | None], None]
 # What is being saved in a folder; one that was killed leaves it, and the next takes its place.
 PARTIAL = ".partial"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
@@ -186,22 +189,32 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
         pipeline.save_pretrained(partial)
 
 
-def save_quantized(transformer: Any, source: Path, folder: Path) -> None:
+def save_quantized(transformer: Any, source: Path, folder: Path, instead: Mapping[str, Writer] | None = None) -> None:
     """Save a packed denoiser as a whole pipeline, as ``replacing`` does, with the other parts of ``source``.
 
     Args:
         source: folder of the pipeline that the denoiser was made from.
         folder: to save in.
+        instead: as ``copy_parts``.
     """
     with replacing(folder) as partial:
-        copy_parts(source, partial)
+        copy_parts(source, partial, instead=instead)
         transformer.save_pretrained(partial / "transformer")
 
 
 def copy_parts(
-    source: Path, target: Path, variant: str | None = None, done: Callable[[int], None] | None = None
+    source: Path,
+    target: Path,
+    variant: str | None = None,
+    done: Callable[[int], None] | None = None,
+    *,
+    instead: Mapping[str, Writer] | None = None,
 ) -> None:
     """Copy a pipeline's folder but for its denoiser: the files as they are stored, see ``Component.copy``.
+
+    Args:
+        variant, done: as ``Component.copy``.
+        instead: name -> what writes this part in place of a copy.
 
     Raises:
         ValueError: a tensor with a value that is not finite, named.
@@ -209,7 +222,11 @@ def copy_parts(
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / INDEX, target / INDEX)
     for name, part in read_index(source)[1].items():
-        if name != "transformer":
+        if name == "transformer":
+            continue
+        if write := (instead or {}).get(name):
+            write(part, target / name, variant, done)
+        else:
             part.copy(target / name, variant, done)
 
 

@@ -18,7 +18,6 @@ _DIFFUSERS_MODELS = "fbqat_hub.integrations.diffusers_models"
 # another library's module -> our module and its function that has to be called once that one has been executed
 REGISTRARS = {
     "diffusers.quantizers.auto": ("fbqat_hub.integrations.diffusers", "register"),
-    "diffusers.quantizers.pipe_quant_config": (_DIFFUSERS_MODELS, "register_pipeline_config"),
     "diffusers.models.modeling_utils": (_DIFFUSERS_MODELS, "register_models"),
     "diffusers.models.attention": (_DIFFUSERS_MODELS, "register_attention"),
     "diffusers.models.attention_processor": (_DIFFUSERS_MODELS, "register_attention_processor"),
@@ -26,6 +25,7 @@ REGISTRARS = {
     "diffusers.pipelines.pipeline_utils": (_DIFFUSERS_MODELS, "register_pipelines"),
     "diffusers.loaders.peft": (_DIFFUSERS_MODELS, "register_adapters"),
     "diffusers.loaders.lora_pipeline": (_DIFFUSERS_MODELS, "register_lora_pipelines"),
+    "transformers.quantizers": ("fbqat_hub.integrations.transformers", "register"),
     "peft.tuners.lora.model": ("fbqat_hub.integrations.peft", "register"),
 }
 

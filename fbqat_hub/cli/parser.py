@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   fbqat train my-recipe.yaml --output runs/mine --resume
   fbqat plan my-recipe.yaml --gpus 1x24GB             memory, disk and time, before the run is paid for
   fbqat convert my-finetune/ --output mine-w4a8       quantize without training
+  fbqat convert my-finetune/ --output small --text-encoders w8a8      and its text encoders
   fbqat generate runs/tiny "red heart" --output heart.png
   fbqat evaluate runs/tiny && fbqat card runs/tiny
   fbqat compare runs/tiny runs/other --output compared
@@ -132,6 +133,11 @@ def _convert(commands: Any) -> None:
         type=float,
         metavar="BITS",
         help="8 bits for the layers whose weights lose most, so many bits a weight on average, e.g. 4.5 (default: 4)",
+    )
+    sub.add_argument(
+        "--text-encoders",
+        choices=("w8a8", "w8", "w4a8", "w4"),
+        help="quantize these too: bits of weights and of activations, float without a8 (default: copied as they are)",
     )
     sub.add_argument("--variant", help="of the weight files, e.g. fp16 for *.fp16.safetensors (default: those without)")
     sub.add_argument(
@@ -248,8 +254,15 @@ def _export(commands: Any) -> None:
     sub = _verb(
         commands,
         verbs.export,
-        "compile a run for a Snapdragon's NPU (QNN HTP) and certify it",
+        "compile a run for a Snapdragon's NPU (QNN HTP) and certify it, or write it in another library's format",
         "export runs/tiny --soc sm8750 --precision auto",
+    )
+    sub.add_argument(
+        "--to",
+        choices=("htp", "sdnq"),
+        default="htp",
+        help="htp: context binaries for a phone; sdnq: a pipeline that diffusers loads with the package sdnq, without "
+        "this one; of the other options it takes --output only (default: htp)",
     )
     sub.add_argument(
         "run_folder",
@@ -258,7 +271,7 @@ def _export(commands: Any) -> None:
         help="folder of a run, or of a packed pipeline, or the Hub id of one",
     )
     sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
-    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp)")
+    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp or RUN/sdnq)")
     sub.add_argument(
         "--precision",
         default="w4a8",
@@ -283,6 +296,8 @@ def _export(commands: Any) -> None:
         metavar="N",
         help="how many pictures to generate with the emulator (default: 2)",
     )
+    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images")
+    sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})
 
 
 def _doctor(commands: Any) -> None:

@@ -58,7 +58,9 @@ def convert(options: argparse.Namespace) -> None:
     settings = {"weight_clip": options.clip, "modules_to_not_convert": options.leave}
     if options.average_bits is not None:
         settings["average_bits"] = options.average_bits
-    output = convert_pipeline(options.pipeline, options.output, settings, options.variant)
+    output = convert_pipeline(
+        options.pipeline, options.output, settings, options.variant, text_encoders=options.text_encoders
+    )
     print(
         f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "
         f"fbqat evaluate {shlex.quote(str(output))} --prompts mjhq-30k --images 1000"
@@ -150,6 +152,8 @@ def _check_free(host: str, port: int) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """``fbqat export``."""
+    if options.to == "sdnq":
+        return _export_sdnq(options)
     prompts = read_prompts(options.prompts) if options.prompts else ()
     from fbqat_hub.export_run import export_run
 
@@ -167,6 +171,16 @@ def export(options: argparse.Namespace) -> None:
         print(f"{name.replace('_', ' '):26s} SQNR {certificate['parity'][name]['sqnr_db']:.1f} dB")
     print(f"{'pictures vs torch':26s} PSNR {certificate['pictures']['mean_psnr_db']:.1f} dB")
     print(f"saved {options.output or Path(options.run_folder) / 'htp'}. Ran on: x86 emulator. Never ran on: a phone.")
+
+
+def _export_sdnq(options: argparse.Namespace) -> None:
+    if given := [f"--{name}" for name, default in options.of_htp.items() if getattr(options, name) != default]:
+        raise ValueError(f"{given[0]} is for a phone (--to htp); with --to sdnq give --output only.")
+    from fbqat_hub.integrations.sdnq import export_sdnq
+
+    made = export_sdnq(options.run_folder, options.output or Path(options.run_folder) / "sdnq")
+    print(f"{len(made.int8)} layers with int8 activations, {len(made.float_activations)} with float activations")
+    print(f"saved {made.folder}. It needs: pip install sdnq ; DiffusionPipeline.from_pretrained loads it.")
 
 
 def doctor(options: argparse.Namespace) -> None:

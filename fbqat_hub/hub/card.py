@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -268,6 +269,7 @@ def _body(facts: Facts) -> str:
         stage=facts.stage,
         weight_bits=facts.weight_bits,
         activation_bits=facts.activation_bits,
+        text_encoders=_text_encoders(recipe),
         widths=widths_table(facts.widths, recipe["method"]) if facts.widths else None,
         comparison=[quote(name) for name in comparison],
         curves=[quote(name) for name in curves],
@@ -288,6 +290,17 @@ def _body(facts: Facts) -> str:
         commands=list(dict.fromkeys(r.command for r in records)),
         versions=records[-1].versions if records else {},
     )
+
+
+def _text_encoders(recipe: Mapping[str, Any]) -> dict[str, str] | None:
+    """Of a precision such as "w8a8" in the recipe: bits of the weights, and the activations in words."""
+    found = re.fullmatch(r"w(\d)(?:a(\d))?", str(recipe.get("text_encoders")))
+    if found is None:
+        return None
+    return {
+        "weight_bits": found[1],
+        "activations": f"{found[2]}-bit activations" if found[2] else "float activations",
+    }
 
 
 def _code(facts: Facts) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,23 @@ from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.hub.manifest import check_component
+from fbqat_hub.integrations.checkpoint import (
+    BUFFERS,
+    check_shape,
+    check_stored,
+    described,
+    packed_layers,
+    quantized,
+    refuse_static,
+)
 from fbqat_hub.integrations.diffusers_models import is_fused_copy, refuse_adapters
-from fbqat_hub.quantization.convert import named_layers, quantizable, replace_layers, targets
-from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
-from fbqat_hub.quantization.packing import NIBBLE, check_codes, pack
-from fbqat_hub.quantization.quantize import quantize_weight
+from fbqat_hub.quantization.convert import named_layers, replace_layers
+from fbqat_hub.quantization.packed import PackedLayer
+from fbqat_hub.quantization.packing import NIBBLE
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, LayerSize, widths_of_average
 from fbqat_hub.text import names
 from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tensor
-
-_BUFFERS = ("weight_scale", "input_scale", "input_zero_point")
 
 
 def register() -> None:
@@ -62,42 +67,6 @@ def attach(model: Any, config: FBQATConfig) -> None:
     model.hf_quantizer.write_config(model)
 
 
-def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLayer]:
-    """Name -> an empty packed layer, on the meta device, for every layer of a float model that is to be quantized.
-
-    Raises:
-        ValueError: a pattern of the config that matches no layer, a layer that its groups do not suit, or none at all.
-    """
-    packed: dict[str, PackedLayer] = {}
-    chosen = targets(
-        model,
-        config.activation_scheme(),
-        not_convert=config.modules_to_not_convert,
-        overrides=config.module_overrides,
-        widths=config.weight_bits_by_module,
-    )
-    for layer, shared, scheme, own_bits in chosen:
-        kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
-        out_features, in_features = layer.weight.shape[:2]
-        try:
-            empty = kind(
-                in_features,
-                out_features,
-                weight_bits=own_bits or config.weight_bits,
-                bias=layer.bias is not None,
-                activation_scheme=scheme,
-                group_size=config.group_size,
-                dtype=layer.weight.dtype,
-                device="meta",
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{shared[0]} cannot be quantized: {error} Give another, or put the layer into modules_to_not_convert."
-            ) from error
-        packed |= dict.fromkeys(shared, empty)
-    return packed
-
-
 class FBQATQuantizer(DiffusersQuantizer):
     """Swaps linear layers for packed ones before loading, and checks every tensor that goes into them."""
 
@@ -113,14 +82,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         self._layers: dict[str, PackedLayer] = {}
         self._floats: set[str] = set()
         if not self.pre_quantized:
-            self._refuse_static()
-
-    def _refuse_static(self) -> None:
-        if self.quantization_config.needs_calibration:
-            raise ValueError(
-                "the activation range is 'static', which quantize-on-load cannot calibrate; use 'per_token', or train "
-                "with `fbqat train`, which does."
-            )
+            refuse_static(self.quantization_config)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to check: torch is all that is needed."""
@@ -196,9 +158,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         return read_tensor(*self._files[key]) if key in self._files else state_dict[key]
 
     def _check_weight(self, layer: PackedLayer, name: str, weight: Tensor) -> None:
-        shape = torch.Size((layer.out_features, layer.in_features))
-        if weight.shape[:2] != shape or weight.numel() != shape.numel():
-            raise ValueError(f"{name}.weight has shape {tuple(weight.shape)}; this model needs {tuple(shape)}.")
+        check_shape(layer, name, weight.shape)
         check_values(weight, self._place(f"{name}.weight"))
 
     def _refuse_wrong_keys(self, model: nn.Module) -> None:
@@ -237,7 +197,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         if any(key.endswith(".weight_packed") for key in state_dict):
             raise ValueError("this file is packed already; load the folder that it belongs to with from_pretrained.")
         self.pre_quantized = False  # diffusers says True, whatever the file is
-        self._refuse_static()
+        refuse_static(self.quantization_config)
         return state_dict
 
     def _take(self, state_dict: dict[str, Tensor]) -> None:
@@ -246,13 +206,10 @@ class FBQATQuantizer(DiffusersQuantizer):
             name, _, tensor = key.rpartition(".")
             layer, place = self._layers.get(name), self._place(key)
             if layer is not None and tensor == "weight_packed":
-                _check_tensor(place, value, layer.weight_packed.dtype, layer.weight_packed.shape)
-                _check_codes(place, value, layer.weight_bits)
-            elif layer is not None and tensor in _BUFFERS:
+                check_stored(layer, tensor, value, place)
+            elif layer is not None and tensor in BUFFERS:
                 # The loader would cast it to the model's dtype; scales stay fp32.
-                dtype = torch.int32 if tensor == "input_zero_point" else torch.float32
-                _check_tensor(place, value, dtype, getattr(layer, tensor).shape)
-                _check_range(place, value, layer.activation_scheme.bits)
+                check_stored(layer, tensor, value, place)
                 layer._buffers[tensor] = state_dict.pop(key).clone()
             else:
                 if key in self._floats and not value.is_floating_point():
@@ -267,7 +224,7 @@ class FBQATQuantizer(DiffusersQuantizer):
     def keeps_dtype(self, name: str) -> bool:
         """True of a tensor of a packed layer that is stored as docs/format.md has it, whatever the model's dtype."""
         layer, _, tensor = name.rpartition(".")
-        return layer in self._layers and tensor in ("weight_packed", *_BUFFERS)
+        return layer in self._layers and tensor in ("weight_packed", *BUFFERS)
 
     def packed(self, key: str) -> dict[str, Tensor]:
         """What a tensor of the float files becomes: read, checked and, if it is a packed layer's weight, quantized.
@@ -290,12 +247,8 @@ class FBQATQuantizer(DiffusersQuantizer):
         weight = self._float_weight(f"{name}.weight", state_dict)
         del state_dict[f"{name}.weight"]
         self._check_weight(layer, name, weight)
-        scheme = replace(self.quantization_config.weight_scheme(), bits=layer.weight_bits)
-        try:
-            codes, layer.weight_scale = quantize_weight(weight, scheme)
-        except ValueError as error:
-            raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
-        state_dict[f"{name}.weight_packed"] = pack(codes, layer.weight_bits)
+        packed, layer.weight_scale = quantized(layer, name, weight, self.quantization_config)
+        state_dict[f"{name}.weight_packed"] = packed
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -323,9 +276,7 @@ class FBQATQuantizer(DiffusersQuantizer):
 
     def write_config(self, model: Any) -> None:
         """Put the config, with the layers left in float and all widths by name, where ``save_pretrained`` finds it."""
-        widths = {name: layer.weight_bits for name, layer in named_layers(model, PackedLayer)}
-        self.quantization_config = self.quantization_config.with_widths(widths)
-        self.quantization_config.modules_to_not_convert = sorted(quantizable(model))
+        self.quantization_config = described(model, self.quantization_config)
         model.register_to_config(quantization_config=self.quantization_config)
 
     def get_state_dict_and_metadata(
@@ -353,27 +304,3 @@ class FBQATQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _check_tensor(place: str, value: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
-    if value.dtype != dtype:
-        raise ValueError(f"{place} is {value.dtype}; docs/format.md has {dtype} there.")
-    if value.shape != shape:
-        raise ValueError(f"{place} has shape {tuple(value.shape)}; this model needs {tuple(shape)}.")
-
-
-def _check_codes(place: str, value: Tensor, bits: int) -> None:
-    """Two codes of four bits fill a byte, whatever they are; one code in a byte of its own can leave its grid."""
-    if value.dtype == torch.int8:
-        try:
-            check_codes(value, bits)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error} The file is damaged.") from None
-
-
-def _check_range(place: str, value: Tensor, bits: int) -> None:
-    if value.is_floating_point():
-        if not bool((torch.isfinite(value) & (value > 0)).all()):
-            raise ValueError(f"{place} has scales that are not finite and above 0; the file is damaged.")
-    elif not 0 <= int(value) <= 2**bits - 1:
-        raise ValueError(f"{place} is {int(value)}; with {bits}-bit activations it must be from 0 to {2**bits - 1}.")

@@ -6,13 +6,13 @@ diffusers' module has been imported. Each may be called again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fbqat_hub.integrations.wrapping import around
 from fbqat_hub.quantization.convert import named_layers
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear
 from fbqat_hub.text import names as listed
@@ -31,59 +31,52 @@ def register_models() -> None:
     """Counting, saving and moving of a model."""
     from diffusers.models.modeling_utils import ModelMixin
 
-    _around(ModelMixin, "num_parameters", _count)
-    _around(ModelMixin, "save_pretrained", _save_model)
-    _around(ModelMixin, "to", _move)
+    around(ModelMixin, "num_parameters", _count)
+    around(ModelMixin, "save_pretrained", _save_model)
+    around(ModelMixin, "to", _move)
 
 
 def register_pipelines() -> None:
     """Saving of a pipeline."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    _around(DiffusionPipeline, "save_pretrained", _save_pipeline)
-
-
-def register_pipeline_config() -> None:
-    """What is said of ``quant_backend="fbqat"``."""
-    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
-
-    _around(PipelineQuantizationConfig, "_check_backend_availability", _check_backend)
+    around(DiffusionPipeline, "save_pretrained", _save_pipeline)
 
 
 def register_attention() -> None:
     """Fused projections of attention modules."""
     from diffusers.models.attention import AttentionModuleMixin
 
-    _around(AttentionModuleMixin, "fuse_projections", _fuse)
+    around(AttentionModuleMixin, "fuse_projections", _fuse)
 
 
 def register_attention_processor() -> None:
     """Fused projections of attention modules of the older class."""
     from diffusers.models.attention_processor import Attention
 
-    _around(Attention, "fuse_projections", _fuse)
+    around(Attention, "fuse_projections", _fuse)
 
 
 def register_sd3() -> None:
     """Fused projections of SD3, which diffusers has a processor for in some models only."""
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
-    _around(SD3Transformer2DModel, "fuse_qkv_projections", _fuse_sd3)
+    around(SD3Transformer2DModel, "fuse_qkv_projections", _fuse_sd3)
 
 
 def register_adapters() -> None:
     """Loading of adapters into a model."""
     from diffusers.loaders.peft import PeftAdapterMixin
 
-    _around(PeftAdapterMixin, "load_lora_adapter", _load_adapter)
+    around(PeftAdapterMixin, "load_lora_adapter", _load_adapter)
 
 
 def register_lora_pipelines() -> None:
     """Loading of adapters into a FLUX pipeline."""
     from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 
-    _around(FluxLoraLoaderMixin, "_maybe_expand_transformer_param_shape_or_error_", _widen)
-    _around(FluxLoraLoaderMixin, "_maybe_expand_lora_state_dict", _expand)
+    around(FluxLoraLoaderMixin, "_maybe_expand_transformer_param_shape_or_error_", _widen)
+    around(FluxLoraLoaderMixin, "_maybe_expand_lora_state_dict", _expand)
 
 
 def adapted_layers(model: nn.Module) -> list[str]:
@@ -104,21 +97,6 @@ def refuse_adapters(model: nn.Module, what: str) -> None:
             "fused, then unload_lora_weights() (a model: unload_lora()); save the adapter by itself, with "
             "save_lora_adapter() or save_lora_weights()."
         )
-
-
-def _around(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace a method by ``wrapper(original, self or cls, ...)``, once."""
-    original = owner.__dict__[name]
-    function = original.__func__ if isinstance(original, classmethod) else original
-    if getattr(function, "knows_packed", False):
-        return
-
-    @functools.wraps(function)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(function, *args, **kwargs)
-
-    method.knows_packed = True  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(method) if isinstance(original, classmethod) else method)
 
 
 def _is_packed(model: object) -> bool:
@@ -164,19 +142,6 @@ def _refuse_saving(model: Any, options: Mapping[str, Any]) -> None:
     if not options.get("safe_serialization", True):
         raise ValueError("packed weights are saved as safetensors only; leave safe_serialization=True.")
     refuse_adapters(model, "save_pretrained of a packed model")
-
-
-def _check_backend(original: Callable[..., None], config: Any, quant_backend: str) -> None:
-    """diffusers wants a backend to be one of transformers as well."""
-    try:
-        original(config, quant_backend)
-    except ValueError as error:
-        if quant_backend != "fbqat":
-            raise
-        raise ValueError(
-            "quant_backend='fbqat' would quantize text encoders as well, which this package does not; name what is to "
-            "be quantized: PipelineQuantizationConfig(quant_mapping={'transformer': FBQATConfig()})."
-        ) from error
 
 
 # attention

@@ -29,6 +29,8 @@ class LogicalWeight(Tensor):
 
     # operators see the tensor itself (below); torch.Tensor's own would wrap plain results into this class
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    # transformers fills what has not this mark with first values, after it has loaded a model
+    _is_hf_initialized = True
     _read: Callable[[], Tensor]
 
     @staticmethod

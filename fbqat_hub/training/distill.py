@@ -10,6 +10,7 @@ import torch
 
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach
+from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import downloaded, load_pipeline, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
 from fbqat_hub.training.blockwise import train_blockwise
@@ -54,6 +55,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)
     with accelerator.main_process_first():  # it downloads and encodes; the others read what it left
+        teacher = downloaded(resolve_teacher(recipe.teacher))
+        writers = text_encoder_writers(teacher, recipe.text_encoders)  # refuses them before the training
         pipeline = load_teacher(recipe)
         splits = cached_splits(recipe, pipeline.to(accelerator.device))
     pipeline.to("cpu")  # its encoders make room for the training
@@ -76,7 +79,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
             convert(student)
         widths = {name: layer.weight_bits for name, layer in named_layers(student, PackedLayer)}
         attach(student, recipe.config().with_widths(widths))
-        save_quantized(student.cpu(), downloaded(resolve_teacher(recipe.teacher)), output)
+        save_quantized(student.cpu(), teacher, output, writers)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     return output

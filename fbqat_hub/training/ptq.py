@@ -9,8 +9,9 @@ from typing import Any
 from fbqat_hub.components import read_index
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import component_configs, family_of
+from fbqat_hub.integrations.checkpoint import packed_layers
 from fbqat_hub.integrations.convert_files import convert_files
-from fbqat_hub.integrations.diffusers import packed_layers
+from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import PARTIAL, check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
 from fbqat_hub.progress import Progress
 from fbqat_hub.training.recipe import Recipe
@@ -24,19 +25,22 @@ def convert_pipeline(
     settings: Mapping[str, Any] | None = None,
     variant: str | None = None,
     *,
+    text_encoders: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Quantize the denoiser of a float pipeline to W4A8 as it is read, and save the whole pipeline.
 
-    Memory does not grow with the model: each weight is read, packed and written before the next, and the other parts
-    are copied as files. All is checked before: each part by its class without its numbers, patterns against the
-    denoiser's layers.
+    Memory does not grow with the denoiser: each weight is read, packed and written before the next, and the other parts
+    are copied as files. Of a text encoder that is quantized the packed weights are in memory. All is checked before:
+    each part by its class without its numbers, patterns against the denoiser's layers.
 
     Args:
         source: folder or Hub id of a float pipeline.
         output: new or empty folder.
         settings: fields of ``FBQATConfig``.
         variant: of the source's weights, e.g. "fp16"; see ``Component.weights``.
+        text_encoders: "w8a8", "w8", "w4a8" or "w4": their weights and activations (`integrations.transformers`); None
+            copies them.
         progress: show a bar, or a line now and then.
 
     Raises:
@@ -63,14 +67,16 @@ def convert_pipeline(
         "teacher": source,
         "method": "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
         "quantization": dict(settings or {}),
+        "text_encoders": text_encoders,
         "generation": family.native_size(component_configs(pipeline)),
     }
     recipe = Recipe(**fields)
+    writers = text_encoder_writers(folder, text_encoders)
     parts = [part for part in read_index(folder)[1].values() if part.is_model]
     sizes = [path.stat().st_size for part in parts for path in part.weights(variant).files]
     with replacing(output) as partial, Progress("convert", sum(sizes), "B", shown=progress) as bar:
         bar.stage("copy")
-        copy_parts(folder, partial, variant, bar.update)
+        copy_parts(folder, partial, variant, bar.update, instead=writers)
         bar.stage("quantize")
         convert_files(denoiser, config, partial / "transformer", variant, done=bar.update)
         recipe.save(partial / "recipe.yaml")

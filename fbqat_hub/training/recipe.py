@@ -127,6 +127,8 @@ class Recipe:
             denoiser is kept in ``stages/w8`` and so on.
         evaluation: see `Evaluation`.
         calibration: see `Calibration`.
+        text_encoders: "w8a8", "w8", "w4a8" or "w4": bits of weights and activations (float without "a8") that the
+            pipeline's text encoders are saved with; None copies the teacher's, which training uses in any case.
         quantization: what is stored; only its clip is the method's. See `Quantization`.
 
     What the method decides, unless the recipe says otherwise (see `fbqat_hub.training.method`):
@@ -167,6 +169,9 @@ class Recipe:
     ] = field(default_factory=list)
     evaluation: Evaluation = Evaluation()
     calibration: Calibration = Calibration()
+    text_encoders: Annotated[
+        Literal["w8a8", "w8", "w4a8", "w4"] | None, Field(description="w8a8, w8, w4a8, w4 or null")
+    ] = None
     quantization: Quantization
     initialization: Initialization
     gptq: GPTQ
@@ -358,7 +363,7 @@ def _checked_version(path: Path, data: dict[str, Any]) -> dict[str, Any]:
             f"recipe {path.name} has recipe_version {version}; this is fbqat_hub {__version__}, which reads up to "
             f"{RECIPE_VERSION}. Update with: pip install -U fbqat-hub"
         )
-    data = {**_ADDED, **data}
+    data = {**_LATER, **data}
     missing = [name for name in _FIELDS if name not in data]
     for section, kind in _SECTIONS.items():
         if isinstance(data.get(section), Mapping):
@@ -408,8 +413,8 @@ def _sized(generation: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]
     return sized
 
 
-# What recipes of this version were saved without, before there was a choice.
-_ADDED: dict[str, Any] = {"training": "end_to_end", "blockwise": asdict(Blockwise())}
+# Came after recipes of version 1 had been saved; these are what was done before.
+_LATER: dict[str, Any] = {"text_encoders": None, "training": "end_to_end", "blockwise": asdict(Blockwise())}
 _FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))
 _SECTIONS: dict[str, Any] = {
     "evaluation": Evaluation,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops
+from transformers import T5EncoderModel
 
 from fbqat_hub import cli
 from fbqat_hub.evaluation.results import METRICS
@@ -18,6 +19,7 @@ from fbqat_hub.hub.listing import published
 from fbqat_hub.hub.manifest import read_manifest
 from fbqat_hub.hub.publish import publish
 from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from tests.conftest import subprocess_environment
@@ -27,23 +29,26 @@ from tests.hub.server import LoopbackHub
 RECIPES = [family.tiny for family in FAMILIES.values() if family.tiny]
 
 
-def run_of(name: str, folder: Path, metric: str) -> Recipe:
+def run_of(name: str, folder: Path, metric: str, text_encoders: str | None = None) -> Recipe:
     """The shipped teacher of a recipe, quantized without training and measured, with its card."""
     recipe = load_recipe(
-        name, method="ptq-mse", evaluation={"images": 2, "inference_steps": 2, "draws": 1, "batch_size": 2}
+        name,
+        method="ptq-mse",
+        evaluation={"images": 2, "inference_steps": 2, "draws": 1, "batch_size": 2},
+        text_encoders=text_encoders,
     )
     recipe.generation["num_inference_steps"] = 2
-    convert_pipeline(recipe.teacher, folder)
+    convert_pipeline(recipe.teacher, folder, text_encoders=text_encoders)
     recipe.save(folder / "recipe.yaml")
     assert cli.main(["evaluate", str(folder), "--metrics", metric]) == 0
     assert cli.main(["card", str(folder)]) == 0
     return recipe
 
 
-def live(name: str, hub: LoopbackHub, folder: Path, metric: str) -> None:
+def live(name: str, hub: LoopbackHub, folder: Path, metric: str, text_encoders: str | None = None) -> None:
     """One model: pasting its card's first block in a fresh process draws what the pulled folder draws."""
     run, repo = folder / "run", f"me/{name}"
-    recipe = run_of(name, run, metric)
+    recipe = run_of(name, run, metric, text_encoders)
     publish(run, repo)
     model = next(model for model in published() if model.name == repo)
     assert (model.where, model.family, model.bits) == ("Hub", recipe.family, "W4A8")
@@ -84,6 +89,16 @@ def test_one_family(hub: LoopbackHub, tmp_path: Path) -> None:
     for load in (DiffusionPipeline.from_pretrained, load_pipeline):
         with pytest.raises(ValueError, match=r"transformer/config.json has \d+ bytes of \d+. Fetch it again"):
             load(tmp_path / "pulled")
+
+
+@pytest.mark.slow
+def test_quantized_text_encoders(hub: LoopbackHub, tmp_path: Path) -> None:
+    live("flux-schnell-tiny", hub, tmp_path, "bits_per_weight", "w8a8")
+    folder = tmp_path / "pulled" / "text_encoder_2"
+    assert list(named_layers(T5EncoderModel.from_pretrained(folder), PackedLayer))
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(ValueError, match=r"text_encoder_2/config.json has \d+ bytes of \d+. Fetch it again"):
+        T5EncoderModel.from_pretrained(folder)
 
 
 @pytest.mark.slow

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from fbqat_hub import FBQATConfig
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import ActivationScheme, PackedLayer, PackedLinear, WeightScheme, convert, prepare
+from fbqat_hub.quantization import (
+    ActivationScheme,
+    PackedLayer,
+    PackedLinear,
+    WeightScheme,
+    convert,
+    named_layers,
+    prepare,
+)
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import SANA_FIRST, TRAINED
 from tests.integrations.tiny import denoiser_inputs, pack_denoiser
@@ -131,9 +139,19 @@ def test_a_packed_folder_is_not_converted_again(packed_folder: Path, tmp_path: P
         convert_pipeline(str(packed_folder), tmp_path / "again")
 
 
-def test_quant_backend_says_what_to_use() -> None:
-    with pytest.raises(ValueError, match=r"quant_mapping=\{'transformer': FBQATConfig\(\)\}"):
-        PipelineQuantizationConfig(quant_backend="fbqat", quant_kwargs={"weight_bits": 4})
+def test_quant_backend_quantizes_denoiser_and_text_encoder(tiny_sana: Path) -> None:
+    config = PipelineQuantizationConfig(
+        quant_backend="fbqat",
+        quant_kwargs={"weight_bits": 8},
+        components_to_quantize=["transformer", "text_encoder"],
+    )
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sana, quantization_config=config)
+    for name in ("transformer", "text_encoder"):
+        assert {layer.weight_bits for _, layer in named_layers(getattr(pipeline, name), PackedLayer)} == {8}
+    assert not list(named_layers(pipeline.vae, PackedLayer))
+
+
+def test_quant_backend_that_is_mistyped() -> None:
     with pytest.raises(ValueError, match="quant_backend=fbqta was not found"):
         PipelineQuantizationConfig(quant_backend="fbqta", quant_kwargs={"weight_bits": 4})
 

@@ -1,0 +1,133 @@
+"""What the quantizers of diffusers and of transformers share: empty packed layers, checks of what goes into them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fbqat_hub.config import FBQATConfig
+from fbqat_hub.quantization.convert import named_layers, quantizable, targets
+from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
+from fbqat_hub.quantization.packing import check_codes, pack
+from fbqat_hub.quantization.quantize import quantize_weight
+
+# What a packed layer stores beside its codes and bias, in these dtypes whatever the model's is (docs/format.md).
+BUFFERS: Mapping[str, torch.dtype] = {
+    "weight_scale": torch.float32,
+    "input_scale": torch.float32,
+    "input_zero_point": torch.int32,
+}
+
+
+def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLayer]:
+    """Name -> an empty packed layer, on the meta device, for every layer of a float model that is to be quantized.
+
+    Raises:
+        ValueError: a pattern of the config that matches no layer, a layer that its groups do not suit, or none at all.
+    """
+    packed: dict[str, PackedLayer] = {}
+    chosen = targets(
+        model,
+        config.activation_scheme(),
+        not_convert=config.modules_to_not_convert,
+        overrides=config.module_overrides,
+        widths=config.weight_bits_by_module,
+    )
+    for layer, shared, scheme, own_bits in chosen:
+        kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
+        out_features, in_features = layer.weight.shape[:2]
+        try:
+            empty = kind(
+                in_features,
+                out_features,
+                weight_bits=own_bits or config.weight_bits,
+                bias=layer.bias is not None,
+                activation_scheme=scheme,
+                group_size=config.group_size,
+                dtype=layer.weight.dtype,
+                device="meta",
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{shared[0]} cannot be quantized: {error} Give another, or put the layer into modules_to_not_convert."
+            ) from error
+        packed |= dict.fromkeys(shared, empty)
+    return packed
+
+
+def described(model: nn.Module, config: FBQATConfig) -> FBQATConfig:
+    """The config with the widths of a model's packed layers, and with the layers left in float, all by name."""
+    widths = {name: layer.weight_bits for name, layer in named_layers(model, PackedLayer)}
+    whole = config.with_widths(widths)
+    whole.modules_to_not_convert = sorted(quantizable(model))
+    return whole
+
+
+def refuse_static(config: FBQATConfig) -> None:
+    """Raise ValueError if quantize-on-load would have to calibrate."""
+    if config.needs_calibration:
+        raise ValueError(
+            "the activation range is 'static', which quantize-on-load cannot calibrate; use 'per_token', or train "
+            "with `fbqat train`, which does."
+        )
+
+
+def check_shape(layer: PackedLayer, name: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for the shape of a float weight that is not this layer's."""
+    own = (layer.out_features, layer.in_features)
+    if shape[:2] != own or math.prod(shape) != math.prod(own):
+        raise ValueError(f"{name}.weight has shape {tuple(shape)}; this model needs {own}.")
+
+
+def quantized(layer: PackedLayer, name: str, weight: Tensor, config: FBQATConfig) -> tuple[Tensor, Tensor]:
+    """What ``weight_packed`` and ``weight_scale`` of a layer are to hold, from its float weight.
+
+    Raises:
+        ValueError: names the layer, whose weight is empty or not finite.
+    """
+    scheme = replace(config.weight_scheme(), bits=layer.weight_bits)
+    try:
+        codes, scale = quantize_weight(weight, scheme)
+    except ValueError as error:
+        raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
+    return pack(codes, layer.weight_bits), scale
+
+
+def check_stored(layer: PackedLayer, tensor: str, value: Tensor, place: str) -> None:
+    """Raise ValueError if a stored tensor of a packed layer is not what docs/format.md has there.
+
+    Args:
+        tensor: its name, "weight_packed" or one of ``BUFFERS``.
+        place: what an error calls it, e.g. its file and its full name.
+    """
+    own = getattr(layer, tensor)
+    dtype = own.dtype if tensor == "weight_packed" else BUFFERS[tensor]
+    if value.dtype != dtype:
+        raise ValueError(f"{place} is {value.dtype}; docs/format.md has {dtype} there.")
+    if value.shape != own.shape:
+        raise ValueError(f"{place} has shape {tuple(value.shape)}; this model needs {tuple(own.shape)}.")
+    if tensor == "weight_packed":
+        _check_codes(place, value, layer.weight_bits)
+    else:
+        _check_range(place, value, layer.activation_scheme.bits)
+
+
+def _check_codes(place: str, value: Tensor, bits: int) -> None:
+    """Two codes of four bits fill a byte, whatever they are; one code in a byte of its own can leave its grid."""
+    if value.dtype == torch.int8:
+        try:
+            check_codes(value, bits)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error} The file is damaged.") from None
+
+
+def _check_range(place: str, value: Tensor, bits: int) -> None:
+    if value.is_floating_point():
+        if not bool((torch.isfinite(value) & (value > 0)).all()):
+            raise ValueError(f"{place} has scales that are not finite and above 0; the file is damaged.")
+    elif not 0 <= int(value) <= 2**bits - 1:
+        raise ValueError(f"{place} is {int(value)}; with {bits}-bit activations it must be from 0 to {2**bits - 1}.")
