@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fbqat_hub.files import whole
-from fbqat_hub.integrations.diffusers import packed_layers
+from fbqat_hub.integrations.checkpoint import packed_layers
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import FakeQuantizedLinear, calibrate, convert, gptq_initialize, named_layers, set_bit_width
 from fbqat_hub.quantization.blocks import BlockWalk, Call, moved_tensors

@@ -14,7 +14,7 @@ from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import downloaded, load_pipeline, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
 from fbqat_hub.training.blockwise import train_blockwise
-from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.checkpoint import differences
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.draws import Draws
@@ -55,14 +55,13 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)
     with accelerator.main_process_first():  # it downloads and encodes; the others read what it left
-        teacher = downloaded(resolve_teacher(recipe.teacher))
-        writers = text_encoder_writers(teacher, recipe.text_encoders)  # refuses them before the training
+        source = downloaded(resolve_teacher(recipe.teacher))
+        writers = text_encoder_writers(source, recipe.text_encoders)  # refuses them before the training
         pipeline = load_teacher(recipe)
-        splits = cached_splits(recipe, pipeline.to(accelerator.device))
-    pipeline.to("cpu")  # its encoders make room for the training
-    device = "cpu" if recipe.training == "blockwise" else accelerator.device  # where inputs of blocks are kept
-    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
+        splits = _encoded(recipe, pipeline, accelerator.device)
     teacher, blockwise = pipeline.transformer, recipe.training == "blockwise"
+    device = "cpu" if blockwise else accelerator.device  # where inputs of blocks are kept
+    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
     student: Any = None if blockwise else prepare_student(recipe, teacher, splits["train"], draws)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
@@ -79,7 +78,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
             convert(student)
         widths = {name: layer.weight_bits for name, layer in named_layers(student, PackedLayer)}
         attach(student, recipe.config().with_widths(widths))
-        save_quantized(student.cpu(), teacher, output, writers)
+        save_quantized(student.cpu(), source, output, writers)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     return output
@@ -100,6 +99,18 @@ def load_teacher(recipe: Recipe) -> Any:
         raise ValueError(f"teacher {recipe.teacher} is quantized already; give the full-precision pipeline.")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _encoded(recipe: Recipe, pipeline: Any, device: torch.device) -> dict[str, CachedSplit]:
+    """The recipe's data, encoded on ``device``; the pipeline is on the CPU again, to make room for the training."""
+    if recipe.training == "blockwise" and device.type != "cpu":  # which may have no room for the whole pipeline
+        pipeline.enable_model_cpu_offload(device=device)
+        splits = cached_splits(recipe, pipeline)
+        pipeline.remove_all_hooks()
+    else:
+        splits = cached_splits(recipe, pipeline.to(device))
+    pipeline.to("cpu")
+    return splits
 
 
 def is_finished(recipe: Recipe, output: Path, resume: bool) -> bool:
