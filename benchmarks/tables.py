@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import markdown
-from benchmarks.method.report import Results, at_equal_storage, average_widths_rows, table
+from benchmarks.method.report import at_equal_storage, table
+from benchmarks.method.rows import Results
+from benchmarks.method.widths import average_widths_rows, half_bits
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.export.onnx.precision import OP_KINDS
 from fbqat_hub.families import FAMILIES
@@ -76,6 +78,11 @@ def equal_storage_table() -> str:
 def average_widths_table() -> str:
     """Half a bit on average, where it matters."""
     return average_widths_rows(Results.load()).rstrip()
+
+
+def half_bits_table() -> str:
+    """What each half bit buys."""
+    return half_bits(Results.load()).rstrip()
 
 
 def speed_table() -> str:
@@ -315,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "method": method_table,
     "equal-storage": equal_storage_table,
     "average-widths": average_widths_table,
+    "half-bits": half_bits_table,
     "speed": speed_table,
     "training-memory": training_memory_table,
     "text-encoders": text_encoders_table,

@@ -9,80 +9,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.markdown import markdown
-from benchmarks.method.__main__ import RESULTS, read
+from benchmarks.method.rows import BLOCKS, FAMILIES, OURS, Results, Row, by_family, interval_of
 from benchmarks.method.runs import PICTURES, TRACKS
-from fbqat_hub import families
+from benchmarks.method.widths import average_widths, draw_curve
 from fbqat_hub.evaluation.results import METHODS as TITLES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmark.md"
-# Those that were measured, with their titles.
-FAMILIES = {name: family.title for name, family in families.FAMILIES.items() if (RESULTS / f"{name}.json").exists()}
-OURS = "fbqat"
-BLOCKS = "train-blocks"
-# Tracks whose best setting counts as one: a method trains what suits it.
-_JOINED = {
-    "w4a8": ("w4a8", BLOCKS, f"{BLOCKS}-weighted"),
-    "groups": ("groups", f"{BLOCKS}-groups", f"{BLOCKS}-groups-weighted"),
-}
-# Student's t at 97.5% for 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-Row = dict[str, Any]
-
-
-class Results:
-    """The rows of all families; what is asked for at a method's best setting comes from there alone."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = list(rows)
-
-    @classmethod
-    def load(cls, folder: Path = RESULTS) -> Results:
-        """Every family's file in ``folder``; what was measured over fewer pictures than now is left out."""
-        rows = [row for family in FAMILIES for row in read(folder / f"{family}.json")]
-        for row in rows:
-            if row.get("pictures", PICTURES) != PICTURES:
-                del row["fd"], row["psnr"]
-        return cls(rows)
-
-    def of(self, **fields: Any) -> list[Row]:
-        """The rows with these fields."""
-        return [row for row in self.rows if all(row[name] == value for name, value in fields.items())]
-
-    def distinct(self, name: str, **fields: Any) -> list[Any]:
-        """The values of one field among these rows, in order of appearance."""
-        return list(dict.fromkeys(row[name] for row in self.of(**fields)))
-
-    def named(self, track: str = "w4a8", steps: int = 400) -> Results:
-        """Of one track and budget: the methods, without the forms that were tried; all layers trained, or the blocks.
-
-        torchao's QAT has groups of 32 in its rows of W4A8.
-        """
-        tracks = _JOINED.get(track, (track,))
-        return Results(
-            row
-            for row in self.rows
-            if row["steps"] in (0, steps)
-            and row["method"] in TITLES
-            and row["track"] in (_JOINED["w4a8"] if (track, row["method"]) == ("groups", "torchao-qat") else tracks)
-        )
-
-    def at_best(self, **fields: Any) -> list[Row]:
-        """Of one method and budget: its rows at the setting with the least validation loss at the first seed."""
-        rows = self.of(**fields)
-        if not rows:
-            return []
-        first = [row for row in rows if row["seed"] == min(row["seed"] for row in rows)]
-        best = min(first, key=lambda row: row["validation"])
-        same = (row for row in rows if (row["track"], row["rate"]) == (best["track"], best["rate"]))
-        return sorted(same, key=lambda row: row["seed"])
 
 
 def page(results: Results) -> str:
@@ -169,14 +107,7 @@ def table(results: Results, metric: str, factor: float, form: str) -> str:
         if means:
             best = TITLES[min(means, key=means.__getitem__)]
             cells[best][family] = f"**{cells[best][family]}**"
-    return _by_family("method", cells)
-
-
-def _by_family(first: str, cells: Mapping[str, Mapping[str, str]], columns: Mapping[str, str] = FAMILIES) -> str:
-    """A Markdown table: row title -> column -> text, without the rows and columns that are empty."""
-    shown = [column for column in columns if any(column in row for row in cells.values())]
-    rows = [[title, *(row.get(column, "–") for column in shown)] for title, row in cells.items() if row]
-    return markdown([first, *(columns[column] for column in shown)], rows) + "\n"
+    return by_family("method", cells)
 
 
 def _setting(rows: list[Row], chosen: Row) -> str:
@@ -211,7 +142,7 @@ class Comparison:
 
     def interval(self) -> str:
         """Mean and 95% interval with the unit."""
-        return _interval(self.changes, self._digits, " dB" if self.metric == "psnr" else "%")
+        return interval_of(self.changes, self._digits, " dB" if self.metric == "psnr" else "%")
 
     def each(self) -> str:
         """The changes, seed by seed."""
@@ -281,50 +212,7 @@ def at_equal_storage(results: Results) -> str:
             if found.as_small:
                 title = f"{_COMPARED[found.metric]}, {scales}: against {TITLES[found.method]}"
                 cells.setdefault(title, {})[found.family] = found.interval()
-    return _by_family("change (95% interval)", cells)
-
-
-_AVERAGES = {"uniform-4": "4 bits throughout", "mixed-4.5": "4.5 bits on average"}
-
-
-def average_widths(results: Results) -> str:
-    """The section of the page on average widths; nothing where none was run."""
-    rows = average_widths_rows(results)
-    return f"\n## Fractional average widths, 400 steps\n\n{_WIDTHS_HEAD}\n{rows}" if rows else ""
-
-
-def average_widths_rows(results: Results) -> str:
-    """What half a bit on average does where it matters: methods at 4 bits throughout and at 4.5 on average."""
-    cells: dict[str, dict[str, str]] = {}
-    titles = {"ptq-gptq": "GPTQ, not trained", "lsq-gptq": "LSQ from GPTQ codes", OURS: TITLES[OURS]}
-    for method, title in titles.items():
-        for family in FAMILIES:
-            losses = {}
-            for track, average in _AVERAGES.items():
-                rows = sorted(results.of(track=track, family=family, method=method), key=lambda row: row["seed"])
-                if not rows:
-                    continue
-                losses[track] = {row["seed"]: 1e3 * row["test"] for row in rows}
-                values = list(losses[track].values())
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                stored = f"{rows[0]['bits_per_weight']:.2f} stored"
-                cells.setdefault(f"{title}, {average}", {})[family] = (
-                    f"{statistics.fmean(values):.2f}{spread} ({stored})"
-                )
-            if len(losses) == 2:
-                both = sorted(set(losses["uniform-4"]) & set(losses["mixed-4.5"]))
-                changes = [100 * (losses["mixed-4.5"][seed] / losses["uniform-4"][seed] - 1) for seed in both]
-                cells.setdefault(f"{title}, change (95% interval)", {})[family] = _interval(changes, 1, "%")
-    return _by_family("loss ×1e-3", cells) if cells else ""
-
-
-_WIDTHS_HEAD = """Held-out distillation loss ×1e-3 (test split) with 8 bits for the layers that matter most to the
-output and 4 for the others, 4.5 bits a weight on average, against 4 bits throughout. The layers are chosen in one pass
-of Gauss-Newton over 100 training samples. Blocks trained, the loss weighted on PixArt-Sigma, a learning rate of 1e-4
-(SD3.5: 5e-5); every sample has draws of its own, so these losses are not those of the tables above. Made by
-`python -m benchmarks.method --tracks uniform-4 mixed-4.5 --methods fbqat lsq-gptq ptq-gptq --rates RATE
---fixed-rates --no-pictures`.
-"""
+    return by_family("change (95% interval)", cells)
 
 
 def stored_bits(results: Results, family: str) -> dict[str, float]:
@@ -341,7 +229,7 @@ def storage(results: Results) -> str:
     }
     if not any(cells.values()):
         return ""
-    return f"\nStored bits per weight, scales and low-rank branches included:\n\n{_by_family('method', cells)}"
+    return f"\nStored bits per weight, scales and low-rank branches included:\n\n{by_family('method', cells)}"
 
 
 def changes(results: Results) -> str:
@@ -359,7 +247,7 @@ def changes(results: Results) -> str:
         return ""
     return (
         "\nWhat training did: mean distance of a weight from its start in steps of the final grid / codes that are not "
-        f"those of the start / codes that change in one of the last 20 steps:\n\n{_by_family('method', cells)}"
+        f"those of the start / codes that change in one of the last 20 steps:\n\n{by_family('method', cells)}"
     )
 
 
@@ -378,7 +266,7 @@ def forms(results: Results) -> str:
                 row[family] = f"{statistics.fmean(differences):+.1f} ({len(differences)})"
     return (
         "\nForms that were tried, all layers trained: test loss against that of this project's form at the same seeds, "
-        f"in % (above 0 is worse), and the number of seeds:\n\n{_by_family('form', cells)}"
+        f"in % (above 0 is worse), and the number of seeds:\n\n{by_family('form', cells)}"
     )
 
 
@@ -403,7 +291,7 @@ def budgets(results: Results) -> str:
     return (
         "## Longer budgets\n\nW4A8, dynamic activations, annealed: test loss ×1e-3, the best setting of those "
         "that were run at this budget, and [the number of seeds].\n\n"
-        f"{_by_family('method', cells, columns)}"
+        f"{by_family('method', cells, columns)}"
     )
 
 
@@ -433,17 +321,8 @@ def layers(results: Results) -> str:
         "## Which layers are trained\n\nW4A8, 400 steps: test loss against training all layers, in %, a number for "
         "each rate and seed that both were run at (above 0 is worse). What is not trained is quantized all the same."
         "\n\n"
-        f"{_by_family('trained', cells)}"
+        f"{by_family('trained', cells)}"
     )
-
-
-def _interval(values: Sequence[float], digits: int, unit: str) -> str:
-    """Mean and Student's t interval."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:+.{digits}f}{unit} (one seed)"
-    half = _T[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.{digits}f}{unit} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
 def plots(results: Results, folder: Path) -> None:
@@ -510,6 +389,7 @@ def main() -> int:
         PAGE.write_text(text)
     if not check:
         plots(results, ROOT / "docs" / "images")
+        draw_curve(results, ROOT / "docs" / "images" / "size-loss.png")
     print(f"{PAGE.name}: {'stale' if stale and check else 'as the results say'}")
     return int(check and stale)
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_method
-from benchmarks.method.report import Results, at_equal_storage, budgets, forms, page, paired, table
+from benchmarks.method.report import at_equal_storage, budgets, forms, page, paired, table
+from benchmarks.method.rows import Results
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Remembered, Setting
 from benchmarks.method.variants import LearnedWidths
 from fbqat_hub.evaluation.results import METHODS as TITLES
