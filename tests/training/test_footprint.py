@@ -54,7 +54,8 @@ def test_every_family_has_a_footprint(name: str, teacher_of: Any, recipe_fields:
     configs = configs_of(str(folder))
     four, one = step_memory(recipe, configs), step_memory(recipe, configs, 1)
     assert four.trained == one.trained > 0
-    assert four.optimizer == pytest.approx(8 * four.trained, rel=0.01)  # two moments in float32
+    # two moments in float32; Qwen-Image's last block makes a text that nobody reads, which has no gradient
+    assert (0.85 if name == "qwen-image" else 0.99) < four.optimizer / (8 * four.trained) < 1.01
     assert four.activations > one.activations
     fewer = step_memory(replace(recipe, train_layers="attention"), configs)
     assert fewer.trained < four.trained
