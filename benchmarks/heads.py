@@ -32,7 +32,7 @@ def head(name: str, found: Costs) -> str:
     ]
     if not fits_at_all(found, Gpus.parse("1x80GB")):
         lines += [
-            "#   No batch size fits a device of 80 GB. Without training:",
+            "#   No batch size fits a device of 80 GB; --set training=blockwise does. Without training:",
             f"#   fbqat convert {recipe.teacher} --output {name}-w4a8",
         ]
     return "\n".join(lines) + "\n"

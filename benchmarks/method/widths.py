@@ -12,7 +12,7 @@ from benchmarks.method.rows import FAMILIES, OURS, Results, by_family, interval_
 from benchmarks.method.runs import AVERAGES
 from fbqat_hub.evaluation.results import METHODS as TITLES
 
-UNTRAINED = "ptq-gptq"
+UNTRAINED, STEPS = "ptq-gptq", 400
 # Bits a weight on average, without scales -> track.
 CURVE = {4.0: "uniform-4", **{average: f"mixed-{average:g}" for average in AVERAGES}}
 
@@ -33,7 +33,7 @@ def average_widths_rows(results: Results) -> str:
         for family in FAMILIES:
             losses = {}
             for track, average in _AVERAGES.items():
-                rows = sorted(results.of(track=track, family=family, method=method), key=lambda row: row["seed"])
+                rows = sorted(_rows(results, track, family, method), key=lambda row: row["seed"])
                 if not rows:
                     continue
                 losses[track] = {row["seed"]: 1e3 * row["test"] for row in rows}
@@ -65,10 +65,14 @@ Curve = Mapping[float, Mapping[int, Mapping[str, float]]]
 def curve(results: Results, family: str, method: str) -> Curve:
     """Average width -> seed -> row, of the widths that were run."""
     found = {
-        average: {row["seed"]: row for row in results.of(track=track, family=family, method=method)}
-        for average, track in CURVE.items()
+        average: {row["seed"]: row for row in _rows(results, track, family, method)} for average, track in CURVE.items()
     }
     return {average: rows for average, rows in found.items() if rows}
+
+
+def _rows(results: Results, track: str, family: str, method: str) -> list[dict[str, Any]]:
+    """Of 400 steps, or without training."""
+    return [row for row in results.of(track=track, family=family, method=method) if row["steps"] in (0, STEPS)]
 
 
 def half_bits(results: Results) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from fbqat_hub.files import shipped
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
 from fbqat_hub.text import columns
 from fbqat_hub.training.bases import Configs, build, configs_of, parameters
+from fbqat_hub.training.block_footprint import BlockMemory, block_memory
 from fbqat_hub.training.captioned import pictures_in
 from fbqat_hub.training.dataset import folder_of
 from fbqat_hub.training.footprint import StepMemory, fake_student, step_memory
@@ -88,6 +90,28 @@ class Costs:
     def encoding(self) -> int:
         """Bytes of the whole pipeline in float32, which is on the device while the data is encoded."""
         return 4 * sum(self.parameters.values())
+
+    @property
+    def largest_part(self) -> int:
+        """Bytes of the largest component but the denoiser, which alone is on the device while block-wise data is made.
+
+        In the precision of training.
+        """
+        counts = [count for name, count in self.parameters.items() if name != "transformer"]
+        return (_HALF if _is_half(self.recipe) else 4) * max(counts, default=0)
+
+    @functools.cached_property
+    def blocks(self) -> BlockMemory:
+        """Of block-wise training."""
+        return block_memory(self.recipe, configs_of(self.recipe.teacher))
+
+    @property
+    def tuning(self) -> int:
+        """Bytes of the last stage of block-wise training, on the device; 0 if there is none."""
+        if not self.blocks.tuning:
+            return 0
+        others = sum(count for name, count in self.parameters.items() if name != "transformer")
+        return self.blocks.tuning + self.output - _HALF * others
 
     @property
     def download(self) -> int:
@@ -184,7 +208,7 @@ def fits_at_all(found: Costs, gpus: Gpus) -> bool:
 def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> str:
     """The costs to read, with what fits and which setting to change."""
     recipe, memory = found.recipe, found.memory
-    total = sum(found.parameters.values())
+    total, blockwise = sum(found.parameters.values()), recipe.training == "blockwise"
     numbers = [(name, f"{count / 1e6:,.1f} M") for name, count in found.parameters.items()]
     of_memory = [
         ("teacher, float32", memory.teacher),
@@ -196,26 +220,63 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
     ]
     if gpus and gpus.count > 1:
         of_memory.append(("buckets of gradients, several GPUs", _buckets(found, gpus)))
-    step = sum(size for _, size in of_memory)
     lines = [
         f"{recipe.name}: {recipe.teacher}, {total / 1e6:,.1f} million parameters, of which "
         f"{memory.trained / 1e6:,.1f} million are trained (train_layers: {recipe.train_layers})",
         columns(numbers, numbers_from=1),
         "",
+        *(_blocks(found) if blockwise else _end_to_end(found, of_memory)),
+        "Computed from shapes; the driver's context and what an allocator loses (about 1 GiB) are not in it.",
+        "",
+        "Disk:",
+        columns(_disk(found), numbers_from=1),
+        "",
+        *([] if blockwise else _time(found, seconds_per_step)),
+    ]
+    fit = (_blocks_fit if blockwise else _fit)(found, gpus) if gpus else []
+    return "\n".join(lines + (["", *fit] if fit else []))
+
+
+def _end_to_end(found: Costs, of_memory: list[tuple[str, int]]) -> list[str]:
+    recipe, step = found.recipe, sum(size for _, size in of_memory)
+    return [
         f"Memory of each device, a batch of {recipe.batch_size} at {recipe.size[0]} x {recipe.size[1]}:",
         columns([(name, gib(size)) for name, size in of_memory], numbers_from=1),
         columns(
             [("a training step", gib(step)), ("the whole pipeline in float32, while encoding", gib(found.encoding))],
             numbers_from=1,
         ),
-        "Computed from shapes; the driver's context and what an allocator loses (about 1 GiB) are not in it.",
-        "",
-        "Disk:",
-        columns(_disk(found), numbers_from=1),
-        "",
-        *_time(found, seconds_per_step),
     ]
-    return "\n".join(lines + (["", *_fit(found, gpus)] if gpus else []))
+
+
+def _blocks(found: Costs) -> list[str]:
+    recipe, memory = found.recipe, found.blocks
+    rows = [
+        (f"a step of the largest block, {memory.name}", gib(memory.block), "device"),
+        ("the largest part, while encoding", gib(found.largest_part), "device"),
+        (f"the teacher, {'bfloat16' if _is_half(recipe) else 'float32'}", gib(memory.teacher), "host"),
+        (f"inputs and outputs of a block, {recipe.blockwise.samples} samples", gib(memory.kept), "host"),
+    ]
+    if memory.tuning:
+        tuning = f"the tuning of scales, {recipe.blockwise.tuning_steps} steps (blockwise.tuning_steps)"
+        rows.insert(1, (tuning, gib(found.tuning), "device"))
+    return [
+        f"Memory, block by block, a batch of {recipe.batch_size} at {recipe.size[0]} x {recipe.size[1]}:",
+        columns(rows, numbers_from=1),
+    ]
+
+
+def _blocks_fit(found: Costs, gpus: Gpus) -> list[str]:
+    """One device is used, whatever their number."""
+    budget, least = _budget(gpus), max(found.blocks.block, found.largest_part)
+    if max(least, found.tuning) <= budget:
+        return [f"{gpus}: block by block it fits one of them."]
+    if least <= budget:
+        return [
+            f"{gpus}: block by block it fits one of them, but for the tuning of scales, which needs "
+            f"{gib(found.tuning)} of {gib(budget)}: --set blockwise.tuning_steps=0"
+        ]
+    return [f"{gpus}: block by block it does not fit either; it needs {gib(least)} of {gib(budget)}."]
 
 
 def _disk(found: Costs) -> list[tuple[str, str]]:
@@ -271,9 +332,18 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
     if last.encoding > budget:
         lines.append(f"The whole pipeline takes {gib(last.encoding)} in float32 while the data is encoded.")
+    lines.append("End to end no setting makes it fit: more GPUs do not help, for each holds the whole model.")
+    change: dict[str, Any] = {
+        "training": "blockwise",
+        "mixed_precision": "bf16",
+        "batch_size": min(8, found.recipe.batch_size),
+    }
+    blocks = costs(replace(found.recipe, **change))
     return [
         *lines,
-        "No setting of a recipe makes it fit: more GPUs do not help, for each holds the whole model. Without training:",
+        f"With --set {' '.join(f'{name}={_yaml(value)}' for name, value in change.items())}:",
+        *(f"  {line}" for line in [*"\n".join(_blocks(blocks)).splitlines(), *_blocks_fit(blocks, gpus)]),
+        "Without training:",
         f"  fbqat convert {found.recipe.teacher} --output {found.recipe.name}",
     ]
 

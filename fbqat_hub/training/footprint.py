@@ -68,7 +68,7 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
     """
     family = get_family(recipe.family)
     inputs = denoiser_arguments(recipe, configs, batch_size or recipe.batch_size)
-    with FakeTensorMode() as fake, _Storages() as storages:
+    with FakeTensorMode() as fake, Storages() as storages:
         teacher = build(configs["transformer"]).eval().requires_grad_(False)
         of_teacher = storages.bytes
         student = fake_student(recipe, configs).train()
@@ -147,7 +147,7 @@ def _zeros(shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(1).expand(shape)
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
     """Counts the bytes of all storages that operators make, while they live."""
 
     def __init__(self) -> None:

@@ -20,20 +20,30 @@ from fbqat_hub.training.widths import chosen_widths
 
 def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws) -> Any:
     """A copy of the teacher with fake-quantized layers, calibrated, with the recipe's layers trainable."""
-    student = _started(recipe, teacher, train_split, draws, {})
+    student = started_student(recipe, teacher, train_split, draws)
     if recipe.quantization.average_bits is not None:
         widths = chosen_widths(recipe, student, teacher, train_split, draws)
-        student = _started(recipe, teacher, train_split, draws, {name: 8 for name in widths if widths[name] == 8})
+        student = started_student(
+            recipe, teacher, train_split, draws, {name: 8 for name in widths if widths[name] == 8}
+        )
     patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
     for name, layer in named_layers(student, FakeQuantizedLinear):
         layer.requires_grad_(matches(name, patterns))
     return student
 
 
-def _started(
-    recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws, widths: Mapping[str, int]
+def started_student(
+    recipe: Recipe,
+    teacher: nn.Module,
+    train_split: CachedSplit,
+    draws: Draws,
+    widths: Mapping[str, int] | None = None,
 ) -> Any:
-    """At the codes that training starts from, nothing trainable; ``widths`` of layers that do not have weight_bits."""
+    """The student at the codes that training starts from, nothing trainable.
+
+    Args:
+        widths: name -> bits of layers that do not have the recipe's ``weight_bits``.
+    """
     config = recipe.config()
     student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
     prepare(

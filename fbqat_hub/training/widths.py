@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
-from fbqat_hub.quantization.convert import targets
 from fbqat_hub.quantization.sensitivity import output_sensitivity, rounding_errors
 from fbqat_hub.quantization.widths import LayerSize, widths_of_average
 from fbqat_hub.training.cache import CachedSplit
@@ -25,13 +25,12 @@ _SAMPLES, _SIGNS = 100, 4
 
 
 def chosen_widths(
-    recipe: Recipe, student: nn.Module | None, teacher: nn.Module, split: CachedSplit, draws: Draws
+    recipe: Recipe, student: nn.Module, teacher: nn.Module, split: CachedSplit, draws: Draws
 ) -> dict[str, int]:
     """Name -> bits of every quantized layer, ``quantization.average_bits`` a weight on average.
 
     Args:
         student: prepared at 4 bits, with the codes that training starts from: its errors there are what is scored.
-            Without one, those of the nearest codes.
         teacher: the full-precision denoiser; layers have the same names.
         split: of training samples, of which 100 are used.
 
@@ -41,25 +40,16 @@ def chosen_widths(
     average = recipe.quantization.average_bits
     if average is None:
         raise ValueError("quantization.average_bits is not given; every layer has weight_bits.")
-    config = recipe.config()
-    scheme = replace(config.weight_scheme(), clip="mse")
-    started = {} if student is None else dict(named_layers(student, FakeQuantizedLinear))
-    found = targets(
-        teacher,
-        config.activation_scheme(),
-        not_convert=config.modules_to_not_convert,
-        overrides=config.module_overrides,
-    )
-    layers = {target.names[0]: target.layer for target in found}
+    layers = dict(named_layers(student, FakeQuantizedLinear))
+    at_8 = replace(recipe.config().weight_scheme(), clip="mse")
 
     def errors_of(name: str) -> Callable[[], Mapping[int, Tensor]]:
         def errors() -> Mapping[int, Tensor]:
             with torch.no_grad():
-                rows = layers[name].weight.detach().float().flatten(1)
-                if name not in started:
-                    return rounding_errors(rows, scheme, [4, 8])
-                at_4 = started[name].fake_quantized_weight().flatten(1) - rows
-            return {4: at_4, **rounding_errors(rows, scheme, [8])}
+                weight: Any = teacher.get_submodule(name).weight
+                rows = weight.detach().float().flatten(1)
+                at_4 = layers[name].fake_quantized_weight().flatten(1) - rows
+            return {4: at_4, **rounding_errors(rows, at_8, [8])}
 
         return errors
 
@@ -71,5 +61,5 @@ def chosen_widths(
         signs=_SIGNS,
         seed=recipe.seed,
     )
-    sizes = {name: LayerSize(*layer.weight.shape[:2]) for name, layer in layers.items()}
+    sizes = {name: LayerSize(layer.out_features, layer.in_features) for name, layer in layers.items()}
     return widths_of_average(scores, sizes, average)

@@ -196,10 +196,11 @@ def test_recipes_that_were_saved_before_there_was_a_choice_are_read(recipe_of, t
     assert load_recipe(tmp_path / "recipe.yaml") == recipe_of()
 
 
-def test_block_loss_is_summed_over_outputs() -> None:
+def test_block_loss_is_of_the_picture() -> None:
     a, b = torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.zeros(2, 2)
     assert block_loss(a, b).item() == 2.5
-    assert block_loss((a, None, a), (b, None, b)).item() == 5.0
+    assert block_loss((b + 7, a), (b, b)).item() == 2.5  # the text's stream comes first
+    assert block_loss((None, a), (None, b)).item() == 2.5
     assert block_loss(a, b, torch.tensor([4.0, 0.0])).item() == 2.0
 
 

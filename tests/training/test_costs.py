@@ -47,8 +47,29 @@ def test_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, 
 def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
     found = costs(Recipe(**recipe_fields))
     text = report(found, Gpus(8, RESERVE + found.memory.teacher), None)
-    assert "\nNo setting of a recipe makes it fit" in text
+    assert "\nEnd to end no setting makes it fit" in text
+    assert "\nWith --set training=blockwise mixed_precision=bf16 batch_size=4:\n" in text
     assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
+
+
+def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any]) -> None:
+    recipe = Recipe(**recipe_fields | {"training": "blockwise", "blockwise": {"samples": 64, "tuning_steps": 0}})
+    found, more = costs(recipe), costs(replace(recipe, blockwise=replace(recipe.blockwise, samples=128)))
+    block = found.blocks
+    assert block.name == "transformer_blocks.0"
+    # masters, gradients and two moments of one of two blocks; end to end it is those of both, and the teacher
+    assert block.block < (found.memory.student + found.memory.optimizer + found.memory.peak) / 2
+    assert block.block > 2 * found.memory.student
+    assert more.blocks.kept == 2 * block.kept
+    text = report(found, Gpus.parse("1x24GB"), None)
+    assert "a step of the largest block, transformer_blocks.0" in text
+    assert "the tuning of scales" not in text
+    assert text.endswith("1x24GB: block by block it fits one of them.")
+    tuned = costs(replace(recipe, blockwise=replace(recipe.blockwise, tuning_steps=5)))
+    least = max(block.block, found.largest_part)
+    assert tuned.tuning > least
+    assert "--set blockwise.tuning_steps=0" in report(tuned, Gpus(1, RESERVE + least), None)
+    assert "it does not fit either" in report(tuned, Gpus(1, RESERVE + least - 1), None)
 
 
 def test_several_gpus_need_buckets_each(sana: module.Costs) -> None:

@@ -13,7 +13,7 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.bases import configs_of
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.draws import Draws
-from fbqat_hub.training.footprint import _Storages, step_memory
+from fbqat_hub.training.footprint import Storages, step_memory
 from fbqat_hub.training.loop import accelerator_of, distill
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.student import prepare_student
@@ -38,7 +38,7 @@ def test_the_real_loop_takes_what_was_computed(
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     assert computed.trained == sum(parameter.numel() for parameter in trained)
     assert computed.student == sum(parameter.nbytes for parameter in trained)
-    with _Storages() as real:
+    with Storages() as real:
         for value in (*teacher.state_dict().values(), *student.state_dict().values()):
             real._see(value.untyped_storage())  # or a view of it would count as new
         before = real.bytes
@@ -54,7 +54,8 @@ def test_every_family_has_a_footprint(name: str, teacher_of: Any, recipe_fields:
     configs = configs_of(str(folder))
     four, one = step_memory(recipe, configs), step_memory(recipe, configs, 1)
     assert four.trained == one.trained > 0
-    assert four.optimizer == pytest.approx(8 * four.trained, rel=0.01)  # two moments in float32
+    # two moments in float32; Qwen-Image's last block makes a text that nobody reads, which has no gradient
+    assert (0.85 if name == "qwen-image" else 0.99) < four.optimizer / (8 * four.trained) < 1.01
     assert four.activations > one.activations
     fewer = step_memory(replace(recipe, train_layers="attention"), configs)
     assert fewer.trained < four.trained
