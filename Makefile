@@ -57,6 +57,7 @@ bench: setup ## speed and size of the packed model, into benchmarks/results
 results: demo ## make demo, then track its results and rewrite the tables of the documents
 	cp $(OUTPUT)/results.json benchmarks/results/method.json
 	cp $(OUTPUT)/images/comparison.png docs/images/comparison.png
+	$(BIN)/python -m benchmarks.method.report
 	$(BIN)/python -m benchmarks.tables
 
 clean: ## remove builds and caches (keeps .venv and runs)
