@@ -16,7 +16,7 @@ from fbqat_hub.quantization import FakeQuantizedLinear
 from fbqat_hub.quantization.blocks import BlockWalk, Call, moved_tensors
 from fbqat_hub.quantization.clip import Clip
 from fbqat_hub.training.bases import Configs, build
-from fbqat_hub.training.blockwise import block_loss
+from fbqat_hub.training.blockwise import block_loss, forward_arguments
 from fbqat_hub.training.footprint import Storages, denoiser_arguments, fake_student
 from fbqat_hub.training.loop import optimizer_of
 from fbqat_hub.training.recipe import Recipe
@@ -48,16 +48,16 @@ def block_memory(recipe: Recipe, configs: Configs) -> BlockMemory:
     Args:
         configs: of the teacher's models, "transformer" and "vae" among them.
     """
-    family, dtype = get_family(recipe.family), torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
+    family, dtype = get_family(recipe.family), recipe.half or torch.float32
     inputs = denoiser_arguments(recipe, configs, recipe.batch_size)
     largest, kept, seen = (0, ""), 0, set()
     with FakeTensorMode() as fake, Storages() as storages:
         inputs = tree_map(lambda value: fake.from_tensor(value).clone() if isinstance(value, Tensor) else value, inputs)
-        inputs = {**moved_tensors(inputs, dtype=dtype), family.timestep_input: inputs[family.timestep_input]}
+        inputs = forward_arguments(family, inputs, dtype)
         teacher: Any = _in_precision(build(configs["transformer"]).eval(), dtype)
         student = _in_precision(fake_student(recipe, configs), dtype)
         names = family.blocks(teacher)
-        with BlockWalk(teacher, names, [{**inputs, "return_dict": False}]) as walk:
+        with BlockWalk(teacher, names, [inputs]) as walk:
             for number, name in enumerate(names):
                 call, block = walk.calls[0], student.get_submodule(name)
                 made = call.run(walk.blocks[number])
@@ -94,7 +94,7 @@ def _tuned(model: nn.Module, inputs: Mapping[str, Any], storages: Storages) -> i
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".bias"))
     storages.peak = before = storages.bytes
-    output: Any = model(**inputs, return_dict=False)[0]
+    output: Any = model(**inputs)[0]
     (output[0] if isinstance(output, list) else output).float().square().mean().backward()
     return storages.peak - before
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fbqat_hub.families import Family
 from fbqat_hub.files import whole
 from fbqat_hub.integrations.checkpoint import packed_layers
 from fbqat_hub.progress import Progress
-from fbqat_hub.quantization import FakeQuantizedLinear, calibrate, convert, gptq_initialize, named_layers, set_bit_width
+from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, convert, named_layers, set_bit_width
 from fbqat_hub.quantization.blocks import BlockWalk, Call, moved_tensors
 from fbqat_hub.quantization.convert import Target, matches, prepare_layers, targets
 from fbqat_hub.quantization.tuning import scales_tuned
@@ -39,7 +40,7 @@ from fbqat_hub.training.loop import LOG, LogLine, check_finite, distill, open_lo
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
-from fbqat_hub.training.student import started_student
+from fbqat_hub.training.student import start, started_student
 from fbqat_hub.training.widths import chosen_widths
 
 
@@ -79,38 +80,32 @@ def train_blockwise(
     done = training.finished() if resume else 0
     student = training.run(done, progress)
     if recipe.blockwise.tuning_steps:
-        _tune(recipe, student, teacher, splits, draws, output, accelerator, resume, progress)
+        draws.device, folder = accelerator.device, output / "checkpoints" / "tuning"
+        folder.mkdir(parents=True, exist_ok=True)
+        tuning = _tuning(recipe)
+        with scales_tuned(student.to(accelerator.device)):
+            distill(tuning, student, teacher, splits, draws, folder, accelerator, resume, progress, stage="tune scales")
+        _append_log(output / LOG, folder / LOG)
     return student
 
 
-def _tune(
-    recipe: Recipe,
-    student: Any,
-    teacher: nn.Module,
-    splits: dict[str, CachedSplit],
-    draws: Draws,
-    output: Path,
-    accelerator: Accelerator,
-    resume: bool,
-    progress: bool,
-) -> None:
-    """The last stage. Its lines follow those of the blocks in the log."""
-    settings, folder = recipe.blockwise, output / "checkpoints" / "tuning"
-    folder.mkdir(parents=True, exist_ok=True)
-    tuned = replace(
+def _tuning(recipe: Recipe) -> Recipe:
+    """The last stage, of scales and biases alone: there is no rounding to be soft."""
+    return replace(
         recipe,
         training="end_to_end",
-        steps=settings.tuning_steps,
-        learning_rate=settings.tuning_rate,
+        steps=recipe.blockwise.tuning_steps,
+        learning_rate=recipe.blockwise.tuning_rate,
         schedule=replace(recipe.schedule, softness=0.0, soft_until=0.0),
     )
-    draws.device = accelerator.device
-    with scales_tuned(student.to(accelerator.device)):
-        distill(tuned, student, teacher, splits, draws, folder, accelerator, resume, progress, stage="tune scales")
-    before = (output / LOG).read_text().splitlines()
-    with (output / LOG).open("a") as log:
-        for line in map(json.loads, (folder / LOG).read_text().splitlines()):
-            log.write(json.dumps({**line, "step": len(before) + line["step"]}) + "\n")
+
+
+def _append_log(log: Path, tuning: Path) -> None:
+    """Put the lines of the tuning behind those of the blocks, and count on."""
+    before = len(log.read_text().splitlines())
+    with log.open("a") as lines:
+        for line in map(json.loads, tuning.read_text().splitlines()):
+            lines.write(json.dumps({**line, "step": before + line["step"]}) + "\n")
 
 
 class _BlockTraining:
@@ -136,12 +131,12 @@ class _BlockTraining:
         widths = {} if recipe.quantization.average_bits is None else _widths(recipe, teacher, split, draws)
         self.config = recipe.config().with_widths(widths)
         self.chosen = self._chosen()
-        self._empty = packed_layers(teacher, self.config)
         numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))
         drawn = [draws.training(split, number, recipe.batch_size) for number in numbers]
         weighted = recipe.loss_weighting == "sampler"
         self.weights = [draws.error_weight(inputs) if weighted else None for inputs in drawn]
-        self.batches = [self._arguments(inputs) for inputs in drawn]
+        dtype = next(teacher.parameters()).dtype
+        self.batches = [forward_arguments(draws.family, inputs, dtype) for inputs in drawn]
 
     def finished(self) -> int:
         """How many blocks an interrupted run has finished.
@@ -155,7 +150,7 @@ class _BlockTraining:
 
     def run(self, done: int, progress: bool) -> Any:
         """Train all blocks but the first ``done``, which are read."""
-        steps = self.recipe.steps
+        steps, empty = self.recipe.steps, packed_layers(self.teacher, self.config) if done else {}
         bar = Progress("train blocks", len(self.names) * steps, "step", start=done * steps, shown=progress)
         self.output.mkdir(parents=True, exist_ok=True)
         self._quantize_outside()
@@ -170,7 +165,7 @@ class _BlockTraining:
                 with torch.no_grad():
                     wanted = list(self._outputs(block, of_teacher.calls))
                 if number < done:
-                    self._read(number, block)
+                    self._read(number, block, empty)
                 else:
                     self._prepare(block, name, of_teacher.calls)
                     for line in self._train(number, block, of_student.calls, wanted):
@@ -184,12 +179,6 @@ class _BlockTraining:
                 of_student.blocks[number] = block.to(_device_of(self.teacher))
         return self.student
 
-    def _arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Of the denoiser's forward, in its precision. Not the timesteps, of which bfloat16 would leave 256."""
-        own = {name: value for name, value in inputs.items() if name == self.draws.family.timestep_input}
-        dtype = next(self.teacher.parameters()).dtype
-        return {**moved_tensors(inputs, dtype=dtype), **own, "return_dict": False}
-
     def _train(self, number: int, block: nn.Module, calls: list[Call], wanted: list[Any]) -> Iterator[LogLine]:
         """The steps of one block, on the kept batches in an order that is shuffled in each round."""
         recipe, name, count = self.recipe, self.names[number], len(calls)
@@ -201,8 +190,8 @@ class _BlockTraining:
             index = order[step % count]
             line = set_step(recipe, schedule, block, optimizer, step)
             line.step, line.block = number * recipe.steps + step + 1, name
-            made = moved_tensors(calls[index], self.device).run(block)
-            loss = block_loss(made, moved_tensors(wanted[index], self.device), self.weights[index])
+            call, target, weight = moved_tensors((calls[index], wanted[index], self.weights[index]), self.device)
+            loss = block_loss(call.run(block), target, weight)
             loss.backward()
             if recipe.optimizer.max_grad_norm:
                 nn.utils.clip_grad_norm_(block.parameters(), recipe.optimizer.max_grad_norm)
@@ -228,20 +217,9 @@ class _BlockTraining:
 
     def _start(self, module: nn.Module, name: str, batches: list[Any], run: Any) -> None:
         """Fake-quantize the layers of a block, or of what is outside, at the codes that training starts from."""
-        recipe = self.recipe
         prepare_layers(module, list(self.chosen[name]), self.config.weight_scheme())
         module.requires_grad_(False)
-
-        def first(samples: int) -> list[Any]:
-            return batches[: math.ceil(samples / recipe.batch_size)]
-
-        if self.config.needs_calibration:
-            options = asdict(recipe.calibration)
-            calibrate(module, first(options.pop("samples")), run=run, **options)
-        if recipe.initialization == "gptq":
-            options = asdict(recipe.gptq)
-            known = first(options.pop("samples"))
-            gptq_initialize(module, lambda: known, softness=recipe.schedule.softness, run=run, **options)
+        start(self.recipe, module, lambda samples: batches[: math.ceil(samples / self.recipe.batch_size)], run)
 
     def _outputs(self, block: nn.Module, calls: Iterable[Call]) -> Iterator[Any]:
         """What a block on ``device`` makes of calls that are kept elsewhere, kept there as well."""
@@ -283,13 +261,19 @@ class _BlockTraining:
         with whole(self._file(number)) as partial:
             save_file({name: value.contiguous().cpu() for name, value in block.state_dict().items()}, partial)
 
-    def _read(self, number: int, block: nn.Module) -> None:
+    def _read(self, number: int, block: nn.Module, empty: Mapping[str, PackedLayer]) -> None:
         prefix = f"{self.names[number]}."
-        for name, layer in self._empty.items():
+        for name, layer in empty.items():
             if name.startswith(prefix):
                 block.set_submodule(name.removeprefix(prefix), layer)
         block.load_state_dict(read_tensors(self._file(number)), assign=True)
         block.requires_grad_(False).to(self.device)
+
+
+def forward_arguments(family: Family, inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Of a denoiser's forward, in its precision. Not the timesteps, of which bfloat16 would leave 256."""
+    own = {family.timestep_input: inputs[family.timestep_input]}
+    return {**moved_tensors(dict(inputs), dtype=dtype), **own, "return_dict": False}
 
 
 def block_loss(made: Any, wanted: Any, weight: Tensor | None = None) -> Tensor:

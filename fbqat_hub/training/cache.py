@@ -38,8 +38,6 @@ SPLITS = ("train", "validation", "test")
 _VERSION = 2
 # Encoded at a time: one picture of 1024 x 1024, which takes half a gigabyte for each layer of 128 channels.
 _PIXELS = 2**20
-# What a run in this precision keeps; None is the encoder's own.
-_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class CachedSplit:
@@ -106,13 +104,13 @@ def cached_splits(recipe: Recipe, pipeline: Any) -> dict[str, CachedSplit]:
     """Latents and conditioning of the recipe's data under its teacher, from disk or encoded now."""
     data = load_pictures(recipe.dataset, max(recipe.size))
     family, folder = get_family(recipe.family), cache_folder(recipe)
-    options = {"dtype": _DTYPES[recipe.mixed_precision], "skip": recipe.dataset.get("skip", SKIP)}
+    options = {"dtype": recipe.half, "skip": recipe.dataset.get("skip", SKIP)}
     return build_cache(pipeline, family, data, recipe.size, recipe.generation, folder, **options)
 
 
 def cache_folder(recipe: Recipe) -> Path:
     """Where what the teacher makes of the recipe's data is kept."""
-    teacher, dtype = resolve_teacher(recipe.teacher), _DTYPES[recipe.mixed_precision]
+    teacher, dtype = resolve_teacher(recipe.teacher), recipe.half
     key = cache_key(teacher, recipe.dataset, recipe.size, recipe.generation, dtype)
     return default_cache_dir() / "encoded" / f"{recipe.family}-{key}"
 

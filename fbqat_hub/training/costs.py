@@ -70,21 +70,37 @@ class Costs:
 
     Attributes:
         parameters: component -> number.
-        memory: of a step, on each device.
-        memory_of_one: the same with a batch of one.
         pictures: of the data; None where they cannot be counted without loading them.
         embeddings, latents: bytes on disk of a picture, the embeddings at most.
-        output: bytes of the finished pipeline.
+        packed: bytes of the quantized denoiser.
     """
 
     recipe: Recipe
     parameters: Mapping[str, int]
-    memory: StepMemory
-    memory_of_one: StepMemory
     pictures: int | None
     embeddings: int
     latents: int
-    output: int
+    packed: int
+
+    @functools.cached_property
+    def memory(self) -> StepMemory:
+        """Of an end-to-end step, on each device."""
+        return step_memory(self.recipe, configs_of(self.recipe.teacher))
+
+    @functools.cached_property
+    def memory_of_one(self) -> StepMemory:
+        """The same with a batch of one."""
+        return step_memory(self.recipe, configs_of(self.recipe.teacher), 1)
+
+    @property
+    def others(self) -> list[int]:
+        """Parameters of each component but the denoiser."""
+        return [count for name, count in self.parameters.items() if name != "transformer"]
+
+    @property
+    def output(self) -> int:
+        """Bytes of the finished pipeline."""
+        return self.packed + _HALF * sum(self.others)
 
     @property
     def encoding(self) -> int:
@@ -97,8 +113,7 @@ class Costs:
 
         In the precision of training.
         """
-        counts = [count for name, count in self.parameters.items() if name != "transformer"]
-        return (_HALF if _is_half(self.recipe) else 4) * max(counts, default=0)
+        return _width(self.recipe) * max(self.others, default=0)
 
     @functools.cached_property
     def blocks(self) -> BlockMemory:
@@ -108,10 +123,7 @@ class Costs:
     @property
     def tuning(self) -> int:
         """Bytes of the last stage of block-wise training, on the device; 0 if there is none."""
-        if not self.blocks.tuning:
-            return 0
-        others = sum(count for name, count in self.parameters.items() if name != "transformer")
-        return self.blocks.tuning + self.output - _HALF * others
+        return self.blocks.tuning + self.packed if self.blocks.tuning else 0
 
     @property
     def download(self) -> int:
@@ -121,8 +133,12 @@ class Costs:
     @property
     def checkpoints(self) -> int:
         """Bytes of all that are there at once."""
+        recipe = self.recipe
+        if recipe.training == "blockwise":  # the finished blocks, and then those of the tuning
+            saved = 0 < recipe.save_every < recipe.blockwise.tuning_steps
+            return self.packed * (1 + (_CHECKPOINTS if saved else 0))
         one = self.memory.student + self.memory.frozen + self.memory.optimizer
-        return _CHECKPOINTS * one if 0 < self.recipe.save_every < self.recipe.steps else 0
+        return _CHECKPOINTS * one if 0 < recipe.save_every < recipe.steps else 0
 
     def largest_batch(self, budget: int) -> int:
         """The largest batch, a power of two of at most the recipe's, whose step takes at most so many bytes; or 0."""
@@ -144,16 +160,13 @@ def costs(recipe: Recipe) -> Costs:
     check_trains(recipe)
     configs, counts = configs_of(recipe.teacher), parameters(recipe.teacher)
     embeddings, latents = cached_bytes(recipe, configs)
-    others = sum(count for name, count in counts.items() if name != "transformer")
     return Costs(
         recipe=recipe,
         parameters=counts,
-        memory=step_memory(recipe, configs),
-        memory_of_one=step_memory(recipe, configs, 1),
         pictures=_pictures(recipe.dataset),
         embeddings=embeddings,
         latents=latents,
-        output=_packed(recipe, configs) + _HALF * others,
+        packed=_packed(recipe, configs),
     )
 
 
@@ -163,7 +176,7 @@ def cached_bytes(recipe: Recipe, configs: Configs) -> tuple[int, int]:
     with torch.device("meta"), quiet():
         whole = {name: build(configs[name]).config for name in ("transformer", "vae")}
     shapes = family.conditioning_shapes(whole["transformer"], recipe.generation).values()
-    width = _HALF if _is_half(recipe) else 4
+    width = _width(recipe)
     return width * sum(map(math.prod, shapes)), width * math.prod(family.latent_shape(whole, recipe.size))
 
 
@@ -188,7 +201,7 @@ def advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
         if change == {"batch_size": None}:
             change = {"batch_size": found.largest_batch(budget - _buckets(found, gpus))}
         is_news = any(getattr(found.recipe, name) != value for name, value in change.items())
-        if not is_news or change.get("batch_size") == 0 or ("mixed_precision" in change and _is_half(found.recipe)):
+        if not is_news or change.get("batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
             continue
         found = costs(replace(found.recipe, **change))
         tried.append((" ".join(f"{name}={_yaml(value)}" for name, value in change.items()), found))
@@ -254,7 +267,7 @@ def _blocks(found: Costs) -> list[str]:
     rows = [
         (f"a step of the largest block, {memory.name}", gib(memory.block), "device"),
         ("the largest part, while encoding", gib(found.largest_part), "device"),
-        (f"the teacher, {'bfloat16' if _is_half(recipe) else 'float32'}", gib(memory.teacher), "host"),
+        (f"the teacher, {'bfloat16' if recipe.half else 'float32'}", gib(memory.teacher), "host"),
         (f"inputs and outputs of a block, {recipe.blockwise.samples} samples", gib(memory.kept), "host"),
     ]
     if memory.tuning:
@@ -378,8 +391,9 @@ def _packed(recipe: Recipe, configs: Configs) -> int:
     return int(sum(weights.values()) * bits / 8) + 4 * (scales + rest)
 
 
-def _is_half(recipe: Recipe) -> bool:
-    return recipe.mixed_precision != "no"
+def _width(recipe: Recipe) -> int:
+    """Bytes of a number in the precision of training."""
+    return _HALF if recipe.half else 4
 
 
 def _yaml(value: Any) -> str:

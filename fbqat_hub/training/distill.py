@@ -91,8 +91,8 @@ def load_teacher(recipe: Recipe) -> Any:
         ValueError: it is of another family, or quantized.
     """
     family = get_family(recipe.family)
-    half = recipe.training == "blockwise" and recipe.mixed_precision == "bf16"
-    pipeline = load_pipeline(resolve_teacher(recipe.teacher), torch.bfloat16 if half else torch.float32)
+    half = recipe.half if recipe.training == "blockwise" else None
+    pipeline = load_pipeline(resolve_teacher(recipe.teacher), half or torch.float32)
     if type(pipeline).__name__ != family.pipeline_class:
         raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
     if getattr(pipeline.transformer, "is_quantized", False):

@@ -28,8 +28,6 @@ from fbqat_hub.training.loop import optimizer_of
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class StepMemory:
@@ -77,10 +75,9 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
         weights, trained_bytes = storages.bytes, sum(parameter.nbytes for parameter in trained)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(storages.gradient)
-        precision = _AUTOCAST.get(recipe.mixed_precision)
         storages.peak = storages.gradients_at_peak = 0
         inputs = tree_map(lambda value: fake.from_tensor(value).clone() if isinstance(value, Tensor) else value, inputs)
-        with torch.autocast("cpu", precision, enabled=precision is not None):
+        with torch.autocast("cpu", recipe.half, enabled=recipe.half is not None):
             with torch.no_grad():
                 target = family.prediction(teacher(**inputs, return_dict=False)[0])
             made = family.prediction(student(**inputs, return_dict=False)[0])

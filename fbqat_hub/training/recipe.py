@@ -12,6 +12,7 @@ from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
@@ -223,6 +224,11 @@ class Recipe:
     def size(self) -> tuple[int, int]:
         """(height, width) of the pictures, in pixels, in training and evaluation."""
         return self.generation["height"], self.generation["width"]
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The half precision that the run computes in; None where it computes in float32."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
     def config(self) -> FBQATConfig:
         """The quantization this recipe trains for."""

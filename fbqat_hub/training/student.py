@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear, calibrate, gptq_initialize, named_layers, prepare
-from fbqat_hub.quantization.convert import matches
+from fbqat_hub.quantization.convert import matches, run_batches
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import Recipe
@@ -54,12 +54,26 @@ def started_student(
         overrides=config.module_overrides,
         widths=widths,
     )
-    if config.needs_calibration:
+    start(recipe, student, lambda samples: draws.calibration(train_split, samples))
+    return student
+
+
+def start(
+    recipe: Recipe,
+    prepared: nn.Module,
+    samples: Callable[[int], Iterable[Any]],
+    run: Callable[[nn.Module, Iterable[Any]], None] = run_batches,
+) -> None:
+    """Bring a prepared model, or a part of one, to the codes that training starts from, calibrated where it must be.
+
+    Args:
+        samples: gives the first so many training samples, as ``run`` takes them; the same ones at every call.
+        run: runs the model on all of them.
+    """
+    if recipe.config().needs_calibration:
         options = asdict(recipe.calibration)
-        calibrate(student, draws.calibration(train_split, options.pop("samples")), **options)
+        calibrate(prepared, samples(options.pop("samples")), run=run, **options)
     if recipe.initialization == "gptq":
         options = asdict(recipe.gptq)
-        samples = options.pop("samples")
-        softness = recipe.schedule.softness
-        gptq_initialize(student, lambda: draws.calibration(train_split, samples), softness=softness, **options)
-    return student
+        count, softness = options.pop("samples"), recipe.schedule.softness
+        gptq_initialize(prepared, lambda: samples(count), softness=softness, run=run, **options)

@@ -126,7 +126,7 @@ def test_blocks_of_another_recipe_are_refused(blockwise_recipe, scene_of, tmp_pa
 
 def test_a_damaged_block_is_named(blockwise_recipe, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(blockwise, "_tune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(blockwise, "_tuning", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(blockwise_recipe(), tmp_path / "run", progress=False)
     file = tmp_path / "run" / "checkpoints" / "blocks" / "0001.safetensors"

@@ -61,6 +61,8 @@ def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any
     assert block.block < (found.memory.student + found.memory.optimizer + found.memory.peak) / 2
     assert block.block > 2 * found.memory.student
     assert more.blocks.kept == 2 * block.kept
+    assert found.checkpoints == found.packed  # the finished blocks
+    assert found.packed < found.memory.student
     text = report(found, Gpus.parse("1x24GB"), None)
     assert "a step of the largest block, transformer_blocks.0" in text
     assert "the tuning of scales" not in text
