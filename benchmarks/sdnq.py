@@ -9,7 +9,6 @@ Needs the package sdnq. The tiny pipelines that ship, quantized to W4A8 (PTQ, MS
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import sdnq  # noqa: F401  # said to be missing before anything is made
 import torch
 from diffusers import DiffusionPipeline
 
-from fbqat_hub.evaluation.metrics import psnr
-from fbqat_hub.evaluation.results import Record, versions, write_records
+from benchmarks.pictures import RESULTS, psnr_record
+from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.integrations.sdnq import export_sdnq
@@ -26,7 +25,6 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 
-RESULTS = Path(__file__).parent / "results" / "integration.json"
 COMMAND = "python -m benchmarks.sdnq"
 PART = "SDNQ, pictures against the packed pipeline's"
 
@@ -42,26 +40,15 @@ def measure(recipe: Recipe, work: Path) -> Record:
         generate_pictures(pipeline, recipe.prompts, call, seeds).float() / 255
         for pipeline in (theirs, load_pipeline(packed, torch.float32))
     ]
-    values = psnr(*pictures)
-    finite = [float(value) for value in values if torch.isfinite(value)]
-    return Record(
-        suite="integration",
-        family=recipe.family,
-        method="ptq-mse",
-        metric="psnr",
-        value=statistics.fmean(finite),
-        n=len(finite),
-        seed=0,
-        spread=statistics.stdev(finite),
+    return psnr_record(
+        recipe,
+        *pictures,
+        "sdnq",
         command=COMMAND,
-        versions=versions("sdnq"),
-        extra={
-            "part": PART,
-            "precision": "w4a8",
-            "equal": len(values) - len(finite),
-            "int8_layers": len(made.int8),
-            "float_activation_layers": len(made.float_activations),
-        },
+        part=PART,
+        precision="w4a8",
+        int8_layers=len(made.int8),
+        float_activation_layers=len(made.float_activations),
     )
 
 

@@ -9,15 +9,14 @@ to the pictures of the float pipeline from the same seeds; with a W4A8 denoiser 
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.pictures import RESULTS, psnr_record
 from fbqat_hub.components import read_index
-from fbqat_hub.evaluation.metrics import psnr
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.generation import generate_pictures
@@ -27,7 +26,6 @@ from fbqat_hub.quantization import convert, prepare
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
-RESULTS = Path(__file__).parent / "results" / "integration.json"
 DENOISERS = ("float", "w4a8")
 SEEDS = 3
 COMMAND = "python -m benchmarks.text_encoders"
@@ -62,26 +60,9 @@ def measure(recipe: Recipe, denoiser: str) -> list[Record]:
         pipeline = load_pipeline(folder, torch.float32, **encoders)
         if denoiser != "float":
             pack_denoiser(pipeline, recipe)
-        values = psnr(pictures(pipeline, recipe), wanted)
-        finite = [float(value) for value in values if torch.isfinite(value)]
-        records.append(
-            Record(
-                suite="integration",
-                family=recipe.family,
-                method="ptq-mse",
-                metric="psnr",
-                value=statistics.fmean(finite),
-                n=len(finite),
-                seed=0,
-                spread=statistics.stdev(finite),
-                command=COMMAND,
-                extra={
-                    "part": f"text encoders, {denoiser} denoiser",
-                    "precision": precision,
-                    "equal": len(values) - len(finite),
-                },
-            )
-        )
+        part = f"text encoders, {denoiser} denoiser"
+        made = pictures(pipeline, recipe)
+        records.append(psnr_record(recipe, made, wanted, command=COMMAND, part=part, precision=precision))
         print(f"{recipe.family:13s} {denoiser:6s} {precision:6s} {records[-1].value:.2f} dB", flush=True)
     return records
 

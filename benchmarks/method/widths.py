@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,7 @@ def half_bits(results: Results) -> str:
     cells: dict[str, dict[str, str]] = {}
     curves = {(family, method): curve(results, family, method) for family in FAMILIES for method in (OURS, UNTRAINED)}
     for method, title in ((OURS, "trained"), (UNTRAINED, "GPTQ, not trained")):
-        for low, high in zip(CURVE, list(CURVE)[1:], strict=False):
+        for low, high in itertools.pairwise(CURVE):
             for family in FAMILIES:
                 if changes := _per_half_bit(curves[family, method], low, high):
                     row = cells.setdefault(f"each half bit, {low:g} to {high:g} on average, {title}", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from fbqat_hub.quantization.convert import named_layers, quantizable, targets
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import check_codes, pack
 from fbqat_hub.quantization.quantize import quantize_weight
+from fbqat_hub.text import names
 
 # What a packed layer stores beside its codes and bias, in these dtypes whatever the model's is (docs/format.md).
 BUFFERS: Mapping[str, torch.dtype] = {
@@ -73,6 +74,17 @@ def refuse_static(config: FBQATConfig) -> None:
         raise ValueError(
             "the activation range is 'static', which quantize-on-load cannot calibrate; use 'per_token', or train "
             "with `fbqat train`, which does."
+        )
+
+
+def refuse_incomplete(model: nn.Module, missing: Sequence[str], extra: Sequence[str], *, packed: bool) -> None:
+    """Raise ValueError that names the tensors of a checkpoint which the model lacks, or which it has not."""
+    problems = [f"missing tensors: {names(missing)}"] if missing else []
+    problems += [f"extra tensors: {names(extra)}"] if extra else []
+    if problems:
+        raise ValueError(
+            f"this is not a whole {'packed ' if packed else ''}checkpoint of a {type(model).__name__}: "
+            f"{'; '.join(problems)}. Download or convert it again."
         )
 
 

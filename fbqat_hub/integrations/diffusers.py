@@ -26,6 +26,7 @@ from fbqat_hub.integrations.checkpoint import (
     described,
     packed_layers,
     quantized,
+    refuse_incomplete,
     refuse_static,
 )
 from fbqat_hub.integrations.diffusers_models import is_fused_copy, refuse_adapters
@@ -34,7 +35,6 @@ from fbqat_hub.quantization.packed import PackedLayer
 from fbqat_hub.quantization.packing import NIBBLE
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, LayerSize, widths_of_average
-from fbqat_hub.text import names
 from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tensor
 
 
@@ -173,14 +173,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         missing = sorted(expected - set(self._keys))
         extra = sorted(set(self._keys) - expected)
         extra = [key for key in extra if not any(re.search(pattern, key) for pattern in harmless)]
-        problems = [f"missing tensors: {names(missing)}"] if missing else []
-        problems += [f"extra tensors: {names(extra)}"] if extra else []
-        if problems:
-            packed = "packed " if self.pre_quantized else ""
-            raise ValueError(
-                f"this is not a whole {packed}checkpoint of a {type(model).__name__}: "
-                f"{'; '.join(problems)}. Download or convert it again."
-            )
+        refuse_incomplete(model, missing, extra, packed=self.pre_quantized)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self._layers:

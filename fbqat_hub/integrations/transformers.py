@@ -36,6 +36,7 @@ from fbqat_hub.integrations.checkpoint import (
     described,
     packed_layers,
     quantized,
+    refuse_incomplete,
     refuse_static,
 )
 from fbqat_hub.integrations.diffusers_models import refuse_adapters
@@ -43,7 +44,6 @@ from fbqat_hub.integrations.wrapping import around
 from fbqat_hub.pipelines import Writer
 from fbqat_hub.quantization.convert import matches, named_layers, quantizable, replace_layers
 from fbqat_hub.quantization.packed import PackedLayer
-from fbqat_hub.text import names as listed
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.weights import StoredTensor, check_finite, check_values, read_header, read_tensor
 
@@ -203,14 +203,7 @@ class FBQATHfQuantizer(HfQuantizer):
                 else:
                     self._check_header(layer, tensor, key)
         extra = [key for key in stored.values() if key.rpartition(".")[2] in ("weight_packed", *BUFFERS)]
-        problems = [f"missing tensors: {listed(missing)}"] if missing else []
-        problems += [f"extra tensors: {listed(extra)}"] if extra else []
-        if problems:
-            packed = "packed " if self.pre_quantized else ""
-            raise ValueError(
-                f"this is not a whole {packed}checkpoint of a {type(model).__name__}: {'; '.join(problems)}. Download "
-                "or convert it again."
-            )
+        refuse_incomplete(model, missing, extra, packed=self.pre_quantized)
 
     def _check_header(self, layer: PackedLayer, tensor: str, key: str) -> None:
         file, stored = self.files[key]
