@@ -108,6 +108,12 @@ def test_results_are_a_table_with_our_method_in_bold_and_gaps_left_empty(run: Pa
     assert "LPIPS" not in text
 
 
+@pytest.mark.parametrize(("training", "said"), [("blockwise", True), ("end_to_end", False)])
+def test_a_model_that_was_trained_block_by_block_says_so(training: str, said: bool, run: Path) -> None:
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"training": training}))
+    assert ("(`fbqat`), trained block by block.\n" in write_card(run).read_text()) == said
+
+
 def test_several_seeds_become_mean_and_spread_over_seeds(run: Path) -> None:
     write_records(run / "results.json", [record("fbqat", "kd_loss", 0.002371, seed=8)])
     assert "**0.002271 ± 0.00014 (2 seeds)**" in write_card(run).read_text()
