@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.method.runs import (
+    FLOORS,
     METHODS,
     PICTURES,
     RECIPES,
@@ -51,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--families", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=["w4a8"])
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *VARIANTS], default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *VARIANTS, *FLOORS], default=list(METHODS), metavar="METHOD"
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid of learning rates")
     parser.add_argument("--fixed-rates", action="store_true", help="do not continue the grid")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -70,11 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         def run(setting: Setting, pictures: bool, bench: Bench = bench, file: Path = file) -> dict[str, Any]:
             for row in read(file):
-                if same(row, vars(setting)) and row.get("pictures", 0) >= PICTURES * pictures:
+                if same(row, vars(setting)) and "sampler" in row and row.get("pictures", 0) >= PICTURES * pictures:
                     return row
             row = bench.measure(setting, pictures=pictures)
             add(file, row)
-            shown = {key: row[key] for key in (*_KEY, "validation", "test", "fd", "seconds") if key in row}
+            shown = {key: row[key] for key in (*_KEY, "validation", "test", "sampler", "fd", "seconds") if key in row}
             print(json.dumps(shown), flush=True)
             return row
 

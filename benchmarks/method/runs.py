@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import statistics
 import tempfile
 import time
@@ -28,23 +30,29 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import set_bit_width, stored_bits_per_weight
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 from fbqat_hub.training.blockwise import train_blockwise
-from fbqat_hub.training.cache import CachedSplit, cached_splits
+from fbqat_hub.training.cache import CachedSplit, cache_key, cached_splits
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import distill
 from fbqat_hub.training.loss import held_out_loss
+from fbqat_hub.training.openmoji import default_cache_dir, load_openmoji
 from fbqat_hub.training.probe import loss_against_width, widths_to
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.samples import generate_samples
 from fbqat_hub.training.student import prepare_student
 from fbqat_hub.training.teachers import resolve_teacher
+from fbqat_hub.training.trajectories import VERSION, Trajectories, predictions, trajectories, trajectory_loss
 
 RECIPES = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
 LOW_RANK = 4
+# A bit width whose grid is finer than what fp32 activations show of a weight.
+_FLOAT = 16
 # For the Fréchet distance and PSNR; the distance's bias at N pictures is about 1/N.
 PICTURES = 768
-# Every held-out sample is seen with this many noises and timesteps.
+# Every held-out picture is seen with this many noises and timesteps.
 REPEATS = 4
 HELD_OUT = ("validation", "test")
+# The judge: draws of the teacher's own sampler, at least this many, of captions that nothing was trained on.
+JUDGED, STEPS_OF_A_PICTURE = 2000, 4
 TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[benchmark]'"
 
 Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]
@@ -63,6 +71,7 @@ class Method:
     freeze: float = 0.0
     features: float = 0.0
     learned_widths: bool = False
+    float_weights: bool = False  # with the method's activations
 
 
 def _prepare_torchao(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws) -> nn.Module:
@@ -72,6 +81,22 @@ def _prepare_torchao(recipe: Recipe, teacher: nn.Module, train_split: CachedSpli
     except ImportError as error:
         raise ImportError(TORCHAO_NEEDED) from error
     return prepare_torchao(recipe, teacher, train_split, draws)
+
+
+def _in_bfloat16(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws) -> nn.Module:
+    """A copy of the teacher in bfloat16, given its inputs in it as a pipeline of that dtype does."""
+    del recipe, train_split
+
+    def narrow(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        own = draws.family.timestep_input
+        return positional, {
+            name: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() and name != own else value
+            for name, value in named.items()
+        }
+
+    student = copy.deepcopy(teacher).bfloat16()
+    student.register_forward_pre_hook(narrow, with_kwargs=True)
+    return student
 
 
 _OURS = Method("fbqat")
@@ -88,6 +113,11 @@ METHODS: dict[str, Method] = {
     "simple": Method("simple"),
     "fbqat-paper": Method("fbqat-paper"),
     "fbqat": _OURS,
+}
+# What no quantizer of weights can beat: the layers' activations alone, and the teacher itself in bfloat16.
+FLOORS: dict[str, Method] = {
+    "activations alone": Method("ptq-maxabs", trained=False, float_weights=True),
+    "bfloat16": Method("ptq-maxabs", prepare=_in_bfloat16, trained=False),
 }
 # Forms of this project's method that can be tried; each differs from "fbqat" in what its name says. The results have
 # more: forms that lost and left the library (slope, dampening, 15 levels, softer starts).
@@ -154,7 +184,7 @@ TRACKS = {name: {"train_layers": "all", "loss_weighting": "none", **changes} for
 
 def method_of(name: str) -> Method:
     """The method or variant of that name."""
-    known = {**METHODS, **VARIANTS}
+    known = {**METHODS, **VARIANTS, **FLOORS}
     if name not in known:
         raise ValueError(f"method is {name!r}; there are: {', '.join(known)}.")
     return known[name]
@@ -223,6 +253,8 @@ class Bench:
         self.pipeline = load_pipeline(resolve_teacher(recipe.teacher), torch.float32)
         self.teacher = self.pipeline.transformer.eval().requires_grad_(False)
         self.splits = cached_splits(recipe, self.pipeline)
+        self.judge = self._judge(recipe)
+        self._wanted = predictions(self.teacher, self.judge, get_family(recipe.family))
         self.extractor = OpenMojiFeatures.load()
         self._draws: dict[int, Remembered] = {}
         self._original: tuple[Tensor, Tensor] | None = None
@@ -231,9 +263,10 @@ class Bench:
     def measure(self, setting: Setting, *, pictures: bool = True) -> dict[str, Any]:
         """Train and measure one setting; a flat row of results.
 
-        Losses are means over the split (``train`` too, at noises it was not trained on), every sample with the same
-        noises and timesteps for every method. The Fréchet
-        distance and PSNR are to the teacher's own pictures from the same seeds.
+        ``sampler`` is the judge: the mean over draws of the teacher's sampler, of captions that nothing was trained
+        on, also caption by caption. The other losses are means over a split of the data (``train`` too, at noises it
+        was not trained on), every sample with the same noises and timesteps for every method. The Fréchet distance
+        and PSNR are to the teacher's own pictures from the same seeds.
         """
         recipe, method = setting.recipe(), method_of(setting.method)
         draws = self._draws.get(setting.seed)
@@ -257,8 +290,9 @@ class Bench:
         if recipe.steps:
             self._train(recipe, method, student, splits, draws, dynamics)
         trained = time.monotonic() - began
-        set_bit_width(student, bits)
-        row["bits_per_weight"] = bits_per_weight(student)
+        set_bit_width(student, _FLOAT if method.float_weights else bits)
+        if setting.method not in FLOORS:
+            row["bits_per_weight"] = bits_per_weight(student)
         if recipe.steps:
             row |= dynamics.summary()
         row |= self._losses(student, splits, draws)
@@ -284,10 +318,30 @@ class Bench:
         row |= {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
         return {**row, "command": command_line(), "versions": versions(), "machine": machine(), "date": now()}
 
-    def _losses(self, student: nn.Module, splits: dict[str, CachedSplit], draws: Remembered) -> dict[str, float]:
+    def _judge(self, recipe: Recipe) -> Trajectories:
+        """At least ``JUDGED`` draws of the sampler, of the captions of every group of OpenMoji's test split."""
+        captions = load_openmoji(max(recipe.size))["test"]["caption"]
+        halves = 2 if recipe.generation["guidance_scale"] > 1 else 1
+        pictures = math.ceil(JUDGED / (len(captions) * halves * STEPS_OF_A_PICTURE))
+        key = cache_key(resolve_teacher(recipe.teacher), {"captions": captions}, pictures, recipe.generation)
+        path = default_cache_dir() / "judge" / f"{self.family}-{VERSION}-{key}.safetensors"
+        return trajectories(
+            self.pipeline,
+            get_family(self.family),
+            captions,
+            recipe.generation,
+            path,
+            pictures=pictures,
+            steps=STEPS_OF_A_PICTURE,
+        )
+
+    def _losses(self, student: nn.Module, splits: dict[str, CachedSplit], draws: Remembered) -> dict[str, Any]:
         losses = {name: held_out_loss(student, self.teacher, splits[name], draws, repeats=REPEATS) for name in HELD_OUT}
         losses["train"] = held_out_loss(student, self.teacher, splits["train"], draws)
-        return {name: statistics.fmean(values) for name, values in losses.items()}
+        judged = trajectory_loss(predictions(student, self.judge, draws.family), self._wanted)
+        by_caption = [float(f"{loss:.4g}") for loss in self.judge.by_caption(judged)]
+        means = {name: statistics.fmean(values) for name, values in losses.items()}
+        return {**means, "sampler": statistics.fmean(judged), "draws": len(judged), "sampler_by_caption": by_caption}
 
     def _splits_of(self, recipe: Recipe) -> dict[str, CachedSplit]:
         """The splits of the family's recipe, with other training pictures where ``recipe`` has other ones."""

@@ -72,20 +72,21 @@ class Trajectories:
 
 
 @torch.no_grad()
-def trajectory_loss(
-    student: nn.Module,
-    teacher: nn.Module,
+def predictions(
+    model: nn.Module,
     draws: Trajectories,
     family: Family,
     *,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-) -> list[float]:
-    """Mean squared distance of the predictions of student and teacher, for each draw."""
-    losses: list[float] = []
-    for inputs in draws.batches(batch_size, device):
-        made, wanted = (family.predict(model, inputs) for model in (student, teacher))
-        losses += (made.float() - wanted.float()).square().flatten(1).mean(1).tolist()
+) -> Tensor:
+    """What a denoiser predicts of each draw: fp32 [N, ...], on the CPU."""
+    return torch.cat([family.predict(model, inputs).float().cpu() for inputs in draws.batches(batch_size, device)])
+
+
+def trajectory_loss(student: Tensor, teacher: Tensor) -> list[float]:
+    """Mean squared distance of two models' ``predictions``, for each draw."""
+    losses: list[float] = (student - teacher).square().flatten(1).mean(1).tolist()
     return losses
 
 

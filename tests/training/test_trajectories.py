@@ -12,7 +12,7 @@ import torch
 from fbqat_hub.families import FAMILIES, Family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training import trajectories as module
-from fbqat_hub.training.trajectories import Trajectories, trajectories, trajectory_loss
+from fbqat_hub.training.trajectories import Trajectories, predictions, trajectories, trajectory_loss
 from tests.conftest import CAPTIONS, call_of, most_families
 
 
@@ -103,11 +103,12 @@ def test_losses_do_not_depend_on_the_batch_size_and_mean_what_they_say(load, tmp
     family, pipeline, call = load("sana")
     held = made(pipeline, family, call, tmp_path / "held", CAPTIONS[:3], pictures=2, steps=2)
     teacher = pipeline.transformer
-    assert trajectory_loss(teacher, teacher, held, family) == [0.0] * len(held)
+    wanted = predictions(teacher, held, family)
+    assert trajectory_loss(wanted, wanted) == [0.0] * len(held)
     student = load("sana")[1].transformer
     with torch.no_grad():
         student.proj_out.bias += 0.5
-    losses = trajectory_loss(student, teacher, held, family, batch_size=5)
+    losses = trajectory_loss(predictions(student, held, family, batch_size=5), wanted)
     assert losses == pytest.approx([0.25] * len(held), rel=1e-3)
     values = [float(caption) for caption in held.captions]
     assert held.by_caption(values) == [0.0, 1.0, 2.0]
