@@ -29,7 +29,7 @@ INDEX = "model_index.json"
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # What is copied beside the weights: configurations, vocabularies, chat templates.
-_TEXTS = (".json", ".txt", ".model", ".jinja")
+TEXTS = (".json", ".txt", ".model", ".jinja")
 _AGAIN = "Download or convert it again."
 
 
@@ -232,7 +232,7 @@ class Component:
         weights = self.weights(variant) if self.is_model else Weights(None, (), None)
         target.mkdir(parents=True)
         for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.suffix in _TEXTS and ".safetensors." not in path.name:
+            if path.is_file() and path.suffix in TEXTS and ".safetensors." not in path.name:
                 shutil.copyfile(path, target / path.name)
         for path in weights.files:
             copy_finite(path, target / self._plain(path.name, weights.variant), done)

@@ -27,7 +27,7 @@ from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
 from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import set_bit_width, stored_bits_per_weight
+from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width, stored_bits_per_weight
 from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cache_key, cached_splits
@@ -293,6 +293,9 @@ class Bench:
         set_bit_width(student, _FLOAT if method.float_weights else bits)
         if setting.method not in FLOORS:
             row["bits_per_weight"] = bits_per_weight(student)
+        if recipe.quantization.average_bits is not None:
+            layers = named_layers(student, FakeQuantizedLinear)
+            row["widths"] = {name: round(layer.bit_width) for name, layer in layers}
         if recipe.steps:
             row |= dynamics.summary()
         row |= self._losses(student, splits, draws)

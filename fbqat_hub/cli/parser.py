@@ -89,6 +89,7 @@ def _train(commands: Any) -> None:
         "--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline, its log and recipe"
     )
     sub.add_argument("--resume", action="store_true", help="continue an interrupted run of the same recipe")
+    _fit_option(sub)
     _settings(sub, "fields of the recipe", "steps=800 learning_rate=1e-4 quantization.average_bits=4.5")
 
 
@@ -119,6 +120,7 @@ def _plan(commands: Any) -> None:
         help="load the teacher and measure what there is to choose from: bit widths, layers to train, time and memory",
     )
     sub.add_argument("--output", type=_checked(_folder), help="with --measure: folder for plan.json and curve.png")
+    _fit_option(sub)
     _settings(sub, "fields of the recipe", "method=fbqat-paper")
 
 
@@ -134,6 +136,7 @@ def _convert(commands: Any) -> None:
         metavar="BITS",
         help="8 bits for the layers whose weights lose most, so many bits a weight on average, e.g. 4.5 (default: 4)",
     )
+    _fit_option(sub)
     sub.add_argument(
         "--text-encoders",
         choices=("w8a8", "w8", "w4a8", "w4"),
@@ -440,6 +443,15 @@ def _settings(sub: argparse.ArgumentParser, what: str, example: str) -> None:
     _list_option(sub, "--set", "KEY=VALUE", f"change {what}, e.g. {example}")
 
 
+def _fit_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--fit",
+        type=_checked(_fit),
+        metavar="SIZE",
+        help="the best widths with which the pipeline's files fit, e.g. 6GB, or the denoiser's: transformer=3GB",
+    )
+
+
 def _list_option(sub: argparse.ArgumentParser, name: str, metavar: str, text: str) -> None:
     """An option of several values; given again, it adds to them."""
     sub.add_argument(name, nargs="+", action="extend", default=[], metavar=metavar, help=text)
@@ -466,6 +478,12 @@ def _gpus(text: str) -> Any:
     from fbqat_hub.training.costs import Gpus  # brings torch, which `fbqat --help` need not take
 
     return Gpus.parse(text)
+
+
+def _fit(text: str) -> Any:
+    from fbqat_hub.training.fit import Fit
+
+    return Fit.parse(text)
 
 
 def _seconds(text: str) -> float:

@@ -6,9 +6,13 @@ import argparse
 import shlex
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fbqat_hub.cli.settings import changes_of
 from fbqat_hub.inputs import read_prompts, read_text
+
+if TYPE_CHECKING:
+    from fbqat_hub.training.recipe import Recipe
 
 # Arguments of a pipeline call that are text: what is typed is taken as it is, not read as YAML.
 _TEXTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
@@ -24,9 +28,8 @@ def demo(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """``fbqat train``."""
     from fbqat_hub.training.distill import train
-    from fbqat_hub.training.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, **changes_of(options.set))
+    recipe = _recipe(options)
     output = train(recipe, options.output, resume=options.resume)
     named = shlex.quote(str(output))
     print(f"saved {output}. Next: fbqat evaluate {named} ; fbqat card {named}")
@@ -34,9 +37,7 @@ def train(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """``fbqat plan``."""
-    from fbqat_hub.training.recipe import load_recipe
-
-    recipe = load_recipe(options.recipe, **changes_of(options.set))
+    recipe = _recipe(options)
     if not options.measure:
         if options.output:
             raise ValueError("--output keeps what --measure measures; give both, or neither.")
@@ -51,6 +52,20 @@ def plan(options: argparse.Namespace) -> None:
         print(f"saved {options.output}")
 
 
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """That is named, with the fields that are set, and the average width that fits."""
+    from fbqat_hub.training.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, **changes_of(options.set))
+    if options.fit is None:
+        return recipe
+    from fbqat_hub.training.fit import fitted
+
+    recipe = fitted(recipe, options.fit)
+    print(f"--fit: quantization.average_bits={recipe.quantization.average_bits:g}")
+    return recipe
+
+
 def convert(options: argparse.Namespace) -> None:
     """``fbqat convert``."""
     from fbqat_hub.training.ptq import convert_pipeline
@@ -59,7 +74,12 @@ def convert(options: argparse.Namespace) -> None:
     if options.average_bits is not None:
         settings["average_bits"] = options.average_bits
     output = convert_pipeline(
-        options.pipeline, options.output, settings, options.variant, text_encoders=options.text_encoders
+        options.pipeline,
+        options.output,
+        settings,
+        options.variant,
+        text_encoders=options.text_encoders,
+        fit=options.fit,
     )
     print(
         f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,6 +159,71 @@ def training_curve(log: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     with whole(path) as partial, partial.open("wb") as file:
         canvas.print_png(file, metadata={"Software": None})
     return path
+
+
+def widths_picture(models: Mapping[str, Mapping[str, int]], path: str | os.PathLike[str]) -> Path:
+    """Draw which layers have how many bits: a panel a model, a row a kind of layer, a column a block.
+
+    Args:
+        models: title of the panel -> layer's full name -> bits, from 3 to 8.
+        path: PNG to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no model, or one without layers.
+    """
+    if not models or not all(models.values()):
+        raise ValueError("No widths to draw: give the bits of at least one layer.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    grids = {title: _by_block(widths) for title, widths in models.items()}
+    cell, names, head, foot = 0.17, 2.9, 0.35, 0.75  # inches
+    sides = [(names + 2 * cell * len(next(iter(grid.values()))), cell * len(grid)) for grid in grids.values()]
+    width, height = sum(side[0] for side in sides) + 0.2, head + max(side[1] for side in sides) + foot
+    figure = Figure(figsize=(width, height), dpi=120)
+    canvas = FigureCanvasAgg(figure)
+    colours = LinearSegmentedColormap.from_list("bits", [_PAPER, "#c9d3f2", _WIDTH])
+    left = 0.0
+    for (title, grid), (wide, high) in zip(grids.items(), sides, strict=True):
+        place = (left + names, height - head - high, wide - names, high)
+        axis = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
+        left += wide
+        values = [[math.nan if bits is None else bits for bits in row] for row in grid.values()]
+        axis.pcolormesh(values, cmap=colours, vmin=2, vmax=8, edgecolors=_PAPER, linewidth=1)
+        axis.set_yticks([row + 0.5 for row in range(len(grid))], list(grid), fontsize=7)
+        axis.set_xticks([column + 0.5 for column in range(len(values[0]))], range(len(values[0])), fontsize=6)
+        axis.tick_params(length=0, colors=_MUTED)
+        axis.invert_yaxis()
+        axis.set_xlabel("block", fontsize=7, color=_MUTED)
+        axis.set_title(title, fontsize=9)
+        axis.spines[:].set_visible(False)
+    used = sorted({bits for widths in models.values() for bits in widths.values()})
+    patches = [Patch(facecolor=colours((bits - 2) / 6), edgecolor=_MUTED, label=f"{bits} bits") for bits in used]
+    figure.legend(handles=patches, loc="lower center", ncols=len(used), fontsize=8, frameon=False)
+    path = Path(path)
+    with whole(path) as partial, partial.open("wb") as file:
+        canvas.print_png(file, metadata={"Software": None})
+    return path
+
+
+def _by_block(widths: Mapping[str, int]) -> dict[str, list[int | None]]:
+    """Kind of layer, its name with the block's number left out -> bits by block; a layer of no block is in the first.
+
+    >>> _by_block({"proj": 8, "blocks.0.to_q": 4, "blocks.1.to_q": 8})
+    {'proj': [8, None], 'blocks.*.to_q': [4, 8]}
+    """
+    found: dict[str, dict[int, int]] = {}
+    for name, bits in sorted(widths.items(), key=lambda item: (bool(re.search(r"\.\d+\.", item[0])), item[0])):
+        number = re.search(r"\.(\d+)\.", name)
+        kind = name if number is None else f"{name[: number.start()]}.*.{name[number.end() :]}"
+        found.setdefault(kind, {})[int(number[1]) if number else 0] = bits
+    columns = 1 + max(number for row in found.values() for number in row)
+    return {kind: [row.get(column) for column in range(columns)] for kind, row in found.items()}
 
 
 def _tile(image: Image.Image, side: int) -> Image.Image:

@@ -251,6 +251,7 @@ def _body(facts: Facts) -> str:
     recipe, records, images, data = facts.recipe, facts.records, facts.images, facts.data
     comparison = [name for name in images if name.startswith("comparison")]
     curves = [name for name in images if name.startswith("curve")]
+    layer_widths = [name for name in images if name.startswith("widths")]
     licence = data.license_name or data.license
     teacher = public_name(str(recipe["teacher"]))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -273,7 +274,8 @@ def _body(facts: Facts) -> str:
         widths=widths_table(facts.widths, recipe["method"]) if facts.widths else None,
         comparison=[quote(name) for name in comparison],
         curves=[quote(name) for name in curves],
-        pictures=[quote(name) for name in images if name not in (*comparison, *curves)],
+        layer_widths=[quote(name) for name in layer_widths],
+        pictures=[quote(name) for name in images if name not in (*comparison, *curves, *layer_widths)],
         tables=[
             {"title": title, **results_table([r for r in records if r.suite == suite], recipe["method"])}
             for suite, title in SUITE_TITLES.items()

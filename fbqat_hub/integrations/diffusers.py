@@ -34,7 +34,7 @@ from fbqat_hub.quantization.convert import named_layers, replace_layers
 from fbqat_hub.quantization.packed import PackedLayer
 from fbqat_hub.quantization.packing import NIBBLE
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
-from fbqat_hub.quantization.widths import WIDTHS, LayerSize, widths_of_average
+from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
 from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tensor
 
 
@@ -149,7 +149,7 @@ class FBQATQuantizer(DiffusersQuantizer):
             self._check_weight(layer, name, weight)
             errors = rounding_errors(weight, self.quantization_config.weight_scheme(), WIDTHS)
             scores[name] = weight_sensitivity(weight, errors)
-            sizes[name] = LayerSize(layer.out_features, layer.in_features)
+            sizes[name] = layer.out_features * layer.in_features
         chosen = widths_of_average(scores, sizes, average_bits)
         self.quantization_config = self.quantization_config.with_widths(chosen)
 

@@ -9,53 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from fbqat_hub.quantization.packing import packed_width
 
 WIDTHS = (4, 8)
 # Layers x budget in units that are held at most, 8 bytes each; beyond it the unit is coarser.
 _CELLS = 2**25
 
 
-@dataclass(frozen=True)
-class LayerSize:
-    """What the cost of a layer depends on.
-
-    >>> LayerSize(out_features=2, in_features=7).stored_bits(4)  # two rows of 4 bytes, two scales of 32 bits
-    128
-    """
-
-    out_features: int
-    in_features: int
-    scales: int = 1  # of each output
-
-    @property
-    def weights(self) -> int:
-        """How many."""
-        return self.out_features * self.in_features
-
-    def stored_bits(self, bits: int) -> int:
-        """Of the packed codes and their fp32 scales, as docs/format.md stores them."""
-        return self.out_features * (8 * packed_width(self.in_features, bits) + 32 * self.scales)
-
-
 def widths_of_average(
-    scores: Mapping[str, Mapping[int, float]], sizes: Mapping[str, LayerSize], average_bits: float
+    scores: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], average_bits: float
 ) -> dict[str, int]:
     """The best widths whose codes have at most ``average_bits`` a weight on average; scales do not count.
 
     Args:
         scores: layer -> width -> what the model loses. Every layer has the same widths.
-        sizes: of the same layers.
+        sizes: weights of the same layers.
 
     Raises:
         ValueError: an average below the smallest width or above the largest.
 
-    >>> sizes = {"a": LayerSize(8, 8), "b": LayerSize(8, 8), "c": LayerSize(8, 8)}
+    >>> sizes = {"a": 64, "b": 64, "c": 64}
     >>> widths_of_average({"a": {4: 1.0, 8: 0.1}, "b": {4: 5.0, 8: 0.1}, "c": {4: 2.0, 8: 0.0}}, sizes, 5.5)
     {'a': 4, 'b': 8, 'c': 4}
     """
@@ -65,28 +40,10 @@ def widths_of_average(
             f"average_bits is {average_bits}; with widths of {' and '.join(map(str, widths))} bits it can be from "
             f"{widths[0]} to {widths[-1]}."
         )
-    costs = {name: {bits: bits * sizes[name].weights for bits in widths} for name in scores}
+    costs = {name: {bits: bits * sizes[name] for bits in widths} for name in scores}
     # a hair more, or 4.1 x 10 weights would be 40 bits
-    budget = math.floor(average_bits * sum(size.weights for size in sizes.values()) * (1 + 1e-12))
+    budget = math.floor(average_bits * sum(sizes.values()) * (1 + 1e-12))
     return choose_widths(scores, costs, budget)
-
-
-def widths_of_bytes(
-    scores: Mapping[str, Mapping[int, float]], sizes: Mapping[str, LayerSize], stored_bytes: int
-) -> dict[str, int]:
-    """The best widths whose packed weights and scales take at most ``stored_bytes``.
-
-    Raises:
-        ValueError: less than what the smallest width takes everywhere.
-    """
-    widths = _widths(scores)
-    costs = {name: {bits: sizes[name].stored_bits(bits) for bits in widths} for name in scores}
-    least = sum(by_width[widths[0]] for by_width in costs.values())
-    if 8 * stored_bytes < least:
-        raise ValueError(
-            f"{stored_bytes} bytes do not hold the weights: at {widths[0]} bits everywhere they take {-(-least // 8)}."
-        )
-    return choose_widths(scores, costs, 8 * stored_bytes)
 
 
 def choose_widths(
@@ -150,11 +107,9 @@ def _by_cost(by_width: Mapping[int, int]) -> list[int]:
     return sorted(by_width, key=lambda bits: (by_width[bits], bits))
 
 
-def average_width(widths: Mapping[str, int], sizes: Mapping[str, LayerSize]) -> float:
+def average_width(widths: Mapping[str, int], sizes: Mapping[str, int]) -> float:
     """Bits a weight on average, scales not counted."""
-    return sum(bits * sizes[name].weights for name, bits in widths.items()) / sum(
-        sizes[name].weights for name in widths
-    )
+    return sum(bits * sizes[name] for name, bits in widths.items()) / sum(sizes[name] for name in widths)
 
 
 def _widths(scores: Mapping[str, Mapping[int, float]]) -> list[int]:

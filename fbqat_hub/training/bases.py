@@ -65,13 +65,18 @@ def build(config: Mapping[str, Any]) -> Any:
     return kind(kind.config_class(**settings))
 
 
+def build_on_meta(config: Mapping[str, Any]) -> Any:
+    """``build`` without numbers."""
+    with torch.device("meta"), quiet():
+        return build(config)
+
+
 @functools.cache
 def parameters(teacher: str) -> dict[str, int]:
     """Component -> number of its parameters."""
     counts = {}
     for name, config in configs_of(teacher).items():
-        with torch.device("meta"), quiet():
-            model: nn.Module = build(config)
+        model: nn.Module = build_on_meta(config)
         counts[name] = sum(parameter.numel() for parameter in model.parameters())
     return counts
 

@@ -12,19 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from fbqat_hub.components import quiet
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped
-from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
 from fbqat_hub.text import columns
-from fbqat_hub.training.bases import Configs, build, configs_of, parameters
+from fbqat_hub.training.bases import Configs, build_on_meta, configs_of, parameters
 from fbqat_hub.training.block_footprint import BlockMemory, block_memory
 from fbqat_hub.training.captioned import pictures_in
 from fbqat_hub.training.dataset import folder_of
-from fbqat_hub.training.footprint import StepMemory, fake_student, step_memory
+from fbqat_hub.training.fit import other_bytes, packed_size
+from fbqat_hub.training.footprint import StepMemory, step_memory
 from fbqat_hub.training.prompts import PROMPT_SETS
 from fbqat_hub.training.recipe import Recipe, load_recipe
 
@@ -73,6 +69,7 @@ class Costs:
         pictures: of the data; None where they cannot be counted without loading them.
         embeddings, latents: bytes on disk of a picture, the embeddings at most.
         packed: bytes of the quantized denoiser.
+        others: bytes of the other parts of the finished pipeline.
     """
 
     recipe: Recipe
@@ -81,6 +78,7 @@ class Costs:
     embeddings: int
     latents: int
     packed: int
+    others: int
 
     @functools.cached_property
     def memory(self) -> StepMemory:
@@ -93,14 +91,9 @@ class Costs:
         return step_memory(self.recipe, configs_of(self.recipe.teacher), 1)
 
     @property
-    def others(self) -> list[int]:
-        """Parameters of each component but the denoiser."""
-        return [count for name, count in self.parameters.items() if name != "transformer"]
-
-    @property
     def output(self) -> int:
         """Bytes of the finished pipeline."""
-        return self.packed + _HALF * sum(self.others)
+        return self.packed + self.others
 
     @property
     def encoding(self) -> int:
@@ -113,7 +106,8 @@ class Costs:
 
         In the precision of training.
         """
-        return _width(self.recipe) * max(self.others, default=0)
+        others = [count for name, count in self.parameters.items() if name != "transformer"]
+        return _width(self.recipe) * max(others, default=0)
 
     @functools.cached_property
     def blocks(self) -> BlockMemory:
@@ -166,15 +160,15 @@ def costs(recipe: Recipe) -> Costs:
         pictures=_pictures(recipe.dataset),
         embeddings=embeddings,
         latents=latents,
-        packed=_packed(recipe, configs),
+        packed=packed_size(recipe).at(recipe.quantization.average_bits),
+        others=other_bytes(recipe.teacher, recipe.text_encoders),
     )
 
 
 def cached_bytes(recipe: Recipe, configs: Configs) -> tuple[int, int]:
     """What the cache keeps of a caption, at most, and of a picture."""
     family = get_family(recipe.family)
-    with torch.device("meta"), quiet():
-        whole = {name: build(configs[name]).config for name in ("transformer", "vae")}
+    whole = {name: build_on_meta(configs[name]).config for name in ("transformer", "vae")}
     shapes = family.conditioning_shapes(whole["transformer"], recipe.generation).values()
     width = _width(recipe)
     return width * sum(map(math.prod, shapes)), width * math.prod(family.latent_shape(whole, recipe.size))
@@ -376,19 +370,6 @@ def _pictures(dataset: Mapping[str, Any]) -> int | None:
         return min(source.rows, int(dataset.get("count") or source.rows))
     folder: Path | None = folder_of(dataset)
     return len(pictures_in(folder)) if folder else None
-
-
-def _packed(recipe: Recipe, configs: Configs) -> int:
-    """Bytes of the packed denoiser: codes of 4 or 8 bits, fp32 scales and biases, the rest in float32."""
-    bits = recipe.quantization.average_bits or (4 if recipe.quantization.weight_bits <= 4 else 8)
-    with FakeTensorMode():
-        student = fake_student(recipe, configs)
-        layers = [layer for _, layer in named_layers(student, FakeQuantizedLinear)]
-        weights = {id(layer.weight): layer.weight.numel() for layer in layers}
-        scales = sum(layer.current_clip().numel() for layer in layers)
-        clips = sum(parameter.numel() for layer in layers for parameter in layer.clip.parameters())
-        rest = sum(each.numel() for each in student.parameters()) - sum(weights.values()) - clips
-    return int(sum(weights.values()) * bits / 8) + 4 * (scales + rest)
 
 
 def _width(recipe: Recipe) -> int:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fbqat_hub.components import Component
-from fbqat_hub.evaluation.pictures import training_curve
+from fbqat_hub.config import FBQATConfig
+from fbqat_hub.evaluation.pictures import training_curve, widths_picture
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.evaluation.suite import (
     DISTANCES,
@@ -52,6 +53,8 @@ from fbqat_hub.training.samples import (
     teacher_pictures,
 )
 from fbqat_hub.training.teachers import resolve_teacher
+from fbqat_hub.untrusted import read_json
+from fbqat_hub.weights import read_header
 
 TO_TEACHER = tuple(f"{name}_teacher" for name in DISTANCES)
 TO_REAL = tuple(f"{name}_real" for name in DISTANCES)
@@ -88,6 +91,8 @@ def evaluate(
     progress: bool = True,
 ) -> Evaluated:
     """Measure a run, or a stage of it, and write ``results.json`` and ``images/`` into its folder.
+
+    ``images/`` has the pictures side by side, the training's curve, and, where layers differ, their widths.
 
     The held-out loss is over the test split of the recipe's data, every sample with ``draws`` noises and timesteps that
     are the same for every method. Pictures are generated from the same seeds by teacher and student; those of an
@@ -143,6 +148,10 @@ def evaluate(
     if stage is None and log.exists() and log.stat().st_size:
         (run / "images").mkdir(exist_ok=True)
         training_curve([json.loads(line) for line in log.read_text().splitlines()], run / "images" / "curve.png")
+    widths = layer_widths(Component(folder / "transformer", "diffusers", "ModelMixin"))
+    if len(set(widths.values())) > 1:
+        (folder / "images").mkdir(exist_ok=True)
+        widths_picture({recipe.name: widths}, folder / "images" / "widths.png")
     source = asked.source if asked else ""
     records = [_record(recipe, metric, measured, source, bits) for metric, measured in found.items()]
     records += [record for metric in chosen if metric in OF_LOADING for record in _of_loading(models, metric, bits)]
@@ -310,6 +319,14 @@ def _of_loading(models: _Models, metric: str, bits: int) -> list[Record]:
         Record(**common, method=method, value=value, extra={} if method == "teacher" else {"weight_bits": bits})
         for method, value in values.items()
     ]
+
+
+def layer_widths(denoiser: Component) -> dict[str, int]:
+    """Layer -> bits of its weight, of a packed denoiser's folder; nothing of a float one's."""
+    config = FBQATConfig(**read_json(denoiser.folder / "config.json").get("quantization_config", {}))
+    stored = [tensor for file in denoiser.weights().files for tensor in read_header(file)]
+    layers = [name for name, _, tensor in (key.rpartition(".") for key in stored) if tensor == "weight_packed"]
+    return {name: config.weight_bits_by_module.get(name, config.weight_bits) for name in layers}
 
 
 def _stored_mib(folder: Path) -> float:

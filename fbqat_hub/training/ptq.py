@@ -14,9 +14,11 @@ from fbqat_hub.integrations.convert_files import convert_files
 from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import PARTIAL, check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
 from fbqat_hub.progress import Progress
+from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_json
+from fbqat_hub.weights import stored_dtype
 
 
 def convert_pipeline(
@@ -26,6 +28,7 @@ def convert_pipeline(
     variant: str | None = None,
     *,
     text_encoders: str | None = None,
+    fit: Fit | None = None,
     progress: bool = True,
 ) -> Path:
     """Quantize the denoiser of a float pipeline to W4A8 as it is read, and save the whole pipeline.
@@ -41,12 +44,13 @@ def convert_pipeline(
         variant: of the source's weights, e.g. "fp16"; see ``Component.weights``.
         text_encoders: "w8a8", "w8", "w4a8" or "w4": their weights and activations (`integrations.transformers`); None
             copies them.
+        fit: what the result is to fit; finds ``average_bits``.
         progress: show a bar, or a line now and then.
 
     Raises:
         FileExistsError: ``output`` has content.
         ValueError: ``source`` is no whole pipeline, is of no supported family, is quantized already, or holds a tensor
-            that is not finite.
+            that is not finite; or does not fit at 4 bits.
     """
     if output.exists() and any(path.name != PARTIAL for path in output.iterdir()):
         raise FileExistsError(f"{output} exists and is not empty; give another --output.")
@@ -61,6 +65,13 @@ def convert_pipeline(
         raise ValueError(f"{source} is quantized already; give the full-precision pipeline.")
     pipeline = load_pipeline(folder, variant=variant, meta=True)
     packed_layers(pipeline.transformer, config)
+    if fit:
+        if config.average_bits is not None:
+            raise ValueError("average_bits and fit are both given; fit finds the average, so leave one of them out.")
+        size = PackedSize.of(pipeline.transformer, config, stored_dtype(denoiser.weights(variant).files))
+        average = average_that_fits(fit, size, other_bytes(str(folder), text_encoders, variant), text_encoders)
+        settings = {**(settings or {}), "average_bits": average}
+        config = FBQATConfig(**options, average_bits=average)
     fields: dict[str, Any] = {
         "name": output.resolve().name,
         "family": family.name,

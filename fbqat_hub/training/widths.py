@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
 from fbqat_hub.quantization.sensitivity import output_sensitivity, rounding_errors
-from fbqat_hub.quantization.widths import LayerSize, widths_of_average
+from fbqat_hub.quantization.widths import widths_of_average
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import Recipe
@@ -61,5 +61,5 @@ def chosen_widths(
         signs=_SIGNS,
         seed=recipe.seed,
     )
-    sizes = {name: LayerSize(layer.out_features, layer.in_features) for name, layer in layers.items()}
+    sizes = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
     return widths_of_average(scores, sizes, average)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fbqat_hub.evaluation.pictures import comparison_sheet, grid, training_curve
+from fbqat_hub.evaluation.pictures import comparison_sheet, grid, training_curve, widths_picture
 
 
 def solid(*colours: str) -> list[Image.Image]:
@@ -78,3 +78,30 @@ def test_a_curve_refuses_a_broken_log(tmp_path: Path, log: list, says: str) -> N
     with pytest.raises(ValueError, match=says):
         training_curve(log, tmp_path / "curve.png")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_layer_of_more_bits_has_another_colour_in_its_row_and_column(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    layers = {f"blocks.{block}.{name}": 4 for block in range(6) for name in ("to_q", "to_k")} | {"proj_out": 4}
+
+    def orange(widths: dict[str, int]) -> set[tuple[int, int]]:
+        picture = Image.open(widths_picture({"tiny": widths}, tmp_path / "widths.png")).convert("RGB")
+        found = {
+            (x, y)
+            for x in range(picture.width)
+            for y in range(picture.height - 60)  # without the legend
+            if picture.getpixel((x, y)) == (209, 103, 31)
+        }
+        assert picture.width > picture.height
+        return found
+
+    assert not orange(layers)
+    first, last = orange(layers | {"blocks.1.to_q": 8}), orange(layers | {"blocks.4.to_k": 8})
+    assert max(x for x, _ in first) < min(x for x, _ in last)
+    assert max(y for _, y in last) < min(y for _, y in first)
+
+
+def test_no_widths_are_refused(tmp_path: Path) -> None:
+    for models in ({}, {"tiny": {}}):
+        with pytest.raises(ValueError, match="No widths to draw"):
+            widths_picture(models, tmp_path / "widths.png")

@@ -13,15 +13,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fbqat_hub import cli
+from fbqat_hub.components import Component
 from fbqat_hub.evaluation.folders import PictureFolder
 from fbqat_hub.evaluation.metrics import psnr
 from fbqat_hub.evaluation.results import Record, peak_rss_mib, read_records, write_records
 from fbqat_hub.hub.card import write_card
 from fbqat_hub.pictures import read_picture
 from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training import samples as module
 from fbqat_hub.training.cache import cache_folder
-from fbqat_hub.training.evaluate import DEFAULT, evaluate
+from fbqat_hub.training.evaluate import DEFAULT, evaluate, layer_widths
+from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
 from fbqat_hub.training.samples import asked_prompts, generate_folder, generate_samples
 
@@ -295,3 +298,23 @@ def test_what_cannot_be_measured_says_why_and_its_older_record_goes(copy: Path) 
     reasons = evaluate(copy, images=1, metrics=["ssim", "fd_teacher", "fd_real"], progress=False).not_measured
     assert list(reasons) == ["fd_teacher", "fd_real"]
     assert reasons["fd_teacher"].startswith("a distance of two sets needs at least 2 pictures")
+
+
+def test_layers_of_several_widths_are_drawn_and_are_on_the_card(tiny_sana: Path, tmp_path: Path) -> None:
+    run = convert_pipeline(str(tiny_sana), tmp_path / "run", {"average_bits": 5.0}, progress=False)
+    evaluate(run, metrics=["bits_per_weight"], progress=False)
+    assert (run / "images" / "widths.png").is_file()
+    wide = {
+        name
+        for name, bits in layer_widths(Component(run / "transformer", "diffusers", "ModelMixin")).items()
+        if bits == 8
+    }
+    layers = named_layers(load_pipeline(run).transformer, PackedLayer)
+    assert wide == {name for name, layer in layers if layer.weight_bits == 8}
+    text = write_card(run, "me/mixed").read_text()
+    assert "## Bits of each layer\n\n![" in text
+    assert text.count("images/widths.png") == 1
+
+
+def test_one_width_is_no_picture(run: Path) -> None:
+    assert not (run / "images" / "widths.png").exists()
