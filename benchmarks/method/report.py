@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.markdown import markdown
-from benchmarks.method.rows import BLOCKS, FAMILIES, OURS, Results, Row, by_family, interval_of
+from benchmarks.method.judge import draw_widths, judge
+from benchmarks.method.rows import BLOCKS, FAMILIES, OURS, TITLES, Results, Row, by_family, interval_of
 from benchmarks.method.runs import PICTURES, TRACKS
-from benchmarks.method.widths import average_widths, draw_curve
-from fbqat_hub.evaluation.results import METHODS as TITLES
+from benchmarks.method.widths import draw_curve
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmark.md"
@@ -43,7 +43,7 @@ def page(results: Results) -> str:
         parts.append(forms(Results(rows)))
     parts.append(budgets(results))
     parts.append(layers(results))
-    parts.append(average_widths(results))
+    parts.append(judge(results))
     sheets = ", ".join(f"[{title}](images/sheet-{family}.png)" for family, title in FAMILIES.items())
     parts.append(_PLOTS.format(sheets=sheets))
     return "\n".join(parts).rstrip() + "\n"
@@ -52,7 +52,9 @@ def page(results: Results) -> str:
 _HEAD = """# The method benchmark
 
 Written by `python -m benchmarks.method.report` from `benchmarks/results/method/*.json`, where every row has its
-command, versions, machine, seed and date. The rows are made by `python -m benchmarks.method`.
+command, versions, machine, seed and date. The rows are made by `python -m benchmarks.method`. What is called "soft
+staircase" here was the default until 30 November 2026, and is `fbqat` in the commands of rows until then; what was
+`lsq-gptq` in those of the judge's rows is the default now.
 
 Each family is the tiny teacher that ships. Every trained method has the same number of steps of 8 samples. A method's
 learning rate is the one with the least loss on the *validation* split at the first seed; so are, where both were run,
@@ -390,6 +392,7 @@ def main() -> int:
     if not check:
         plots(results, ROOT / "docs" / "images")
         draw_curve(results, ROOT / "docs" / "images" / "size-loss.png")
+        draw_widths(results, ROOT / "docs" / "images" / "widths.png")
     print(f"{PAGE.name}: {'stale' if stale and check else 'as the results say'}")
     return int(check and stale)
 

@@ -11,11 +11,13 @@ from benchmarks.markdown import markdown
 from benchmarks.method.__main__ import RESULTS, read
 from benchmarks.method.runs import PICTURES
 from fbqat_hub import families
-from fbqat_hub.evaluation.results import METHODS as TITLES
+from fbqat_hub.evaluation.results import METHODS
 
 # Those that were measured, with their titles.
 FAMILIES = {name: family.title for name, family in families.FAMILIES.items() if (RESULTS / f"{name}.json").exists()}
-OURS = "fbqat"
+# The default when these rows were measured; what it is now, is "fbqat", in the judge's table.
+OURS = "fbqat staircase"
+TITLES = {**METHODS, OURS: "LSQ from GPTQ codes, soft staircase"}
 BLOCKS = "train-blocks"
 # Tracks whose best setting counts as one: a method trains what suits it.
 _JOINED = {

@@ -1,4 +1,4 @@
-"""Average widths: what half a bit buys, as tables and as the plot of size against loss."""
+"""Average widths: what half a bit buys, as a table and as the plot of size against loss."""
 
 from __future__ import annotations
 
@@ -9,56 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.method.rows import FAMILIES, OURS, Results, by_family, interval_of
+from benchmarks.method.rows import FAMILIES, OURS, Results, by_family
 from benchmarks.method.runs import AVERAGES
-from fbqat_hub.evaluation.results import METHODS as TITLES
 
 UNTRAINED, STEPS = "ptq-gptq", 400
 # Bits a weight on average, without scales -> track.
 CURVE = {4.0: "uniform-4", **{average: f"mixed-{average:g}" for average in AVERAGES}}
-
-_AVERAGES = {"uniform-4": "4 bits throughout", "mixed-4.5": "4.5 bits on average"}
-
-
-def average_widths(results: Results) -> str:
-    """The section of the page on average widths; nothing where none was run."""
-    rows = average_widths_rows(results)
-    return f"\n## Fractional average widths, 400 steps\n\n{_WIDTHS_HEAD}\n{rows}" if rows else ""
-
-
-def average_widths_rows(results: Results) -> str:
-    """What half a bit on average does where it matters: methods at 4 bits throughout and at 4.5 on average."""
-    cells: dict[str, dict[str, str]] = {}
-    titles = {"ptq-gptq": "GPTQ, not trained", "lsq-gptq": "LSQ from GPTQ codes", OURS: TITLES[OURS]}
-    for method, title in titles.items():
-        for family in FAMILIES:
-            losses = {}
-            for track, average in _AVERAGES.items():
-                rows = sorted(_rows(results, track, family, method), key=lambda row: row["seed"])
-                if not rows:
-                    continue
-                losses[track] = {row["seed"]: 1e3 * row["test"] for row in rows}
-                values = list(losses[track].values())
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                stored = f"{rows[0]['bits_per_weight']:.2f} stored"
-                cells.setdefault(f"{title}, {average}", {})[family] = (
-                    f"{statistics.fmean(values):.2f}{spread} ({stored})"
-                )
-            if len(losses) == 2:
-                both = sorted(set(losses["uniform-4"]) & set(losses["mixed-4.5"]))
-                changes = [100 * (losses["mixed-4.5"][seed] / losses["uniform-4"][seed] - 1) for seed in both]
-                cells.setdefault(f"{title}, change (95% interval)", {})[family] = interval_of(changes, 1, "%")
-    return by_family("loss ×1e-3", cells) if cells else ""
-
-
-_WIDTHS_HEAD = """Held-out distillation loss ×1e-3 (test split) with 8 bits for the layers that matter most to the
-output and 4 for the others, 4.5 bits a weight on average, against 4 bits throughout. The layers are chosen in one pass
-of Gauss-Newton over 100 training samples. Blocks trained, the loss weighted on PixArt-Sigma, a learning rate of 1e-4
-(SD3.5: 5e-5); every sample has draws of its own, so these losses are not those of the tables above. Made by
-`python -m benchmarks.method --tracks uniform-4 mixed-4.5 --methods fbqat lsq-gptq ptq-gptq --rates RATE
---fixed-rates --no-pictures`.
-"""
-
 
 Curve = Mapping[float, Mapping[int, Mapping[str, float]]]
 

@@ -74,7 +74,7 @@ class PackedSize:
         layers = packed_layers(model, config)
         once = {id(layer): layer for layer in layers.values()}
         packed = {f"{name}.{tensor}" for name in layers for tensor in ("weight", "bias")}
-        rest = [(name, value) for name, value in model.state_dict().items() if name not in packed]
+        rest = [(name, value) for name, value in _stored(model) if name not in packed]
         names = {id(layer): name for name, layer in layers.items()}
         own = [
             (f"{names[key]}.{tensor}", value)
@@ -92,6 +92,12 @@ class PackedSize:
     def average(self, room: int) -> float:
         """Bits a weight on average that so many bytes hold, at most 8; below 4 they do not hold the model."""
         return min(8.0, math.floor(1000 * (4 + 8 * (room - self.bytes) / self.weights)) / 1000)
+
+
+def _stored(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors of its files: of those that share their numbers, as T5's embeddings do, one."""
+    found = {id(value): (name, value) for name, value in model.state_dict(keep_vars=True).items()}
+    return list(found.values())
 
 
 def _bytes(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> int:
@@ -181,7 +187,7 @@ def other_bytes(teacher: str, text_encoders: str | None, variant: str | None = N
 def _part(model: nn.Module, name: str, text_encoders: str | None, dtype: torch.dtype) -> int:
     """Bytes of a part's weights, quantized if it is a text encoder and they are."""
     if text_encoders is None or not name.startswith("text_encoder"):
-        return _bytes(model.state_dict().items(), dtype)
+        return _bytes(_stored(model), dtype)
     bits, activations = TEXT_ENCODERS[text_encoders]
     return PackedSize.of(model, FBQATConfig(weight_bits=bits, activation_bits=activations), dtype).bytes
 

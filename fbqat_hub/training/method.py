@@ -151,15 +151,15 @@ class Method:
 
 # This project's default. Every value stands here, for this is what it is.
 FBQAT = Method(
-    # Start: GPTQ's codes. The margin is half the softness below, so that every weight starts on the grid.
+    # Start: GPTQ's codes.
     initialization="gptq",
     gptq=GPTQ(samples=100, damping=0.01, margin=0.05),
     # Grid: 4 bits, one scale per output channel with a learned clip; INT8 activations per token.
     quantization=Quantization(
         weight_bits=4, group_size=None, weight_clip="learned", activation_bits=8, activation_range="per_token"
     ),
-    # Widths: the 4-bit grid throughout. Rounding: a soft staircase that is hard after 90% of training.
-    schedule=Schedule(stages="constant", softness=0.1, soft_until=0.9),
+    # Widths: the 4-bit grid throughout. Rounding: hard, with the straight-through estimator.
+    schedule=Schedule(stages="constant", softness=0.0, soft_until=0.0),
     # Layers: those of the blocks.
     train_layers="blocks",
     # Loss: squared error, each sample by what the sampler makes of an error at its timestep.

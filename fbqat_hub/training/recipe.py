@@ -266,7 +266,7 @@ class Recipe:
         if average is not None and (len(schedule.stages) > 1 or self.quantization.weight_bits != 4):
             raise ValueError(
                 f"recipe: quantization.average_bits is {average:g}; it chooses from 4 and 8 bits, so weight_bits "
-                "must be 4 and schedule.stages constant."
+                "must be 4 and schedule.stages constant. For other widths set quantization.average_bits to null."
             )
 
     def _check_start(self, schedule: BitSchedule) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.method.rows import Results
+from benchmarks.method.rows import OURS, Results
 from benchmarks.method.widths import curve, draw_curve, half_bits, knee
 
 
@@ -18,11 +18,11 @@ def row(track: str, method: str, seed: int, bits: float, test: float, validation
 
 # per stored bit the loss falls to a quarter, then by nothing
 ROWS = [
-    row("uniform-4", "fbqat", 1, 4.2, 8.0, 16.0),
-    row("uniform-4", "fbqat", 2, 4.2, 4.0, 16.0),
+    row("uniform-4", OURS, 1, 4.2, 8.0, 16.0),
+    row("uniform-4", OURS, 2, 4.2, 4.0, 16.0),
     row("uniform-4", "ptq-gptq", 1, 4.2, 16.0, 32.0),
-    row("mixed-5", "fbqat", 1, 5.2, 2.0, 4.0),
-    row("mixed-8", "fbqat", 1, 8.2, 2.0, 2.0),
+    row("mixed-5", OURS, 1, 5.2, 2.0, 4.0),
+    row("mixed-8", OURS, 1, 8.2, 2.0, 2.0),
 ]
 
 
@@ -32,16 +32,16 @@ def line(table: str, title: str) -> str:
 
 
 def test_changes_are_for_half_a_bit_at_the_seeds_that_both_have() -> None:
-    rows = [row("mixed-4.5", "fbqat", 1, 4.7, 4.0, 9.0), *ROWS]
+    rows = [row("mixed-4.5", OURS, 1, 4.7, 4.0, 9.0), *ROWS]
     assert "-50% (1)" in line(half_bits(Results(rows)), "each half bit, 4.5 to 5 on average, trained")
     assert "-50% (1)" in line(half_bits(Results(rows)), "training, at 4 on average")
 
 
 def test_knee_is_where_validation_lies_furthest_below_the_line() -> None:
-    assert knee(curve(Results(ROWS), "sana", "fbqat")) == 5.0
+    assert knee(curve(Results(ROWS), "sana", OURS)) == 5.0
     flat = [{**each, "validation": 16.0} if each["track"] == "mixed-5" else each for each in ROWS]
-    assert knee(curve(Results(flat), "sana", "fbqat")) != 5.0
-    assert knee(curve(Results(ROWS[:3]), "sana", "fbqat")) is None
+    assert knee(curve(Results(flat), "sana", OURS)) != 5.0
+    assert knee(curve(Results(ROWS[:3]), "sana", OURS)) is None
 
 
 def test_plot_of_the_tracked_results_is_drawn(tmp_path: Path) -> None:
