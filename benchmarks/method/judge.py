@@ -82,8 +82,13 @@ def judge_rows(results: Results) -> str:
 
 
 def draw_widths(results: Results, path: Path) -> None:
-    """Write the picture of the bits of each family's layers, at 4.5 on average and the first seed."""
-    rows = {title: results.of(family=family, track="mixed-4.5", method="fbqat") for family, title in FAMILIES.items()}
+    """Write the picture of the bits of each family's layers, at 4.5 on average and the first seed.
+
+    They are chosen at GPTQ's codes, whether or not training follows.
+    """
+    rows = {
+        title: results.of(family=family, track="mixed-4.5", method="ptq-gptq") for family, title in FAMILIES.items()
+    }
     found = {title: [row for row in own if "widths" in row] for title, own in rows.items()}
     widths_picture(
         {title: min(own, key=lambda row: row["seed"])["widths"] for title, own in found.items() if own}, path

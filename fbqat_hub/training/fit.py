@@ -133,20 +133,19 @@ def average_that_fits(fit: Fit, denoiser: PackedSize, others: int, text_encoders
 
 
 def fitted(recipe: Recipe, fit: Fit) -> Recipe:
-    """The recipe with the average width that fits what a run of it leaves.
+    """The recipe with the average width, in place of its own, with which what a run of it leaves fits.
 
     Of a teacher on the Hub its configs are enough, and its other parts count as stored in half precision.
 
     Raises:
-        ValueError: it does not fit at 4 bits, or the recipe has widths of its own.
+        ValueError: it does not fit at 4 bits, or the recipe has other widths.
         HubError: a teacher that is not known here and cannot be looked up.
     """
     quantization = recipe.quantization
-    if quantization.average_bits is not None or quantization.weight_bits != 4 or len(recipe.bit_schedule().stages) > 1:
+    if quantization.weight_bits != 4 or len(recipe.bit_schedule().stages) > 1:
         raise ValueError(
-            "--fit finds quantization.average_bits, from widths of 4 and 8 bits; leave average_bits out of the recipe, "
-            f"with weight_bits 4 and schedule.stages constant (here average_bits is {quantization.average_bits} and "
-            f"weight_bits {quantization.weight_bits})."
+            f"--fit chooses from widths of 4 and 8 bits; weight_bits must be 4 and schedule.stages constant (here "
+            f"weight_bits is {quantization.weight_bits}, method {recipe.method})."
         )
     others = other_bytes(recipe.teacher, recipe.text_encoders)
     average = average_that_fits(fit, packed_size(recipe), others, recipe.text_encoders)

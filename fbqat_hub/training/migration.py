@@ -10,6 +10,7 @@
 | `quantization: {weight_granularity: per_group, group_size: 32}` | `quantization: {group_size: 32}` |
 | `license`, `license_name`, `license_link`, `dataset_license`, `attribution` | data of the card: `fbqat card --data` |
 | empty `start`, `loss_weighting` | left out: the method's |
+| `method: fbqat` with a `start` | with `schedule: {softness: 0.1, soft_until: 0.9}`, the default then |
 
 What was removed (ramps, `slope`, `dampening`, 15 levels, one scale for a whole tensor) is dropped where it was off, and
 is an error where it was on.
@@ -41,6 +42,9 @@ def migrated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     new = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
     for name in CARD_FIELDS:
         new.pop(name, None)
+    schedule = new.setdefault("schedule", {}) if "start" in new and new.get("method") == "fbqat" else None
+    if isinstance(schedule, dict) and not {"softness", "soft_until"} & set(schedule):
+        schedule |= {"softness": 0.1, "soft_until": 0.9}
     for name in ("start", "loss_weighting"):
         if new.get(name) == "":
             del new[name]

@@ -50,7 +50,7 @@ def test_what_is_compared_is_shown() -> None:
 
 
 def test_widths_are_drawn_from_the_rows(tmp_path: Path) -> None:
-    wide = row("fbqat", 1, 0.005, "mixed-4.5", widths={"blocks.0.to_q": 8, "blocks.1.to_q": 4})
+    wide = row("ptq-gptq", 1, 0.005, "mixed-4.5", widths={"blocks.0.to_q": 8, "blocks.1.to_q": 4})
     draw_widths(Results([*ROWS, wide]), tmp_path / "widths.png")
     with Image.open(tmp_path / "widths.png") as picture:
         assert (209, 103, 31) in {colour for _, colour in picture.convert("RGB").getcolors(2**20) or []}

@@ -358,7 +358,10 @@ def test_resume_with_another_recipe_is_refused_and_changes_nothing(recipe_of, tm
         train(recipe_of(learning_rate=2e-3, train_layers="all"), run, resume=True, progress=False)
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "fbqat", replace(METHODS["fbqat"], schedule=Schedule(softness=0.05, soft_until=0.9)))
-        with pytest.raises(ValueError, match=r"another recipe, .*: schedule\.softness: 0\.1 -> 0\.05\."):
+        with pytest.raises(
+            ValueError,
+            match=r"another recipe, .*: schedule\.softness: 0\.0 -> 0\.05; schedule\.soft_until: 0\.0 -> 0\.9\.",
+        ):
             train(recipe_of(), run, resume=True, progress=False)
     assert files_of(run) == before
 

@@ -56,7 +56,7 @@ def test_every_value_that_runs_is_written_out(tmp_path: Path) -> None:
     assert next(iter(saved)) == "recipe_version"
     assert saved["quantization"]["weight_clip"] == "learned"
     assert saved["quantization"]["module_overrides"] == {"proj_out": {"bits": 16}}
-    assert saved["schedule"] == {"stages": [[4, 1]], "softness": 0.1, "soft_until": 0.9}
+    assert saved["schedule"] == {"stages": [[4, 1]], "softness": 0.0, "soft_until": 0.0}
     assert (saved["initialization"], saved["loss_weighting"], saved["train_layers"]) == ("gptq", "sampler", "blocks")
     assert saved["gptq"] == {"samples": 100, "damping": 0.01, "margin": 0.05}
     assert saved["optimizer"]["clip_learning_rate"] == 3
@@ -91,8 +91,9 @@ def test_with_a_version_a_recipe_is_complete(missing: str, tmp_path: Path) -> No
 
 
 def test_a_recipe_of_the_version_before_there_were_versions() -> None:
-    """Renamed, not guessed: what it says is what today's recipe of the same run says."""
-    old, today = load_recipe(OLD), load_recipe("sana-tiny")
+    """Renamed, not guessed: the run that it was, at 4 bits throughout and with the soft staircase."""
+    was: Any = {"quantization": {"average_bits": None}, "schedule": {"softness": 0.1, "soft_until": 0.9}}
+    old, today = load_recipe(OLD), load_recipe("sana-tiny", **was)
     assert yaml.safe_load(OLD.read_text())["start"] == ""
     assert old == today
     assert load_recipe(OLD, seed=3).seed == 3
@@ -151,17 +152,18 @@ def test_the_default_method_is_the_first_and_whole() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_changed_on_the_command_line_brings_its_own_values(name: str, tmp_path: Path) -> None:
     """From a recipe that ships, and from what a run of another method saved."""
-    recipe = load_recipe("sana-tiny", method=name)
+    uniform = {"average_bits": None}
+    recipe = load_recipe("sana-tiny", method=name, quantization=uniform)
     assert (recipe.steps == 0) == name.startswith("ptq")
     clip = {"ptq-mse": "mse", "ptq-gptq": "mse", "lsq-qat": "learned", "fbqat": "learned"}.get(name, "max_abs")
     assert recipe.config().weight_clip == clip
     widths = {"integer": "integer", "simple": "simple", "fbqat-paper": "paper"}
     assert recipe.bit_schedule().stages == BitSchedule.preset(widths.get(name, "constant")).stages
-    assert (recipe.rounding_at(0).softness > 0) == (name == "fbqat")
-    assert recipe.rounding_at(1).softness == 0
+    assert recipe.rounding_at(0).softness == 0
     assert (recipe.initialization == "gptq") == (name in ("fbqat", "ptq-gptq"))
 
-    load_recipe("sana-tiny", method="integer" if name != "integer" else "vqat").save(tmp_path / "saved.yaml")
+    other = "integer" if name != "integer" else "vqat"
+    load_recipe("sana-tiny", method=other, quantization=uniform).save(tmp_path / "saved.yaml")
     assert load_recipe(tmp_path / "saved.yaml", method=name) == recipe
 
 
@@ -213,7 +215,7 @@ def test_the_size_of_pictures_is_said_once() -> None:
 @pytest.mark.parametrize("name", ["sana-600m", "pixart-sigma", "sd3.5-medium", "flux-schnell"])
 def test_recipes_of_real_models_have_the_papers_budget(name: str) -> None:
     """25 epochs of 45 600 pictures; as published, at the paper's widths: 14 of them at 4 bits."""
-    recipe = load_recipe(name, method="fbqat-paper")
+    recipe = load_recipe(name, method="fbqat-paper", quantization={"average_bits": None})
     epoch = 45_600 // recipe.batch_size
     assert recipe.steps == 25 * epoch
     at = [recipe.bit_schedule().bit_width((number * epoch + 1) / recipe.steps) for number in range(25)]
@@ -324,8 +326,14 @@ def test_recipes_of_real_models_have_the_papers_budget(name: str) -> None:
         ({"schedule": {"softness": 2}}, "softness is 2; it must be a number from 0 to 1"),
         ({"schedule": {"soft_until": 1}}, "soft_until is 1; it must be a number of at least 0 and below 1"),
         ({"method": "fbqat-paper", "initialization": "gptq"}, "initialization gptq is for one bit width"),
-        ({"schedule": {"softness": 0.3}}, "gptq.margin is 0.05 and schedule.softness 0.3; .*at least .*, 0.15"),
-        ({"gptq": {"margin": 0.04}}, "gptq.margin is 0.04 and schedule.softness 0.1"),
+        (
+            {"schedule": {"softness": 0.3, "soft_until": 0.9}},
+            "gptq.margin is 0.05 and schedule.softness 0.3; .*at least .*, 0.15",
+        ),
+        (
+            {"gptq": {"margin": 0.04}, "schedule": {"softness": 0.1, "soft_until": 0.9}},
+            "gptq.margin is 0.04 and schedule.softness 0.1",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -335,9 +343,11 @@ def test_mistakes_are_named_in_one_line(changes: dict[str, Any], message: str, t
 
 
 def test_a_margin_of_half_the_softness_is_enough() -> None:
-    recipe = Recipe(**MINIMAL, schedule={"softness": 0.3}, gptq={"margin": 0.15})
+    recipe = Recipe(**MINIMAL, schedule={"softness": 0.3, "soft_until": 0.9}, gptq={"margin": 0.15})
     assert recipe.gptq.margin == recipe.schedule.softness / 2
-    assert Recipe(**MINIMAL, schedule={"softness": 0.3}, initialization="nearest").gptq.margin == 0.05
+    assert (
+        Recipe(**MINIMAL, schedule={"softness": 0.3, "soft_until": 0.9}, initialization="nearest").gptq.margin == 0.05
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
