@@ -259,10 +259,11 @@ def _export(commands: Any) -> None:
     )
     sub.add_argument(
         "--to",
-        choices=("htp", "sdnq"),
+        choices=("htp", "sdnq", "torchao", "comfyui", "encodings"),
         default="htp",
-        help="htp: context binaries for a phone; sdnq: a pipeline that diffusers loads with the package sdnq, without "
-        "this one; of the other options it takes --output only (default: htp)",
+        help="htp: context binaries for a phone; sdnq, torchao: a pipeline that diffusers loads with that package, "
+        "without this one; comfyui: a file for ComfyUI (FLUX.1, SD3.5); encodings: a float pipeline and the scales as "
+        "AIMET and QNN read them. All but htp take --output only (default: htp)",
     )
     sub.add_argument(
         "run_folder",
@@ -271,7 +272,7 @@ def _export(commands: Any) -> None:
         help="folder of a run, or of a packed pipeline, or the Hub id of one",
     )
     sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
-    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp or RUN/sdnq)")
+    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp, RUN/sdnq, ...)")
     sub.add_argument(
         "--precision",
         default="w4a8",
