@@ -350,6 +350,11 @@ def _lora(commands: Any) -> None:
         type=_checked(local_path),
         help="JSON file to write; pictures go beside it, as PNG (default: print only)",
     )
+    sub.add_argument(
+        "--card",
+        action="store_true",
+        help="write it into the README.md of the adapter's folder too, with the pictures",
+    )
     sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of inputs and pictures (default: 0)")
     sub = _verb(
         actions,

@@ -242,9 +242,12 @@ def lora_check(options: argparse.Namespace) -> None:
         options.float_base,
         prompts=options.prompt,
         output=options.output,
+        card=options.card,
         seed=options.seed,
     )
     print(found.text())
+    if options.card:
+        print(f"saved the card of {options.adapter}: README.md")
     if options.output:
         print(f"saved {options.output}" + (f" and {options.output.with_suffix('.png')}" if options.prompt else ""))
 
@@ -266,7 +269,7 @@ def lora_train(options: argparse.Namespace) -> None:
     )
     print(f"held-out loss before {done.loss_before:.4g}, after {done.loss_after:.4g} ({done.held_out} pictures)")
     adapter, base = shlex.quote(str(done.output)), shlex.quote(options.base)
-    print(f"saved {done.output}. Next: fbqat lora check {adapter} --base {base}")
+    print(f"saved {done.output}. Next: fbqat lora check {adapter} --base {base} --card")
 
 
 def publish(options: argparse.Namespace) -> None:

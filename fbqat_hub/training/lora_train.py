@@ -22,7 +22,7 @@ from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key
 from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.draws import Draws, Pair
 from fbqat_hub.training.generate import generation_of
-from fbqat_hub.training.lora_check import PEFT_FILE
+from fbqat_hub.training.lora_check import PEFT_FILE, card_head, shown_name
 from fbqat_hub.training.openmoji import default_cache_dir
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -215,16 +215,8 @@ def _save(denoiser: Any, kind: Any, config: Any, folder: Path) -> str:
 
 def _card(done: Trained, base: str, load: str, facts: str) -> str:
     """README.md; a local base is named without its path."""
-    local = Path(base).exists()
-    name = Path(base).resolve().name if local else base
-    relation = "" if local else f"base_model: {base}\nbase_model_relation: adapter\n"
-    return f"""---
-library_name: diffusers
-{relation}tags: [lora, fbqat]
----
-
-# LoRA for {name}
-
+    name = shown_name(base)
+    return f"""{card_head(base, f"LoRA for {name}")}
 Trained by `fbqat lora train`, the base unchanged: {facts}; {done.parameters:,} parameters.
 
 | | |
