@@ -93,7 +93,9 @@ def export_comfyui(source: str | Path, output: Path) -> Exported:
     tensors: dict[str, _Tensor] = {}
     for parts in modules.values():
         tensors |= _tensors(packed, originals[parts[0]], parts)
-    file = f"{packed.folder.name if Path(source).is_dir() else str(source).rpartition('/')[2]}-int8.safetensors"
+    file = (
+        f"{packed.folder.resolve().name if Path(source).is_dir() else str(source).rpartition('/')[2]}-int8.safetensors"
+    )
     with whole(output) as partial:
         partial.mkdir()
         with TensorFile(partial / file, {key: (each.dtype, each.shape) for key, each in tensors.items()}) as target:
