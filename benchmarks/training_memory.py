@@ -40,7 +40,7 @@ from fbqat_hub.training.student import prepare_student
 RESULTS = Path(__file__).parent / "results" / "training.json"
 _STEPS = 2
 # glibc gives blocks of more bytes back when they are freed.
-_GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ ROWS = {
 }  # fmt: skip
 
 
-class _RandomDraws(Draws):
+class RandomDraws(Draws):
     """Random numbers in place of a data set."""
 
     def __init__(self, recipe: Recipe, configs: Configs) -> None:
@@ -108,7 +108,7 @@ class _RandomDraws(Draws):
 def measure(row: Row) -> dict[str, float]:
     """Of this process, which must be a fresh one."""
     recipe, configs = row.resolved(), row.configs()
-    draws, accelerator = _RandomDraws(recipe, configs), accelerator_of(recipe)
+    draws, accelerator = RandomDraws(recipe, configs), accelerator_of(recipe)
     program = peak_rss_mib() or 0.0
     teacher = build(configs["transformer"])
     student = prepare_student(recipe, teacher, None, draws)  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def measure(row: Row) -> dict[str, float]:
 def result(name: str) -> dict[str, Any]:
     """The row of the results file, measured in a process of its own."""
     row = ROWS[name]
-    measured = _fresh(name, _GIVES_BACK)
+    measured = _fresh(name, GIVES_BACK)
     if row.twice:
         measured["measured_with_glibc_defaults_mib"] = _fresh(name, {})["measured_mib"]
     recipe = row.resolved()

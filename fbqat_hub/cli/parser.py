@@ -262,10 +262,11 @@ def _export(commands: Any) -> None:
     )
     sub.add_argument(
         "--to",
-        choices=("htp", "sdnq"),
+        choices=("htp", "sdnq", "torchao", "comfyui", "encodings"),
         default="htp",
-        help="htp: context binaries for a phone; sdnq: a pipeline that diffusers loads with the package sdnq, without "
-        "this one; of the other options it takes --output only (default: htp)",
+        help="htp: context binaries for a phone; sdnq, torchao: a pipeline that diffusers loads with that package, "
+        "without this one; comfyui: a file for ComfyUI (FLUX.1, SD3.5); encodings: a float pipeline and the scales as "
+        "AIMET and QNN read them. All but htp take --output only (default: htp)",
     )
     sub.add_argument(
         "run_folder",
@@ -274,7 +275,7 @@ def _export(commands: Any) -> None:
         help="folder of a run, or of a packed pipeline, or the Hub id of one",
     )
     sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
-    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp or RUN/sdnq)")
+    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp, RUN/sdnq, ...)")
     sub.add_argument(
         "--precision",
         default="w4a8",
@@ -351,6 +352,11 @@ def _lora(commands: Any) -> None:
         metavar="FILE",
         type=_checked(local_path),
         help="JSON file to write; pictures go beside it, as PNG (default: print only)",
+    )
+    sub.add_argument(
+        "--card",
+        action="store_true",
+        help="write it into the README.md of the adapter's folder too, with the pictures",
     )
     sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of inputs and pictures (default: 0)")
     sub = _verb(

@@ -172,8 +172,8 @@ def _check_free(host: str, port: int) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """``fbqat export``."""
-    if options.to == "sdnq":
-        return _export_sdnq(options)
+    if options.to != "htp":
+        return _export_files(options)
     prompts = read_prompts(options.prompts) if options.prompts else ()
     from fbqat_hub.export_run import export_run
 
@@ -193,14 +193,40 @@ def export(options: argparse.Namespace) -> None:
     print(f"saved {options.output or Path(options.run_folder) / 'htp'}. Ran on: x86 emulator. Never ran on: a phone.")
 
 
-def _export_sdnq(options: argparse.Namespace) -> None:
+def _export_files(options: argparse.Namespace) -> None:
+    """In another library's format; that library is not needed."""
     if given := [f"--{name}" for name, default in options.of_htp.items() if getattr(options, name) != default]:
-        raise ValueError(f"{given[0]} is for a phone (--to htp); with --to sdnq give --output only.")
-    from fbqat_hub.integrations.sdnq import export_sdnq
+        raise ValueError(f"{given[0]} is for a phone (--to htp); with --to {options.to} give --output only.")
+    output = options.output or Path(options.run_folder) / options.to
+    if options.to == "encodings":
+        from fbqat_hub.integrations.encodings import FILE, export_encodings
 
-    made = export_sdnq(options.run_folder, options.output or Path(options.run_folder) / "sdnq")
-    print(f"{len(made.int8)} layers with int8 activations, {len(made.float_activations)} with float activations")
-    print(f"saved {made.folder}. It needs: pip install sdnq ; DiffusionPipeline.from_pretrained loads it.")
+        found = export_encodings(options.run_folder, output)
+        print(f"encodings of {found.weights} weights and {found.activations} activations")
+        print(f"saved {output}: a float pipeline, and transformer/{FILE} for AIMET and Qualcomm's converters")
+    elif options.to == "comfyui":
+        from fbqat_hub.integrations.comfyui import export_comfyui
+
+        file = export_comfyui(options.run_folder, output)
+        print(f"{len(file.int8)} layers with int8 activations, {len(file.float_activations)} with float activations")
+        print(f"saved {file.file}. Put it into ComfyUI/models/diffusion_models, and load it by Load Diffusion Model.")
+    elif options.to == "torchao":
+        from fbqat_hub.integrations.torchao import export_torchao
+
+        made = export_torchao(options.run_folder, output)
+        print(
+            f"{len(made.int8)} layers with int8 activations, {len(made.float_activations)} with float activations, "
+            f"{len(made.float_weights)} in float32"
+        )
+        print(f"saved {output}. It needs: pip install torchao ; DiffusionPipeline.from_pretrained loads it.")
+    else:
+        from fbqat_hub.integrations.sdnq import export_sdnq
+
+        of_sdnq = export_sdnq(options.run_folder, output)
+        print(
+            f"{len(of_sdnq.int8)} layers with int8 activations, {len(of_sdnq.float_activations)} with float activations"
+        )
+        print(f"saved {output}. It needs: pip install sdnq ; DiffusionPipeline.from_pretrained loads it.")
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -236,9 +262,12 @@ def lora_check(options: argparse.Namespace) -> None:
         options.float_base,
         prompts=options.prompt,
         output=options.output,
+        card=options.card,
         seed=options.seed,
     )
     print(found.text())
+    if options.card:
+        print(f"saved the card of {options.adapter}: README.md")
     if options.output:
         print(f"saved {options.output}" + (f" and {options.output.with_suffix('.png')}" if options.prompt else ""))
 
@@ -260,7 +289,7 @@ def lora_train(options: argparse.Namespace) -> None:
     )
     print(f"held-out loss before {done.loss_before:.4g}, after {done.loss_after:.4g} ({done.held_out} pictures)")
     adapter, base = shlex.quote(str(done.output)), shlex.quote(options.base)
-    print(f"saved {done.output}. Next: fbqat lora check {adapter} --base {base}")
+    print(f"saved {done.output}. Next: fbqat lora check {adapter} --base {base} --card")
 
 
 def publish(options: argparse.Namespace) -> None:

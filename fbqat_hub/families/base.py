@@ -6,13 +6,28 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fbqat_hub.families.decoder import decoder_graph
 from fbqat_hub.families.graph import GraphWrapper, Item
+
+
+class Original(NamedTuple):
+    """Where a module of diffusers is in the checkpoint of the model's authors, which other programs read.
+
+    Attributes:
+        name: of the original module. Modules of the same name are one there: their outputs follow each other, in the
+            order in which they are listed.
+        halves_swapped: the two halves of its outputs (scale and shift) are in the other order.
+        weight: what its tensor ``weight`` is called.
+    """
+
+    name: str
+    halves_swapped: bool = False
+    weight: str = "weight"
 
 
 class Family(ABC):
@@ -212,6 +227,19 @@ class Family(ABC):
         return latents
 
     # -- export ----------------------------------------------------------------------------------------------------
+    def original_modules(self, config: Mapping[str, Any]) -> dict[str, Original]:
+        """Module of the denoiser -> where it is in the original checkpoint; every module that has tensors, in order.
+
+        A tensor that is of no layer (a table of positions) is a module here, under its full name.
+
+        Args:
+            config: the denoiser's, whole.
+
+        Raises:
+            ValueError: the family, by default, or a denoiser with options that the original does not have.
+        """
+        raise ValueError(f"the original names of a {self.title} are not known here.")
+
     def blocks(self, denoiser: nn.Module) -> tuple[str, ...]:
         """Names of the denoiser's blocks, in order."""
         return tuple(f"{stack}.{index}" for stack in self.stacks for index in range(len(getattr(denoiser, stack))))

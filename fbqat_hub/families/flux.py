@@ -9,11 +9,42 @@ import torch
 from torch import Tensor, nn
 
 from fbqat_hub.families.attention import ExplicitRotaryAttention
-from fbqat_hub.families.base import Family, call_arguments
+from fbqat_hub.families.base import Family, Original, call_arguments
 from fbqat_hub.families.graph import GraphWrapper, Item, TwinModule, float_twin, host_inputs, with_constants
 
 #: The conditioning that is a reference picture's latents, [N, C, H, W].
 _REFERENCE = "reference_latents"
+#: Module of a block in diffusers -> in the original checkpoint.
+_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_q": "img_attn.qkv",
+    "attn.to_k": "img_attn.qkv",
+    "attn.to_v": "img_attn.qkv",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.add_q_proj": "txt_attn.qkv",
+    "attn.add_k_proj": "txt_attn.qkv",
+    "attn.add_v_proj": "txt_attn.qkv",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "attn.to_q": "linear1",
+    "attn.to_k": "linear1",
+    "attn.to_v": "linear1",
+    "proj_mlp": "linear1",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+    "proj_out": "linear2",
+}
 
 
 class Flux(Family):
@@ -104,6 +135,26 @@ class Flux(Family):
         from diffusers import FluxPipeline
 
         return FluxPipeline._unpack_latents(latents, height, width, vae_scale_factor=1)
+
+    def original_modules(self, config: Mapping[str, Any]) -> dict[str, Original]:
+        """Those of Black Forest Labs' checkpoints."""
+        found = {"x_embedder": Original("img_in"), "context_embedder": Original("txt_in")}
+        embedders = {"timestep_embedder": "time_in", "text_embedder": "vector_in"}
+        for name, original in (
+            embedders | ({"guidance_embedder": "guidance_in"} if config["guidance_embeds"] else {})
+        ).items():
+            for linear, layer in (("linear_1", "in_layer"), ("linear_2", "out_layer")):
+                found[f"time_text_embed.{name}.{linear}"] = Original(f"{original}.{layer}")
+        for stack, original_stack, modules, count in (
+            ("transformer_blocks", "double_blocks", _DOUBLE, config["num_layers"]),
+            ("single_transformer_blocks", "single_blocks", _SINGLE, config["num_single_layers"]),
+        ):
+            for index in range(count):
+                for name, original in modules.items():
+                    weight = "scale" if original.endswith("_norm") else "weight"
+                    found[f"{stack}.{index}.{name}"] = Original(f"{original_stack}.{index}.{original}", weight=weight)
+        found["norm_out.linear"] = Original("final_layer.adaLN_modulation.1", halves_swapped=True)
+        return found | {"proj_out": Original("final_layer.linear")}
 
     def graph(self, denoiser: Any, example: Item) -> GraphWrapper:
         self.check_graph(denoiser)

@@ -9,9 +9,38 @@ import torch
 from torch import Tensor
 
 from fbqat_hub.families.attention import ExplicitJointAttention
-from fbqat_hub.families.base import Family, call_arguments
+from fbqat_hub.families.base import Family, Original, call_arguments
 from fbqat_hub.families.graph import GraphWrapper, Item, float_twin, through_own_forward
 
+#: Module of a block in diffusers -> in the original checkpoint.
+_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "attn.to_q": "x_block.attn.qkv",
+    "attn.to_k": "x_block.attn.qkv",
+    "attn.to_v": "x_block.attn.qkv",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.add_q_proj": "context_block.attn.qkv",
+    "attn.add_k_proj": "context_block.attn.qkv",
+    "attn.add_v_proj": "context_block.attn.qkv",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+}
+# The last block gives no text.
+_NOT_LAST = {
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+_DUAL = {
+    name.replace("attn.", "attn2."): original.replace(".attn.", ".attn2.")
+    for name, original in _BLOCK.items()
+    if original.startswith("x_block.attn.")
+}
 # Before those of T5 in the text.
 _CLIP_TOKENS = 77
 
@@ -55,6 +84,25 @@ class StableDiffusion3(Family):
 
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"hidden_states": noisy, "timestep": timestep, **conditioning}
+
+    def original_modules(self, config: Mapping[str, Any]) -> dict[str, Original]:
+        """Those of Stability AI's checkpoints."""
+        found = {
+            "pos_embed.pos_embed": Original("pos_embed"),
+            "pos_embed.proj": Original("x_embedder.proj"),
+            "context_embedder": Original("context_embedder"),
+        }
+        for name, original in (("timestep_embedder", "t_embedder"), ("text_embedder", "y_embedder")):
+            for linear, layer in (("linear_1", "mlp.0"), ("linear_2", "mlp.2")):
+                found[f"time_text_embed.{name}.{linear}"] = Original(f"{original}.{layer}")
+        last = config["num_layers"] - 1
+        for index in range(config["num_layers"]):
+            dual = _DUAL if index in config["dual_attention_layers"] else {}
+            for name, original in (_BLOCK | dual | ({} if index == last else _NOT_LAST)).items():
+                swapped = index == last and name == "norm1_context.linear"
+                found[f"transformer_blocks.{index}.{name}"] = Original(f"joint_blocks.{index}.{original}", swapped)
+        found["norm_out.linear"] = Original("final_layer.adaLN_modulation.1", halves_swapped=True)
+        return found | {"proj_out": Original("final_layer.linear")}
 
     def graph(self, denoiser: Any, example: Item) -> GraphWrapper:
         twin = float_twin(denoiser)

@@ -27,6 +27,7 @@ from fbqat_hub.text import names
 from fbqat_hub.training.generate import generation_of
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.teachers import resolve_teacher
+from fbqat_hub.version import __version__
 
 # the names that diffusers and peft give an adapter's file
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
@@ -35,6 +36,8 @@ DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
     "adapter_config.json",
 )
 _ADAPTER = "checked"
+# beside the card, and around what the card has of it
+_CARD_OUTPUT, _CARD_START, _CARD_END = "lora-check.json", "<!-- fbqat lora check -->", "<!-- /fbqat lora check -->"
 # what the denoiser is asked where no prompt is given; any text serves, since only a change is measured
 _PROMPTS = ("a red heart", "a house beside a tree", "the flag of france", "a cat")
 
@@ -44,6 +47,7 @@ class Check:
     """The passport of an adapter.
 
     Attributes:
+        adapter, base, float_base: Hub ids, or names of local folders and files, without their paths.
         matched: tensors of the adapter that belong to a module of the pipeline.
         unmatched: names of those that do not.
         change: norm of the change of the denoiser's output over the norm of the output, on the 4-bit base.
@@ -64,8 +68,8 @@ class Check:
     norm_ratio: float | None
     inputs: int
 
-    def text(self) -> str:
-        """A table of two columns."""
+    def rows(self) -> list[tuple[str, str]]:
+        """What is said of it: name and value."""
         missing = f" ({names(self.unmatched)})" if self.unmatched else ""
         rows = [
             ("tensors matched", f"{self.matched} of {self.matched + len(self.unmatched)}"),
@@ -78,7 +82,11 @@ class Check:
                 ("cosine of changes", f"{self.cosine:.4f}"),
                 ("ratio of norms", f"{self.norm_ratio:.4f}"),
             ]
-        return "\n".join(f"{name:20s} {value}" for name, value in rows)
+        return rows
+
+    def text(self) -> str:
+        """A table of two columns."""
+        return "\n".join(f"{name:20s} {value}" for name, value in self.rows())
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ def check(
     *,
     prompts: Sequence[str] = (),
     output: Path | None = None,
+    card: bool = False,
     seed: int = 0,
 ) -> Check:
     """Measure what an adapter changes of a 4-bit base, and of the float base if one is given.
@@ -111,13 +120,21 @@ def check(
         base, float_base: folder or Hub id of a pipeline.
         prompts: generate with each, without and with the adapter.
         output: JSON file to write; the picture sheet is written beside it, with the ending .png.
+        card: write the passport into the README.md of the adapter's folder, in place of an earlier one; ``output`` is
+            then lora-check.json in that folder, where none is given.
 
     Raises:
         ValueError: no tensor of the adapter matches, or it changes nothing; an output that is no JSON file; prompts
-            without an output; bases of different families.
+            without an output; bases of different families; a card of an adapter that is no local folder, or with an
+            output elsewhere and pictures.
     """
     import peft  # noqa: F401  # an extra: that it is missing is said before anything is loaded
 
+    if card:
+        folder = _folder_of(adapter)
+        output = output or folder / _CARD_OUTPUT
+        if prompts and output.resolve().parent != folder.resolve():
+            raise ValueError(f"--card shows the pictures, which must be in {folder}: leave --output out.")
     if output is not None and (output.suffix.lower() != ".json" or output.is_dir()):
         raise ValueError(f"output is {output}; it must be a file that ends in .json.")
     if prompts and output is None:
@@ -140,9 +157,9 @@ def check(
         del pipeline
     of_base, of_float = found[0], found[1] if float_base is not None else None
     result = Check(
-        adapter=adapter,
-        base=base,
-        float_base=float_base,
+        adapter=shown_name(adapter),
+        base=shown_name(base),
+        float_base=None if float_base is None else shown_name(float_base),
         matched=of_base.matched,
         unmatched=of_base.unmatched,
         change=_ratio(of_base.change, of_base.before),
@@ -156,7 +173,59 @@ def check(
             _write_sheet(output.with_suffix(".png"), found, prompts)
         with whole(output) as partial:
             partial.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+        if card:
+            _write_card(_folder_of(adapter), base, result, output.with_suffix(".png").name if prompts else None)
     return result
+
+
+def shown_name(source: str) -> str:
+    """A Hub id as it is; of what is local its name, without the path.
+
+    >>> shown_name("someone/some-model")
+    'someone/some-model'
+    """
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def card_head(base: str, title: str) -> str:
+    """The beginning of an adapter's README.md; a base on the Hub is linked."""
+    relation = "" if Path(base).exists() else f"base_model: {base}\nbase_model_relation: adapter\n"
+    return f"---\nlibrary_name: diffusers\n{relation}tags: [lora, fbqat]\n---\n\n# {title}\n"
+
+
+def _folder_of(adapter: str) -> Path:
+    """Of a local adapter."""
+    place = Path(adapter)
+    if not place.exists():
+        raise ValueError(f"--card writes into the adapter's folder, and {adapter} is not on this machine; download it.")
+    return place if place.is_dir() else place.parent
+
+
+def _write_card(folder: Path, base: str, found: Check, picture: str | None) -> None:
+    """Put the passport into README.md, in place of an earlier one or at the end."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else card_head(base, f"LoRA for {found.base}")
+    beside = f", and on `{found.float_base}`" if found.float_base else ""
+    lines = [
+        _CARD_START,
+        "## Checked on the 4-bit base",
+        "",
+        f"On `{found.base}`{beside}, {found.inputs} seeded inputs, by `fbqat lora check` of fbqat_hub {__version__}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in found.rows()),
+        *(["", f"![Each prompt without and with the adapter, from the same seed]({picture})"] if picture else []),
+        _CARD_END,
+    ]
+    block = "\n".join(lines)
+    before, start, rest = text.partition(_CARD_START)
+    if start:
+        text = before + block + rest.partition(_CARD_END)[2]
+    else:
+        text = f"{text.rstrip()}\n\n{block}\n"
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def adapter_file(adapter: str) -> Path:

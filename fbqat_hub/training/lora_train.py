@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.progress import Progress
 from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key
 from fbqat_hub.training.captioned import load_pictures
-from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.draws import Draws, Pair
 from fbqat_hub.training.generate import generation_of
-from fbqat_hub.training.lora_check import PEFT_FILE
+from fbqat_hub.training.lora_check import PEFT_FILE, card_head, shown_name
 from fbqat_hub.training.openmoji import default_cache_dir
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -84,7 +84,7 @@ def train(
         ValueError: no captions, a base of no supported family, a number out of range.
         FloatingPointError: the loss is not finite.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    import peft  # noqa: F401  # an extra: that it is missing is said before anything is loaded
 
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists and is not empty; give another --output.")
@@ -106,30 +106,21 @@ def train(
     cache = default_cache_dir() / "encoded" / f"{family.name}-{cache_key(str(folder), dataset, size, call)}"
     splits = build_cache(pipeline, family, data, size, call, cache)
     held_out = [splits["validation"], splits["test"]]
-    denoiser, kind = pipeline.transformer.requires_grad_(False), type(pipeline)
+    denoiser, kind = pipeline.transformer, type(pipeline)
     draws = Draws(family, pipeline.scheduler, seed, place)
     del pipeline  # its other models are not needed any more
-    before = _held_out_loss(draws, denoiser, held_out, batch_size)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_TARGETS))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, denoiser, _ADAPTER)
+    before = held_out_loss(draws, denoiser, held_out, batch_size)
+    config = inject(denoiser, rank, seed)
+    fit(
+        denoiser,
+        lambda number: draws.training_pair(splits["train"], number, batch_size),
+        draws.predict,
+        steps,
+        learning_rate,
+        progress=progress,
+    )
+    after = held_out_loss(draws, denoiser, held_out, batch_size)
     weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
-    optimizer = torch.optim.Adam(weights, learning_rate)
-    with Progress("train the adapter", steps, "step", shown=progress) as shown:
-        for number in range(steps):
-            loss = _loss(draws, denoiser, *draws.training_pair(splits["train"], number, batch_size))
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {number + 1}; nothing was saved. Try a lower --learning-rate "
-                    f"than {learning_rate:g}."
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            shown.update(loss=f"{loss.item():.2e}")
-    after = _held_out_loss(draws, denoiser, held_out, batch_size)
     counts = (len(splits["train"]), sum(len(split) for split in held_out), sum(weight.numel() for weight in weights))
     done = Trained(output, before, after, *counts)
     with whole(output) as partial:
@@ -140,17 +131,65 @@ def train(
     return done
 
 
-def _loss(draws: Draws, denoiser: Any, inputs: dict[str, Tensor], target: Tensor) -> Tensor:
-    return torch.nn.functional.mse_loss(draws.predict(denoiser, inputs).float(), target)
+def inject(denoiser: Any, rank: int, seed: int) -> Any:
+    """Put an adapter on the attention of a denoiser, whose other weights are frozen; peft's config of it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    denoiser.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_TARGETS))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, denoiser, _ADAPTER)
+    return config
+
+
+def fit(
+    denoiser: Any,
+    pair_of: Callable[[int], Pair],
+    predict: Callable[[Any, dict[str, Any]], Tensor],
+    steps: int,
+    learning_rate: float,
+    *,
+    progress: bool = True,
+) -> None:
+    """Train what of a denoiser has gradients, by Adam.
+
+    Args:
+        pair_of: number of a step -> its inputs and target.
+        predict: of the family.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(weights, learning_rate)
+    with Progress("train the adapter", steps, "step", shown=progress) as shown:
+        for number in range(steps):
+            inputs, target = pair_of(number)
+            loss = _loss(predict(denoiser, inputs), target)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {number + 1}; nothing was saved. Try a lower --learning-rate "
+                    f"than {learning_rate:g}."
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            shown.update(loss=f"{loss.item():.2e}")
+
+
+def _loss(prediction: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.mse_loss(prediction.float(), target)
 
 
 @torch.no_grad()
-def _held_out_loss(draws: Draws, denoiser: Any, splits: Sequence[CachedSplit], batch_size: int) -> float:
-    """Mean over every picture, with the same noises and timesteps at every call."""
+def held_out_loss(draws: Draws, denoiser: Any, splits: Sequence[CachedSplit], batch_size: int) -> float:
+    """Mean squared error of the prediction over every picture, with the same noises and timesteps at every call."""
     total, count = 0.0, 0
     for split in splits:
         for inputs, target in draws.held_out_pairs(split, _HELD_OUT_DRAWS, batch_size):
-            total += len(target) * _loss(draws, denoiser, inputs, target).item()
+            total += len(target) * _loss(draws.predict(denoiser, inputs), target).item()
             count += len(target)
     return total / count
 
@@ -176,16 +215,8 @@ def _save(denoiser: Any, kind: Any, config: Any, folder: Path) -> str:
 
 def _card(done: Trained, base: str, load: str, facts: str) -> str:
     """README.md; a local base is named without its path."""
-    local = Path(base).exists()
-    name = Path(base).resolve().name if local else base
-    relation = "" if local else f"base_model: {base}\nbase_model_relation: adapter\n"
-    return f"""---
-library_name: diffusers
-{relation}tags: [lora, fbqat]
----
-
-# LoRA for {name}
-
+    name = shown_name(base)
+    return f"""{card_head(base, f"LoRA for {name}")}
 Trained by `fbqat lora train`, the base unchanged: {facts}; {done.parameters:,} parameters.
 
 | | |

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fbqat_hub import FBQATConfig, cli
+from fbqat_hub import cli
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.integrations.sdnq import export_sdnq
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import PackedLayer, named_layers
+from fbqat_hub.quantization import PackedLayer
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import call_of, subprocess_environment
-from tests.integrations.tiny import denoiser_inputs
+from tests.conftest import call_of
+from tests.integrations.tiny import denoiser_inputs, layers_of, packed_as, read_elsewhere, static_ranges
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 TEACHER = "fbqat-hub/sana-tiny-openmoji"
-
-
-def packed_as(source: Path, folder: Path, **settings: Any) -> Path:
-    """A pipeline whose denoiser diffusers quantizes on load."""
-    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": FBQATConfig(**settings)})
-    DiffusionPipeline.from_pretrained(source, quantization_config=mapping).save_pretrained(folder)
-    return folder
-
-
-def layers_of(folder: Path) -> dict[str, PackedLayer]:
-    return dict(named_layers(load_pipeline(folder, torch.float32).transformer, PackedLayer))
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +100,7 @@ def test_codes_of_three_and_six_bits(tiny_sana: Path, tmp_path: Path) -> None:
 
 
 def test_static_ranges_are_refused(packed_folder: Path, tmp_path: Path) -> None:
-    pipeline = load_pipeline(packed_folder)
-    pipeline.save_pretrained(tmp_path / "static")
-    tensors = load_file(tmp_path / "static" / WEIGHTS)
-    for name, _ in named_layers(pipeline.transformer, PackedLayer):
-        tensors |= {f"{name}.input_scale": torch.tensor(0.1), f"{name}.input_zero_point": torch.tensor(3).int()}
-    save_file(tensors, tmp_path / "static" / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((tmp_path / "static/transformer/config.json").read_text())
-    config["quantization_config"]["activation_range"] = "static"
-    (tmp_path / "static/transformer/config.json").write_text(json.dumps(config))
+    static_ranges(packed_folder, tmp_path / "static")
     with pytest.raises(ValueError, match=r"has a static activation range, which SDNQ's format does not hold"):
         export_sdnq(tmp_path / "static", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -186,10 +165,7 @@ save_file({name: value.contiguous() for name, value in out.items()}, target)
 def read_by_sdnq(folder: Path, kind: str, target: Path) -> dict[str, Tensor]:
     """By diffusers and SDNQ, without this package: "LAYER weight", an input "LAYER x" and its output "LAYER y"."""
     pytest.importorskip("sdnq")
-    command = [sys.executable, "-c", LOAD, str(folder), kind, str(target)]
-    done = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return load_file(target)
+    return read_elsewhere(LOAD, folder, kind, target)
 
 
 @pytest.mark.slow

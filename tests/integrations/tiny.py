@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach
-from fbqat_hub.quantization import convert, prepare
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.quantization import PackedLayer, convert, named_layers, prepare
+from tests.conftest import subprocess_environment
 
 
 def pack_denoiser(pipeline: Any, family: str) -> Any:
@@ -49,3 +57,37 @@ def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
+
+
+def packed_as(source: Path, folder: Path, **settings: Any) -> Path:
+    """A pipeline whose denoiser diffusers quantizes on load."""
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": FBQATConfig(**settings)})
+    DiffusionPipeline.from_pretrained(source, quantization_config=mapping).save_pretrained(folder)
+    return folder
+
+
+def layers_of(folder: Path) -> dict[str, PackedLayer]:
+    return dict(named_layers(load_pipeline(folder, torch.float32).transformer, PackedLayer))
+
+
+def static_ranges(packed: Path, folder: Path) -> Path:
+    """A packed pipeline whose denoiser has a static activation range in every layer."""
+    pipeline = load_pipeline(packed)
+    pipeline.save_pretrained(folder)
+    weights = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    for name, _ in named_layers(pipeline.transformer, PackedLayer):
+        tensors |= {f"{name}.input_scale": torch.tensor(0.1), f"{name}.input_zero_point": torch.tensor(3).int()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config = json.loads((folder / "transformer/config.json").read_text())
+    config["quantization_config"]["activation_range"] = "static"
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    return folder
+
+
+def read_elsewhere(program: str, folder: Path, kind: str, target: Path) -> dict[str, Tensor]:
+    """What a program that does not import this package writes to ``target`` of a pipeline's denoiser of a class."""
+    command = [sys.executable, "-c", program, str(folder), kind, str(target)]
+    done = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(target)

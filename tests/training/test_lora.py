@@ -61,6 +61,35 @@ def test_passport_of_an_adapter(adapter, packed_folder, tiny_sana, tmp_path, cap
         assert sheet.width > 4 * 144  # four columns
 
 
+def test_the_passport_goes_into_the_card(adapter, packed_folder, tiny_sana, tmp_path, capsys) -> None:
+    """Once, however often it is checked; nothing of this machine's paths; what was in the card stays."""
+    folder = edited(adapter, tmp_path, lambda tensors: tensors)
+    (folder / "README.md").write_text("---\ntags: [lora]\n---\n\n# Mine\n\nAs I wrote it.\n")
+    for prompts in ([], ["--prompt", "red"]):
+        options = ("--base", packed_folder, "--float", tiny_sana, "--card", *prompts)
+        status, out, err = run(capsys, "check", folder, *options)
+        assert status == 0, err
+        assert "README.md" in out
+    card = (folder / "README.md").read_text()
+    found = json.loads((folder / "lora-check.json").read_text())
+    assert card.startswith("---\ntags: [lora]\n---\n\n# Mine\n\nAs I wrote it.\n")
+    assert card.count("## Checked on the 4-bit base") == 1
+    assert f"| tensors matched | {found['matched']} of {found['matched']} |" in card
+    assert f"| cosine of changes | {found['cosine']:.4f} |" in card
+    assert "](lora-check.png)" in card
+    assert (folder / "lora-check.png").is_file()
+    assert str(tmp_path) not in card + json.dumps(found)
+    assert f"On `{packed_folder.name}`, and on `{tiny_sana.name}`" in card
+
+
+def test_a_card_is_made_where_there_is_none(adapter, packed_folder, tmp_path) -> None:
+    folder = edited(adapter, tmp_path, lambda tensors: tensors)
+    check(str(folder / DIFFUSERS_FILE), str(packed_folder), card=True)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    assert "change, 4-bit base" in card
+
+
 def test_the_float_base_against_itself_is_the_same_change(adapter, tiny_sana) -> None:
     found = check(str(adapter / DIFFUSERS_FILE), str(tiny_sana), str(tiny_sana))
     assert found.cosine == pytest.approx(1)
@@ -104,6 +133,8 @@ def test_an_adapter_that_does_nothing_or_harm_is_an_error(
         (["{tmp}"], "it has no safetensors file"),
         (["{adapter}", "--prompt", "red"], "say where with --output"),
         (["{adapter}", "--output", "{tmp}/a.txt"], "must be a file that ends in .json"),
+        (["someone/style", "--card"], "someone/style is not on this machine; download it"),
+        (["{adapter}", "--card", "--prompt", "red", "--output", "{tmp}/a.json"], "leave --output out"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, adapter, packed_folder, tmp_path, capsys) -> None:
