@@ -9,12 +9,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export.htp import audit, compiler, op_parity
 from fbqat_hub.export.htp.targets import target_for
 from fbqat_hub.export.onnx.calibration import calibrate
 from fbqat_hub.export.onnx.float_graph import OPSET, FloatGraph
 from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.export.onnx.qdq import insert_qdq
+from fbqat_hub.export.onnx.reference import exact_session
 
 Feed = dict[str, np.ndarray]
 
@@ -54,6 +56,15 @@ def emulated_op_errors(model: onnx.ModelProto, feeds: list[Feed], folder: Path, 
     onnx.save(op_parity.probe_graph(qdq, op_parity.made_tensors(qdq)), folder / "probe.onnx")
     outputs = compiler.run_probe(folder / "probe.onnx", feeds[:1], target_for("sm8750"))
     return op_parity.op_errors(qdq, feeds[0], outputs[0])
+
+
+def emulated_db(model: onnx.ModelProto, feeds: list[Feed], folder: Path) -> float:
+    """SQNR of `model` at 16 activation bits on the emulator, to the exact CPU, for the first feed."""
+    module_names = {item.name: item.name.removesuffix(".weight") for item in model.graph.initializer}
+    qdq = insert_qdq(FloatGraph(model, {}, module_names), calibrate(model, feeds))
+    onnx.save(qdq, folder / "graph.onnx")
+    outputs = compiler.run_probe(folder / "graph.onnx", feeds[:1], target_for("sm8750"))
+    return sqnr_db(exact_session(qdq).run(None, feeds[0]), outputs[0])
 
 
 def compiled(model: onnx.ModelProto, feeds: list[Feed], folder: Path) -> dict[str, int]:

@@ -20,7 +20,7 @@ from fbqat_hub.export.htp import op_parity
 from fbqat_hub.export.onnx import rewrite
 from fbqat_hub.export.onnx.reference import exact_session
 from fbqat_hub.families.graph import MASK_BIAS
-from tests.export.graphs import Feed, compiled, emulated_op_errors, norm_and_bias, one_op, quantized
+from tests.export.graphs import Feed, compiled, emulated_db, emulated_op_errors, norm_and_bias, one_op, quantized
 
 pytest.importorskip("onnxruntime_qnn")
 AT_8_BITS = Precision(a16_ops=())
@@ -87,6 +87,31 @@ def test_rms_norm_of_heads_of_32_is_wrong_at_8_bits_and_right_at_16(tmp_path: Pa
         op_parity.gate_ops(emulated_op_errors(rms_norm(1, 4, 16, 32), feeds, tmp_path, AT_8_BITS))
     op_parity.gate_ops(emulated_op_errors(rms_norm(1, 4, 16, 32), feeds, tmp_path))
     op_parity.gate_ops(emulated_op_errors(rms_norm(1, 16, 64), normal(1, 16, 64), tmp_path, AT_8_BITS))
+
+
+def silu_and_conv(channels: int, rows: int) -> onnx.ModelProto:
+    """SiLU of [1, channels, rows, 8], then a 1x1 convolution to 8 channels."""
+    weight = np.random.default_rng(1).normal(size=(8, channels, 1, 1)) / channels**0.5
+    model = one_op("Sigmoid", {"x": [1, channels, rows, 8]})
+    nodes, constants = model.graph.node, model.graph.initializer
+    nodes[0].output[0] = "gate"
+    nodes.append(helper.make_node("Mul", ["x", "gate"], ["silu"]))
+    nodes.append(helper.make_node("Conv", ["silu", "conv.weight", "conv.bias"], ["y"], name="conv"))
+    constants.append(onnx.numpy_helper.from_array(weight.astype(np.float32), "conv.weight"))
+    constants.append(onnx.numpy_helper.from_array(np.zeros(8, np.float32), "conv.bias"))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, rows, 8]))
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.mark.parametrize(
+    ("channels", "rows", "wrong"), [(256, 8, True), (128, 8, False), (256, 4, False), (256, 16, False)]
+)
+def test_silu_of_8_rows_is_wrong_and_of_1_row_is_right(channels: int, rows: int, wrong: bool, tmp_path: Path) -> None:
+    """8 rows of 8 pixels are wrong from 256 channels on; the convolution alone, and SiLU alone, are right."""
+    model, feeds = silu_and_conv(channels, rows), normal(1, channels, rows, 8)
+    assert (emulated_db(model, feeds, tmp_path) < 10) == wrong
+    assert rewrite.rewrite(model)["silu_of_8_rows_to_1_row"] == (rows == 8)
+    assert emulated_db(model, feeds, tmp_path) > 60
 
 
 def test_tanh_of_small_values_needs_the_encoding_of_the_whole_range(tmp_path: Path) -> None:

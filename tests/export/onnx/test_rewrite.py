@@ -91,6 +91,24 @@ def test_group_norm_becomes_layer_norm(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(run(model, x=x.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "changed"), [(8, 2), (4, 0)])
+def test_silu_of_8_rows_is_computed_as_1_row(rows: int, changed: int) -> None:
+    """Two of them; a gate of something else (Sana's GLU has x * Sigmoid(y)) is left alone."""
+
+    class Gates(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.nn.functional.silu(torch.nn.functional.silu(x))
+            return x * torch.sigmoid(2 * x)
+
+    x = torch.randn(1, 3, rows, 4)
+    model = trace(GraphWrapper(Gates(), lambda item: dict(item)), {"x": x}, {}).model
+    assert rewrites.rewrite(model)["silu_of_8_rows_to_1_row"] == changed
+    shapes = rewrites.static_shapes(model)
+    of_one_row = [node.op_type for node in model.graph.node if shapes[node.output[0]] == [1, 3, 1, 8 * 4]]
+    assert sorted(of_one_row) == sorted(["Reshape", "Sigmoid", "Mul"] * changed)
+    np.testing.assert_allclose(run(model, x=x.numpy()), Gates()(x).numpy(), atol=1e-6)
+
+
 def test_upsampling_is_by_whole_sizes() -> None:
     x = torch.randn(1, 2, 3, 4)
     module = torch.nn.Upsample(scale_factor=2.0, mode="nearest")
