@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
 from tests.conftest import SANA_FIRST
-from tests.integrations.tiny import denoiser_inputs, pack_denoiser
+from tests.integrations.tiny import denoiser_inputs, pack_denoiser, predict
 
 # within each no two sizes are equal, nor equal to a width of the model: torch would take equal sizes for one
 SMALL = {"batch": 9, "height": 6, "width": 10, "text_tokens": 7}
@@ -33,7 +33,13 @@ def packed(request: pytest.FixtureRequest, teacher_of: Callable[[str], Path]) ->
     return request.param, pack_denoiser(load_pipeline(teacher_of(request.param)), request.param)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("eager", marks=pytest.mark.cell("compile(fullgraph=True, dynamic=True)")),
+        pytest.param("aot_eager", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_one_graph_for_every_batch_and_size(packed: tuple[str, Any], backend: str) -> None:
     family, model = packed
@@ -45,25 +51,50 @@ def test_one_graph_for_every_batch_and_size(packed: tuple[str, Any], backend: st
         assert torch.equal(model(**both[1])[0], expected[1])
 
 
+@pytest.mark.cell("compile(fullgraph=True)")
 @torch.no_grad()
-def test_repeated_blocks_share_a_graph(teacher_of: Callable[[str], Path]) -> None:
+def test_one_graph(packed: tuple[str, Any]) -> None:
+    """A second call is no recompile."""
+    family, model = packed
+    expected = predict(model, family)
+    model.compile(fullgraph=True, backend="eager")
+    assert torch.equal(predict(model, family), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(predict(model, family), expected)
+
+
+@pytest.mark.cell("compile_repeated_blocks(fullgraph=True)")
+@torch.no_grad()
+def test_repeated_blocks_share_a_graph(packed: tuple[str, Any], teacher_of: Callable[[str], Path]) -> None:
     """As many graphs as the float model has: none for a layer's own weight."""
+    family, packed_model = packed
+    if not packed_model._repeated_blocks:
+        pytest.skip("not in diffusers")
     graphs = []
-    for packed in (False, True):
+    for model in (packed_model, load_pipeline(teacher_of(family)).transformer):
         torch._dynamo.reset()
-        pipeline = load_pipeline(teacher_of("flux"))
-        model = pack_denoiser(pipeline, "flux") if packed else pipeline.transformer
-        inputs = denoiser_inputs("flux", model)
-        expected = model(**inputs)[0]
+        expected = predict(model, family)
         counter = CompileCounter()
         model.compile_repeated_blocks(fullgraph=True, backend=counter)
-        assert torch.equal(model(**inputs)[0], expected)
+        assert torch.equal(predict(model, family), expected)
         graphs.append(counter.frame_count)
-    assert len(model.single_transformer_blocks) > 1
-    assert graphs[0] == graphs[1]
+    assert 0 < graphs[0] == graphs[1]
+
+
+@pytest.mark.cell("compile with enable_group_offload")
+@torch.no_grad()
+def test_compiled_and_offloaded(packed: tuple[str, Any]) -> None:
+    family, model = packed
+    expected = predict(model, family)
+    device = torch.device("cpu")
+    model.enable_group_offload(device, device, offload_type="leaf_level")
+    compiled = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        assert torch.equal(predict(compiled, family), expected)
 
 
 @pytest.mark.slow
+@pytest.mark.cell("torch.export")
 def test_exported_program_is_the_model(packed: tuple[str, Any]) -> None:
     family, model = packed
     inputs = denoiser_inputs(family, model, **SMALL)

@@ -1,0 +1,131 @@
+"""What users do with a packed model, operation by family, as the tests have it that carry the mark ``cell``.
+
+    python -m benchmarks.integration       # -> benchmarks/results/integration.json; then python -m benchmarks.tables
+
+Runs them all, the slow ones too. The mark names an operation; a parameter of the test is its family. A test that passes
+says that the operation works there, or, by ``record_property("state", "refused")``, that it is an error which says what
+to do; one that is skipped says that diffusers does not have it. Of several tests of a cell the worst outcome counts. If
+one fails, nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from fbqat_hub.evaluation.results import Record, versions, write_records
+from fbqat_hub.families import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "integration.json"
+COMMAND = "python -m benchmarks.integration"
+TESTS = "tests/integrations"
+#: The page of a test -> which table it is of; of other pages, ``OPERATIONS``.
+ADAPTERS, OPERATIONS = "adapter operations", "operations"
+PARTS = {"test_peft": ADAPTERS}
+#: The best first.
+STATES = ("works", "refused", ABSENT := "not in diffusers")
+
+
+class Place(NamedTuple):
+    """Where the outcome of a test goes."""
+
+    part: str
+    operation: str
+    family: str
+
+
+class Outcome(NamedTuple):
+    """What a test said."""
+
+    state: str
+    error: str
+    cosine: float | None
+
+
+class Cells:
+    """A plugin of pytest that runs the tests with the mark only, and keeps what each said."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, list[Place]] = {}
+        self.outcomes: dict[Place, list[Outcome]] = defaultdict(list)
+
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        kept = [item for item in items if item.get_closest_marker("cell")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+        for item in kept:
+            families = [value for value in item.callspec.params.values() if value in FAMILIES]
+            if len(families) != 1:
+                raise pytest.UsageError(f"{item.nodeid} has the mark cell, and not one family among its parameters.")
+            part = PARTS.get(item.path.stem, OPERATIONS)
+            operations = [mark.args[0] for mark in item.iter_markers("cell")]
+            self.places[item.nodeid] = [Place(part, operation, families[0]) for operation in operations]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: Any) -> Any:
+        report = yield
+        if report.skipped and not str(report.longrepr[-1]).endswith(ABSENT):
+            report.outcome = "failed"  # it says nothing of the operation
+        elif report.skipped or (report.when == "call" and report.passed):
+            said = dict(report.user_properties)
+            state = ABSENT if report.skipped else said.get("state", "works")
+            for place in self.places[item.nodeid]:
+                self.outcomes[place].append(Outcome(state, said.get("error", ""), said.get("cosine")))
+        return report
+
+
+def records(cells: Cells) -> list[Record]:
+    """One a family and table: how many operations work, and what each came to."""
+    made = []
+    for part, family in dict.fromkeys((place.part, place.family) for place in cells.outcomes):
+        found = {p.operation: each for p, each in cells.outcomes.items() if (p.part, p.family) == (part, family)}
+        states = {name: max((each.state for each in said), key=STATES.index) for name, said in found.items()}
+        cosines = {name: [each.cosine for each in said if each.cosine is not None] for name, said in found.items()}
+        made.append(
+            Record(
+                suite="integration",
+                family=family,
+                method="ptq-mse",
+                metric="operations",
+                value=sum(state == "works" for state in states.values()),
+                n=sum(map(len, found.values())),
+                seed=0,
+                command=COMMAND,
+                versions=versions("peft"),
+                extra={
+                    "part": part,
+                    "cells": states,
+                    "errors": {name: said[0].error for name, said in found.items() if states[name] == "refused"},
+                    "cosines": {name: min(values) for name, values in cosines.items() if values},
+                },
+            )
+        )
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", default=[TESTS], help=f"files or folders of tests (default: {TESTS})")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results file")
+    options = parser.parse_args()
+    cells = Cells()
+    status = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *options.tests], plugins=[cells])
+    if status:
+        print("Nothing is written: not every test passed.", file=sys.stderr)
+        return int(status)
+    made = records(cells)
+    if leaks := [error for each in made for error in each.extra["errors"].values() if re.search(r"\s/\w+/", error)]:
+        raise ValueError(f"an error names a path of this machine: {leaks[0]}")
+    write_records(options.output, made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
