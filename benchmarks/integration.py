@@ -2,10 +2,10 @@
 
     python -m benchmarks.integration       # -> benchmarks/results/integration.json; then python -m benchmarks.tables
 
-Runs them all, the slow ones too. The mark names an operation; a parameter of the test is its family. A test that passes
-says that the operation works there, or, by ``record_property("state", "refused")``, that it is an error which says what
-to do; one that is skipped says that diffusers does not have it. Of several tests of a cell the worst outcome counts. If
-one fails, nothing is written.
+Runs them all, the slow ones too; ``--families`` those of some families, whose records alone are replaced. The mark
+names an operation; a parameter of the test is its family. A test that passes says that the operation works there, or,
+by ``record_property("state", "refused")``, that it is an error which says what to do; one that is skipped says that
+diffusers does not have it. Of several tests of a cell the worst outcome counts. If one fails, nothing is written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,21 +53,23 @@ class Outcome(NamedTuple):
 class Cells:
     """A plugin of pytest that runs the tests with the mark only, and keeps what each said."""
 
-    def __init__(self) -> None:
+    def __init__(self, families: Collection[str] = tuple(FAMILIES)) -> None:
+        self.families = families
         self.places: dict[str, list[Place]] = {}
         self.outcomes: dict[Place, list[Outcome]] = defaultdict(list)
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        kept = [item for item in items if item.get_closest_marker("cell")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
-        for item in kept:
-            families = [value for value in item.callspec.params.values() if value in FAMILIES]
-            if len(families) != 1:
-                raise pytest.UsageError(f"{item.nodeid} has the mark cell, and not one family among its parameters.")
-            part = PARTS.get(item.path.stem, OPERATIONS)
+        for item in items:
             operations = [mark.args[0] for mark in item.iter_markers("cell")]
-            self.places[item.nodeid] = [Place(part, operation, families[0]) for operation in operations]
+            given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            of = [value for value in given if value in FAMILIES]
+            if operations and len(of) != 1:
+                raise pytest.UsageError(f"{item.nodeid} has the mark cell, and not one family among its parameters.")
+            if operations and of[0] in self.families:
+                part = PARTS.get(item.path.stem, OPERATIONS)
+                self.places[item.nodeid] = [Place(part, operation, of[0]) for operation in operations]
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in self.places])
+        items[:] = [item for item in items if item.nodeid in self.places]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any) -> Any:
@@ -113,9 +116,10 @@ def records(cells: Cells) -> list[Record]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", nargs="*", default=[TESTS], help=f"files or folders of tests (default: {TESTS})")
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file")
     options = parser.parse_args()
-    cells = Cells()
+    cells = Cells(options.families)
     status = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *options.tests], plugins=[cells])
     if status:
         print("Nothing is written: not every test passed.", file=sys.stderr)
