@@ -2,10 +2,11 @@
 
     python -m benchmarks.integration       # -> benchmarks/results/integration.json; then python -m benchmarks.tables
 
-Runs them all, the slow ones too; ``--families`` those of some families, whose records alone are replaced. The mark
-names an operation; a parameter of the test is its family. A test that passes says that the operation works there, or,
-by ``record_property("state", "refused")``, that it is an error which says what to do; one that is skipped says that
-diffusers does not have it. Of several tests of a cell the worst outcome counts. If one fails, nothing is written.
+Runs them all, the slow ones too; of given files, or with ``--families``, some of them, whose cells alone are replaced.
+The mark names an operation; a parameter of the test is its family. A test that passes says that the operation works
+there, or, by ``record_property("state", "refused")``, that it is an error which says what to do; one that is skipped
+says that diffusers does not have it. Of several tests of a cell the worst outcome counts. If one fails, nothing is
+written.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from fbqat_hub.evaluation.results import Record, versions, write_records
+from fbqat_hub.evaluation.results import Record, read_records, versions, write_records
 from fbqat_hub.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -84,33 +85,39 @@ class Cells:
         return report
 
 
-def records(cells: Cells) -> list[Record]:
-    """One a family and table: how many operations work, and what each came to."""
-    made = []
-    for part, family in dict.fromkeys((place.part, place.family) for place in cells.outcomes):
-        found = {p.operation: each for p, each in cells.outcomes.items() if (p.part, p.family) == (part, family)}
-        states = {name: max((each.state for each in said), key=STATES.index) for name, said in found.items()}
-        cosines = {name: [each.cosine for each in said if each.cosine is not None] for name, said in found.items()}
-        made.append(
-            Record(
-                suite="integration",
-                family=family,
-                method="ptq-mse",
-                metric="operations",
-                value=sum(state == "works" for state in states.values()),
-                n=sum(map(len, found.values())),
-                seed=0,
-                command=COMMAND,
-                versions=versions("peft"),
-                extra={
-                    "part": part,
-                    "cells": states,
-                    "errors": {name: said[0].error for name, said in found.items() if states[name] == "refused"},
-                    "cosines": {name: min(values) for name, values in cosines.items() if values},
-                },
-            )
+def records(outcomes: Mapping[Place, Sequence[Outcome]], known: Iterable[Record] = ()) -> list[Record]:
+    """One a family and table: how many operations work, and what each came to.
+
+    Args:
+        known: earlier ones, whose other cells are kept.
+    """
+    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for record in known:
+        if record.metric == "operations":
+            cells[record.extra["part"], record.family] = dict(record.extra["cells"])
+    for place, said in outcomes.items():
+        cell: dict[str, Any] = {"state": max((each.state for each in said), key=STATES.index), "tests": len(said)}
+        if cell["state"] == "refused":
+            cell["error"] = next(each.error for each in said if each.state == "refused")
+        if cosines := [each.cosine for each in said if each.cosine is not None]:
+            cell["cosine"] = min(cosines)
+        cells[place.part, place.family][place.operation] = cell
+    return [
+        Record(
+            suite="integration",
+            family=family,
+            method="ptq-mse",
+            metric="operations",
+            value=sum(cell["state"] == "works" for cell in found.values()),
+            n=sum(cell["tests"] for cell in found.values()),
+            seed=0,
+            command=COMMAND,
+            versions=versions("peft"),
+            extra={"part": part, "cells": found},
         )
-    return made
+        for (part, family), found in cells.items()
+        if any((place.part, place.family) == (part, family) for place in outcomes)
+    ]
 
 
 def main() -> int:
@@ -124,8 +131,10 @@ def main() -> int:
     if status:
         print("Nothing is written: not every test passed.", file=sys.stderr)
         return int(status)
-    made = records(cells)
-    if leaks := [error for each in made for error in each.extra["errors"].values() if re.search(r"\s/\w+/", error)]:
+    partly = options.tests != [TESTS] or set(options.families) != set(FAMILIES)
+    made = records(cells.outcomes, read_records(options.output) if partly and options.output.exists() else ())
+    errors = [cell.get("error", "") for each in made for cell in each.extra["cells"].values()]
+    if leaks := [error for error in errors if re.search(r"\s/\w+/", error)]:
         raise ValueError(f"an error names a path of this machine: {leaks[0]}")
     write_records(options.output, made)
     return 0

@@ -182,17 +182,16 @@ def operations_table(part: str) -> str:
         if (each.metric, each.extra.get("part")) == ("operations", part)
     ]
     by_family = {name: each for name in FAMILIES for each in found if each.family == name}
-    cells = {name: each.extra["cells"] for name, each in by_family.items()}
-    operations = dict.fromkeys(operation for each in cells.values() for operation in each)
+    operations = dict.fromkeys(operation for each in by_family.values() for operation in each.extra["cells"])
     shown: dict[str, str] = {}  # operation -> the error, of the first family that has one
     rows = []
     for operation in operations:
         row = [f"`{operation}`" if "(" in operation or "_" in operation else operation]
         for name, record in by_family.items():
-            cosine = record.extra["cosines"].get(operation)
-            row.append(cells[name][operation] + (f" ({cosine:.2f})" if cosine is not None else ""))
-            if error := record.extra["errors"].get(operation):
-                shown.setdefault(operation, f"`{name}`: {error}")
+            cell = record.extra["cells"].get(operation, {"state": "not yet measured"})
+            row.append(cell["state"] + (f" ({cell['cosine']:.2f})" if "cosine" in cell else ""))
+            if "error" in cell:
+                shown.setdefault(operation, f"`{name}`: {cell['error']}")
         rows.append(row)
     head = ("operation", *(f"`{name}`" for name in by_family))
     errors = "".join(f"- {operation}, {error}\n" for operation, error in shown.items())

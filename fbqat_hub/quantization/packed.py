@@ -84,6 +84,10 @@ class PackedLayer(QuantizedLayer):
     @property
     def weight(self) -> Tensor:
         shape = (self.out_features, self.in_features, *self.kernel)
+        if (
+            torch.compiler.is_compiling()
+        ):  # which cannot follow the making of a view; what is not read of it costs nothing
+            return self.real_weight().reshape(shape).to(self._weight_dtype)
         return LogicalWeight(self.real_weight, shape, self._weight_dtype, self.weight_packed.device)
 
     @weight.setter

@@ -48,12 +48,19 @@ def test_outcomes_are_folded(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     sana, flux = sorted(read_records(tmp_path / "out.json"), key=lambda record: -record.value)
     assert (sana.family, sana.value, sana.n) == ("sana", 2, 4)
-    assert sana.extra["cells"] == {"mixed": "works", "absent": "works"}
-    assert (flux.family, flux.value, flux.n) == ("flux", 0, 4)
-    assert flux.extra["cells"] == {"mixed": "refused", "absent": "not in diffusers"}
-    assert flux.extra["errors"] == {"mixed": "no, because"}
-    assert flux.extra["cosines"]["mixed"] == pytest.approx(1 / 3)
-    assert flux.extra["part"] == OPERATIONS
+    assert {cell["state"] for cell in sana.extra["cells"].values()} == {"works"}
+    assert flux.extra == {
+        "part": OPERATIONS,
+        "cells": {
+            "mixed": {"state": "refused", "tests": 3, "error": "no, because", "cosine": pytest.approx(1 / 3)},
+            "absent": {"state": "not in diffusers", "tests": 1},
+        },
+    }
+    again = collect(TESTS.replace("absent", "other").replace("mixed", "new"), tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {tuple(record.extra["cells"]) for record in read_records(tmp_path / "out.json")} == {
+        ("mixed", "absent", "new", "other")
+    }
 
 
 @pytest.mark.parametrize(
