@@ -63,7 +63,7 @@ class Cells:
         for item in items:
             operations = [mark.args[0] for mark in item.iter_markers("cell")]
             given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-            of = [value for value in given if value in FAMILIES]
+            of = [value for value in given if isinstance(value, str) and value in FAMILIES]
             if operations and len(of) != 1:
                 raise pytest.UsageError(f"{item.nodeid} has the mark cell, and not one family among its parameters.")
             if operations and of[0] in self.families:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
@@ -85,16 +87,21 @@ def _from_single_file(original: Callable[..., Any], cls: Any, source: Any = None
         ValueError: ``source`` is packed, and ``config`` does not name the folder of a packed model.
     """
     if options.get("quantization_config") is None:
-        if (folder := options.get("config")) is not None:
-            names = ("subfolder", "token", "local_files_only", "cache_dir")
-            place = {name: options[name] for name in names if name in options}
-            written = cls.load_config(folder, revision=options.get("config_revision"), **place)
-            stored = written.get("quantization_config") or {}
-            if stored.get("quant_method") == "fbqat":
-                options["quantization_config"] = _StoredConfig(**stored)
-        if options.get("quantization_config") is None and _is_packed_file(source):
+        folder = options.get("config")
+        stored = _stored_config(cls, folder, options) if isinstance(folder, str) else None
+        if stored is None and _is_packed_file(source):
             raise ValueError(_NO_CONFIG)
+        options["quantization_config"] = stored
     return original(cls, source, **options)
+
+
+def _stored_config(cls: Any, folder: str, options: Mapping[str, Any]) -> _StoredConfig | None:
+    """The config in the folder or repository of a packed model, of others None."""
+    names = ("subfolder", "token", "local_files_only", "cache_dir")
+    place = {name: options[name] for name in names if name in options}
+    written = cls.load_config(folder, revision=options.get("config_revision"), **place)
+    fields = written.get("quantization_config") or {}
+    return _StoredConfig(**fields) if fields.get("quant_method") == "fbqat" else None
 
 
 _NO_CONFIG = (
@@ -104,9 +111,11 @@ _NO_CONFIG = (
 
 
 def _is_packed_file(source: Any) -> bool:
+    """Of a state dict, or of a safetensors file here; another file is diffusers' to read, or to refuse."""
     keys: Iterable[str] = source if isinstance(source, Mapping) else ()
-    if isinstance(source, str | Path) and Path(source).suffix == ".safetensors" and Path(source).is_file():
-        keys = read_header(Path(source))
+    if isinstance(source, str | Path) and Path(source).is_file():
+        with suppress(SafetensorError), safe_open(source, framework="pt") as file:
+            keys = file.keys()
     return any(key.endswith(".weight_packed") for key in keys)
 
 
