@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.integration import ADAPTERS, OPERATIONS
 from benchmarks.markdown import markdown
 from benchmarks.method.judge import judge_rows
 from benchmarks.method.report import at_equal_storage, table
@@ -30,7 +31,10 @@ _ENCODERS = {"text encoders, float denoiser": "float", "text encoders, w4a8 deno
 _SDNQ = "SDNQ, pictures against the packed pipeline's"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md", "docs/exits.md", "training/README.md")
+FILES = (
+    "README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md", "docs/exits.md", "docs/integrations.md",
+    "docs/lora.md", "training/README.md",
+)  # fmt: skip
 
 
 def measured_at_true_size(name: str) -> list[tuple[Record, float]]:
@@ -168,6 +172,38 @@ def sdnq_table() -> str:
         f"{markdown(head, rows)}\n\n"
         f"Tiny pipelines at W4A8, mean of {one.n} pictures of 64 pixels from equal seeds, float32 on a CPU, sdnq "
         f"{one.versions['sdnq']}. By `{one.command}`."
+    )
+
+
+def operations_table(part: str) -> str:
+    """What works, operation by family, by `benchmarks.integration`."""
+    found = [
+        each
+        for each in read_records(RESULTS / "integration.json")
+        if (each.metric, each.extra.get("part")) == ("operations", part)
+    ]
+    by_family = {name: each for name in FAMILIES for each in found if each.family == name}
+    operations = dict.fromkeys(operation for each in by_family.values() for operation in each.extra["cells"])
+    shown: dict[str, str] = {}  # operation -> the error, of the first family that has one
+    rows = []
+    for operation in operations:
+        row = [f"`{operation}`" if "(" in operation or "_" in operation else operation]
+        for name, record in by_family.items():
+            cell = record.extra["cells"].get(operation, {"state": "not yet measured"})
+            row.append(cell["state"] + (f" ({cell['cosine']:.2f})" if "cosine" in cell else ""))
+            if "error" in cell:
+                shown.setdefault(operation, f"`{name}`: {cell['error']}")
+        rows.append(row)
+    head = ("operation", *(f"`{name}`" for name in by_family))
+    errors = "".join(f"- {operation}, {error}\n" for operation, error in shown.items())
+    errors = f"What is refused says:\n\n{errors}\n" if errors else ""
+    record = next(iter(by_family.values()))
+    return (
+        f"{markdown(head, rows)}\n\n"
+        f"{errors}"
+        f"Tiny models of random weights on a CPU, diffusers {record.versions['diffusers']}, peft "
+        f"{record.versions['peft']}, torch {record.versions['torch']}; {sum(each.n for each in found)} tests. By "
+        f"`{record.command}`."
     )
 
 
@@ -368,6 +404,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-memory": training_memory_table,
     "text-encoders": text_encoders_table,
     "sdnq": sdnq_table,
+    "operations": lambda: operations_table(OPERATIONS),
+    "adapter-operations": lambda: operations_table(ADAPTERS),
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
     "htp": htp_table,

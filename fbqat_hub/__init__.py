@@ -14,10 +14,11 @@ from fbqat_hub.version import __version__
 
 if TYPE_CHECKING:
     from fbqat_hub.config import FBQATConfig
+    from fbqat_hub.integrations.optimum import FBQATQuantizer as FBQATQuantizer
 
 _register()
 
-__all__ = ["FBQATConfig", "__version__"]
+__all__ = ["FBQATConfig", "__version__"]  # FBQATQuantizer needs optimum, which may not be there
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,13 @@ def __getattr__(name: str) -> Any:
         from fbqat_hub.config import FBQATConfig
 
         return FBQATConfig
+    if name == "FBQATQuantizer":
+        try:
+            from fbqat_hub.integrations.optimum import FBQATQuantizer
+        except ImportError as error:
+            from fbqat_hub.extras import missing
+
+            raise missing(error, "FBQATQuantizer") from error
+
+        return FBQATQuantizer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,7 @@ REGISTRARS = {
     "diffusers.models.attention_processor": (_DIFFUSERS_MODELS, "register_attention_processor"),
     "diffusers.models.transformers.transformer_sd3": (_DIFFUSERS_MODELS, "register_sd3"),
     "diffusers.pipelines.pipeline_utils": (_DIFFUSERS_MODELS, "register_pipelines"),
+    "diffusers.loaders.single_file_model": ("fbqat_hub.integrations.diffusers", "register_single_file"),
     "diffusers.loaders.peft": (_DIFFUSERS_MODELS, "register_adapters"),
     "diffusers.loaders.lora_pipeline": (_DIFFUSERS_MODELS, "register_lora_pipelines"),
     "transformers.quantizers": ("fbqat_hub.integrations.transformers", "register"),

@@ -58,6 +58,7 @@ METRICS: dict[str, Metric] = {
     "denoiser_mib": Metric("MiB", "lower", "denoiser's weights on disk"),
     "bits_per_weight": Metric("bits", "lower", "stored bits per weight"),
     "sqnr_db": Metric("dB", "higher", "SQNR"),
+    "operations": Metric("1", "higher", "operations that work"),
 }
 METHODS: dict[str, str] = {
     "teacher": "teacher (full precision)",

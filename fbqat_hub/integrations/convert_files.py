@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fbqat_hub.components import Component
 from fbqat_hub.config import FBQATConfig
-from fbqat_hub.integrations.diffusers import FBQATQuantizer
+from fbqat_hub.integrations.diffusers import FBQATDiffusersQuantizer
 from fbqat_hub.weights import TensorFile, read_header, stored_dtype
 
 # Of a file, as diffusers' save_pretrained has it.
@@ -45,7 +45,7 @@ def convert_files(
     """
     files = denoiser.weights(variant).files
     model = denoiser.load(variant=variant, meta=True)
-    quantizer = FBQATQuantizer(config, pre_quantized=False)
+    quantizer = FBQATDiffusersQuantizer(config, pre_quantized=False)
     dtype = quantizer.update_torch_dtype(stored_dtype(files))
     quantizer.maybe_update_loaded_keys(
         [key for file in files for key in read_header(file)], [str(file) for file in files]

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import CustomDtype
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
@@ -30,9 +32,9 @@ from fbqat_hub.integrations.checkpoint import (
     refuse_static,
 )
 from fbqat_hub.integrations.diffusers_models import is_fused_copy, refuse_adapters
-from fbqat_hub.quantization.convert import named_layers, replace_layers
+from fbqat_hub.integrations.wrapping import around
+from fbqat_hub.quantization.convert import named_layers, quantizable, replace_layers
 from fbqat_hub.quantization.packed import PackedLayer
-from fbqat_hub.quantization.packing import NIBBLE
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
 from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tensor
@@ -40,8 +42,15 @@ from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tens
 
 def register() -> None:
     """Make diffusers know ``quant_method: fbqat``. Safe to call again."""
-    auto.AUTO_QUANTIZER_MAPPING.setdefault("fbqat", FBQATQuantizer)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault("fbqat", FBQATDiffusersQuantizer)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("fbqat", FBQATConfig)
+
+
+def register_single_file() -> None:
+    """Make ``from_single_file`` read packed weights. Safe to call again."""
+    from diffusers.loaders.single_file_model import FromOriginalModelMixin
+
+    around(FromOriginalModelMixin, "from_single_file", _from_single_file)
 
 
 def attach(model: Any, config: FBQATConfig) -> None:
@@ -61,19 +70,68 @@ def attach(model: Any, config: FBQATConfig) -> None:
                 f"{name} is packed at {layer.weight_bits} bits, and the config has {bits}; move the model there with "
                 "set_bit_width before convert, or give the config its width in weight_bits_by_module."
             )
-    model.hf_quantizer = FBQATQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = FBQATDiffusersQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.hf_quantizer.write_config(model)
 
 
-class FBQATQuantizer(DiffusersQuantizer):
-    """Swaps linear layers for packed ones before loading, and checks every tensor that goes into them."""
+class _StoredConfig(FBQATConfig):
+    """The config of a packed model, read from its folder."""
+
+
+def _from_single_file(original: Callable[..., Any], cls: Any, source: Any = None, **options: Any) -> Any:
+    """Packed weights in one file are read as the config of their folder says, which the file itself does not.
+
+    Raises:
+        ValueError: ``source`` is packed, and ``config`` does not name the folder of a packed model.
+    """
+    if options.get("quantization_config") is None:
+        folder = options.get("config")
+        stored = _stored_config(cls, folder, options) if isinstance(folder, str) else None
+        if stored is None and _is_packed_file(source):
+            raise ValueError(_NO_CONFIG)
+        options["quantization_config"] = stored
+    return original(cls, source, **options)
+
+
+def _stored_config(cls: Any, folder: str, options: Mapping[str, Any]) -> _StoredConfig | None:
+    """The config in the folder or repository of a packed model, of others None."""
+    names = ("subfolder", "token", "local_files_only", "cache_dir")
+    place = {name: options[name] for name in names if name in options}
+    written = cls.load_config(folder, revision=options.get("config_revision"), **place)
+    fields = written.get("quantization_config") or {}
+    return _StoredConfig(**fields) if fields.get("quant_method") == "fbqat" else None
+
+
+_NO_CONFIG = (
+    "this file is packed already, and says nothing of how: leave out quantization_config, and give config=, the folder "
+    "or Hub id that it belongs to (with subfolder=), or load that with from_pretrained."
+)
+
+
+def _is_packed_file(source: Any) -> bool:
+    """Of a state dict, or of a safetensors file here; another file is diffusers' to read, or to refuse."""
+    keys: Iterable[str] = source if isinstance(source, Mapping) else ()
+    if isinstance(source, str | Path) and Path(source).is_file():
+        with suppress(SafetensorError), safe_open(source, framework="pt") as file:
+            keys = file.keys()
+    return any(key.endswith(".weight_packed") for key in keys)
+
+
+class FBQATDiffusersQuantizer(DiffusersQuantizer):
+    """Swaps linear layers for packed ones before loading, and checks every tensor that goes into them.
+
+    A layer that the model's class keeps in fp32 (``_keep_in_fp32_modules``) is packed as well; its bias, and what it is
+    to other libraries, is fp32.
+    """
 
     quantization_config: FBQATConfig
     requires_calibration = False
+    use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: FBQATConfig, **kwargs: Any) -> None:
+        self._of_folder = isinstance(quantization_config, _StoredConfig)
         # A copy: what is learned of one model is not written into the caller's config, which may serve another.
         super().__init__(FBQATConfig(**quantization_config.to_dict()), **kwargs)
         self._dtype = torch.float32
@@ -81,6 +139,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         self._files: dict[str, tuple[Path, StoredTensor]] = {}  # tensor -> its file, and where it is in it
         self._layers: dict[str, PackedLayer] = {}
         self._floats: set[str] = set()
+        self._hidden: dict[str, Tensor] = {}  # of a packed single file
         if not self.pre_quantized:
             refuse_static(self.quantization_config)
 
@@ -91,8 +150,10 @@ class FBQATQuantizer(DiffusersQuantizer):
         self._dtype = torch_dtype or torch.float32
         return self._dtype
 
-    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
-        return CustomDtype.INT4 if self.quantization_config.weight_bits <= NIBBLE else torch.int8
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Of scales, for an automatic device map. Codes are counted as the bytes that they are."""
+        own = {name: value.dtype for name, value in model.named_buffers() if self.keeps_dtype(name)}
+        return {**super().get_special_dtypes_update(model, torch_dtype), **own}
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         files = [Path(file) for file in checkpoint_files]
@@ -110,9 +171,19 @@ class FBQATQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        state_dict: dict[str, Tensor] | None = None,
+        keep_in_fp32_modules: Iterable[str] = (),
+        **kwargs: Any,
     ) -> None:
+        for name, layer in quantizable(model).items():
+            if not set(name.split(".")).isdisjoint(keep_in_fp32_modules):
+                layer.to(torch.float32)
         if state_dict is not None:
+            for key in self._hidden:
+                state_dict.pop(key.removesuffix("_packed"), None)
+            state_dict.update(self._hidden)
             self._keys = list(state_dict)
         self._floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         self._layers = packed_layers(model, self.quantization_config)
@@ -185,13 +256,27 @@ class FBQATQuantizer(DiffusersQuantizer):
     def _single_file(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """What ``from_single_file`` asks first, before it has renamed the tensors and made a model.
 
-        The tensors come as ``state_dict`` of ``_process_model_before_weight_loading``, and are taken there.
+        The tensors come as ``state_dict`` of ``_process_model_before_weight_loading``, and are taken there. If their
+        names are not the float model's, diffusers takes them for those of another program, and renames them; so what a
+        packed file has of its own is hidden until then.
         """
-        if any(key.endswith(".weight_packed") for key in state_dict):
-            raise ValueError("this file is packed already; load the folder that it belongs to with from_pretrained.")
-        self.pre_quantized = False  # diffusers says True, whatever the file is
-        refuse_static(self.quantization_config)
-        return state_dict
+        packed = _is_packed_file(state_dict)
+        if packed and not self._of_folder:
+            raise ValueError(_NO_CONFIG)
+        if self._of_folder and not packed:
+            raise ValueError(
+                "config= is that of a packed model, and the file is not packed; give quantization_config=, or the "
+                "config of the float model."
+            )
+        self.pre_quantized = packed  # diffusers says True, whatever the file is
+        if not packed:
+            refuse_static(self.quantization_config)
+            return state_dict
+        own = ("weight_packed", *BUFFERS)
+        self._hidden = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] in own}
+        weights = (key.removesuffix("_packed") for key in self._hidden if key.endswith("_packed"))
+        rest = {key: value for key, value in state_dict.items() if key not in self._hidden}
+        return rest | dict.fromkeys(weights, torch.empty(0))
 
     def _take(self, state_dict: dict[str, Tensor]) -> None:
         """Check every tensor of a file, quantize the weights of float ones, and keep scales from the loader's cast."""
@@ -263,7 +348,7 @@ class FBQATQuantizer(DiffusersQuantizer):
         layer.weight_packed = nn.Parameter(param_value.to(target_device), requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        self._layers, self._floats, self._keys, self._files = {}, set(), [], {}
+        self._layers, self._floats, self._keys, self._files, self._hidden = {}, set(), [], {}, {}
         self.write_config(model)  # from_single_file does not
         return model
 
@@ -280,8 +365,8 @@ class FBQATQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: Any) -> Any:
         refuse_adapters(model, "dequantize")
-        dtype = model.dtype
-        replace_layers(model, {layer: layer.to_float().to(dtype) for _, layer in named_layers(model, PackedLayer)})
+        layers = [layer for _, layer in named_layers(model, PackedLayer)]
+        replace_layers(model, {layer: layer.to_float().to(layer.weight.dtype) for layer in layers})
         kept = {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(kept)
         return model

@@ -84,6 +84,9 @@ class PackedLayer(QuantizedLayer):
     @property
     def weight(self) -> Tensor:
         shape = (self.out_features, self.in_features, *self.kernel)
+        # the making of a view cannot be traced; values that nobody reads are left out of a graph
+        if torch.compiler.is_compiling():
+            return self.real_weight().reshape(shape).to(self._weight_dtype)
         return LogicalWeight(self.real_weight, shape, self._weight_dtype, self.weight_packed.device)
 
     @weight.setter

@@ -1,14 +1,23 @@
-"""`optimum-cli export qnn`: registered through the namespace package, errors of one line."""
+"""`optimum-cli export qnn`, registered through the namespace package, and optimum's quantizer."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline, SanaTransformer2DModel
 
-from tests.conftest import ROOT
+import fbqat_hub
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.quantization import PackedLayer, named_layers
+from fbqat_hub.training.ptq import convert_pipeline
+from tests.conftest import ROOT, subprocess_environment
+from tests.integrations.tiny import predict
 
 NAMESPACE = ROOT / "integrations" / "optimum"
 
@@ -43,3 +52,116 @@ def test_the_namespace_has_no_init_file() -> None:
     assert [path.relative_to(NAMESPACE).as_posix() for path in NAMESPACE.rglob("*.py")] == [
         "optimum/commands/register/register_fbqat.py"
     ]
+
+
+def test_the_command_file_brings_no_heavy_module() -> None:
+    """Every call of optimum-cli imports it."""
+    pytest.importorskip("optimum")
+    script = """
+import json, sys
+import optimum.commands.export.base
+before = set(sys.modules)
+import optimum.commands.register.register_fbqat
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    path = f"{ROOT}:{NAMESPACE}"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=subprocess_environment(PYTHONPATH=path),
+    )
+    brought = {name.partition(".")[0] for name in json.loads(done.stdout)} - set(sys.stdlib_module_names)
+    assert brought == {"optimum"}
+
+
+# the quantizer
+
+
+@pytest.fixture(scope="module")
+def quantizer() -> Any:
+    pytest.importorskip("optimum")
+    return fbqat_hub.FBQATQuantizer
+
+
+def test_it_is_one_of_optimum(quantizer: Any) -> None:
+    from optimum.quantization_base import OptimumQuantizer
+
+    assert issubclass(quantizer, OptimumQuantizer)
+
+
+def test_a_folder_becomes_what_convert_makes_of_it(quantizer: Any, tiny_sana: Path, tmp_path: Path) -> None:
+    settings = {"average_bits": 4.5, "modules_to_not_convert": ["proj_out"]}
+    made = quantizer.from_pretrained(tiny_sana).quantize(save_dir=tmp_path / "made", progress=False, **settings)
+    assert made == tmp_path / "made"
+    wanted = convert_pipeline(str(tiny_sana), tmp_path / "wanted", settings, progress=False)
+    files = {path.relative_to(wanted) for path in wanted.rglob("*") if path.is_file()} - {Path("recipe.yaml")}
+    assert files
+    for file in files:
+        assert (made / file).read_bytes() == (wanted / file).read_bytes(), file
+
+
+def test_a_loaded_denoiser_becomes_the_same(
+    quantizer: Any, tiny_sana: Path, packed_folder: Path, tmp_path: Path
+) -> None:
+    original = load_pipeline(tiny_sana).transformer
+    before = predict(original, "sana")
+    made = quantizer.from_pretrained(original).quantize(save_dir=tmp_path / "made")
+    assert torch.equal(predict(original, "sana"), before)
+    loaded = SanaTransformer2DModel.from_pretrained(made)
+    wanted = DiffusionPipeline.from_pretrained(packed_folder).transformer
+    assert list(named_layers(loaded, PackedLayer))
+    assert torch.equal(predict(loaded, "sana"), predict(wanted, "sana"))
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ("sana", {"file_name": "model.onnx"}, "a pipeline is a folder, give that and leave file_name out"),
+        ("transformer", {}, "is not a diffusers pipeline: it has no model_index.json"),
+        ("no/such/folder", {}, "is no folder, nor a Hub id"),
+        ("module", {}, "a Linear was given; give a pipeline's folder or Hub id, or its denoiser"),
+        ("vae", {}, "AutoencoderDC is of no supported family"),
+        ("packed", {}, "this SanaTransformer2DModel is quantized already"),
+    ],
+)
+def test_what_it_does_not_take(
+    quantizer: Any, given: str, options: dict[str, Any], message: str, tiny_sana: Path, packed_folder: Path
+) -> None:
+    source: Any = {
+        "sana": lambda: tiny_sana,
+        "transformer": lambda: tiny_sana / "transformer",
+        "module": lambda: torch.nn.Linear(2, 2),
+        "vae": lambda: load_pipeline(tiny_sana).vae,
+        "packed": lambda: load_pipeline(packed_folder).transformer,
+    }.get(given, lambda: given)()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        quantizer.from_pretrained(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"file_prefix": "w4"}, "the format names the files, leave file_prefix out"),
+        ({"averge_bits": 4.5}, r"'averge_bits' \(did you mean 'average_bits'\?\)"),
+        ({"text_encoders": "w9"}, "w9"),
+    ],
+)
+@pytest.mark.parametrize("of", ["a folder", "a denoiser"])
+def test_what_it_does_not_do(
+    quantizer: Any, of: str, options: dict[str, Any], message: str, tiny_sana: Path, tmp_path: Path
+) -> None:
+    if of == "a denoiser" and "text_encoders" in options:
+        message = "a denoiser has none"
+    source = tiny_sana if of == "a folder" else load_pipeline(tiny_sana).transformer
+    with pytest.raises(ValueError, match=message):
+        quantizer.from_pretrained(source).quantize(save_dir=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_stays(quantizer: Any, tiny_sana: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for source in (tiny_sana, load_pipeline(tiny_sana).transformer):
+        with pytest.raises(FileExistsError, match="is not empty"):
+            quantizer.from_pretrained(source).quantize(save_dir=tmp_path)

@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
@@ -19,6 +22,9 @@ from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, prepare
 from tests.conftest import subprocess_environment
+
+# of an autoencoder that halves nothing
+_VAE = {"block_out_channels": [1], "temperal_downsample": []}
 
 
 def pack_denoiser(pipeline: Any, family: str) -> Any:
@@ -35,28 +41,36 @@ def denoiser_inputs(
 ) -> dict[str, Any]:
     """Random arguments of the denoiser's forward for latents of a height and a width, the same at every call."""
     random = torch.Generator().manual_seed(batch)
-    config = model.config
-    channels = config.in_channels // 4 if family == "flux" else config.in_channels
-    text_width = config.get("caption_channels") or config.joint_attention_dim
-    conditioning = {"encoder_hidden_states": torch.randn(batch, text_tokens, text_width, generator=random)}
-    if "pooled_projection_dim" in config:
-        conditioning["pooled_projections"] = torch.randn(batch, config.pooled_projection_dim, generator=random)
-    else:
-        conditioning["encoder_attention_mask"] = torch.ones(batch, text_tokens)
+    of_family, config = get_family(family), model.config
+    shapes = of_family.conditioning_shapes(config, {"max_sequence_length": text_tokens})
+    conditioning = {
+        name: torch.ones(batch, *shape) if name.endswith("_mask") else torch.randn(batch, *shape, generator=random)
+        for name, shape in shapes.items()
+    }
+    channels = of_family.latent_shape({"transformer": config, "vae": _VAE}, (height, width))[0]
     latents = torch.randn(batch, channels, height, width, generator=random)
-    timestep = torch.linspace(100.0, 900.0, batch)
-    inputs: dict[str, Any] = dict(get_family(family).denoiser_inputs(latents, timestep, conditioning))
+    inputs: dict[str, Any] = dict(of_family.denoiser_inputs(latents, torch.linspace(100.0, 900.0, batch), conditioning))
     if family == "pixart-sigma":
         inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
     return inputs
 
 
+@torch.no_grad()
+def predict(model: Any, family: str, **size: int) -> Tensor:
+    """What the family's sampler takes of the denoiser for ``denoiser_inputs``, in the model's dtype."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return get_family(family).predict(model, in_dtype(denoiser_inputs(family, base, **size), base.dtype))
+
+
 def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The float tensors of ``inputs`` in another dtype."""
-    return {
-        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(each) for each in value]
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: of(value) for name, value in inputs.items()}
 
 
 def packed_as(source: Path, folder: Path, **settings: Any) -> Path:
@@ -91,3 +105,13 @@ def read_elsewhere(program: str, folder: Path, kind: str, target: Path) -> dict[
     done = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return load_file(target)
+
+
+@contextmanager
+def refused(message: str, record: Callable[[str, object], None] | None = None) -> Iterator[None]:
+    """A ValueError that says ``message``; with pytest's ``record_property``, noted for the tables of what works."""
+    with pytest.raises(ValueError, match=message) as caught:
+        yield
+    if record:
+        record("state", "refused")
+        record("error", str(caught.value))

@@ -141,3 +141,17 @@ def test_a_packed_model_is_not_quantized_again() -> None:
         with pytest.raises(ValueError, match=r"quantized already \(0 is a .*\); start from the float model"):
             prepare(model, WeightScheme(), ActivationScheme())
         convert(model) if not isinstance(model[0], PackedLayer) else None
+
+
+def test_what_is_compiled_reads_it(case) -> None:
+    """Z-Image and T5 ask a layer's weight for its dtype."""
+    layer, _, _, x = case
+
+    def ask(x: Tensor) -> tuple[Tensor, Tensor]:
+        return layer(x.to(layer.weight.dtype)), layer.weight * 2
+
+    expected = ask(x)
+    torch._dynamo.reset()
+    for found, wanted in zip(torch.compile(ask, fullgraph=True, backend="eager")(x), expected, strict=True):
+        assert torch.equal(found, wanted)
+    torch._dynamo.reset()

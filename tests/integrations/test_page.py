@@ -1,0 +1,33 @@
+"""The code of docs/integrations.md, executed in one piece on a tiny Sana."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.quantization import PackedLayer, named_layers
+from tests.conftest import ROOT
+from tests.integrations.tiny import denoiser_inputs
+
+
+def test_the_page(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optimum")
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    inputs = denoiser_inputs("sana", load_pipeline(tiny_sana).transformer)
+    names: dict[str, Any] = {"source": str(tiny_sana), "prompt_inputs": inputs}
+    exec(blocks[0], names)
+    assert names["predicted"].isfinite().all()
+    assert not list(named_layers(names["model"], PackedLayer))
+    exec(blocks[1], names)
+    by_optimum = names["pipeline"]
+    packed = dict(named_layers(by_optimum.transformer, PackedLayer))
+    assert {layer.weight_bits for layer in packed.values()} == {4, 8}
+    assert "proj_out" not in packed
+    assert {layer.weight_bits for _, layer in named_layers(by_optimum.text_encoder, PackedLayer)} == {8}
