@@ -34,6 +34,7 @@ def gptq_blocks(
     damping: float = 0.01,
     max_bytes: int = 2**31,
     device: torch.device | str = "cpu",
+    done: Callable[[], None] = lambda: None,
 ) -> None:
     """Give the packed layers of a float model, at GPTQ's codes, to ``save``.
 
@@ -48,6 +49,7 @@ def gptq_blocks(
         damping: as `gptq_initialize`.
         max_bytes: of second moments of a block held at a time, as `gptq_initialize`; a block with more is run again.
         device: where a block is run and rounded.
+        done: is called when a block is.
 
     Raises:
         ValueError: no batches, a model that cannot go block by block, a block with inputs that are not finite, or a
@@ -83,6 +85,7 @@ def gptq_blocks(
                 check_calls(name, walk.calls)
                 with _naming(name):
                     rounded(name, load(name).to(device), walk.calls, run)
+                done()
                 walk.advance(outputs)
 
     rounded("", model, batches, through_blocks)

@@ -6,6 +6,7 @@ shapes that holds no numbers.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fbqat_hub.components import quiet
 from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.text import names
 from fbqat_hub.training.lora_check import adapter_file, load_adapter
@@ -28,6 +30,8 @@ _REFUSED = {
     "text_encoder": "a text encoder's part",
     "lora_te": "a text encoder's part",
 }
+# The side of a pair that a tensor's name says: ``lora_A``, ``lora_down``, ``lora.down``.
+_SIDE = re.compile(r"\.lora[_.](A|B|down|up)\b")
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,13 @@ class Merge:
         from peft.tuners.lora.layer import LoraLayer  # an extra: that it is missing is said before anything is loaded
 
         file = adapter_file(lora.adapter)
-        _refuse_more_than_pairs(file)
+        _check_pairs(file)
         denoiser = pipeline.transformer
         _give_shapes(denoiser)
         try:
-            _, unmatched = load_adapter(pipeline, file, _ADAPTER)
-        except (RuntimeError, KeyError, IndexError, TypeError) as error:
+            with quiet():
+                _, unmatched = load_adapter(pipeline, file, _ADAPTER)
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{file} does not fit this {type(denoiser).__name__}: {' '.join(str(error).split())[:400]} It was made "
                 "for another architecture or size, or is damaged."
@@ -113,14 +118,20 @@ def _change(name: str, layer: Any, scale: float, file: Path) -> _Change:
     return _Change(down.clone(), up.clone(), layer.scaling[_ADAPTER] * scale)
 
 
-def _refuse_more_than_pairs(file: Path) -> None:
+def _check_pairs(file: Path) -> None:
+    """Refuse what is more than low-rank pairs, and half of one, which libraries fill up with zeros."""
+    sides: dict[str, set[str]] = {}
     for key in read_header(file):
+        if found := _SIDE.search(key):
+            sides.setdefault(key[: found.start()], set()).add("down" if found[1] in ("A", "down") else "up")
         for part, what in _REFUSED.items():
             if part in key:
                 raise ValueError(
                     f"{file} has {key}, {what}, which is not merged; only low-rank pairs of the denoiser are. Give an "
                     "adapter without, or fuse it with diffusers and save the pipeline."
                 )
+    if halves := sorted(module for module, found in sides.items() if len(found) == 1):
+        raise ValueError(f"{file} has half of a low-rank pair of {names(halves)}; it is damaged. Download it again.")
 
 
 def _give_shapes(model: nn.Module) -> None:

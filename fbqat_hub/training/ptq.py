@@ -82,6 +82,8 @@ def convert_pipeline(
     """
     if gptq is not None and (settings or {}).get("weight_clip", "mse") != "mse":
         raise ValueError("GPTQ needs scales that stay: with --method gptq the clip is mse.")
+    if gptq is not None and not gptq.prompts:
+        raise ValueError("no prompts; give at least one to calibrate on.")
     device = checked_device(gptq.device) if gptq else "cpu"
     if output.exists() and any(path.name != PARTIAL for path in output.iterdir()):
         raise FileExistsError(f"{output} exists and is not empty; give another --output.")
@@ -151,19 +153,15 @@ class _GPTQ:
             progress=self.progress,
         )
         with Progress("quantize blocks", len(streamed.names), "block", shown=self.progress) as bar:
-
-            def load(name: str) -> Any:
-                bar.update()
-                return streamed.block(name)
-
             gptq_blocks(
                 streamed.model,
                 streamed.names,
                 inputs,
                 targets_of(streamed.model, config),
                 config.weight_scheme(),
-                load=load,
+                load=streamed.block,
                 save=save,
+                done=bar.update,
                 damping=self.recipe.gptq.damping,
                 device=self.device,
             )

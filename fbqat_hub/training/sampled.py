@@ -60,17 +60,16 @@ def sampled_inputs(
 
     Args:
         pipeline: float, with ``denoiser.model`` as its transformer. Its text encoders are gone afterwards.
+        prompts: at least one.
         call: arguments of the pipeline call. Without ``num_inference_steps`` it is 8, or what a model that was
             distilled for few steps takes.
 
     Raises:
-        ValueError: no prompts, inputs of a block that are not finite, or as `BlockWalk`.
+        ValueError: inputs of a block that are not finite, or as `BlockWalk`.
     """
-    if not prompts:
-        raise ValueError("no prompts; give at least one to calibrate on.")
     steps = call.get("num_inference_steps") or family.sampled_steps(pipeline.scheduler) or _STEPS
     used = list(prompts)[:samples]
-    each = min(steps, math.ceil(samples / len(used)))
+    parts = min(steps, math.ceil(samples / len(used)))
     parameters = inspect.signature(denoiser.model.forward)
     found: list[list[dict[str, Any]]] = [[] for _ in used]
     running: dict[Any, tuple[int, Any, set[int]]] = {}
@@ -78,7 +77,7 @@ def sampled_inputs(
 
         def sample(index: int) -> None:
             random = generator("calibration picture", used[index], index)
-            kept = {int((part + torch.rand((), generator=random)) / each * steps) for part in range(each)}
+            kept = {int((part + torch.rand((), generator=random)) / parts * steps) for part in range(parts)}
             own = _own(pipeline)
             running[getcurrent()] = index, own, kept
             own(prompt=used[index], generator=random, output_type="latent", **{**call, "num_inference_steps": steps})

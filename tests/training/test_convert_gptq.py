@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fbqat_hub.cli import main
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.integrations.checkpoint import targets_of
-from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.pipelines import load_pipeline, save_pipeline
 from fbqat_hub.quantization import PackedLayer, convert, gptq_initialize, named_layers
 from fbqat_hub.quantization.convert import prepare_layers
 from fbqat_hub.training import ptq
@@ -25,7 +25,9 @@ from fbqat_hub.training.distill import train
 from fbqat_hub.training.ptq import Calibrated, convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
 from fbqat_hub.training.seeding import generator
+from fbqat_hub.weights import TensorFile
 from tests.conftest import CALL, CAPTIONS, call_of, edit_tensors, weights_of
+from tests.test_components import as_variant
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 PROMPTS = CAPTIONS[:3]
@@ -107,6 +109,34 @@ def test_codes_are_not_the_nearest_ones_and_the_recipe_says_how(tiny_sana: Path,
     assert recipe.generation["max_sequence_length"] == CALL["max_sequence_length"]
     with pytest.raises(ValueError, match="calibration_prompts is 4: the codes are those of fbqat convert"):
         train(recipe, tmp_path / "again")
+
+
+def test_half_precision_and_a_variant(half_sana: Path, tmp_path: Path) -> None:
+    """Computed in float32, whatever the files hold."""
+    save_pipeline(load_pipeline(half_sana, torch.float32), tmp_path / "float")
+    as_variant(shutil.copytree(half_sana, tmp_path / "variant"), "fp16")
+    gptq = Calibrated(prompts=PROMPTS, samples=3, call=CALL, device="cpu")
+    wanted = load_file(convert_pipeline(str(tmp_path / "float"), tmp_path / "a", gptq=gptq) / WEIGHTS)
+    for number, (source, variant) in enumerate(((half_sana, None), (tmp_path / "variant", "fp16"))):
+        made = load_file(convert_pipeline(str(source), tmp_path / str(number), variant=variant, gptq=gptq) / WEIGHTS)
+        packed = [name for name in wanted if name.endswith(("weight_packed", "weight_scale"))]
+        assert [name for name in packed if not torch.equal(made[name], wanted[name])] == []
+        assert made["scale_shift_table"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_stopped_in_a_block_leaves_nothing(error: BaseException, tiny_sana: Path, tmp_path: Path, monkeypatch) -> None:
+    write, output = TensorFile.write, tmp_path / "out"
+
+    def stop(file: TensorFile, name: str, values: torch.Tensor) -> None:
+        if name.startswith("transformer_blocks.1."):
+            raise error
+        write(file, name, values)
+
+    monkeypatch.setattr(TensorFile, "write", stop)
+    with pytest.raises(type(error)):
+        convert_pipeline(str(tiny_sana), output, gptq=Calibrated(prompts=["red"], samples=1, call=CALL, device="cpu"))
+    assert not output.exists()
 
 
 def test_only_the_block_that_runs_has_numbers(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
