@@ -126,10 +126,29 @@ def _plan(commands: Any) -> None:
 
 def _convert(commands: Any) -> None:
     sub = _verb(
-        commands, verbs.convert, "quantize a pipeline without training", "convert my-finetune/ --output mine-w4a8"
+        commands,
+        verbs.convert,
+        "quantize a pipeline without training",
+        "convert my-finetune/ --output mine-w4a8 --method gptq --prompts prompts.txt",
     )
     sub.add_argument("pipeline", type=_checked(model_source), help="folder or Hub id of a diffusers pipeline")
     sub.add_argument("--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline")
+    sub.add_argument(
+        "--method",
+        choices=("nearest", "gptq"),
+        default="nearest",
+        help="nearest: each weight to its nearest code; gptq: codes whose errors cancel out on what the sampler asks "
+        "of the model for --prompts, one block in memory at a time (default: nearest)",
+    )
+    sub.add_argument(
+        "--prompts", type=_checked(local_path), metavar="FILE", help="of gptq: text file with a prompt on each line"
+    )
+    sub.add_argument(
+        "--samples",
+        type=_number(1, 10_000),
+        metavar="N",
+        help="of gptq: inputs of the model to calibrate on, all in memory at each block (default: 100)",
+    )
     sub.add_argument(
         "--average-bits",
         type=float,
@@ -150,6 +169,15 @@ def _convert(commands: Any) -> None:
         help="how the scale of each output channel is found: least squared error, or the largest weight (default: mse)",
     )
     _list_option(sub, "--leave", "PATTERN", "modules to leave in float, e.g. 'proj_out' or '*.attn2.*'")
+    sub.add_argument(
+        "--lora",
+        type=_checked(model_source),
+        metavar="ADAPTER",
+        help="merge this adapter first: safetensors file, folder or Hub id; of diffusers' or peft's layout",
+    )
+    sub.add_argument("--lora-scale", type=float, metavar="SCALE", help="of the adapter's change (default: 1)")
+    sub.add_argument("--device", help="of gptq: cpu, cuda, cuda:1, mps or xpu, for one block (default: a GPU if any)")
+    _settings(sub, "arguments of the pipeline call, of gptq", "height=512 width=512 guidance_scale=3.5")
 
 
 def _generate(commands: Any) -> None:

@@ -68,11 +68,22 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def convert(options: argparse.Namespace) -> None:
     """``fbqat convert``."""
-    from fbqat_hub.training.ptq import convert_pipeline
+    given = [name for name in ("prompts", "samples", "device", "set") if getattr(options, name)]
+    if options.method != "gptq" and given:
+        raise ValueError(f"--{given[0]} is for GPTQ; give --method gptq too, or leave it out.")
+    if options.method == "gptq" and not options.prompts:
+        raise ValueError("--method gptq needs prompts to calibrate on; give --prompts FILE, a prompt on each line.")
+    if options.lora_scale is not None and not options.lora:
+        raise ValueError("--lora-scale is of an adapter; give --lora ADAPTER too.")
+    call = changes_of(options.set, texts=_TEXTS)
+    prompts = read_prompts(options.prompts) if options.prompts else ()
+    from fbqat_hub.training.lora_merge import Lora
+    from fbqat_hub.training.ptq import Calibrated, convert_pipeline
 
     settings = {"weight_clip": options.clip, "modules_to_not_convert": options.leave}
     if options.average_bits is not None:
         settings["average_bits"] = options.average_bits
+    counted = {"samples": options.samples} if options.samples else {}
     output = convert_pipeline(
         options.pipeline,
         options.output,
@@ -80,6 +91,8 @@ def convert(options: argparse.Namespace) -> None:
         options.variant,
         text_encoders=options.text_encoders,
         fit=options.fit,
+        gptq=Calibrated(prompts=prompts, call=call, device=options.device, **counted) if prompts else None,
+        lora=Lora(options.lora, 1.0 if options.lora_scale is None else options.lora_scale) if options.lora else None,
     )
     print(
         f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "

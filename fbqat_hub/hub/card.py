@@ -225,7 +225,7 @@ def _front_matter(facts: Facts) -> ModelCardData:
     ]
     extra = {"license_name": facts.data.license_name, "datasets": datasets}
     return ModelCardData(
-        base_model=public_name(str(recipe["teacher"])),
+        base_model=_base_models(recipe),
         base_model_relation="quantized",
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -244,6 +244,12 @@ def _front_matter(facts: Facts) -> ModelCardData:
     )
 
 
+def _base_models(recipe: Mapping[str, Any]) -> str | list[str]:
+    """The teacher, and the adapter that was merged where it is on the Hub."""
+    teacher, adapter = public_name(str(recipe["teacher"])), public_name(str(recipe.get("lora") or ""))
+    return [teacher, adapter] if "/" in adapter else teacher
+
+
 def _body(facts: Facts) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
@@ -258,7 +264,8 @@ def _body(facts: Facts) -> str:
         recipe=recipe,
         teacher=teacher,
         # those that ship have the form of a Hub id and are not on the Hub
-        teacher_link=teacher if "/" not in teacher or teacher.startswith(OWN) else f"[{teacher}]({HUB}/{teacher})",
+        teacher_link=teacher if teacher.startswith(OWN) else _linked(teacher),
+        lora=_linked(str(recipe["lora"])) if recipe.get("lora") else None,
         method_title=METHODS[recipe["method"]],
         license=f"[{licence}]({data.license_link})" if data.license_link else licence,
         data=data,
@@ -292,6 +299,12 @@ def _body(facts: Facts) -> str:
         commands=list(dict.fromkeys(r.command for r in records)),
         versions=records[-1].versions if records else {},
     )
+
+
+def _linked(name: str) -> str:
+    """A Hub id as a link; of a local path the last part only."""
+    name = public_name(name)
+    return f"[{name}]({HUB}/{name})" if "/" in name else name
 
 
 def _text_encoders(recipe: Mapping[str, Any]) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
-from fbqat_hub.quantization.convert import named_layers, quantizable, targets
+from fbqat_hub.quantization.convert import Target, named_layers, quantizable, targets
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import check_codes, pack
 from fbqat_hub.quantization.quantize import quantize_weight
@@ -24,6 +24,17 @@ BUFFERS: Mapping[str, torch.dtype] = {
 }
 
 
+def targets_of(model: nn.Module, config: FBQATConfig) -> list[Target]:
+    """The layers of a float model that a config quantizes, as `targets`."""
+    return targets(
+        model,
+        config.activation_scheme(),
+        not_convert=config.modules_to_not_convert,
+        overrides=config.module_overrides,
+        widths=config.weight_bits_by_module,
+    )
+
+
 def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLayer]:
     """Name -> an empty packed layer, on the meta device, for every layer of a float model that is to be quantized.
 
@@ -31,14 +42,7 @@ def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLaye
         ValueError: a pattern of the config that matches no layer, a layer that its groups do not suit, or none at all.
     """
     packed: dict[str, PackedLayer] = {}
-    chosen = targets(
-        model,
-        config.activation_scheme(),
-        not_convert=config.modules_to_not_convert,
-        overrides=config.module_overrides,
-        widths=config.weight_bits_by_module,
-    )
-    for layer, shared, scheme, own_bits in chosen:
+    for layer, shared, scheme, own_bits in targets_of(model, config):
         kind = PackedPointwiseConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
         out_features, in_features = layer.weight.shape[:2]
         try:

@@ -14,10 +14,15 @@ from torch import Tensor
 from fbqat_hub.components import Component
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.integrations.diffusers import FBQATDiffusersQuantizer
-from fbqat_hub.weights import TensorFile, read_header, stored_dtype
+from fbqat_hub.quantization.packed import PackedLayer
+from fbqat_hub.weights import TensorFile, check_values, read_header, stored_dtype
 
 # Of a file, as diffusers' save_pretrained has it.
 _SHARD = "10GB"
+# Gives a tensor of the float files by its name.
+Read = Callable[[str], Tensor]
+# Takes a packed layer by its name.
+Save = Callable[[str, PackedLayer], None]
 
 
 def convert_files(
@@ -28,6 +33,8 @@ def convert_files(
     *,
     shard: int | str = _SHARD,
     done: Callable[[int], None] = lambda count: None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+    pack: Callable[[FBQATConfig, Read, Save], None] | None = None,
 ) -> None:
     """Write the packed denoiser that quantize-on-load and ``save_pretrained`` would write, byte for byte.
 
@@ -38,6 +45,9 @@ def convert_files(
         variant: of the weights, see ``Component.weights``.
         shard: bytes of a file at most, as diffusers takes it.
         done: is told of bytes of the source as they are done.
+        change: of each tensor of the source, by its name, before it is quantized; an adapter that is merged, say.
+        pack: finds the codes of all layers in place of rounding each weight by itself; it is given the config with all
+            widths, what reads a tensor, changed and checked, and what takes a packed layer.
 
     Raises:
         ValueError: a tensor that is missing, extra, of another shape or not finite, named with its file; or a config
@@ -45,7 +55,7 @@ def convert_files(
     """
     files = denoiser.weights(variant).files
     model = denoiser.load(variant=variant, meta=True)
-    quantizer = FBQATDiffusersQuantizer(config, pre_quantized=False)
+    quantizer = _Changing(config, change)
     dtype = quantizer.update_torch_dtype(stored_dtype(files))
     quantizer.maybe_update_loaded_keys(
         [key for file in files for key in read_header(file)], [str(file) for file in files]
@@ -65,17 +75,47 @@ def convert_files(
             )
             for name, keys in split.filename_to_tensors.items()
         }
+
+        def write(name: str, value: Tensor, file: Path) -> None:
+            if name in stored:  # else one that its class ignores
+                written[split.tensor_to_filename[name]].write(name, _as(stored[name], value, f"{file}: {name}"))
+
+        def save(name: str, layer: PackedLayer) -> None:
+            for tensor in ("weight_packed", "weight_scale"):
+                write(f"{name}.{tensor}", getattr(layer, tensor), target)
+            packed.add(f"{name}.weight")
+
+        packed: set[str] = set()
+        if pack is not None:
+            pack(quantizer.quantization_config, quantizer.checked, save)
         for file in files:
             for key, place in read_header(file).items():
-                for name, value in quantizer.packed(key).items():
-                    if name in stored:  # else one that its class ignores
-                        written[split.tensor_to_filename[name]].write(name, _as(stored[name], value, f"{file}: {name}"))
+                for name, value in quantizer.packed(key).items() if key not in packed else ():
+                    write(name, value, file)
                 done(place.end - place.begin)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     quantizer.postprocess_model(model)
     model.save_config(target)
+
+
+class _Changing(FBQATDiffusersQuantizer):
+    """Quantizes what ``change`` makes of the tensors."""
+
+    def __init__(self, config: FBQATConfig, change: Callable[[str, Tensor], Tensor] | None) -> None:
+        super().__init__(config, pre_quantized=False)
+        self._change = change
+
+    def read(self, key: str) -> Tensor:
+        value = super().read(key)
+        return value if self._change is None else self._change(key, value)
+
+    def checked(self, key: str) -> Tensor:
+        """As ``read``; refused if it is not finite."""
+        value = self.read(key)
+        check_values(value, self._place(key))
+        return value
 
 
 def _as(like: Tensor, value: Tensor, what: str) -> Tensor:

@@ -226,7 +226,11 @@ class FBQATDiffusersQuantizer(DiffusersQuantizer):
 
     def _float_weight(self, key: str, state_dict: dict[str, Tensor]) -> Tensor:
         """Read from its file, if it has one: the loader's tensors map the file, and each page read would stay."""
-        return read_tensor(*self._files[key]) if key in self._files else state_dict[key]
+        return self.read(key) if key in self._files else state_dict[key]
+
+    def read(self, key: str) -> Tensor:
+        """A tensor of the float files, not checked; what conversion changes of it, a subclass does here."""
+        return read_tensor(*self._files[key])
 
     def _check_weight(self, layer: PackedLayer, name: str, weight: Tensor) -> None:
         check_shape(layer, name, weight.shape)
@@ -311,7 +315,7 @@ class FBQATDiffusersQuantizer(DiffusersQuantizer):
         """
         name, _, tensor = key.rpartition(".")
         if name not in self._layers or tensor != "weight":
-            return self.maybe_update_state_dict({key: read_tensor(*self._files[key])})
+            return self.maybe_update_state_dict({key: self.read(key)})
         layer = self._layers[name]
         empty = layer.weight_scale
         packed = self.maybe_update_state_dict({key: torch.empty(0, dtype=self._files[key][1].dtype)})

@@ -80,6 +80,11 @@ def open_pair(source: str, resolve: Callable[[str], str] = str) -> Pair:
     recipe = read_yaml(path)
     if not isinstance(recipe, dict) or not all(isinstance(recipe.get(key), str) for key in ("name", "teacher")):
         raise ValueError(f"{path} lacks name or teacher; give a folder that fbqat train or convert left.")
+    if recipe.get("lora"):
+        raise ValueError(
+            f"{source} was made with the adapter {recipe['lora']}, which this page does not load into the original. "
+            "Merge it into a copy of the original, and convert that."
+        )
     generation = dict(recipe.get("generation") or {})
     return Pair(recipe["name"], source, resolve(recipe["teacher"]), generation, list(recipe.get("prompts") or ()))
 

@@ -7,13 +7,15 @@ What the model does before, between and after its blocks is its own code: nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fbqat_hub.quantization.convert import Target
 
 
 class Call(NamedTuple):
@@ -40,6 +42,26 @@ def moved_tensors(value: Any, device: torch.device | str | None = None, dtype: t
     return tree_map_only(torch.Tensor, move, value)
 
 
+def check_calls(block: str, calls: Iterable[Call]) -> None:
+    """Raise ValueError if what a block is called with is not finite; names the block and the batch."""
+    for number, call in enumerate(calls):
+        for tensor in tree_leaves(tuple(call)):
+            if isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"block {block}: its inputs from batch {number + 1} are not finite: a block before it, or what the "
+                    "model was given, is broken. Check the model in float32."
+                )
+
+
+def by_block(names: Sequence[str], chosen: Iterable[Target]) -> dict[str, list[Target]]:
+    """Layers to quantize by the block that they are in, "" if in none, and named from there."""
+    found: dict[str, list[Target]] = {name: [] for name in (*names, "")}
+    for target in chosen:
+        own = next((name for name in names if target.names[0].startswith(f"{name}.")), "")
+        found[own].append(target._replace(names=[each.removeprefix(f"{own}.") for each in target.names]))
+    return found
+
+
 class BlockWalk:
     """Several batches on their way through a model's blocks, without gradients. Use it in a ``with`` statement.
 
@@ -48,18 +70,28 @@ class BlockWalk:
     Args:
         model: its forward calls each block once, in the order of ``names``.
         names: of the blocks.
-        batches: keyword arguments of ``model.forward``.
+        batches: keyword arguments of ``model.forward``, or what ``run`` takes.
+        run: is given each of ``batches``, and runs the model as often as it likes, all batches alike: a sampler, say.
+            After the last block the walk is then at the first one again. By default the model is run once.
 
     Attributes:
         blocks: the blocks, in order.
         calls: what the next block is called with, one for each batch; empty when all blocks were run.
 
     Raises:
-        ValueError: a forward that calls its blocks in another order, or leaves one out.
+        ValueError: a forward that calls its blocks in another order, or leaves one out; no batches.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], batches: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        batches: Iterable[Any],
+        run: Callable[[Any], Any] | None = None,
+    ) -> None:
         self._model, self._names, self._batches = model, list(names), batches
+        self._run = run or (lambda batch: model(**batch))
+        self._once = run is None
         self.blocks = [model.get_submodule(name) for name in names]
         self.calls: list[Call] = []
         self._forwards: list[greenlet] = []
@@ -70,8 +102,10 @@ class BlockWalk:
             self._model.set_submodule(name, _Stop(index))
         try:
             for batch in self._batches:
-                self._forwards.append(greenlet(lambda batch=batch: self._model(**batch)))
+                self._forwards.append(greenlet(lambda batch=batch: self._run(batch)))
                 self.calls.append(self._go_on(self._forwards[-1]))
+            if not self._forwards:
+                raise ValueError("no batches; give at least one.")
         except BaseException:
             self.__exit__()
             raise
@@ -85,7 +119,7 @@ class BlockWalk:
                 so that an input can go when its output comes.
 
         Returns:
-            From the last block what each forward returned, else nothing.
+            Where the forwards ended, what each returned, else nothing.
         """
         self._next += 1
         results = []
@@ -94,10 +128,11 @@ class BlockWalk:
             with torch.no_grad():
                 output = next(made)
             after = self._go_on(forward, output)
-            if self._next < len(self.blocks):
-                self.calls[index] = after
-            else:
+            if forward.dead:
                 results.append(after)
+            else:
+                self.calls[index] = after
+        self._next %= len(self.blocks)
         if results:
             self.calls = []
         return results
@@ -114,14 +149,21 @@ class BlockWalk:
         """The next call, or what the forward returned; ``output`` is of the block at which it stopped, if it did."""
         with torch.no_grad():
             stopped = forward.switch(*output)
-        wanted = self._next if self._next < len(self.blocks) else None
-        if forward.dead != (wanted is None) or (wanted is not None and stopped[0] != wanted):
-            came = "the end" if forward.dead else self._names[stopped[0]]
+        came = None if forward.dead else stopped[0]
+        wanted: tuple[int | None, ...] = (self._next,)
+        if self._next == len(self.blocks):
+            wanted = (None,) if self._once else (None, 0)
+        if forward is not self._forwards[0]:  # all alike
+            wanted = (None,) if self._forwards[0].dead else (self._next % len(self.blocks),)
+        if came not in wanted:
             raise ValueError(
-                f"the forward of {type(self._model).__name__} came to {came} where "
-                f"{'the end' if wanted is None else self._names[wanted]} was expected; it cannot go block by block."
+                f"the forward of {type(self._model).__name__} came to {self._place(came)} where "
+                f"{self._place(wanted[0])} was expected; it cannot go block by block."
             )
-        return stopped if wanted is None else stopped[1]
+        return stopped if came is None else stopped[1]
+
+    def _place(self, index: int | None) -> str:
+        return "the end" if index is None else self._names[index]
 
 
 class _Stop(nn.Module):

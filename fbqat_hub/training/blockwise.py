@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from fbqat_hub.families import Family
 from fbqat_hub.files import whole
-from fbqat_hub.integrations.checkpoint import packed_layers
+from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, convert, named_layers, set_bit_width
-from fbqat_hub.quantization.blocks import BlockWalk, Call, moved_tensors
-from fbqat_hub.quantization.convert import Target, matches, prepare_layers, targets
+from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, moved_tensors
+from fbqat_hub.quantization.convert import matches, prepare_layers
 from fbqat_hub.quantization.tuning import scales_tuned
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.checkpoint import check_same_recipe, read_tensors
@@ -130,7 +130,7 @@ class _BlockTraining:
         self.student = copy.deepcopy(teacher, {id(each): each for each in _tensors(teacher)})
         widths = {} if recipe.quantization.average_bits is None else _widths(recipe, teacher, split, draws)
         self.config = recipe.config().with_widths(widths)
-        self.chosen = self._chosen()
+        self.chosen = by_block(self.names, targets_of(teacher, self.config))
         numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))
         drawn = [draws.training(split, number, recipe.batch_size) for number in numbers]
         weighted = recipe.loss_weighting == "sampler"
@@ -236,20 +236,6 @@ class _BlockTraining:
             for block in walk.blocks:
                 here = copy.deepcopy(block).to(self.device)
                 walk.advance(self._outputs(here, walk.calls))
-
-    def _chosen(self) -> dict[str, list[Target]]:
-        config = self.config
-        chosen: dict[str, list[Target]] = {name: [] for name in (*self.names, "")}
-        for target in targets(
-            self.teacher,
-            config.activation_scheme(),
-            not_convert=config.modules_to_not_convert,
-            overrides=config.module_overrides,
-            widths=config.weight_bits_by_module,
-        ):
-            own = next((name for name in self.names if target.names[0].startswith(f"{name}.")), "")
-            chosen[own].append(target._replace(names=[each.removeprefix(f"{own}.") for each in target.names]))
-        return chosen
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:04d}.safetensors"

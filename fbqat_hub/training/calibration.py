@@ -6,15 +6,13 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fbqat_hub.families import get_family
-from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe
-from fbqat_hub.training.teachers import resolve_teacher
 
 _CALIBRATION_SAMPLES, _HELD_OUT_SAMPLES = 100, 8
 
@@ -42,7 +40,7 @@ def export_data(recipe: Recipe, scheduler: Any) -> ExportData:
     Args:
         scheduler: of the pipeline that is exported.
     """
-    splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher), torch.float32))
+    splits = cached_splits(recipe, float_pipeline(recipe))
     draws = Draws(get_family(recipe.family), scheduler, recipe.seed)
     return ExportData(
         calibration=list(draws.calibration(splits["train"], _CALIBRATION_SAMPLES)),

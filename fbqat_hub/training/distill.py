@@ -11,7 +11,7 @@ import torch
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.integrations.transformers import text_encoder_writers
-from fbqat_hub.pipelines import downloaded, load_pipeline, save_quantized
+from fbqat_hub.pipelines import downloaded, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
@@ -19,6 +19,7 @@ from fbqat_hub.training.checkpoint import differences
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of, distill
+from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.student import prepare_student
 from fbqat_hub.training.teachers import resolve_teacher
@@ -45,6 +46,11 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         FileNotFoundError, ValueError: data that is not there.
         ValueError: ``output`` was started with another recipe, or the teacher is not a float pipeline of the family.
     """
+    if recipe.calibration_prompts:
+        raise ValueError(
+            f"recipe: calibration_prompts is {recipe.calibration_prompts}: the codes are those of fbqat convert "
+            "--method gptq --prompts FILE, not of a data set. Convert again, or set calibration_prompts=0."
+        )
     finished = is_finished(recipe, output, resume)
     accelerator = accelerator_of(recipe)
     accelerator.wait_for_everyone()  # all have seen the folder as it was
@@ -92,7 +98,7 @@ def load_teacher(recipe: Recipe) -> Any:
     """
     family = get_family(recipe.family)
     half = recipe.half if recipe.training == "blockwise" else None
-    pipeline = load_pipeline(resolve_teacher(recipe.teacher), half or torch.float32)
+    pipeline = float_pipeline(recipe, half or torch.float32)
     if type(pipeline).__name__ != family.pipeline_class:
         raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
     if getattr(pipeline.transformer, "is_quantized", False):

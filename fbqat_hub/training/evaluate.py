@@ -40,6 +40,7 @@ from fbqat_hub.quantization import stored_bits_per_weight
 from fbqat_hub.stages import find_stage
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.memory import peak_of_a_picture
 from fbqat_hub.training.recipe import Recipe, load_recipe
@@ -204,7 +205,7 @@ class _Models:
 
     @cached_property
     def teacher(self) -> Any:
-        return load_pipeline(resolve_teacher(self.recipe.teacher), torch.float32).to(self.device)
+        return float_pipeline(self.recipe).to(self.device)
 
 
 @dataclass

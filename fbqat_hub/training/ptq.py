@@ -1,24 +1,48 @@
-"""Quantization without training: a float pipeline to a packed one, a tensor at a time."""
+"""Quantization without training: a float pipeline to a packed one, a tensor at a time, or a block at a time (GPTQ)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fbqat_hub.components import read_index
+from fbqat_hub.components import Component, read_index
 from fbqat_hub.config import FBQATConfig
-from fbqat_hub.families import component_configs, family_of
-from fbqat_hub.integrations.checkpoint import packed_layers
-from fbqat_hub.integrations.convert_files import convert_files
+from fbqat_hub.families import Family, component_configs, family_of
+from fbqat_hub.inputs import checked_device
+from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
+from fbqat_hub.integrations.convert_files import Read, Save, convert_files
+from fbqat_hub.integrations.streamed import StreamedDenoiser
 from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import PARTIAL, check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
 from fbqat_hub.progress import Progress
+from fbqat_hub.quantization.gptq_blocks import gptq_blocks
 from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
+from fbqat_hub.training.lora_merge import Lora, Merge
+from fbqat_hub.training.method import METHODS
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.sampled import open_sampler, sampled_inputs
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.weights import stored_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """GPTQ's codes for what the sampler asks of the denoiser (`fbqat_hub.training.sampled`).
+
+    Attributes:
+        prompts: of the pictures; a few dozen are enough.
+        samples: inputs of the denoiser that are kept, and that memory holds at every block.
+        call: arguments of the pipeline call, beside the size that the denoiser was trained for.
+        device: where a block is run; a GPU if there is one and None is given.
+    """
+
+    prompts: Sequence[str]
+    samples: int = METHODS["ptq-gptq"].gptq.samples
+    call: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
 
 
 def convert_pipeline(
@@ -29,6 +53,8 @@ def convert_pipeline(
     *,
     text_encoders: str | None = None,
     fit: Fit | None = None,
+    gptq: Calibrated | None = None,
+    lora: Lora | None = None,
     progress: bool = True,
 ) -> Path:
     """Quantize the denoiser of a float pipeline to W4A8 as it is read, and save the whole pipeline.
@@ -36,6 +62,9 @@ def convert_pipeline(
     Memory does not grow with the denoiser: each weight is read, packed and written before the next, and the other parts
     are copied as files. Of a text encoder that is quantized the packed weights are in memory. All is checked before:
     each part by its class without its numbers, patterns against the denoiser's layers.
+
+    For GPTQ memory holds the text encoders and the autoencoder, then a block in float32 and what goes into and comes
+    out of it for all samples.
 
     Args:
         source: folder or Hub id of a float pipeline.
@@ -45,13 +74,21 @@ def convert_pipeline(
         text_encoders: "w8a8", "w8", "w4a8" or "w4": their weights and activations (`integrations.transformers`); None
             copies them.
         fit: what the result is to fit; finds ``average_bits``.
+        gptq: GPTQ's codes in place of the nearest ones; its clip is "mse".
+        lora: an adapter that is merged into each weight in float32 before it is quantized.
         progress: show a bar, or a line now and then.
 
     Raises:
         FileExistsError: ``output`` has content.
         ValueError: ``source`` is no whole pipeline, is of no supported family, is quantized already, or holds a tensor
-            that is not finite; or does not fit at 4 bits.
+            that is not finite; it does not fit at 4 bits; no prompts, or activations that are not finite, named with
+            their block; or as `lora_merge.Merge`.
     """
+    if gptq is not None and (settings or {}).get("weight_clip", "mse") != "mse":
+        raise ValueError("GPTQ needs scales that stay: with --method gptq the clip is mse.")
+    if gptq is not None and not gptq.prompts:
+        raise ValueError("no prompts; give at least one to calibrate on.")
+    device = checked_device(gptq.device) if gptq else "cpu"
     if output.exists() and any(path.name != PARTIAL for path in output.iterdir()):
         raise FileExistsError(f"{output} exists and is not empty; give another --output.")
     teacher = resolve_teacher(source)
@@ -76,19 +113,66 @@ def convert_pipeline(
         "name": output.resolve().name,
         "family": family.name,
         "teacher": source,
-        "method": "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
+        "method": "ptq-gptq" if gptq else "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
         "quantization": dict(settings or {}),
         "text_encoders": text_encoders,
-        "generation": family.native_size(component_configs(pipeline)),
+        "generation": {**family.native_size(component_configs(pipeline)), **(gptq.call if gptq else {})},
     }
+    if gptq:
+        fields |= {"gptq": {"samples": gptq.samples}, "calibration_prompts": len(gptq.prompts[: gptq.samples])}
+    if lora:
+        fields |= {"lora": lora.adapter, "lora_scale": float(lora.scale)}
     recipe = Recipe(**fields)
+    merge = Merge(pipeline, lora) if lora else None
     writers = text_encoder_writers(folder, text_encoders)
     parts = [part for part in read_index(folder)[1].values() if part.is_model]
+    del pipeline
     sizes = [path.stat().st_size for part in parts for path in part.weights(variant).files]
     with replacing(output) as partial, Progress("convert", sum(sizes), "B", shown=progress) as bar:
         bar.stage("copy")
         copy_parts(folder, partial, variant, bar.update, instead=writers)
         bar.stage("quantize")
-        convert_files(denoiser, config, partial / "transformer", variant, done=bar.update)
+        pack = _GPTQ(folder, denoiser, family, recipe, variant, gptq, device, progress) if gptq else None
+        convert_files(denoiser, config, partial / "transformer", variant, done=bar.update, change=merge, pack=pack)
         recipe.save(partial / "recipe.yaml")
     return output
+
+
+@dataclass(frozen=True)
+class _GPTQ:
+    """What finds the codes, as `convert_files` takes it."""
+
+    folder: Path
+    denoiser: Component
+    family: Family
+    recipe: Recipe
+    variant: str | None
+    given: Calibrated
+    device: str
+    progress: bool
+
+    def __call__(self, config: FBQATConfig, read: Read, save: Save) -> None:
+        streamed = StreamedDenoiser(self.denoiser, self.family.blocks, read)
+        inputs = sampled_inputs(
+            open_sampler(self.folder, streamed.model, self.variant),
+            self.family,
+            streamed,
+            self.given.prompts,
+            self.recipe.generation,
+            self.given.samples,
+            device=self.device,
+            progress=self.progress,
+        )
+        with Progress("quantize blocks", len(streamed.names), "block", shown=self.progress) as bar:
+            gptq_blocks(
+                streamed.model,
+                streamed.names,
+                inputs,
+                targets_of(streamed.model, config),
+                config.weight_scheme(),
+                load=streamed.block,
+                save=save,
+                done=bar.update,
+                damping=self.recipe.gptq.damping,
+                device=self.device,
+            )

@@ -109,6 +109,8 @@ class Recipe:
         name: of the model that is published, e.g. "Sana-600M-FBQAT-W4A8".
         family: "sana", ...
         teacher: Hub id or folder of the full-precision pipeline.
+        lora, lora_scale: an adapter that is merged into the teacher's denoiser (`fbqat_hub.training.lora_merge`), and
+            the factor of its change; None for no adapter.
         method: a key of ``METHODS``.
         dataset: {"path": "openmoji"}, {"path": "ye-pop"} or another set of ``training.prompts``, or arguments of
             ``datasets.load_dataset`` with image_column, caption_column. ``skip``: the share of its pictures that may be
@@ -130,6 +132,8 @@ class Recipe:
         calibration: see `Calibration`.
         text_encoders: "w8a8", "w8", "w4a8" or "w4": bits of weights and activations (float without "a8") that the
             pipeline's text encoders are saved with; None copies the teacher's, which training uses in any case.
+        calibration_prompts: of `fbqat convert --method gptq`, how many prompts its codes were calibrated on; 0 of a run
+            that is calibrated on its data. Training refuses others.
         quantization: what is stored; only its clip is the method's. See `Quantization`.
 
     What the method decides, unless the recipe says otherwise (see `fbqat_hub.training.method`):
@@ -173,6 +177,9 @@ class Recipe:
     text_encoders: Annotated[
         Literal["w8a8", "w8", "w4a8", "w4"] | None, Field(description="w8a8, w8, w4a8, w4 or null")
     ] = None
+    calibration_prompts: Whole = 0
+    lora: Annotated[Text | None, Field(description="text or null")] = None
+    lora_scale: Annotated[float, Field(strict=True, allow_inf_nan=False, description="a number")] = 1.0
     quantization: Quantization
     initialization: Initialization
     gptq: GPTQ
@@ -420,7 +427,14 @@ def _sized(generation: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]
 
 
 # Came after recipes of version 1 had been saved; these are what was done before.
-_LATER: dict[str, Any] = {"text_encoders": None, "training": "end_to_end", "blockwise": asdict(Blockwise())}
+_LATER: dict[str, Any] = {
+    "text_encoders": None,
+    "training": "end_to_end",
+    "blockwise": asdict(Blockwise()),
+    "calibration_prompts": 0,
+    "lora": None,
+    "lora_scale": 1.0,
+}
 _FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))
 _SECTIONS: dict[str, Any] = {
     "evaluation": Evaluation,

@@ -19,10 +19,10 @@ from fbqat_hub.files import whole
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.inputs import read_prompts, seeds
 from fbqat_hub.pictures import as_image, is_one_colour, read_picture
-from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.progress import Progress, each
 from fbqat_hub.training.cache import CachedSplit, cache_folder, cache_key
 from fbqat_hub.training.captioned import load_pictures
+from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.pictures import picture_of
 from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
 from fbqat_hub.training.recipe import Recipe
@@ -159,8 +159,10 @@ def teacher_pictures(
         pipeline: gives its pipeline; loaded here if it is None and the pictures are not there.
     """
     teacher = resolve_teacher(recipe.teacher)
+    if recipe.lora is not None:
+        teacher = f"{teacher} with {recipe.lora_scale} x {recipe.lora}"
     folder = cache_folder(recipe) / f"teacher-{_key(teacher, recipe, prompts)}"
-    load = pipeline or (lambda: load_pipeline(teacher, torch.float32))
+    load = pipeline or (lambda: float_pipeline(recipe))
     return generate_folder(load, prompts, recipe, folder, "generate with the teacher", progress=progress)
 
 

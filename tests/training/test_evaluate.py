@@ -223,6 +223,7 @@ def test_wrong_requests_are_named_before_anything_is_loaded(copy: Path, options:
     (copy.parent / "words.txt").write_text("red\nblue\n")
     (copy.parent / "empty.txt").write_text("\n")
     monkeypatch.setattr("fbqat_hub.training.evaluate.load_pipeline", None)
+    monkeypatch.setattr("fbqat_hub.training.evaluate.float_pipeline", None)
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     if "prompts" in options:
         options = {**options, "prompts": options["prompts"].replace("{tmp}", str(copy.parent))}
