@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,10 @@ def sdnq_table() -> str:
     )
 
 
+def _as_code(operation: str) -> str:
+    return f"`{operation}`" if "(" in operation or "_" in operation else operation
+
+
 def operations_table(part: str) -> str:
     """What works, operation by family, by `benchmarks.integration`."""
     found = [
@@ -187,15 +192,15 @@ def operations_table(part: str) -> str:
     shown: dict[str, str] = {}  # operation -> the error, of the first family that has one
     rows = []
     for operation in operations:
-        row = [f"`{operation}`" if "(" in operation or "_" in operation else operation]
+        row = [_as_code(operation)]
         for name, record in by_family.items():
             cell = record.extra["cells"].get(operation, {"state": "not yet measured"})
             row.append(cell["state"] + (f" ({cell['cosine']:.2f})" if "cosine" in cell else ""))
             if "error" in cell:
-                shown.setdefault(operation, f"`{name}`: {cell['error']}")
+                shown.setdefault(operation, f"`{name}`: {textwrap.shorten(cell['error'], 200, placeholder=' ...')}")
         rows.append(row)
     head = ("operation", *(f"`{name}`" for name in by_family))
-    errors = "".join(f"- {operation}, {error}\n" for operation, error in shown.items())
+    errors = "".join(f"- {_as_code(operation)}, {error}\n" for operation, error in shown.items())
     errors = f"What is refused says:\n\n{errors}\n" if errors else ""
     record = next(iter(by_family.values()))
     return (

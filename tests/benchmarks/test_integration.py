@@ -80,7 +80,7 @@ def test_nothing_is_written_of_tests_that_fail(last: str, message: str, tmp_path
 
 
 def test_the_results_are_of_these_tests() -> None:
-    """A new mark, or a new family: python -m benchmarks.integration."""
+    """Of every family, and no cell of a test that is gone; one that was not run yet is said to be so in the table."""
     marks: dict[str, set[str]] = {ADAPTERS: set(), OPERATIONS: set()}
     for path in (ROOT / "tests" / "integrations").glob("test_*.py"):
         part = ADAPTERS if path.stem == "test_peft" else OPERATIONS
@@ -88,4 +88,4 @@ def test_the_results_are_of_these_tests() -> None:
     records = [record for record in read_records(RESULTS) if record.metric == "operations"]
     assert {(record.family, record.extra["part"]) for record in records} == {(f, p) for f in FAMILIES for p in marks}
     for record in records:
-        assert set(record.extra["cells"]) == marks[record.extra["part"]]
+        assert set(record.extra["cells"]) <= marks[record.extra["part"]]
