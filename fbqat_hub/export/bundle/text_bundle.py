@@ -131,13 +131,13 @@ def build_encoder(
     for name, (first, last) in encoder.stages.items():
         stage = encoder.stage(first, last)
         expected = [stage.run(values) for values in exact]
+        for values in seen:
+            stage.run(values)
         layers = stage.pack()
         wrapper = stage.wrapper()
         sections[name], outputs = build_part(
             name, model_class, wrapper, seen, emulated, expected, folder, target, bar, layers
         )
-        for values in seen if not stage.is_last else []:
-            stage.run(values)
         for values, output in zip(emulated, outputs, strict=True):
             values[stage.output_name] = output
     return sections

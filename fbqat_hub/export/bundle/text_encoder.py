@@ -60,6 +60,7 @@ class TextStage(TwinModule):
     ) -> None:
         layers = self.layers_of(encoder)
         twin = copy.deepcopy(nn.ModuleDict({"layers": layers[first:last], **around}))
+        module: Any
         for module in twin.modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation = "eager"
@@ -133,7 +134,8 @@ class _Gemma2(TextStage):
     def __init__(self, encoder: Any, tokens: int, first: int, last: int, inputs: Sequence[str]) -> None:
         around = {"norm": encoder.norm} if last == len(encoder.layers) else {}
         super().__init__(encoder, first, last, around, inputs)
-        cosine, sine = encoder.rotary_emb(torch.zeros(1), torch.arange(tokens)[None])
+        rotary = nn.Module.to(copy.deepcopy(encoder.rotary_emb), device="cpu", dtype=torch.float32)
+        cosine, sine = rotary(torch.zeros(1), torch.arange(tokens)[None])
         self.register_buffer("cosine", cosine)
         self.register_buffer("sine", sine)
         twin: Any = self.twin
@@ -245,15 +247,13 @@ def _repeat_shared_heads(attention: Any) -> None:
     attention.num_key_value_groups = 1
 
 
-#: Encoder class -> its stages, made of it, the number of tokens, the first and the last layer, what the host gives.
-GRAPHS: dict[str, Callable[[Any, int, int, int, Sequence[str]], TextStage]] = {
+#: Encoder class -> its `TextStage`, made of the encoder, how many tokens, the first and last layer, what the host gives.
+GRAPHS: dict[str, Any] = {
     "Gemma2Model": _Gemma2,
     "T5EncoderModel": _T5,
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
 }
-#: The same classes -> their layers.
-_LAYERS = {name: cast(type[TextStage], stage).layers_of for name, stage in GRAPHS.items()}
 
 
 def _layer_weights(layer: nn.Module) -> int:
@@ -297,7 +297,7 @@ def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool) -> Tex
     if kind == "Gemma2Model" and tokens > encoder.config.sliding_window:
         window = encoder.config.sliding_window
         raise ExportError(f"{tokens} tokens are more than the sliding window of {window}")
-    layers = _LAYERS[kind](encoder)
+    layers = GRAPHS[kind].layers_of(encoder)
     with torch.no_grad():
         embed = encoder.get_input_embeddings()
         table = embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).detach().cpu()
@@ -317,7 +317,7 @@ def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool) -> Tex
 
     return TextEncoder(
         name=name,
-        stages=_stages(name, layers),
+        stages=_stages(name, list(layers)),
         stage=stage,
         host_inputs=host_inputs,
         table=table.float() if table.dtype is torch.bfloat16 else table,
