@@ -247,7 +247,7 @@ def _repeat_shared_heads(attention: Any) -> None:
     attention.num_key_value_groups = 1
 
 
-#: Encoder class -> its `TextStage`, made of the encoder, how many tokens, the first and last layer, what the host gives.
+#: Encoder class -> its `TextStage`, made of the encoder, how many tokens, the first and last layer, names of inputs.
 GRAPHS: dict[str, Any] = {
     "Gemma2Model": _Gemma2,
     "T5EncoderModel": _T5,
