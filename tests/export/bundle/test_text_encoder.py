@@ -113,6 +113,18 @@ def test_a_large_encoder_is_cut_behind_its_layers(monkeypatch: pytest.MonkeyPatc
     assert len(first.twin["layers"]) == 1
 
 
+def test_t5_xxl_and_gemma_2_2b_take_12_and_6_graphs() -> None:
+    """As docs/htp.md says, of their checkpoints' shapes."""
+    wide = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    large = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256}
+    large |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    with torch.device("meta"):
+        blocks = T5EncoderModel(T5Config(vocab_size=20, **wide, feed_forward_proj="gated-gelu")).encoder.block
+        layers = Gemma2Model(Gemma2Config(vocab_size=20, **large)).layers
+    assert len(text_encoder._stages("text_encoder", blocks)) == 12
+    assert len(text_encoder._stages("text_encoder", layers)) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gemma, t5], ids=["gemma", "t5"])
 def test_two_graphs_of_an_encoder_are_as_good_as_one(
