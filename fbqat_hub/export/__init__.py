@@ -3,6 +3,7 @@
 Importing this package imports neither onnx nor onnxruntime; `export_htp` does, and says what to install.
 """
 
+from fbqat_hub.export.bundle.embeddings import save_embeddings
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.export import export_htp
 from fbqat_hub.export.htp.requirements import HTPUnavailableError, htp_available
@@ -18,4 +19,5 @@ __all__ = [
     "Target",
     "export_htp",
     "htp_available",
+    "save_embeddings",
 ]

@@ -155,7 +155,10 @@ def _build_decoder(
     sides = [side // pipeline.vae_scale_factor for side in settings["picture_size"]]
     items = [{"latents": family.unpack_latents(each.latents, *sides)} for each in generated]
     wrapper = family.decoder_graph(pipeline.vae)
-    return build_part("decoder", type(pipeline.vae).__name__, wrapper, items, items, folder, target, bar)
+    with torch.no_grad():
+        expected = [wrapper.module(*wrapper.host_inputs(item).values())[0] for item in items]
+    kind = type(pipeline.vae).__name__
+    return build_part("decoder", kind, wrapper, items, items, expected, folder, target, bar)[0]
 
 
 def _pictures(

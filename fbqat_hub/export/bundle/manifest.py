@@ -33,7 +33,7 @@ def write_manifest(
     Args:
         settings: the sampler's (`host.host_parts`).
         prompts: those whose inputs and noise are in the bundle.
-        text: an entry for each text encoder (`text_bundle.build_text`).
+        text: an entry for each text encoder (`text_bundle.build_text`); its `graphs` run in order, each fed by name.
     """
     from fbqat_hub.export.htp.compiler import provider_options
     from fbqat_hub.export.onnx.split import describe_chain
@@ -57,6 +57,7 @@ def write_manifest(
         "sampler": dict(settings),
         "prompts": list(prompts),
         "text": list(text),
+        "text_left_out": certificate["text_left_out"],
         "files": listing(folder),
         "ran_on": certificate["ran_on"],
         "never_ran_on": certificate["never_ran_on"],

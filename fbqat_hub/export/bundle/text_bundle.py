@@ -83,7 +83,8 @@ def build_text(
             kept = generated[0][1]["encoder_hidden_states"].shape[1] if instruction else None
             found.described.append(
                 {
-                    "graph": name,
+                    "encoder": name,
+                    "graphs": list(encoder.stages),
                     "tokenizer": path.name,
                     "lower": lower,
                     "instruction": instruction,
@@ -98,15 +99,48 @@ def build_text(
             kind = type(getattr(pipeline, encoder.name)).__name__
             calibration = [_item(scratch, described, text) for text in texts]
             held_out = [_item(scratch, described, prompt) for prompt, _ in generated]
-            found.sections[encoder.name] = build_part(
-                encoder.name, kind, encoder.wrapper, calibration, held_out, scratch, target, bar
-            )
+            found.sections.update(build_encoder(encoder, kind, calibration, held_out, scratch, target, bar))
         for path in scratch.iterdir():
             path.rename(folder / path.name)
     except ExportError as error:
         found = TextParts(left_out=str(error))
     shutil.rmtree(scratch)
     return found
+
+
+def build_encoder(
+    encoder: TextEncoder,
+    model_class: str,
+    calibration: Sequence[Item],
+    held_out: Sequence[Item],
+    folder: Path,
+    target: Target,
+    bar: Progress,
+) -> dict[str, dict[str, Any]]:
+    """All graphs of `encoder` into `folder`, one after the other; their sections of the certificate by graph.
+
+    Each is calibrated on what the float layers before it make, and compared for what the emulator made of them: the
+    last one's parity is that of the whole encoder. Only the layers of one graph are in memory beside the encoder.
+
+    Raises:
+        ExportError: as `build_part`.
+    """
+    sections = {}
+    exact, seen = ([encoder.host_inputs(item) for item in items] for items in (held_out, calibration))
+    emulated = [dict(values) for values in exact]
+    for name, (first, last) in encoder.stages.items():
+        stage = encoder.stage(first, last)
+        expected = [stage.run(values) for values in exact]
+        for values in seen:
+            stage.run(values)
+        layers = stage.pack()
+        wrapper = stage.wrapper()
+        sections[name], outputs = build_part(
+            name, model_class, wrapper, seen, emulated, expected, folder, target, bar, layers
+        )
+        for values, output in zip(emulated, outputs, strict=True):
+            values[stage.output_name] = output
+    return sections
 
 
 def _write_tokenizer(tokenizer: Any, path: Path, tokens: int) -> None:
@@ -155,11 +189,7 @@ def _check(
     """ExportError unless tokenizers, graphs in float and `denoiser_inputs` give what the pipeline's denoiser got."""
     for prompt, wanted in generated:
         items = [_item(folder, each, prompt) for each in described]
-        with torch.no_grad():
-            outputs = [
-                encoder.wrapper.module(*encoder.wrapper.host_inputs(item).values())[0].numpy()
-                for encoder, item in zip(encoders, items, strict=True)
-            ]
+        outputs = [encoder.tokens([item])[0].numpy() for encoder, item in zip(encoders, items, strict=True)]
         mask = items[-1]["attention_mask"].numpy()
         made = denoiser_inputs(described, outputs, mask, mask_bias)
         for name, value in made.items():

@@ -3,11 +3,18 @@
 Tokens become embeddings on the host (a table of a quarter million rows is no work for the HTP), and so do masks. What
 differs from transformers' forward, none of it in exact arithmetic beyond float rounding: RMS norms and the tanh form of
 GELU are one op each, keys and values shared by query heads are stored once a head, positions are constants.
+
+An encoder that is too large for one graph (`MOST_WEIGHTS`) becomes several of consecutive layers, run in order. They
+are built one at a time, from copies of their own layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +25,10 @@ from torch import Tensor, nn
 
 from fbqat_hub.export.bundle.runtime.text import encoder_feed
 from fbqat_hub.export.errors import ExportError
-from fbqat_hub.families.graph import GraphWrapper, TwinModule, float_twin
+from fbqat_hub.families.graph import GraphWrapper, Item, TwinModule, float_twin
+from fbqat_hub.quantization import ActivationScheme, WeightScheme, convert, prepare, set_bit_width
+from fbqat_hub.quantization.convert import named_layers
+from fbqat_hub.quantization.packed import PackedLayer
 
 #: Text encoder -> its tokenizer, as diffusers' pipelines name them.
 COMPONENTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
@@ -28,78 +38,178 @@ COMPONENTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "tex
 ENCODER_MASK_BIAS = -100.0
 
 
+#: Weights that one graph of a text encoder holds at most (whole layers, at least one), about a byte each: a context
+#: binary holds less than 2 GiB, and building one takes several times its weights in memory.
+MOST_WEIGHTS = 400_000_000
+
+
+class TextStage(TwinModule):
+    """Consecutive layers of a text encoder, copied in float32, or packed as they are.
+
+    Values go in and out by name: a stage reads the hidden state that the stage before it made, and what the host gives.
+
+    Args:
+        encoder: the whole encoder.
+        first, last: its layers `first` to `last - 1` are here.
+        around: what else the stage holds, by name, in its `twin`.
+        inputs: what the host gives besides token embeddings.
+    """
+
+    def __init__(
+        self, encoder: Any, first: int, last: int, around: Mapping[str, nn.Module], inputs: Sequence[str]
+    ) -> None:
+        layers = self.layers_of(encoder)
+        twin = copy.deepcopy(nn.ModuleDict({"layers": layers[first:last], **around}))
+        module: Any
+        for module in twin.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = "eager"
+        _one_op_norms_and_gelus(twin)
+        super().__init__(nn.Module.to(twin, device="cpu", dtype=torch.float32).eval())
+        self.is_last = last == len(layers)
+        self.inputs = ("token_embeddings" if first == 0 else f"hidden_{first}", *inputs)
+        self.output_name = "tokens" if self.is_last else f"hidden_{last}"
+
+    @staticmethod
+    @abstractmethod
+    def layers_of(encoder: Any) -> nn.ModuleList:
+        """All layers of the encoder."""
+
+    def given(self, values: Item) -> dict[str, Tensor]:
+        """The inputs, of all values so far."""
+        return {name: values[name] for name in self.inputs}
+
+    def run(self, values: dict[str, Tensor]) -> Tensor:
+        """The output, which is also added to `values`."""
+        with torch.no_grad():
+            values[self.output_name] = self.compute(*self.given(values).values())
+        return values[self.output_name]
+
+    def pack(self) -> dict[str, PackedLayer]:
+        """Pack the linear layers at 8 bits, unless the encoder came packed; the packed layers by name."""
+        if next(named_layers(self.twin, PackedLayer), None) is None:
+            prepare(self.twin, WeightScheme(bits=8), ActivationScheme(bits=32))
+            set_bit_width(self.twin, 8)
+            convert(self.twin)
+        return dict(named_layers(self.twin, PackedLayer))
+
+    def wrapper(self) -> GraphWrapper:
+        """For tracing."""
+        traced = copy.deepcopy(self, {id(self.twin): float_twin(self.twin)})
+        return GraphWrapper(module=traced.eval(), host_inputs=self.given, output_name=self.output_name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
     """One text encoder of a pipeline, for the shape and use its pipeline makes of it.
 
     Attributes:
-        name: of the component, and of its graph.
-        wrapper: its graph: the inputs of `runtime.text.encoder_feed` -> `tokens`, what `denoiser_inputs` takes.
+        name: of the component.
+        stages: graph -> the number of its first layer and of the first that is not in it, in order.
+        stage: makes the stage of two such numbers, a copy of those layers alone.
+        host_inputs: `input_ids` and `attention_mask` -> what `runtime.text.encoder_feed` makes of them.
         table: token embeddings [vocabulary, D], of the encoder's own dtype.
         bias, end: as in the manifest: None, "padding" or "causal"; None, the end token's id, or "highest".
     """
 
     name: str
-    wrapper: GraphWrapper
+    stages: Mapping[str, tuple[int, int]]
+    stage: Callable[[int, int], TextStage]
+    host_inputs: Callable[[Item], dict[str, Tensor]]
     table: Tensor
     bias: str | None
     end: int | str | None
 
+    def tokens(self, items: Sequence[Item]) -> list[Tensor]:
+        """What `runtime.text.denoiser_inputs` takes, of each of `items`; a stage at a time is in memory."""
+        values = [self.host_inputs(item) for item in items]
+        for first, last in self.stages.values():
+            stage = self.stage(first, last)
+            for each in values:
+                stage.run(each)
+        return [each["tokens"] for each in values]
 
-class _Gemma2(TwinModule):
-    def __init__(self, twin: Any, tokens: int) -> None:
-        super().__init__(twin)
-        cosine, sine = twin.rotary_emb(torch.zeros(1), torch.arange(tokens)[None])
+
+class _Gemma2(TextStage):
+    def __init__(self, encoder: Any, tokens: int, first: int, last: int, inputs: Sequence[str]) -> None:
+        around = {"norm": encoder.norm} if last == len(encoder.layers) else {}
+        super().__init__(encoder, first, last, around, inputs)
+        rotary = nn.Module.to(copy.deepcopy(encoder.rotary_emb), device="cpu", dtype=torch.float32)
+        cosine, sine = rotary(torch.zeros(1), torch.arange(tokens)[None])
         self.register_buffer("cosine", cosine)
         self.register_buffer("sine", sine)
+        twin: Any = self.twin
+        for layer in twin["layers"]:
+            _repeat_shared_heads(layer.self_attn)
+
+    @staticmethod
+    def layers_of(encoder: Any) -> nn.ModuleList:
+        layers: nn.ModuleList = encoder.layers
+        return layers
 
     def compute(self, *inputs: Tensor) -> Tensor:
         hidden, bias = inputs
         twin: Any = self.twin
-        for layer in twin.layers:
+        for layer in twin["layers"]:
             hidden = layer(hidden, attention_mask=bias, position_embeddings=(self.cosine, self.sine))
-        output: Tensor = twin.norm(hidden)
-        return output
+        return cast(Tensor, twin["norm"](hidden)) if self.is_last else hidden
 
 
-class _T5(TwinModule):
-    def __init__(self, twin: Any, tokens: int) -> None:
-        super().__init__(twin)
-        self.register_buffer("positions", twin.block[0].layer[0].SelfAttention.compute_bias(tokens, tokens))
+class _T5(TextStage):
+    def __init__(self, encoder: Any, tokens: int, first: int, last: int, inputs: Sequence[str]) -> None:
+        stack = encoder.encoder
+        around = {"norm": stack.final_layer_norm} if last == len(stack.block) else {}
+        super().__init__(encoder, first, last, around, inputs)
+        positions = stack.block[0].layer[0].SelfAttention.compute_bias(tokens, tokens)
+        self.register_buffer("positions", positions.float().cpu())
+
+    @staticmethod
+    def layers_of(encoder: Any) -> nn.ModuleList:
+        layers: nn.ModuleList = encoder.encoder.block
+        return layers
 
     def compute(self, *inputs: Tensor) -> Tensor:
         twin: Any = self.twin
         hidden, bias = inputs[0], cast(Tensor, self.positions)
         if len(inputs) > 1:
             bias = bias + inputs[1]
-        for block in twin.block:
+        for block in twin["layers"]:
             hidden = block.layer[-1](block.layer[0](hidden, position_bias=bias)[0])
-        output: Tensor = twin.final_layer_norm(hidden)
-        return output
+        return cast(Tensor, twin["norm"](hidden)) if self.is_last else hidden
 
 
-class _CLIP(TwinModule):
-    """The last layer but one's tokens, where `hidden`, then the text's one projected vector as another token."""
+class _CLIP(TextStage):
+    """At the end: the last layer but one's tokens, where it projects, then the text's one vector as another token."""
 
-    def __init__(self, twin: Any, tokens: int, hidden: bool) -> None:
-        super().__init__(twin)
-        self.hidden = hidden
-        model = getattr(twin, "text_model", twin)
-        self.register_buffer("positions", model.embeddings.position_embedding.weight[:tokens].clone()[None])
+    def __init__(self, encoder: Any, tokens: int, first: int, last: int, inputs: Sequence[str]) -> None:
+        model = getattr(encoder, "text_model", encoder)
+        around = {}
+        if last == len(model.encoder.layers):
+            around["norm"] = model.final_layer_norm
+            if hasattr(encoder, "text_projection"):
+                around["projection"] = encoder.text_projection
+        super().__init__(encoder, first, last, around, inputs)
+        self.is_first = first == 0
+        positions = model.embeddings.position_embedding.weight[:tokens].detach().float().cpu()
+        self.register_buffer("positions", positions.clone()[None])
         self.register_buffer("bias", ENCODER_MASK_BIAS * (1 - torch.ones(1, 1, tokens, tokens).tril()))
 
+    @staticmethod
+    def layers_of(encoder: Any) -> nn.ModuleList:
+        layers: nn.ModuleList = getattr(encoder, "text_model", encoder).encoder.layers
+        return layers
+
     def compute(self, *inputs: Tensor) -> Tensor:
-        embeddings, end = inputs
         twin: Any = self.twin
-        model = getattr(twin, "text_model", twin)
-        hidden = before = embeddings + cast(Tensor, self.positions)
-        for layer in model.encoder.layers:
+        hidden = inputs[0] + cast(Tensor, self.positions) if self.is_first else inputs[0]
+        before = hidden
+        for layer in twin["layers"]:
             before, hidden = hidden, layer(hidden, self.bias)
+        if not self.is_last:
+            return hidden
         # the hidden state is the first operand: the HTP keeps the second at 8 bits, which hold 0 and 1 exactly
-        pooled = (model.final_layer_norm(hidden).transpose(1, 2) @ end).transpose(1, 2)
-        if hasattr(twin, "text_projection"):
-            pooled = twin.text_projection(pooled)
-        return torch.cat([before, pooled], dim=1) if self.hidden else pooled
+        pooled = (twin["norm"](hidden).transpose(1, 2) @ inputs[1]).transpose(1, 2)
+        return torch.cat([before, twin["projection"](pooled)], dim=1) if "projection" in twin else pooled
 
 
 def _one_op_norms_and_gelus(module: nn.Module) -> None:
@@ -120,34 +230,51 @@ def _one_op_norms_and_gelus(module: nn.Module) -> None:
 
 def _repeat_shared_heads(attention: Any) -> None:
     """Store keys and values once a query head: repeating them in the graph would need 5-D tensors."""
+    groups = attention.num_key_value_groups
+
+    def repeated(rows: Tensor) -> Tensor:
+        heads = rows.unflatten(0, (-1, attention.head_dim))
+        return heads.repeat_interleave(groups, dim=0).flatten(0, 1)
+
     for layer in (attention.k_proj, attention.v_proj):
-        heads = layer.weight.reshape(-1, attention.head_dim, layer.weight.shape[1])
-        rows = heads.repeat_interleave(attention.num_key_value_groups, dim=0).flatten(0, 1)
-        layer.weight = nn.Parameter(rows, requires_grad=False)
         if layer.bias is not None:
             raise ExportError("a Gemma 2 with attention_bias cannot be exported")
+        name = "weight_packed" if isinstance(layer, PackedLayer) else "weight"
+        setattr(layer, name, nn.Parameter(repeated(getattr(layer, name)), requires_grad=False))
+        if isinstance(layer, PackedLayer):
+            layer.weight_scale = repeated(layer.weight_scale)
+        layer.out_features *= groups
     attention.num_key_value_groups = 1
 
 
-def _gemma2(twin: Any, tokens: int) -> TwinModule:
-    if tokens > twin.config.sliding_window:
-        raise ExportError(f"{tokens} tokens are more than the sliding window of {twin.config.sliding_window}")
-    for layer in twin.layers:
-        _repeat_shared_heads(layer.self_attn)
-    return _Gemma2(twin, tokens)
-
-
-#: Encoder class -> its graph, of its twin and the number of tokens.
-GRAPHS: dict[str, Callable[[Any, int], TwinModule]] = {
-    "Gemma2Model": _gemma2,
-    "T5EncoderModel": lambda twin, tokens: _T5(twin.encoder, tokens),
-    "CLIPTextModel": lambda twin, tokens: _CLIP(twin, tokens, hidden=False),
-    "CLIPTextModelWithProjection": lambda twin, tokens: _CLIP(twin, tokens, hidden=True),
+#: Encoder class -> its `TextStage`, made of the encoder, how many tokens, the first and last layer, names of inputs.
+GRAPHS: dict[str, Any] = {
+    "Gemma2Model": _Gemma2,
+    "T5EncoderModel": _T5,
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP,
 }
 
 
+def _layer_weights(layer: nn.Module) -> int:
+    """How many weights a layer has, packed or not."""
+    packed = list(dict(named_layers(layer, PackedLayer)).values())
+    inside = {id(parameter) for each in packed for parameter in each.parameters()}
+    rest = sum(each.numel() for each in layer.parameters() if id(each) not in inside)
+    return rest + sum(each.in_features * each.out_features for each in packed)
+
+
+def _stages(name: str, layers: Sequence[nn.Module]) -> dict[str, tuple[int, int]]:
+    """`TextEncoder.stages`, as few as `MOST_WEIGHTS` allows, of about as many layers; one alone has the name itself."""
+    graphs = math.ceil(len(layers) / max(1, MOST_WEIGHTS // max(map(_layer_weights, layers))))
+    if graphs == 1:
+        return {name: (0, len(layers))}
+    edges = [len(layers) * place // graphs for place in range(graphs + 1)]
+    return {f"{name}-{place}": edge for place, edge in enumerate(itertools.pairwise(edges))}
+
+
 def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool) -> TextEncoder:
-    """The graph of one of a pipeline's text encoders; `encoder` itself is not changed.
+    """The graphs of one of a pipeline's text encoders; `encoder` itself is not changed.
 
     Args:
         name: of the component.
@@ -167,25 +294,32 @@ def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool) -> Tex
             raise ExportError(f"{kind} with a mask, or a projection to another width, cannot be exported")
         end = "highest" if config.eos_token_id == 2 else int(config.eos_token_id)  # as transformers pools
     bias = "causal" if kind == "Gemma2Model" else "padding" if masked else None
+    if kind == "Gemma2Model" and tokens > encoder.config.sliding_window:
+        window = encoder.config.sliding_window
+        raise ExportError(f"{tokens} tokens are more than the sliding window of {window}")
+    layers = GRAPHS[kind].layers_of(encoder)
     with torch.no_grad():
         embed = encoder.get_input_embeddings()
         table = embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).detach().cpu()
-        twin: Any = float_twin(encoder)
-        for module in twin.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation = "eager"
-        _one_op_norms_and_gelus(twin)
-        graph = GRAPHS[kind](twin, tokens)
     described = {"bias": bias, "mask_bias": ENCODER_MASK_BIAS, "end": end}
     values = table.float().numpy()
 
-    def host_inputs(item: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def host_inputs(item: Item) -> dict[str, Tensor]:
         ids, mask = (item[key].reshape(-1).numpy() for key in ("input_ids", "attention_mask"))
         return {key: torch.from_numpy(value) for key, value in encoder_feed(described, values, ids, mask).items()}
 
+    def stage(first: int, last: int) -> TextStage:
+        told = ["encoder_bias"] if bias else []
+        if end is not None and last == len(layers):
+            told.append("end")
+        with torch.no_grad():
+            return GRAPHS[kind](encoder, tokens, first, last, told).eval()
+
     return TextEncoder(
         name=name,
-        wrapper=GraphWrapper(module=graph.eval(), host_inputs=host_inputs, output_name="tokens"),
+        stages=_stages(name, list(layers)),
+        stage=stage,
+        host_inputs=host_inputs,
         table=table.float() if table.dtype is torch.bfloat16 else table,
         bias=bias,
         end=end,

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle import text_encoder
+from fbqat_hub.export.bundle.embeddings import save_embeddings
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.export.bundle.pipeline import generate, picture_psnr
 from fbqat_hub.export.bundle.sampler import sampler_matrix
@@ -82,7 +83,8 @@ def test_the_runner_generates_a_text(bundle: tuple[Path, dict[str, Any]], tmp_pa
     assert certificate["graphs"]["text_encoder"]["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 30
     assert json.loads((folder / "manifest.json").read_text())["text"] == [
         {
-            "graph": "text_encoder",
+            "encoder": "text_encoder",
+            "graphs": ["text_encoder"],
             "tokenizer": "tokenizer.json",
             "lower": True,
             "instruction": "\n".join(INSTRUCTION),
@@ -92,6 +94,33 @@ def test_the_runner_generates_a_text(bundle: tuple[Path, dict[str, Any]], tmp_pa
             "end": None,
         }
     ]
+
+
+def test_a_bundle_without_text_encoders_says_what_to_do_and_takes_embeddings(
+    bundle: tuple[Path, dict[str, Any]], tiny_sana: Path, tmp_path: Path
+) -> None:
+    """The runner names the reason and the way out; a text encoded by the pipeline makes that text's picture."""
+    without = shutil.copytree(bundle[0], tmp_path / "without")
+    manifest = json.loads((without / "manifest.json").read_text()) | {"text": [], "text_left_out": "too large"}
+    (without / "manifest.json").write_text(json.dumps(manifest))
+    done = run(without, "--text", CAPTIONS[0])
+    assert done.returncode != 0
+    assert "no text encoders: too large. Choose with --prompt, or give with --embeddings" in done.stderr
+    pipeline = load_pipeline(convert_pipeline(str(tiny_sana), tmp_path / "packed"))
+    call = {**CALL, "complex_human_instruction": INSTRUCTION}
+    for place in (0, 1):
+        save_embeddings(pipeline, CAPTIONS[place], call, tmp_path / f"{place}.safetensors")
+        picture = tmp_path / f"{place}.png"
+        done = run(without, "--embeddings", str(tmp_path / f"{place}.safetensors"), "--output", str(picture))
+        assert done.returncode == 0, done.stderr
+    torch_picture = np.asarray(Image.open(without / "pictures" / "0-torch.png"))
+    same, other = (picture_psnr(torch_picture, np.asarray(Image.open(tmp_path / f"{n}.png"))) for n in (0, 1))
+    assert same > 30
+    assert other < same
+    save_file({"encoder_hidden_states": np.zeros((1, 2, 3), np.float32)}, tmp_path / "short.safetensors")
+    done = run(without, "--embeddings", str(tmp_path / "short.safetensors"))
+    assert done.returncode != 0
+    assert "this bundle takes {'encoder_" in done.stderr
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,22 @@ from transformers import (
     T5EncoderModel,
 )
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export import ExportError
+from fbqat_hub.export.bundle import text_encoder
 from fbqat_hub.export.bundle.runtime.text import denoiser_inputs
+from fbqat_hub.export.bundle.text_bundle import build_encoder
 from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
+from fbqat_hub.export.htp import compiler
+from fbqat_hub.export.htp.targets import target_for
+from fbqat_hub.export.progress import Progress
 from fbqat_hub.families.graph import MASK_BIAS
+from fbqat_hub.quantization import ActivationScheme, WeightScheme, convert, prepare, set_bit_width
 
 TOKENS = 6
 CLIP = {"vocab_size": 20, "hidden_size": 16, "projection_dim": 16, "num_attention_heads": 2, "intermediate_size": 32}
+GEMMA = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8, "sliding_window": 8}
 CLIP |= {"num_hidden_layers": 3, "max_position_embeddings": 8, "pad_token_id": 0, "bos_token_id": 1}
 
 
@@ -37,9 +47,7 @@ def seeded(model: Any) -> Any:
 
 
 def gemma() -> Any:
-    shape = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8, "sliding_window": 8}
-    return seeded(Gemma2Model(Gemma2Config(**shape, **heads)))
+    return seeded(Gemma2Model(Gemma2Config(**GEMMA)))
 
 
 def t5() -> Any:
@@ -52,11 +60,17 @@ def item() -> dict[str, torch.Tensor]:
 
 
 def graph_output(name: str, model: Any, masked: bool) -> np.ndarray:
-    encoder = wrap_text_encoder(name, model, TOKENS, masked)
-    with torch.no_grad():
-        return encoder.wrapper.module(*encoder.wrapper.host_inputs(item()).values())[0].numpy()
+    return wrap_text_encoder(name, model, TOKENS, masked).tokens([item()])[0].numpy()
 
 
+@pytest.fixture(params=["one graph", "a graph a layer"])
+def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder whole, and in as many graphs as it has layers."""
+    if request.param == "a graph a layer":
+        monkeypatch.setattr(text_encoder, "MOST_WEIGHTS", 1)
+
+
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(("make", "masked"), [(gemma, True), (t5, True), (t5, False)])
 def test_tokens_of_causal_and_padded_encoders(make: Any, masked: bool) -> None:
     model = make()
@@ -66,6 +80,7 @@ def test_tokens_of_causal_and_padded_encoders(make: Any, masked: bool) -> None:
     np.testing.assert_allclose(graph_output("text_encoder", model, masked), expected, atol=1e-4)
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("eos", [3, 2], ids=["the end token", "the highest token"])
 def test_clip_s_last_layer_but_one_and_its_pooled_vector(eos: int) -> None:
     model = seeded(CLIPTextModelWithProjection(CLIPTextConfig(**CLIP, eos_token_id=eos)))
@@ -81,6 +96,74 @@ def test_clip_without_projection_is_its_pooled_vector_alone() -> None:
     with torch.no_grad():
         expected = model(input_ids=item()["input_ids"]).pooler_output.numpy()
     np.testing.assert_allclose(graph_output("text_encoder", model, False)[:, 0], expected, atol=1e-4)
+
+
+def test_a_large_encoder_is_cut_behind_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few graphs as the weights of a layer allow, of about as many layers each."""
+    model = Gemma2Model(Gemma2Config(**GEMMA | {"num_hidden_layers": 5}))
+    assert wrap_text_encoder("text_encoder", model, TOKENS, True).stages == {"text_encoder": (0, 5)}
+    of_a_layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
+    monkeypatch.setattr(text_encoder, "MOST_WEIGHTS", 2 * of_a_layer)
+    encoder = wrap_text_encoder("text_encoder", model, TOKENS, True)
+    assert encoder.stages == {"text_encoder-0": (0, 1), "text_encoder-1": (1, 3), "text_encoder-2": (3, 5)}
+    first, last = encoder.stage(0, 1), encoder.stage(3, 5)
+    assert (first.inputs, first.output_name) == (("token_embeddings", "encoder_bias"), "hidden_1")
+    assert (last.inputs, last.output_name) == (("hidden_3", "encoder_bias"), "tokens")
+    assert first.twin["layers"][0] is not model.layers[0]
+    assert len(first.twin["layers"]) == 1
+
+
+def test_t5_xxl_and_gemma_2_2b_take_12_and_6_graphs() -> None:
+    """As docs/htp.md says, of their checkpoints' shapes."""
+    wide = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    large = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256}
+    large |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    with torch.device("meta"):
+        blocks = T5EncoderModel(T5Config(vocab_size=20, **wide, feed_forward_proj="gated-gelu")).encoder.block
+        layers = Gemma2Model(Gemma2Config(vocab_size=20, **large)).layers
+    assert len(text_encoder._stages("text_encoder", blocks)) == 12
+    assert len(text_encoder._stages("text_encoder", layers)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gemma, t5], ids=["gemma", "t5"])
+def test_two_graphs_of_an_encoder_are_as_good_as_one(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the emulator, the second graph fed with what the first made; and what transformers computes is near both."""
+    pytest.importorskip("onnxruntime_qnn")
+    model, target, bar, reached = make(), target_for("sm8750"), Progress(1, shown=False), {}
+    for graphs, most in {1: text_encoder.MOST_WEIGHTS, 2: 1}.items():
+        monkeypatch.setattr(text_encoder, "MOST_WEIGHTS", most)
+        encoder, folder = wrap_text_encoder("text_encoder", model, TOKENS, True), tmp_path / str(graphs)
+        folder.mkdir()
+        sections = build_encoder(encoder, type(model).__name__, [item()], [item()], folder, target, bar)
+        assert len(sections) == graphs
+        last = list(sections.values())[-1]
+        reached[graphs] = last["parity"]["emulator_vs_torch_packed"]["sqnr_db"]
+    assert min(reached.values()) > 20, reached  # 24 and 32 dB: weights of 0.3 make sharp attention
+    assert reached[2] == pytest.approx(reached[1], abs=0.5)
+    chain = {name: section["tensors"] for name, section in sections.items()}
+    with compiler.EmulatorChain(folder, chain, target) as emulator:
+        output = emulator.run({name: value.numpy() for name, value in encoder.host_inputs(item()).items()})[0]
+    with torch.no_grad():
+        expected = model(**item()).last_hidden_state.numpy()
+    assert sqnr_db([expected], [output]) == pytest.approx(reached[2], abs=0.5)
+
+
+def test_an_encoder_that_came_packed_keeps_its_codes() -> None:
+    """Gemma 2's keys and values once a query head among them: rows are repeated, codes are not made again."""
+    model = gemma()
+    prepare(model, WeightScheme(), ActivationScheme(bits=32))
+    set_bit_width(model, 4)
+    convert(model)
+    with torch.no_grad():
+        expected = model(**item()).last_hidden_state.numpy()
+    np.testing.assert_allclose(graph_output("text_encoder", model, True), expected, atol=1e-4)
+    layers = wrap_text_encoder("text_encoder", model, TOKENS, True).stage(0, 2).pack()
+    assert {layer.weight_bits for layer in layers.values()} == {4}
+    assert layers["layers.0.self_attn.k_proj"].codes().shape[0] == 2 * model.layers[0].self_attn.k_proj.out_features
+    assert torch.equal(layers["layers.0.mlp.up_proj"].codes(), model.layers[0].mlp.up_proj.codes())
 
 
 def test_what_has_no_graph_is_refused() -> None:

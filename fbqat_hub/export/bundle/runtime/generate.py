@@ -2,6 +2,7 @@
 
 python generate.py --prompt 0 --output picture.png
 python generate.py --text "red heart" --seed 7         # a text of yours: needs tokenizers too
+python generate.py --embeddings text.safetensors       # one that was encoded elsewhere
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file
 sys.dont_write_bytecode = True  # the folder stays what its manifest lists; the modules below lie beside this script
 
 from qnn_session import qnn_session  # type: ignore[import-not-found]  # noqa: E402
-from text import denoiser_inputs, encoder_feed, tokenize  # type: ignore[import-not-found]  # noqa: E402
+from text import TEXT_INPUTS, denoiser_inputs, encoder_feed, tokenize  # type: ignore[import-not-found]  # noqa: E402
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
@@ -37,9 +38,8 @@ def open_graph(folder: Path, manifest: dict[str, Any], name: str) -> Any:
     return qnn_session(str(folder / manifest["graphs"][name]["context"]), manifest["provider_options"])
 
 
-def denoise(sessions: list[Any], feed: dict[str, np.ndarray]) -> Any:
-    """The last graph's output; the graphs run in order, fed by name from `feed` and from what earlier ones made."""
-    values = dict(feed)
+def run_graphs(sessions: list[Any], values: dict[str, np.ndarray]) -> Any:
+    """The last graph's output. The graphs run in order, fed by name from `values`; what each makes is added there."""
     for session in sessions:
         outputs = session.run(None, {item.name: values[item.name] for item in session.get_inputs()})
         values.update(zip((item.name for item in session.get_outputs()), outputs, strict=True))
@@ -57,13 +57,28 @@ def stored_inputs(manifest: dict[str, Any], host: dict[str, np.ndarray], prompt:
 def encode(folder: Path, manifest: dict[str, Any], host: dict[str, np.ndarray], text: str) -> dict[str, np.ndarray]:
     """The transformer's inputs of any text, from the text encoders on the HTP."""
     if not manifest["text"]:
-        raise ValueError("this bundle has no text encoders (certificate.md says why); choose with --prompt")
+        raise ValueError(
+            f"this bundle has no text encoders: {manifest['text_left_out']}. Choose with --prompt, or give with "
+            "--embeddings what fbqat_hub.export.save_embeddings made of the text on another computer"
+        )
     outputs = []
     for each in manifest["text"]:
         ids, mask = tokenize(folder / each["tokenizer"], text, each["lower"], each["instruction"])
-        feed = encoder_feed(each, host[f"embedding.{each['graph']}"], ids, mask)
-        outputs.append(open_graph(folder, manifest, each["graph"]).run(None, feed)[0])
+        values = encoder_feed(each, host[f"embedding.{each['encoder']}"], ids, mask)
+        for name in each["graphs"]:  # one at a time in memory: all of a large encoder would not fit
+            output = run_graphs([open_graph(folder, manifest, name)], values)
+        outputs.append(output)
     return denoiser_inputs(manifest["text"], outputs, mask, manifest["sampler"]["mask_bias"])
+
+
+def encoded_elsewhere(path: Path, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The transformer's inputs of a text from a `save_embeddings` file, in the shapes of `stored`."""
+    found = load_file(path)
+    wanted = {name: value.shape for name, value in stored.items() if name in TEXT_INPUTS}
+    shapes = {name: value.shape for name, value in found.items()}
+    if shapes != wanted:
+        raise ValueError(f"{path} holds {shapes}; this bundle takes {wanted}: save them with the bundle's pipeline")
+    return {name: value.astype(np.float32) for name, value in found.items()}
 
 
 def sample(
@@ -74,7 +89,7 @@ def sample(
     terms, latents = [noise], noise
     for step, weights in enumerate(host["sampler"]):
         time = {"timestep_embedding": host["timestep_embedding"][step : step + 1]}
-        outputs = [denoise(denoiser, {"hidden_states": latents, **time, **inputs}) for inputs in given]
+        outputs = [run_graphs(denoiser, {"hidden_states": latents, **time, **inputs}) for inputs in given]
         prediction = outputs[0]
         if len(outputs) == 2:  # without the prompt, with it
             prediction = outputs[0] + settings["guidance_scale"] * (outputs[1] - outputs[0])
@@ -91,7 +106,9 @@ def unpack_tokens(tokens: Any, grid: list[int]) -> Any:
     return np.ascontiguousarray(squares.reshape(1, -1, height, width))
 
 
-def generate(folder: Path, prompt: int, seed: int | None = None, text: str | None = None) -> Image.Image:
+def generate(
+    folder: Path, prompt: int, seed: int | None = None, text: str | None = None, embeddings: Path | None = None
+) -> Image.Image:
     """The picture of a prompt of the bundle, or of another text.
 
     Args:
@@ -99,6 +116,7 @@ def generate(folder: Path, prompt: int, seed: int | None = None, text: str | Non
         prompt: its place in the manifest's `prompts`.
         text: in place of the prompt's, with the prompt's first noise.
         seed: of another first noise; the bundle's own if None.
+        embeddings: a file of a text encoded elsewhere, in the text's place.
     """
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if not 0 <= prompt < len(manifest["prompts"]):
@@ -111,6 +129,8 @@ def generate(folder: Path, prompt: int, seed: int | None = None, text: str | Non
     given = stored_inputs(manifest, host, prompt)
     if text is not None:
         given[-1] |= encode(folder, manifest, host, text)  # what is no text, the guidance scale say, stays
+    if embeddings is not None:
+        given[-1] |= encoded_elsewhere(embeddings, given[-1])
     denoiser = [open_graph(folder, manifest, part["graph"]) for part in manifest["denoiser"]]
     latents = sample(manifest, host, denoiser, given, noise)
     if manifest["sampler"]["token_grid"]:
@@ -125,11 +145,14 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=0, help="place of the prompt in manifest.json (default: 0)")
-    parser.add_argument("--text", help="generate this text, with that prompt's noise")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", help="generate this text, with that prompt's noise")
+    text.add_argument("--embeddings", type=Path, help="safetensors of a text that was encoded elsewhere")
     parser.add_argument("--seed", type=int, help="start from another noise than the bundle's own")
     parser.add_argument("--output", type=Path, default=Path("picture.png"), help="default: picture.png")
     options = parser.parse_args()
-    generate(Path(__file__).resolve().parent, options.prompt, options.seed, options.text).save(options.output)
+    folder = Path(__file__).resolve().parent
+    generate(folder, options.prompt, options.seed, options.text, options.embeddings).save(options.output)
     print(f"saved {options.output}")
 
 

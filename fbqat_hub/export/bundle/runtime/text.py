@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+#: The denoiser's inputs that are made of a text.
+TEXT_INPUTS = ("encoder_hidden_states", "pooled_projections", "encoder_attention_bias")
+
 
 def tokenize(path: Path, text: str, lower: bool, instruction: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [tokens] and mask [tokens] (1 = text, 0 = padding), int64, cut and padded as the file says.
