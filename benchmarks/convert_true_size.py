@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -49,7 +50,9 @@ def write_random(model: nn.Module, path: Path, numbers: torch.Tensor) -> None:
     place = 0
     with TensorFile(path, shapes) as file:
         for name, (_, shape) in shapes.items():
-            place = (place + 4099) % (_NUMBERS - shape.numel())  # another start for each: no two tensors are the same
+            place = (place + 4099) % (
+                len(numbers) - shape.numel()
+            )  # another start for each: no two tensors are the same
             file.write(name, numbers[place : place + shape.numel()].view(shape))
 
 
@@ -86,6 +89,14 @@ def measured(command: list[str]) -> dict[str, float]:
     return {"seconds": round(time.perf_counter() - began, 1), "peak_mib": round(peak)}
 
 
+def save(method: str, found: dict[str, Any]) -> None:
+    """Keep what was measured of one way to find codes beside that of the others."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with whole(RESULTS) as partial:
+        partial.write_text(json.dumps(results | {method: found}, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.convert_true_size",
@@ -114,9 +125,7 @@ def main() -> None:
         "versions": versions(),
         "date": now(),
     }
-    with whole(RESULTS) as partial:
-        partial.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    save("nearest", found)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = (
     "README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md", "docs/exits.md", "docs/integrations.md",
-    "docs/lora.md", "training/README.md",
+    "docs/lora.md", "docs/real-models.md", "training/README.md",
 )  # fmt: skip
 
 
@@ -397,6 +397,33 @@ def training_memory_table() -> str:
     return f"{markdown(head, cells)}\n\nProcessor time of a step on {'; '.join(sorted(machines))}."
 
 
+def convert_table() -> str:
+    """Memory of conversions, by `benchmarks.convert_true_size` and `benchmarks.convert_gptq`."""
+    found = json.loads((RESULTS / "convert.json").read_text(encoding="utf-8"))
+    nearest, gptq = found["nearest"], found["gptq"]
+    rows = [
+        (
+            f"nearest codes: {nearest['denoiser_parameters'] / 1e6:.0f} M parameters at FLUX.1's width, "
+            f"text encoders of {nearest['text_encoder_bytes'] / 2**30:.1f} GiB copied",
+            f"{nearest['convert']['peak_mib']} MiB",
+            "–",
+        ),
+        (
+            f"GPTQ: {gptq['denoiser_parameters'] / 1e6:.0f} M parameters at Sana-600M's width, "
+            f"{gptq['blocks']} blocks, {gptq['samples']} samples",
+            f"{gptq['block_by_block']['peak_mib']} MiB",
+            f"{gptq['whole_model']['peak_mib']} MiB",
+        ),
+    ]
+    return (
+        f"{markdown(('`fbqat convert`', 'peak memory', 'whole model at once'), rows)}\n\n"
+        f"Random weights, a process each, Python and its libraries included. GPTQ's peak is "
+        f"{gptq['peak_over_whole_model']:.2f} of the whole model's, whose weights in float32 are "
+        f"{gptq['denoiser_float32_mib']} MiB; bytes of codes that differ: {gptq['differing_bytes_of_codes']}. By "
+        f"`{nearest['command']}` and `{gptq['command']}`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "families": families_table,
     "demo": demo_table,
@@ -407,6 +434,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "blockwise": blockwise_table,
     "speed": speed_table,
     "training-memory": training_memory_table,
+    "convert": convert_table,
     "text-encoders": text_encoders_table,
     "sdnq": sdnq_table,
     "operations": lambda: operations_table(OPERATIONS),

@@ -24,6 +24,7 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization.blocks import BlockWalk, check_calls, moved_tensors
 from fbqat_hub.training.seeding import generator
+from fbqat_hub.weights import stored_dtype
 
 # Of a sampler that takes more: its first pictures are rough, and what goes into the denoiser is as in use.
 _STEPS = 8
@@ -37,8 +38,8 @@ def open_sampler(folder: Any, denoiser: nn.Module, variant: str | None = None) -
     parts: dict[str, Any] = {"transformer": denoiser}
     for name, part in read_index(folder)[1].items():
         if part.is_model and name != "transformer":
-            loaded = part.load(None, variant)
-            parts[name] = loaded.float() if loaded.dtype == torch.float16 else loaded
+            half = stored_dtype(part.weights(variant).files) == torch.float16
+            parts[name] = part.load(torch.float32 if half else None, variant)
     return load_pipeline(folder, None, variant, **parts)
 
 
