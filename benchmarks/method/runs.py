@@ -235,23 +235,26 @@ class Remembered(FeatureDraws):
         self._batches: dict[Any, dict[str, Tensor]] = {}
         self._held_out: dict[Any, list[dict[str, Tensor]]] = {}
         self._targets: dict[tuple[int, float], Tensor] = {}
+        self._kept: set[int] = set()  # ids of the inputs in the two above; others may be another's later
 
     def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
         key = (id(split), step, batch_size)
         if key not in self._batches:
             self._batches[key] = super().training(split, step, batch_size, process)
+            self._kept.add(id(self._batches[key]))
         return self._batches[key]
 
     def held_out(self, split: CachedSplit, draws: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
         key = (id(split), draws, batch_size)
         if key not in self._held_out:
             self._held_out[key] = list(super().held_out(split, draws, batch_size))
+            self._kept |= set(map(id, self._held_out[key]))
         return iter(self._held_out[key])
 
     def predict(self, denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        if denoiser is not self._teacher:
+        if denoiser is not self._teacher or id(inputs) not in self._kept:
             return super().predict(denoiser, inputs)
-        key = (id(inputs), self.features)  # the inputs are kept, so their ids stay theirs
+        key = (id(inputs), self.features)
         if key not in self._targets:
             self._targets[key] = super().predict(denoiser, inputs)
         return self._targets[key]

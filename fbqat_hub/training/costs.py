@@ -14,6 +14,7 @@ from typing import Any
 
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped
+from fbqat_hub.quantization.sensitivity import WEIGHT_ERRORS
 from fbqat_hub.text import columns
 from fbqat_hub.training.bases import Configs, build_on_meta, configs_of, parameters
 from fbqat_hub.training.block_footprint import BlockMemory, block_memory
@@ -267,6 +268,9 @@ def _blocks(found: Costs) -> list[str]:
     if memory.tuning:
         tuning = f"the tuning of scales, {recipe.blockwise.tuning_steps} steps (blockwise.tuning_steps)"
         rows.insert(1, (tuning, gib(found.tuning), "device"))
+    if recipe.quantization.average_bits is not None:
+        student = 4 * found.parameters["transformer"] + WEIGHT_ERRORS
+        rows.append(("a whole student in float32, to choose widths (average_bits)", gib(student), "host"))
     return [
         f"Memory, block by block, a batch of {recipe.batch_size} at {recipe.size[0]} x {recipe.size[1]}:",
         columns(rows, numbers_from=1),

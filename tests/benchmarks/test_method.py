@@ -22,6 +22,7 @@ from benchmarks.method.variants import LearnedWidths
 from fbqat_hub.evaluation.results import METHODS as TITLES
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, WeightScheme, prepare, set_bit_width
+from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import load_recipe
 from tests.conftest import TRAINED
 
@@ -255,14 +256,19 @@ class Doubler(torch.nn.Module):
         return (2 * hidden_states,)
 
 
-def test_the_teacher_is_asked_once_for_each_batch() -> None:
-    teacher = Doubler()
+def test_the_teacher_is_asked_once_for_each_batch_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Draws, "training", lambda *_: {"hidden_states": torch.ones(2)})
+    teacher, split = Doubler(), object()
     draws = Remembered(teacher, get_family("sana"), None, 1)
-    inputs = {"hidden_states": torch.ones(2)}
+    inputs = draws.training(split, 0, 2)
+    assert draws.training(split, 0, 2) is inputs
     assert draws.predict(teacher, inputs).tolist() == draws.predict(teacher, inputs).tolist() == [2, 2]
     assert teacher.calls == 1
-    draws.predict(teacher, dict(inputs))
-    assert teacher.calls == 2
+    for size in (3, 4):  # not kept: the second may have the id of the first
+        passing = {"hidden_states": torch.ones(size)}
+        assert len(draws.predict(teacher, passing)) == size
+        del passing
+    assert teacher.calls == 3
 
 
 def test_torchao_is_left_out_where_it_is_missing(

@@ -67,6 +67,10 @@ def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any
     assert "a step of the largest block, transformer_blocks.0" in text
     assert "the tuning of scales" not in text
     assert text.endswith("1x24GB: block by block it fits one of them.")
+    mixed = costs(replace(recipe, quantization=replace(recipe.quantization, average_bits=4.5)))
+    line = "a whole student in float32, to choose widths (average_bits)"
+    assert line in report(mixed, None, None)
+    assert line not in report(found, None, None)
     tuned = costs(replace(recipe, blockwise=replace(recipe.blockwise, tuning_steps=5)))
     least = max(block.block, found.largest_part)
     assert tuned.tuning > least
