@@ -151,7 +151,7 @@ class FBQATDiffusersQuantizer(DiffusersQuantizer):
         return self._dtype
 
     def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Of scales, for an automatic device map. Codes are counted as the bytes that they are."""
+        """Of scales, so that an automatic device map counts them as the 4 bytes that they are."""
         own = {name: value.dtype for name, value in model.named_buffers() if self.keeps_dtype(name)}
         return {**super().get_special_dtypes_update(model, torch_dtype), **own}
 
