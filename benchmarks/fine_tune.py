@@ -64,7 +64,7 @@ _DARK, _GOLD = "#14213d", "#ffd166"
 _ADAPTER = {"rank": 16, "steps": 200, "batch_size": 16, "learning_rate": 3e-3}
 _TRAINING_STEPS = 200
 _BATCH = 32
-_MEMORY = Row("sana-600m", "8 of 28 blocks, 512 px", {"num_layers": 8})
+_MEMORY = Row("sana-600m", "2 of 28 blocks, 512 px", {"num_layers": 2})
 _MEMORY_STEPS = 2
 
 
