@@ -210,9 +210,9 @@ _COLUMNS = {
 
 
 def sheet(study: Study, seed: int) -> None:
-    """The recipe's prompts, which the teacher draws well: a picture of the style, and what each way draws."""
-    captions = study.recipe.prompts[:8]
-    columns = {"the style": [study.pictures[caption] for caption in captions]}
+    """The first held-out captions, which no teacher knows: a picture of the style, and what each way draws."""
+    captions = study.held_out[:8]
+    columns = {"held-out picture": [study.pictures[caption] for caption in captions]}
     for way, shipped in study.ways(seed):
         if way in _COLUMNS:
             columns[_COLUMNS[way]] = [as_image(each) for each in study.draw(study.load(shipped), seed, captions)]
