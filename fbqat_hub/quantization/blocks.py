@@ -138,8 +138,9 @@ class BlockWalk:
         return results
 
     def __exit__(self, *_: object) -> None:
-        for forward in self._forwards:
-            forward.throw()  # ends one that was left on its way
+        with torch.no_grad():  # what a forward set when it was started here, it sets again as it ends
+            for forward in self._forwards:
+                forward.throw()  # ends one that was left on its way
         self._forwards.clear()
         self.calls.clear()
         for name, block in zip(self._names, self.blocks, strict=True):

@@ -69,6 +69,13 @@ def test_a_walk_that_is_left_gives_the_blocks_back(model: Two) -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_run_without_gradients_that_is_left_does_not_switch_them_off(model: Two) -> None:
+    run = torch.no_grad()(lambda batch: model(**batch))
+    with BlockWalk(model, NAMES, [{"x": torch.zeros(1, 4)}] * 2, run=run) as walk:
+        walk.advance(call.run(walk.blocks[0]) for call in list(walk.calls))
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(
     ("order", "came"), [((1, 0), "came to blocks.1"), ((), "came to the end"), ((0, 0), "came to blocks.0")]
 )

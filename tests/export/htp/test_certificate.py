@@ -21,14 +21,15 @@ pytest.importorskip("onnxruntime_qnn")
 
 
 def test_coverage_is_what_the_compiling_session_was_assigned(exported: tuple[Path, dict[str, Any]]) -> None:
-    """Every op of the graph that was compiled, counted here from the file, but for transpositions that ONNX Runtime
-    joins; none elsewhere."""
+    """Every op of the graph that was compiled, counted here from the file, but for transpositions, of which ONNX Runtime
+    joins some and moves others past an op, as several; none elsewhere."""
     folder, result = exported
     ops = Counter(node.op_type for node in onnx.load(folder / "transformer.qdq.onnx").graph.node)
     del ops["QuantizeLinear"], ops["DequantizeLinear"]
     coverage = result["coverage"]
     assert (coverage["all_on_qnn"], coverage["nodes_elsewhere"]) == (True, 0)
-    assert ops.total() - ops["Transpose"] < coverage["ops_on_qnn"] <= ops.total()
+    others = ops.total() - ops["Transpose"]
+    assert others < coverage["ops_on_qnn"] <= others + 2 * ops["Transpose"]
     said = f"{coverage['ops_on_qnn']:,} ops are on QNN, 0 nodes of the graph elsewhere."
     assert said in (folder / "certificate.md").read_text()
 
