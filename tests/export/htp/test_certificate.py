@@ -21,8 +21,8 @@ pytest.importorskip("onnxruntime_qnn")
 
 
 def test_coverage_is_what_the_compiling_session_was_assigned(exported: tuple[Path, dict[str, Any]]) -> None:
-    """Every op of the graph that was compiled, counted here from the file, but for transpositions, of which ONNX Runtime
-    joins some and moves others past an op, as several; none elsewhere."""
+    """Every op of the graph that was compiled, counted here from the file, but for transpositions, of which ONNX
+    Runtime joins some and moves others past an op, as several; none elsewhere."""
     folder, result = exported
     ops = Counter(node.op_type for node in onnx.load(folder / "transformer.qdq.onnx").graph.node)
     del ops["QuantizeLinear"], ops["DequantizeLinear"]
