@@ -58,14 +58,15 @@ def demo_table() -> str:
         for method in METHODS
         if (found := rows.get(method))
     ]
-    one = next(iter(rows.values()))
+    one, average = next(iter(rows.values())), load_recipe("sana-tiny").quantization.average_bits
     budget = rows["fbqat"]["kd_loss"].extra
     trained = (
         f" ({budget['steps']} steps of {budget['batch_size']} at a learning rate of {budget['learning_rate']:.0e})"
     )
     return (
         f"{markdown(head, cells)}\n\n"
-        f"Tiny Sana, W4A8 with dynamic INT8 activations, seed {one['kd_loss'].seed}, one run each"
+        f"Tiny Sana, weights of 4 bits and of 8 where they matter most, {average:g} on average without scales, dynamic "
+        f"INT8 activations, seed {one['kd_loss'].seed}, one run each"
         f"{trained}; "
         f"{one['kd_loss'].n} held-out draws for the loss, {one['psnr'].n} pictures from equal seeds for the rest. "
         "Remade by `make results`."
