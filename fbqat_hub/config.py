@@ -175,6 +175,12 @@ class FBQATConfig(QuantizationConfigMixin, TransformersConfigMixin):
         return self.to_dict()
 
 
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of a model which this package quantized."""
+    given = config.get("quantization_config")
+    return isinstance(given, Mapping) and given.get("quant_method") == FBQATMethod.FBQAT
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

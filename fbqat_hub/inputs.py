@@ -143,6 +143,12 @@ def output_folder(path: Path) -> Path:
     return path
 
 
+def check_new(output: Path, *, ignored: str = "") -> None:
+    """Raise FileExistsError if a folder has content, beside a file or folder of the name ``ignored``."""
+    if output.exists() and any(path.name != ignored for path in output.iterdir()):
+        raise FileExistsError(f"{output} exists and is not empty; give another --output.")
+
+
 def output_picture(path: Path) -> Path:
     """A PNG file that can be written; nothing is written here.
 

@@ -6,7 +6,7 @@ import argparse
 import shlex
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fbqat_hub.cli.settings import changes_of
 from fbqat_hub.inputs import read_prompts, read_text
@@ -221,25 +221,20 @@ def _export_files(options: argparse.Namespace) -> None:
         from fbqat_hub.integrations.comfyui import export_comfyui
 
         file = export_comfyui(options.run_folder, output)
-        print(f"{len(file.int8)} layers with int8 activations, {len(file.float_activations)} with float activations")
+        print(_activations(file))
         print(f"saved {file.file}. Put it into ComfyUI/models/diffusion_models, and load it by Load Diffusion Model.")
-    elif options.to == "torchao":
-        from fbqat_hub.integrations.torchao import export_torchao
-
-        made = export_torchao(options.run_folder, output)
-        print(
-            f"{len(made.int8)} layers with int8 activations, {len(made.float_activations)} with float activations, "
-            f"{len(made.float_weights)} in float32"
-        )
-        print(f"saved {output}. It needs: pip install torchao ; DiffusionPipeline.from_pretrained loads it.")
     else:
         from fbqat_hub.integrations.sdnq import export_sdnq
+        from fbqat_hub.integrations.torchao import export_torchao
 
-        of_sdnq = export_sdnq(options.run_folder, output)
-        print(
-            f"{len(of_sdnq.int8)} layers with int8 activations, {len(of_sdnq.float_activations)} with float activations"
-        )
-        print(f"saved {output}. It needs: pip install sdnq ; DiffusionPipeline.from_pretrained loads it.")
+        made = {"sdnq": export_sdnq, "torchao": export_torchao}[options.to](options.run_folder, output)
+        print(_activations(made) + (f", {len(made.float_weights)} in float32" if options.to == "torchao" else ""))
+        print(f"saved {output}. It needs: pip install {options.to} ; DiffusionPipeline.from_pretrained loads it.")
+
+
+def _activations(made: Any) -> str:
+    """How many layers of an export have which."""
+    return f"{len(made.int8)} layers with int8 activations, {len(made.float_activations)} with float activations"
 
 
 def doctor(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fbqat_hub.config import FBQATConfig
+from fbqat_hub.config import FBQATConfig, is_packed
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.integrations.checkpoint import (
     BUFFERS,
@@ -100,8 +100,7 @@ def _stored_config(cls: Any, folder: str, options: Mapping[str, Any]) -> _Stored
     names = ("subfolder", "token", "local_files_only", "cache_dir")
     place = {name: options[name] for name in names if name in options}
     written = cls.load_config(folder, revision=options.get("config_revision"), **place)
-    fields = written.get("quantization_config") or {}
-    return _StoredConfig(**fields) if fields.get("quant_method") == "fbqat" else None
+    return _StoredConfig(**written["quantization_config"]) if is_packed(written) else None
 
 
 _NO_CONFIG = (

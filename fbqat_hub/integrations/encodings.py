@@ -49,10 +49,7 @@ def export_encodings(source: str | Path, output: Path) -> Exported:
     """
     packed = packed_source(source, output)
 
-    def convert(key: str, layer: PackedLayer | None, tensor: str, value: Tensor) -> Mapping[str, Tensor]:
-        if layer is None:
-            return {key: value}
-        name = key.rpartition(".")[0]
+    def convert(name: str, layer: PackedLayer, tensor: str, value: Tensor) -> Mapping[str, Tensor]:
         return {f"{name}.weight": packed.real_weight(name)} if tensor == "weight_packed" else {}
 
     static = {name: layer for name, layer in packed.layers.items() if layer.input_scale is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fbqat_hub.components import Component, read_index
+from fbqat_hub.config import is_packed
+from fbqat_hub.inputs import check_new
 from fbqat_hub.integrations.checkpoint import BUFFERS, check_stored
 from fbqat_hub.pipelines import copy_parts, downloaded, replacing
 from fbqat_hub.quantization.convert import named_layers
@@ -25,8 +27,25 @@ from fbqat_hub.text import names as listed
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tensor
 
-# Full name, the layer (None of a tensor that is not quantized), the tensor's own name, its value -> what is written.
-Convert = Callable[[str, PackedLayer | None, str, Tensor], Mapping[str, Tensor]]
+# Name of a packed layer, the layer, the name of one of its tensors, its value -> what is written in the tensor's place.
+Convert = Callable[[str, PackedLayer, str, Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A pipeline that was written for a library that computes with int8.
+
+    Attributes:
+        folder: of the pipeline.
+        int8: names of layers with int8 activations there.
+        float_activations: names of layers with quantized weights and float activations.
+        float_weights: names of layers that are in float32.
+    """
+
+    folder: Path
+    int8: list[str]
+    float_activations: list[str]
+    float_weights: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -44,26 +63,26 @@ class PackedSource:
     layers: dict[str, PackedLayer]
 
     @cached_property
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = read_json(self.denoiser.folder / "config.json")
+        return config
+
+    @property
     def config(self) -> dict[str, Any]:
         """The denoiser's ``config.json``, without its quantization."""
-        config = read_json(self.denoiser.folder / "config.json")
-        return {key: value for key, value in config.items() if key != "quantization_config"}
+        return {key: value for key, value in self._config.items() if key != "quantization_config"}
 
-    @cached_property
+    @property
     def group_size(self) -> int | None:
         """Of per-group scales."""
-        config = read_json(self.denoiser.folder / "config.json")["quantization_config"]
-        size: int | None = config["group_size"]
+        size: int | None = self._config["quantization_config"]["group_size"]
         return size
 
     @cached_property
     def kinds(self) -> dict[str, str]:
         """Name -> bare class name of every module of the float model."""
-        config = self.denoiser.kind.load_config(self.denoiser.folder)
         with torch.device("meta"):
-            model: nn.Module = self.denoiser.kind.from_config(
-                {key: value for key, value in config.items() if key != "quantization_config"}
-            )
+            model: nn.Module = self.denoiser.kind.from_config(self.config)
         return {name: type(module).__name__ for name, module in model.named_modules()}
 
     @cached_property
@@ -108,13 +127,19 @@ class PackedSource:
         return real.reshape(*real.shape, *layer.kernel)
 
     def write(self, target: Path, convert: Convert, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the denoiser's weights into a folder, converted; a shard keeps its name, an index its place."""
+        """Write the denoiser's weights into a folder, those of packed layers converted, the others as they are.
+
+        A shard keeps its name, an index its place.
+        """
         weights = self.denoiser.weights()
         places: dict[str, str] = {}
         for file in weights.files:
             tensors: dict[str, Tensor] = {}
             for key in read_header(file):
-                tensors |= convert(key, *self.of_layer(key), self.read(key))
+                layer, tensor = self.of_layer(key)
+                value = self.read(key)
+                name = key.rpartition(".")[0]
+                tensors |= {key: value} if layer is None else convert(name, layer, tensor, value)
             tensors = {name: value.contiguous() for name, value in tensors.items()}
             save_file(tensors, target / file.name, metadata={"format": "pt", **(metadata or {})})
             places |= dict.fromkeys(tensors, file.name)
@@ -151,8 +176,7 @@ def packed_source(source: str | Path, output: Path) -> PackedSource:
         FileExistsError: ``output`` has content.
         ValueError: the denoiser is not packed, or another part is.
     """
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not empty; give another --output.")
+    check_new(output)
     folder = downloaded(source)
     parts = read_index(folder)[1]
     quantized = [name for name, part in parts.items() if _is_packed(part)]
@@ -186,5 +210,4 @@ def write_json(path: Path, value: Any) -> None:
 def _is_packed(part: Component) -> bool:
     if not part.is_model:
         return False
-    config = read_json(part.folder / "config.json").get("quantization_config")
-    return isinstance(config, dict) and config.get("quant_method") == "fbqat"
+    return is_packed(read_json(part.folder / "config.json"))

@@ -16,13 +16,13 @@ token, as our dynamic range does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fbqat_hub.integrations.packed_source import (
+    Exported,
     PackedSource,
     exported_pipeline,
     packed_source,
@@ -36,21 +36,6 @@ from fbqat_hub.quantization.packing import NIBBLE, pack_int4, unpack
 _KINDS = ("Linear", "Conv2d")
 # Those that it would quantize if it were not told to leave them; embeddings it leaves by itself.
 _OTHERS = ("Conv1d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-        folder: of the pipeline.
-        int8: names of layers that SDNQ computes with int8 activations.
-        float_activations: names of the others.
-    """
-
-    folder: Path
-    int8: list[str]
-    float_activations: list[str]
 
 
 def export_sdnq(source: str | Path, output: Path) -> Exported:
@@ -69,10 +54,7 @@ def export_sdnq(source: str | Path, output: Path) -> Exported:
         _check_layer(name, layer, packed.kinds[name], packed.group_size)
     int8 = [name for name, layer in packed.layers.items() if _takes_int8(layer, packed.kinds[name])]
 
-    def convert(key: str, layer: PackedLayer | None, tensor: str, value: Tensor) -> Mapping[str, Tensor]:
-        if layer is None:
-            return {key: value}
-        name = key.rpartition(".")[0]
+    def convert(name: str, layer: PackedLayer, tensor: str, value: Tensor) -> Mapping[str, Tensor]:
         is_weight = tensor == "weight_packed"
         made = _weight(layer, value) if is_weight else _scale(layer, value)
         transposed = name in int8 and layer.weight_bits > NIBBLE

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fbqat_hub.integrations.packed_source import (
+    Exported,
     PackedSource,
     exported_pipeline,
     packed_source,
@@ -61,23 +61,6 @@ _CONFIG = {
 }
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-        folder: of the pipeline.
-        int8: names of layers that torchao computes with int8 activations.
-        float_activations: names of layers with int8 weights and float activations.
-        float_weights: names of layers that are in float32.
-    """
-
-    folder: Path
-    int8: list[str]
-    float_activations: list[str]
-    float_weights: list[str]
-
-
 def export_torchao(source: str | Path, output: Path) -> Exported:
     """Write a packed pipeline as one that diffusers loads with torchao; the other parts are copied.
 
@@ -95,10 +78,7 @@ def export_torchao(source: str | Path, output: Path) -> Exported:
     quantized = [name for name, layer in packed.layers.items() if _fits(layer, packed.kinds[name])]
     int8 = [name for name in quantized if packed.layers[name].activation_bits == 8]
 
-    def convert(key: str, layer: PackedLayer | None, tensor: str, value: Tensor) -> Mapping[str, Tensor]:
-        if layer is None:
-            return {key: value}
-        name = key.rpartition(".")[0]
+    def convert(name: str, layer: PackedLayer, tensor: str, value: Tensor) -> Mapping[str, Tensor]:
         if name not in quantized:
             return {f"{name}.weight": packed.real_weight(name)} if tensor == "weight_packed" else {}
         if tensor == "weight_packed":

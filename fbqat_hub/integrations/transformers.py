@@ -27,7 +27,7 @@ from transformers.utils.versions import require_version
 
 from fbqat_hub.checked import one_of
 from fbqat_hub.components import Component, quiet, read_index
-from fbqat_hub.config import FBQATConfig, FBQATMethod
+from fbqat_hub.config import FBQATConfig, is_packed
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.integrations.checkpoint import (
     BUFFERS,
@@ -68,22 +68,17 @@ def register() -> None:
 
 def _with_notice(original: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
     plain = original(config)
-    if _is_packed(plain):
+    if is_packed(plain):
         plain["transformers_weights"] = NOTICE
     return plain
 
 
 def _without_notice(original: Callable[..., Any], kind: type, plain: dict[str, Any], **kwargs: Any) -> Any:
     given = plain.get("transformers_weights")
-    if _is_packed(plain) and not str(given).endswith((".safetensors", ".safetensors.index.json")):
+    if is_packed(plain) and not str(given).endswith((".safetensors", ".safetensors.index.json")):
         # a sentence, of this version or another
         plain = {key: value for key, value in plain.items() if key != "transformers_weights"}
     return original(kind, plain, **kwargs)
-
-
-def _is_packed(plain: dict[str, Any]) -> bool:
-    given = plain.get("quantization_config")
-    return isinstance(given, dict) and given.get("quant_method") == FBQATMethod.FBQAT
 
 
 def text_encoder_writers(folder: Path, precision: str | None) -> dict[str, Writer]:

@@ -72,17 +72,12 @@ class PackedSize:
             dtype: of the tensors that are not quantized.
         """
         layers = packed_layers(model, config)
-        once = {id(layer): layer for layer in layers.values()}
+        once = {id(layer): (name, layer) for name, layer in layers.items()}
         packed = {f"{name}.{tensor}" for name in layers for tensor in ("weight", "bias")}
         rest = [(name, value) for name, value in _stored(model) if name not in packed]
-        names = {id(layer): name for name, layer in layers.items()}
-        own = [
-            (f"{names[key]}.{tensor}", value)
-            for key, layer in once.items()
-            for tensor, value in layer.state_dict().items()
-        ]
+        own = [item for name, layer in once.values() for item in layer.state_dict(prefix=f"{name}.").items()]
         listed = sum(len(name) + 16 for name in layers)  # in the config, if they have 8 bits
-        weights = sum(layer.in_features * layer.out_features for layer in once.values())
+        weights = sum(layer.in_features * layer.out_features for _, layer in once.values())
         return cls(_bytes(rest, dtype) + _bytes(own, dtype) + listed, weights)
 
     def at(self, average_bits: float | None) -> int:

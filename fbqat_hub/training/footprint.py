@@ -23,7 +23,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, prepare
 from fbqat_hub.quantization.clip import CLIPS
 from fbqat_hub.quantization.convert import matches
-from fbqat_hub.training.bases import Configs, build
+from fbqat_hub.training.bases import Configs, build, build_on_meta
 from fbqat_hub.training.loop import optimizer_of
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
@@ -126,8 +126,7 @@ def denoiser_arguments(recipe: Recipe, configs: Configs, batch_size: int) -> dic
         configs: of the teacher's models, "transformer" and "vae" among them.
     """
     family = get_family(recipe.family)
-    with torch.device("meta"):
-        whole: Mapping[str, Any] = {name: build(configs[name]).config for name in ("transformer", "vae")}
+    whole: Mapping[str, Any] = {name: build_on_meta(configs[name]).config for name in ("transformer", "vae")}
     latents = _zeros((batch_size, *family.latent_shape(whole, recipe.size)))
     shapes = family.conditioning_shapes(whole["transformer"], recipe.generation)
     conditioning = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from fbqat_hub.components import read_index
 from fbqat_hub.families import family_of
 from fbqat_hub.files import whole
-from fbqat_hub.inputs import checked_device
+from fbqat_hub.inputs import check_new, checked_device
 from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.progress import Progress
 from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key
@@ -86,8 +86,7 @@ def train(
     """
     import peft  # noqa: F401  # an extra: that it is missing is said before anything is loaded
 
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not empty; give another --output.")
+    check_new(output)
     if not pictures.is_dir():
         raise FileNotFoundError(
             f"{pictures} is no folder; give one of pictures with captions, in a metadata.jsonl or in text files beside "

@@ -10,7 +10,7 @@ from typing import Any
 from fbqat_hub.components import Component, read_index
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import Family, component_configs, family_of
-from fbqat_hub.inputs import checked_device
+from fbqat_hub.inputs import check_new, checked_device
 from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
 from fbqat_hub.integrations.convert_files import Read, Save, convert_files
 from fbqat_hub.integrations.streamed import StreamedDenoiser
@@ -89,8 +89,7 @@ def convert_pipeline(
     if gptq is not None and not gptq.prompts:
         raise ValueError("no prompts; give at least one to calibrate on.")
     device = checked_device(gptq.device) if gptq else "cpu"
-    if output.exists() and any(path.name != PARTIAL for path in output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not empty; give another --output.")
+    check_new(output, ignored=PARTIAL)
     teacher = resolve_teacher(source)
     check_source(teacher, variant)
     family = family_of(class_of(teacher))  # before the whole of it is downloaded

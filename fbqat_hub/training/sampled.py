@@ -24,6 +24,7 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization.blocks import BlockWalk, check_calls, moved_tensors
 from fbqat_hub.training.seeding import generator
+from fbqat_hub.training.trajectories import kept_steps
 from fbqat_hub.weights import stored_dtype
 
 # Of a sampler that takes more: its first pictures are rough, and what goes into the denoiser is as in use.
@@ -70,7 +71,7 @@ def sampled_inputs(
     """
     steps = call.get("num_inference_steps") or family.sampled_steps(pipeline.scheduler) or _STEPS
     used = list(prompts)[:samples]
-    parts = min(steps, math.ceil(samples / len(used)))
+    parts = math.ceil(samples / len(used))
     parameters = inspect.signature(denoiser.model.forward)
     found: list[list[dict[str, Any]]] = [[] for _ in used]
     running: dict[Any, tuple[int, Any, set[int]]] = {}
@@ -78,7 +79,7 @@ def sampled_inputs(
 
         def sample(index: int) -> None:
             random = generator("calibration picture", used[index], index)
-            kept = {int((part + torch.rand((), generator=random)) / parts * steps) for part in range(parts)}
+            kept = set(kept_steps(steps, parts, random))
             own = _own(pipeline)
             running[getcurrent()] = index, own, kept
             own(prompt=used[index], generator=random, output_type="latent", **{**call, "num_inference_steps": steps})

@@ -162,7 +162,7 @@ def _made(
             if halves == 2:
                 rows[len(captions)] = inputs[name][0]
         for place, (key, (caption, _)) in enumerate(zip(keys, batch, strict=True)):
-            for step in _kept(len(calls), steps, generator("trajectory steps", *key)):
+            for step in kept_steps(len(calls), steps, generator("trajectory steps", *key)):
                 for half in range(halves):
                     row = caption if half == halves - 1 else len(captions)
                     own = {name: calls[step][name][half * len(batch) + place] for name in _OF_DRAW}
@@ -176,10 +176,10 @@ def _made(
     return tensors | {f"shared.{name}": value.cpu().contiguous() for name, value in shared.items()}
 
 
-def _kept(count: int, steps: int, random: torch.Generator) -> list[int]:
+def kept_steps(count: int, steps: int, random: torch.Generator) -> list[int]:
     """One of each of ``steps`` equal parts of ``count`` steps.
 
-    >>> _kept(3, 4, torch.Generator())
+    >>> kept_steps(3, 4, torch.Generator())
     [0, 1, 2]
     """
     parts = min(count, steps)

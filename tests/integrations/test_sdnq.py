@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,8 +18,7 @@ from fbqat_hub.integrations.sdnq import export_sdnq
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import call_of
-from tests.integrations.tiny import denoiser_inputs, layers_of, packed_as, read_elsewhere, static_ranges
+from tests.integrations.tiny import adapter_changes, drawn, layers_of, packed_as, read_elsewhere, static_ranges
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 TEACHER = "fbqat-hub/sana-tiny-openmoji"
@@ -204,32 +202,14 @@ def test_a_whole_pipeline_draws_with_sdnq(packed_folder: Path, tmp_path: Path) -
     """In float32; its layers are too narrow for SDNQ's int8 product, so that ours takes float activations too."""
     pytest.importorskip("sdnq")
     made = export_sdnq(packed_folder, tmp_path / "out")
-    pictures = []
-    for folder in (made.folder, packed_folder):
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        random = torch.Generator().manual_seed(3)
-        call = call_of("sana", pipeline)
-        pictures.append(pipeline(prompt="dark red", generator=random, output_type="pt", **call).images)
+    pictures = [drawn(made.folder), drawn(packed_folder)]
     assert 0 < float((pictures[0] - pictures[1]).abs().mean()) < 0.02
 
 
 @pytest.mark.slow
 def test_an_adapter_of_the_packed_model_does_the_same_in_sdnq(packed_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("sdnq")
-    peft = pytest.importorskip("peft")
-    packed = load_pipeline(packed_folder, torch.float32).transformer
-    torch.manual_seed(0)
-    packed.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
-    packed.save_lora_adapter(tmp_path / "adapter")
     made = export_sdnq(packed_folder, tmp_path / "out")
-    other = type(packed).from_pretrained(made.folder, subfolder="transformer", dtype=torch.float32)
-    other.load_lora_adapter(tmp_path / "adapter", prefix=None, use_safetensors=True)
-    changes = []
-    for model in (packed, other):
-        with torch.no_grad():
-            adapted = model(**denoiser_inputs("sana", model)).sample
-            model.disable_adapters()
-            changes.append((adapted - model(**denoiser_inputs("sana", model)).sample).flatten())
+    changes = adapter_changes(packed_folder, made.folder, tmp_path / "adapter")
     assert changes[0].norm() > 0
     assert torch.cosine_similarity(*changes, dim=0) > 0.95

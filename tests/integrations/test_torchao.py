@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
 from fbqat_hub import cli
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.integrations.torchao import export_torchao
-from fbqat_hub.pipelines import load_pipeline
-from tests.conftest import call_of, weights_of
-from tests.integrations.tiny import denoiser_inputs, layers_of, packed_as, read_elsewhere, static_ranges
+from tests.conftest import weights_of
+from tests.integrations.tiny import adapter_changes, drawn, layers_of, packed_as, read_elsewhere, static_ranges
 
 
 def described(file: Path) -> dict[str, Any]:
@@ -115,32 +112,14 @@ def test_torchao_reads_every_weight_to_the_bit_and_computes_nearly_as_we_do(
 def test_a_whole_pipeline_draws_with_torchao(dtype: torch.dtype, packed_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     made = export_torchao(packed_folder, tmp_path / "out")
-    pictures = []
-    for folder, precision in ((made.folder, dtype), (packed_folder, torch.float32)):
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=precision)
-        pipeline.set_progress_bar_config(disable=True)
-        random = torch.Generator().manual_seed(3)
-        call = call_of("sana", pipeline)
-        pictures.append(pipeline(prompt="dark red", generator=random, output_type="pt", **call).images.float())
+    pictures = [drawn(made.folder, dtype), drawn(packed_folder)]
     assert 0 < float((pictures[0] - pictures[1]).abs().mean()) < 0.03
 
 
 @pytest.mark.slow
 def test_an_adapter_of_the_packed_model_does_the_same_in_torchao(packed_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    peft = pytest.importorskip("peft")
-    packed = load_pipeline(packed_folder, torch.float32).transformer
-    torch.manual_seed(0)
-    packed.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
-    packed.save_lora_adapter(tmp_path / "adapter")
     made = export_torchao(packed_folder, tmp_path / "out")
-    other = type(packed).from_pretrained(made.folder, subfolder="transformer", dtype=torch.float32)
-    other.load_lora_adapter(tmp_path / "adapter", prefix=None, use_safetensors=True)
-    changes: list[Tensor] = []
-    for model in (packed, other):
-        with torch.no_grad():
-            adapted = model(**denoiser_inputs("sana", model)).sample
-            model.disable_adapters()
-            changes.append((adapted - model(**denoiser_inputs("sana", model)).sample).flatten())
+    changes = adapter_changes(packed_folder, made.folder, tmp_path / "adapter")
     assert changes[0].norm() > 0
     assert torch.cosine_similarity(*changes, dim=0) > 0.95

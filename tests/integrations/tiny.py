@@ -21,7 +21,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, prepare
-from tests.conftest import subprocess_environment
+from tests.conftest import call_of, subprocess_environment
 
 # of an autoencoder that halves nothing
 _VAE = {"block_out_channels": [1], "temperal_downsample": []}
@@ -97,6 +97,34 @@ def static_ranges(packed: Path, folder: Path) -> Path:
     config["quantization_config"]["activation_range"] = "static"
     (folder / "transformer/config.json").write_text(json.dumps(config))
     return folder
+
+
+def drawn(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One picture of a tiny Sana pipeline, always from the same noise."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    random = torch.Generator().manual_seed(3)
+    call = call_of("sana", pipeline)
+    picture: Tensor = pipeline(prompt="dark red", generator=random, output_type="pt", **call).images.float()
+    return picture
+
+
+def adapter_changes(packed: Path, exported: Path, adapter: Path) -> list[Tensor]:
+    """What an adapter of a packed Sana, saved at ``adapter``, changes of its output and of the exported one's, flat."""
+    peft = pytest.importorskip("peft")
+    model = load_pipeline(packed, torch.float32).transformer
+    torch.manual_seed(0)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    model.save_lora_adapter(adapter)
+    other = type(model).from_pretrained(exported, subfolder="transformer", dtype=torch.float32)
+    other.load_lora_adapter(adapter, prefix=None, use_safetensors=True)
+    changes: list[Tensor] = []
+    for each in (model, other):
+        with torch.no_grad():
+            adapted = each(**denoiser_inputs("sana", each)).sample
+            each.disable_adapters()
+            changes.append((adapted - each(**denoiser_inputs("sana", each)).sample).flatten())
+    return changes
 
 
 def read_elsewhere(program: str, folder: Path, kind: str, target: Path) -> dict[str, Tensor]:

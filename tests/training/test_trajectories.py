@@ -116,7 +116,7 @@ def test_losses_do_not_depend_on_the_batch_size_and_mean_what_they_say(load, tmp
 
 def test_steps_that_are_kept_cover_the_sampler():
     for number in range(20):
-        kept = module._kept(20, 4, module.generator(number))
+        kept = module.kept_steps(20, 4, module.generator(number))
         assert [step // 5 for step in kept] == [0, 1, 2, 3]
 
 
