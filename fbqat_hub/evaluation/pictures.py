@@ -200,7 +200,7 @@ def widths_picture(models: Mapping[str, Mapping[str, int]], path: str | os.PathL
         axis.tick_params(length=0, colors=_MUTED)
         axis.invert_yaxis()
         axis.set_xlabel("block", fontsize=7, color=_MUTED)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, loc="right")  # names of layers leave room on the left
         axis.spines[:].set_visible(False)
     used = sorted({bits for widths in models.values() for bits in widths.values()})
     patches = [Patch(facecolor=colours((bits - 2) / 6), edgecolor=_MUTED, label=f"{bits} bits") for bits in used]

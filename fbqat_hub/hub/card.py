@@ -255,6 +255,7 @@ def _body(facts: Facts) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     recipe, records, images, data = facts.recipe, facts.records, facts.images, facts.data
+    quantization = recipe.get("quantization")
     comparison = [name for name in images if name.startswith("comparison")]
     curves = [name for name in images if name.startswith("curve")]
     layer_widths = [name for name in images if name.startswith("widths")]
@@ -276,6 +277,7 @@ def _body(facts: Facts) -> str:
         notes=data.notes,
         stage=facts.stage,
         weight_bits=facts.weight_bits,
+        average_bits=quantization.get("average_bits") if isinstance(quantization, Mapping) else None,
         activation_bits=facts.activation_bits,
         text_encoders=_text_encoders(recipe),
         widths=widths_table(facts.widths, recipe["method"]) if facts.widths else None,

@@ -313,6 +313,7 @@ def test_layers_of_several_widths_are_drawn_and_are_on_the_card(tiny_sana: Path,
     layers = named_layers(load_pipeline(run).transformer, PackedLayer)
     assert wide == {name for name, layer in layers if layer.weight_bits == 8}
     text = write_card(run, "me/mixed").read_text()
+    assert "quantized to W4A8 (weights of 4 and 8 bits, 5.0 on average, 8-bit activations)" in text
     assert "## Bits of each layer\n\n![" in text
     assert text.count("images/widths.png") == 1
 
