@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -22,23 +21,23 @@ from fbqat_hub.hub.card import write_card
 from fbqat_hub.inputs import output_folder
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.progress import plain_lines
-from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.distill import is_finished, train
 from fbqat_hub.training.evaluate import evaluate
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.samples import evaluation_prompts, picture_sheet, teacher_pictures
 from fbqat_hub.training.teachers import resolve_teacher
 
-# Without training by the plainest and the best way, and trained by the strongest baseline. All at the recipe's learning
-# rate; docs/method.md has each at its own best one.
-BASELINES = ("ptq-maxabs", "ptq-gptq", "lsq-qat")
+# The best way without training and the strongest one with it, at the recipe's learning rate; docs/method.md has each at
+# its own best one.
+BASELINES = ("ptq-gptq", "lsq-qat")
 # No Fréchet distance: of so few pictures it is noise.
 METRICS = ("kd_loss", "psnr", "ssim", "bits_per_weight", "denoiser_mib")
-_SHEET = {"ptq-maxabs": "PTQ W4A8", "lsq-qat": "LSQ W4A8", "fbqat": "FB-QAT W4A8 (ours)"}
+_SHEET = {"ptq-gptq": "GPTQ, not trained", "lsq-qat": "LSQ", "fbqat": "FB-QAT (ours)"}
 
 
 def demo(output: Path, *, steps: int | None = None) -> Path:
-    """Quantize the tiny Sana by four methods, compare them with the teacher, compile ours, write its card.
+    """Quantize the tiny Sana by three methods, compare them with the teacher, compile ours, write its card.
 
     A second call on the same folder goes on where the first one stopped.
 
@@ -58,20 +57,22 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
         recipes = {folder: replace(each, steps=steps) if each.steps else each for folder, each in recipes.items()}
     for folder, recipe in recipes.items():
         is_finished(recipe, output_folder(folder), resume=True)
-    print("== four methods; the trained ones at the same time", flush=True)
-    jobs = [(folder, recipe, folder == output) for folder, recipe in recipes.items()]
-    _run(*jobs[0])  # alone: it leaves the data, encoded, and the teacher's pictures for the others
-    workers = min(len(jobs) - 1, os.cpu_count() or 1)
-    threads = max(1, torch.get_num_threads() // workers)
+    print("== three methods, two at a time; then a QNN HTP context binary for the Snapdragon 8 Elite", flush=True)
+    ours, (untrained, trained) = recipes.pop(output), recipes.items()
+    _splits(ours)  # encoded here, once
+    threads = max(1, torch.get_num_threads() // 2)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_alone, initargs=(threads,)) as pool:
-        for done in as_completed([pool.submit(_run, *job) for job in reversed(jobs[1:])]):  # the longest one first
-            done.result()
-    _collect(recipes, output)
-    print("== QNN HTP context binary for the Snapdragon 8 Elite", flush=True)
-    exporting = time.monotonic()
-    _compile(output)
-    print(f"   {time.monotonic() - exporting:.0f} s", flush=True)
+    with ProcessPoolExecutor(2, spawn, initializer=_alone, initargs=(threads,)) as pool:
+        training = pool.submit(train, ours, output, resume=True)
+        first = pool.submit(_measure, *untrained)  # short, and it leaves the teacher's pictures for the others
+        second = pool.submit(_measure, *trained)
+        first.result()
+        training.result()
+        pool.submit(_measure, output, ours, ours=True).result()
+        exporting = pool.submit(_compile, output)
+        second.result()
+        exporting.result()
+    _collect({**recipes, output: ours}, output)
     print(f"card: {write_card(output)}")
     print(f"done in {time.monotonic() - began:.0f} s. Look at {output}/README.md and {output}/images/comparison.png")
     print(f'next: fbqat generate {quote(str(output))} "red heart" "pouting cat" --output two.png')
@@ -84,17 +85,20 @@ def _alone(threads: int) -> None:
     plain_lines()
 
 
-def _run(folder: Path, recipe: Recipe, ours: bool) -> None:
-    """Train and measure by one recipe, unless it is done; prints what was found."""
-    began = time.monotonic()
+def _measure(folder: Path, recipe: Recipe, *, ours: bool = False) -> None:
+    """Train by one recipe, unless it is done, and measure; prints what was found."""
     train(recipe, folder, resume=True)
     metrics = (*METRICS, "peak_rss_mib") if ours else METRICS
     found = {record.metric: record.value for record in evaluate(folder, metrics=metrics).records}
     print(
         f"   {METHODS[recipe.method]}: held-out distillation loss {found['kd_loss']:.2e}, PSNR {found['psnr']:.1f} dB, "
-        f"SSIM {found['ssim']:.3f}, {time.monotonic() - began:.0f} s",
+        f"SSIM {found['ssim']:.3f}",
         flush=True,
     )
+
+
+def _splits(recipe: Recipe) -> dict[str, CachedSplit]:
+    return cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher), torch.float32))
 
 
 def _collect(recipes: Mapping[Path, Recipe], output: Path) -> None:
@@ -104,8 +108,7 @@ def _collect(recipes: Mapping[Path, Recipe], output: Path) -> None:
         records += read_records(folder / "results.json")
     write_records(output / "results.json", records)
     recipe = recipes[output]
-    splits = cached_splits(recipe, load_pipeline(resolve_teacher(recipe.teacher), torch.float32))
-    prompts = evaluation_prompts(recipe, splits)
+    prompts = evaluation_prompts(recipe, _splits(recipe))
     columns = {"teacher": teacher_pictures(recipe, prompts)}
     for folder, each in recipes.items():
         if label := _SHEET.get(each.method):

@@ -28,6 +28,7 @@ from fbqat_hub.training.generate import generation_of
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.version import __version__
+from fbqat_hub.weights import check_finite
 
 # the names that diffusers and peft give an adapter's file
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
@@ -140,6 +141,7 @@ def check(
     if prompts and output is None:
         raise ValueError("--prompt makes a sheet of pictures beside the JSON file; say where with --output FILE.json.")
     file = adapter_file(adapter)
+    check_finite(file)
     folders = [downloaded(resolve_teacher(source)) for source in (base, float_base) if source is not None]
     classes = [read_index(folder)[0] for folder in folders]
     if len(set(classes)) > 1:

@@ -126,6 +126,15 @@ def test_an_adapter_that_does_nothing_or_harm_is_an_error(
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_damaged_adapter_is_named_before_anything_is_loaded(tmp_path, capsys) -> None:
+    file = tmp_path / "short.safetensors"
+    file.write_bytes(b"123")
+    status, _, err = run(capsys, "check", file, "--base", tmp_path / "not loaded")
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"{file} is damaged or cut short" in err
+    assert "Download" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
