@@ -42,8 +42,8 @@ from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tens
 
 def register() -> None:
     """Make diffusers know ``quant_method: fbqat``. Safe to call again."""
-    auto.AUTO_QUANTIZER_MAPPING.setdefault("fbqat", FBQATDiffusersQuantizer)
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("fbqat", FBQATConfig)
+    auto.AUTO_QUANTIZER_MAPPING["fbqat"] = FBQATDiffusersQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["fbqat"] = FBQATConfig
 
 
 def register_single_file() -> None:
