@@ -49,8 +49,8 @@ class FBQATConfig(QuantizationConfigMixin, TransformersConfigMixin):
         weight_clip: how quantize-on-load finds the scale, "max_abs" or "mse"; a trained checkpoint has its own.
         activation_bits: 8 or 16, or 32 for float activations.
         activation_range: "per_token", "per_tensor" (both dynamic) or "static" (needs a calibrated checkpoint).
-        modules_to_not_convert: names, or fnmatch patterns, of modules left in float. Written out as sorted names. A name
-            is a whole one: ``proj_out`` is the last layer, ``*.proj_out`` are those in blocks.
+        modules_to_not_convert: names, or fnmatch patterns, of modules left in float. Written out as sorted names. A
+            name is a whole one: ``proj_out`` is the last layer, ``*.proj_out`` are those in blocks.
         module_overrides: pattern -> {"bits": 16} and/or {"range": ...}, activation settings that differ there.
         weight_bits_by_module: name or pattern -> bits of the modules whose weights have not ``weight_bits``; of several
             that match the last one. Written out as sorted names.

@@ -23,7 +23,8 @@ import sys
 from diffusers import DiffusionPipeline
 assert "fbqat_hub" not in sys.modules or sys.modules["fbqat_hub"] is None
 pipeline = DiffusionPipeline.from_pretrained({folder!r})
-print(type(pipeline.transformer.transformer_blocks[0].attn1.to_q).__name__, pipeline.transformer.hf_quantizer.__module__)
+layer = pipeline.transformer.transformer_blocks[0].attn1.to_q
+print(type(layer).__name__, pipeline.transformer.hf_quantizer.__module__)
 """
 
 
