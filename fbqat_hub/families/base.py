@@ -46,6 +46,7 @@ class Family(ABC):
             device, arXiv 2510.14823 section 4.3).
         a16_layers: fnmatch patterns of layers that an export computes at A16 though they were trained at A8: the last
             one, and those of one row a picture, which cost nothing (the timestep's path, modulations).
+        may_be_none: arguments of the pipeline's call that take None though their annotation says nothing of it.
         few_steps: in how many steps a model that was distilled for few of them samples; 0 of others.
         patch_side: latents a side that the denoiser makes one token of.
         latents_input, timestep_input: what its forward calls them.
@@ -67,6 +68,7 @@ class Family(ABC):
     layer_groups: ClassVar[dict[str, tuple[str, ...]]]
     activation_overrides: ClassVar[dict[str, dict[str, Any]]] = {"proj_out": {"bits": 16}}
     a16_layers: ClassVar[tuple[str, ...]] = ("proj_out",)
+    may_be_none: ClassVar[frozenset[str]] = frozenset()
     few_steps: ClassVar[int] = 0
     patch_side: ClassVar[int] = 2
     latents_input: ClassVar[str] = "hidden_states"

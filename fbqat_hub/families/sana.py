@@ -84,6 +84,7 @@ class SanaSprint(Sana):
     name: ClassVar[str] = "sana-sprint"
     title: ClassVar[str] = "Sana-Sprint"
     pipeline_class: ClassVar[str] = "SanaSprintPipeline"
+    may_be_none: ClassVar[frozenset[str]] = frozenset({"intermediate_timesteps"})  # with other steps than two
     few_steps: ClassVar[int] = 2
     without_bundle: ClassVar[str] = "its sampler adds noise of its own between the steps, which the runner cannot"
     tiny: ClassVar[str | None] = None

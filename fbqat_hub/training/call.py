@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
 from fbqat_hub.config import unknown_key_error
-from fbqat_hub.families import FAMILIES
+from fbqat_hub.families import FAMILIES, Family
 
 # What a recipe or a command line can say. Tensors, callbacks and the like cannot be written there.
 _WORDS = {
@@ -24,8 +24,6 @@ _WORDS = {
 }
 # These are given by whoever makes the call.
 _OURS = {"self", "prompt", "prompt_2", "prompt_3", "generator", "latents", "output_type", "return_dict"}
-# Their annotation says nothing of None, which the call needs all the same: Sana-Sprint's with other steps than two.
-_MAY_BE_NONE = {"intermediate_timesteps"}
 # (least, most); a recipe that came with a model must not fill the memory of who generates with it.
 _RANGES = {
     "height": (1, 8192),
@@ -68,18 +66,21 @@ def call_types(pipeline_class: str) -> dict[str, tuple[Any, ...]]:
     if not pipeline_class.endswith("Pipeline") or not hasattr(diffusers, pipeline_class):
         raise ValueError(f"diffusers has no pipeline {pipeline_class!r}.")
     parameters = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters.values()
-    found = {each.name: _types(each) for each in parameters if each.kind is not each.VAR_KEYWORD}
+    family = _family_of(pipeline_class)
+    may_be_none = family.may_be_none if family else frozenset()
+    found = {
+        each.name: _types(each, each.name in may_be_none) for each in parameters if each.kind is not each.VAR_KEYWORD
+    }
     return {name: kinds for name, kinds in found.items() if kinds and name not in _OURS and "callback" not in name}
 
 
-def _types(parameter: inspect.Parameter) -> tuple[Any, ...]:
+def _types(parameter: inspect.Parameter, may_be_none: bool) -> tuple[Any, ...]:
     """Of the annotation, and NoneType where the default is None; empty where one of them is no plain type."""
     annotation = parameter.annotation
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     kinds = {get_origin(part) or part for part in parts}
-    if (
-        parameter.default is None or list in kinds or parameter.name in _MAY_BE_NONE
-    ):  # a list can be left out, as Sana's instruction before a prompt
+    # a list can be left out, as Sana's instruction before a prompt
+    if parameter.default is None or list in kinds or may_be_none:
         parts = (*parts, type(None))
     return tuple(parts) if kinds <= {*_WORDS, type(None)} else ()
 
@@ -107,5 +108,9 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _size_multiple(pipeline_class: str) -> int:
     """What the sides of its pictures are multiples of."""
-    families = [family for family in FAMILIES.values() if family.pipeline_class == pipeline_class]
-    return families[0].size_multiple if families else 8
+    family = _family_of(pipeline_class)
+    return family.size_multiple if family else 8
+
+
+def _family_of(pipeline_class: str) -> Family | None:
+    return next((family for family in FAMILIES.values() if family.pipeline_class == pipeline_class), None)
