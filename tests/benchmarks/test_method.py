@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_method
 from benchmarks.method.report import at_equal_storage, budgets, forms, page, paired, table
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Bench, Remembered, Setting
-from benchmarks.method.variants import LearnedWidths
 from fbqat_hub.evaluation.results import METHODS as TITLES
 from fbqat_hub.families import get_family
-from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, WeightScheme, prepare, set_bit_width
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import load_recipe
 from tests.conftest import TRAINED
@@ -305,49 +302,11 @@ def test_short_form_runs_every_method_and_does_not_repeat_a_run(
     assert capsys.readouterr().out == ""
 
 
-def test_layers_of_the_freezing_variant_stay_on_their_code() -> None:
-    from benchmarks.method.variants import Freezing
-    from fbqat_hub.quantization import ActivationScheme, WeightScheme
-
-    linear = torch.nn.Linear(1, 1, bias=False)
-    layer = FakeQuantizedLinear(linear, WeightScheme(), ActivationScheme())
-    layer.current_clip = lambda: torch.full((1, 1), 7.0)  # a step of 1
-    layer.weight.data.fill_(2.4)
-    freezing = Freezing(layer, 0.005)
-    for step in range(40):
-        layer.weight.data.fill_(2.6 if step % 2 else 2.4)
-        freezing.update(1.0)
-    assert freezing._layers[0][1]["frozen"].item()
-    layer.weight.data.fill_(5.0)
-    freezing.update(1.0)
-    assert layer.weight.item() == freezing._layers[0][1]["at"].item() in (2.0, 3.0)
-
-
 def test_recipes_of_the_families_differ_in_what_the_family_needs_only() -> None:
     recipes = {family: load_recipe(name) for family, name in RECIPES.items()}
     for family, recipe in recipes.items():
         assert recipe.family == family
         assert (recipe.steps, recipe.batch_size, recipe.dataset) == (400, 8, recipes["sana"].dataset)
-
-
-def test_learned_widths_keep_the_mean_of_the_schedule_and_end_at_the_final_width() -> None:
-    """At 6 bits a layer that is given more takes it from the other; at 4 both have 4."""
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 48, bias=False))
-    prepare(student, WeightScheme(), ActivationScheme(bits=32))
-    learned = LearnedWidths(student, 4)
-    offsets = [layer.get_parameter("width_offset") for layer in student]
-    set_bit_width(student, 6)
-    even = student(torch.eye(16))
-    even.square().mean().backward()
-    assert all(offset.grad is not None and offset.grad != 0 for offset in offsets)
-    with torch.no_grad():
-        offsets[1].add_(0.002)
-        narrow, wide = learned.widths(6).tolist()
-        assert narrow < 6 < wide
-        assert (256 * narrow + 768 * wide) / 1024 == pytest.approx(6)
-        assert not torch.equal(student(torch.eye(16)), even)
-        assert learned.widths(4).tolist() == [4, 4]
 
 
 @pytest.mark.slow
