@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
+from benchmarks.method.choices import CHOICES, prepare_by
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.outliers import outlier_channels
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
@@ -117,6 +118,11 @@ VARIANTS: dict[str, Method] = {
         "fbqat", {"training": "blockwise", "blockwise": {"steps": 400, "tuning_steps": 300}}, trained=False
     ),
 }
+
+# The default and GPTQ with layers of 8 bits that something else chose, for the tracks of an average.
+for _name, _choice in CHOICES.items():
+    VARIANTS[f"ptq-gptq {_name}"] = Method("ptq-gptq", prepare=prepare_by(_choice), trained=False)
+    VARIANTS[f"fbqat {_name}"] = Method("fbqat", prepare=prepare_by(_choice))
 
 # Bits a weight on average, of the curve of size against loss; 8 is uniform 8 bits.
 AVERAGES = (4.25, 4.5, 5.0, 6.0, 8.0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_method
-from benchmarks.method.report import at_equal_storage, budgets, forms, page, paired, table
+from benchmarks.method.report import budgets, forms, page, paired, table
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Bench, Remembered, Setting
 from fbqat_hub.evaluation.results import METHODS as TITLES
@@ -145,18 +145,6 @@ def test_what_a_method_trains_is_chosen_on_validation_too() -> None:
     lines = table(Results([*ROWS, *blocks, worse]).named(), "test", 1e3, "{:.2f}").splitlines()
     assert "| QAT, learned step size (LSQ) | **12.00 ± 0.00 (blocks, 1e-04↕)** |" in lines
     assert "| LSQ from GPTQ codes, soft staircase | 18.00 ± 1.27 (1e-04↕) |" in lines
-
-
-def test_at_equal_storage_ours_meets_the_strongest_of_either_kind_of_scale() -> None:
-    per_channel = [{**each, "bits_per_weight": 4.2} for each in ROWS]
-    torchao = row("torchao-qat", 1e-4, 1, 0.010, track="train-blocks", bits_per_weight=5.0)
-    grouped = row(OURS, 1e-4, 1, 0.009, track="train-blocks-groups", bits_per_weight=5.0)
-    lines = at_equal_storage(Results([*per_channel, torchao, grouped])).splitlines()
-    assert lines[2:] == [
-        "| distillation loss, one scale per output channel: against QAT, learned step size (LSQ) | "
-        "-10.0% (-10.0 to -10.0) |",
-        "| distillation loss, one scale per group of 32: against torchao's QAT, groups of 32 | -10.0% (one seed) |",
-    ]
 
 
 def test_longer_budgets_stand_beside_the_short_one() -> None:
@@ -311,20 +299,23 @@ def test_recipes_of_the_families_differ_in_what_the_family_needs_only() -> None:
 
 @pytest.mark.slow
 def test_order_of_the_methods() -> None:
-    """On one family and seed, over the judge's draws; the margins are several times the spread over seeds (5%)."""
+    """On one family and seed, over the judge's draws, each method at its best rate.
+
+    Over three seeds a method's loss varies by 5% of it; every margin here is at least twice that.
+    """
     bench = Bench("pixart-sigma")
 
-    def loss(track: str, method: str, steps: int = 400) -> float:
-        setting = Setting(family="pixart-sigma", track=track, method=method, steps=steps, rate=1e-4, seed=1)
+    def loss(track: str, method: str, rate: float) -> float:
+        steps = 400 if rate else 0
+        setting = Setting(family="pixart-sigma", track=track, method=method, steps=steps, rate=rate, seed=1)
         found: float = bench.measure(setting, pictures=False)["sampler"]
         return found
 
-    half_a_bit = loss("mixed-4.5", "fbqat")
-    default = loss("uniform-4", "fbqat")
-    lsq, vanilla = loss("uniform-4", "lsq-qat"), loss("uniform-4", "vqat")
+    half_a_bit, default = loss("mixed-4.5", "fbqat", 1e-4), loss("uniform-4", "fbqat", 1e-4)
+    lsq, vanilla = loss("uniform-4", "lsq-qat", 2e-4), loss("uniform-4", "vqat", 1e-4)
     gptq, nearest = loss("uniform-4", "ptq-gptq", 0), loss("uniform-4", "ptq-mse", 0)
     assert half_a_bit < 0.8 * default
-    assert default < 0.95 * lsq
+    assert default < 0.9 * lsq
     assert lsq < 0.8 * vanilla
-    assert default < 0.6 * gptq
+    assert vanilla < 0.9 * gptq
     assert gptq < 0.5 * nearest
