@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_method
+from benchmarks.method.findings import Side
 from benchmarks.method.report import budgets, forms, page, paired, table
-from benchmarks.method.rows import OURS, Results
+from benchmarks.method.rows import FAMILIES, OURS, Results
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Bench, Remembered, Setting
 from fbqat_hub.evaluation.results import METHODS as TITLES
 from fbqat_hub.families import get_family
@@ -297,25 +298,35 @@ def test_recipes_of_the_families_differ_in_what_the_family_needs_only() -> None:
         assert (recipe.steps, recipe.batch_size, recipe.dataset) == (400, 8, recipes["sana"].dataset)
 
 
+# From the lowest loss to the highest: track, method, rate on FLUX.1, and the least gap to the next. The gaps are half
+# of those measured; the standard deviation of a method's loss over three seeds is below 1% there.
+ORDER = (
+    ("mixed-4.5", "fbqat", 1e-4, 0.17),
+    ("uniform-4", "fbqat", 1e-4, 0.05),
+    ("uniform-4", "lsq-qat", 1e-4, 0.13),
+    ("uniform-4", "vqat", 1e-4, 0.05),
+    ("uniform-4", "ptq-gptq", 0.0, 0.3),
+    ("uniform-4", "ptq-mse", 0.0, 0.0),
+)
+
+
 @pytest.mark.slow
 def test_order_of_the_methods() -> None:
-    """On one family and seed, over the judge's draws, each method at its best rate.
+    """Half a bit on average, the default, LSQ, vanilla QAT, GPTQ, nearest codes: one family and seed, on the judge."""
+    bench, losses = Bench("flux"), []
+    for track, method, rate, _ in ORDER:
+        setting = Setting(family="flux", track=track, method=method, steps=400 if rate else 0, rate=rate, seed=1)
+        losses.append(bench.measure(setting, pictures=False)["sampler"])
+    for (_, method, _, gap), lower, higher in zip(ORDER, losses, losses[1:], strict=False):
+        assert lower < (1 - gap) * higher, method
 
-    Over three seeds a method's loss varies by 5% of it; every margin here is at least twice that.
-    """
-    bench = Bench("pixart-sigma")
 
-    def loss(track: str, method: str, rate: float) -> float:
-        steps = 400 if rate else 0
-        setting = Setting(family="pixart-sigma", track=track, method=method, steps=steps, rate=rate, seed=1)
-        found: float = bench.measure(setting, pictures=False)["sampler"]
-        return found
-
-    half_a_bit, default = loss("mixed-4.5", "fbqat", 1e-4), loss("uniform-4", "fbqat", 1e-4)
-    lsq, vanilla = loss("uniform-4", "lsq-qat", 2e-4), loss("uniform-4", "vqat", 1e-4)
-    gptq, nearest = loss("uniform-4", "ptq-gptq", 0), loss("uniform-4", "ptq-mse", 0)
-    assert half_a_bit < 0.8 * default
-    assert default < 0.9 * lsq
-    assert lsq < 0.8 * vanilla
-    assert vanilla < 0.9 * gptq
-    assert gptq < 0.5 * nearest
+def test_the_rows_are_in_that_order_in_every_family_that_has_them() -> None:
+    results, seen = Results.load(), []
+    for family in FAMILIES:
+        sides = [Side(track, method, 400 if rate else 0) for track, method, rate, _ in ORDER]
+        found = [side.rows(results, family, "sampler").get(1) for side in sides]
+        losses = [row["sampler"] for row in found if row]
+        assert losses == sorted(losses)
+        seen += [family] * all(found)
+    assert "flux" in seen
