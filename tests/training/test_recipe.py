@@ -13,6 +13,8 @@ from fbqat_hub.families import FAMILIES
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.training import dataset, method
 from fbqat_hub.training.call import check_call
+from fbqat_hub.training.checkpoint import check_same_recipe
+from fbqat_hub.training.distill import is_finished
 from fbqat_hub.training.method import FBQAT, METHODS
 from fbqat_hub.training.prompts import PROMPT_SETS
 from fbqat_hub.training.recipe import RECIPE_VERSION, RECIPES, Recipe, load_recipe, recipe_of_run
@@ -151,6 +153,28 @@ def test_old_names_are_todays(old: dict[str, Any], new: dict[str, Any], tmp_path
 def test_what_was_removed_is_refused_where_it_was_on(old: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe(write_recipe(tmp_path / "old.yaml", {**MINIMAL, **old}))
+
+
+def test_a_run_with_the_staircase_is_not_resumed_here(tmp_path: Path) -> None:
+    recipe = Recipe(**MINIMAL)
+    saved = recipe.to_dict()
+    saved["schedule"] |= {"softness": 0.1, "soft_until": 0.9}
+    write_recipe(tmp_path / "recipe.yaml", saved)
+    with pytest.raises(
+        ValueError, match=r"softness is 0\.1; it was removed .* To continue such a run, use fbqat_hub 0"
+    ):
+        is_finished(recipe, tmp_path, resume=True)
+    checkpoint = tmp_path / "checkpoints"
+    checkpoint.mkdir()
+    for softness in (0.0, 0.1):
+        saved["schedule"]["softness"] = softness
+        saved["schedule"]["soft_until"] = 9 * softness
+        write_recipe(checkpoint / "recipe.yaml", saved)
+        if softness:
+            with pytest.raises(ValueError, match="softness is"):
+                check_same_recipe(checkpoint, yaml.safe_dump(recipe.to_dict()))
+        else:
+            check_same_recipe(checkpoint, yaml.safe_dump(recipe.to_dict()))
 
 
 # methods
