@@ -13,14 +13,14 @@ import statistics
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.integration import ADAPTERS, OPERATIONS
 from benchmarks.markdown import markdown
+from benchmarks.method.findings import CHOICES, JUDGED, OLDER, Finding, findings
 from benchmarks.method.judge import judge_rows
-from benchmarks.method.report import at_equal_storage, table
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.widths import half_bits
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
@@ -73,19 +73,14 @@ def demo_table() -> str:
     )
 
 
-def method_table() -> str:
-    """The main table of the method benchmark."""
-    return table(Results.load().named(), "test", 1e3, "{:.2f}").rstrip()
-
-
-def equal_storage_table() -> str:
-    """Ours against the strongest baselines that store as many bits."""
-    return at_equal_storage(Results.load()).rstrip()
-
-
 def judge_table() -> str:
     """Methods over draws of the teacher's sampler."""
     return judge_rows(Results.load()).rstrip()
+
+
+def findings_table(chosen: Sequence[Finding]) -> str:
+    """What parts of the method change."""
+    return findings(Results.load(), chosen).rstrip()
 
 
 def half_bits_table() -> str:
@@ -126,8 +121,8 @@ def blockwise_table() -> str:
         f"{markdown(('loss ×1e-3', *(FAMILIES[name].title for name in families)), rows)}\n\n"
         "Held-out distillation loss, test split, mean and standard deviation of three seeds (one, where no deviation "
         f"is given). Mean time on one core, GPTQ included: {blocks:.0f} s block by block, {whole:.0f} s end to end, "
-        "200 steps. By `python -m benchmarks.method --tracks uniform-4 mixed-4.5 --methods 'fbqat staircase blockwise' "
-        "--no-pictures`."
+        "200 steps. Measured with the soft staircase, by fbqat_hub 0.1; today by `python -m benchmarks.method --tracks "
+        "uniform-4 mixed-4.5 --methods 'fbqat blockwise' --no-pictures`."
     )
 
 
@@ -498,9 +493,10 @@ def convert_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "families": families_table,
     "demo": demo_table,
-    "method": method_table,
-    "equal-storage": equal_storage_table,
     "judge": judge_table,
+    "findings": lambda: findings_table(JUDGED),
+    "choices": lambda: findings_table(CHOICES),
+    "older-findings": lambda: findings_table(OLDER),
     "half-bits": half_bits_table,
     "blockwise": blockwise_table,
     "speed": speed_table,

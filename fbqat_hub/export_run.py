@@ -19,7 +19,7 @@ from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.families import component_configs
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.calibration import export_data
-from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.recipe import recipe_of_run
 
 
 def export_run(
@@ -56,7 +56,7 @@ def export_run(
     check_asked(output, soc, graphs=graphs, pictures=pictures)
     precision_named(precision)
     saved = Path(run) / "recipe.yaml"
-    recipe = load_recipe(saved) if saved.is_file() else None
+    recipe = recipe_of_run(saved) if saved.is_file() else None
     if len(prompts) < 2 and (prompts or recipe is None):
         raise ExportError(
             f"{run}: {'one prompt was given' if prompts else 'there is no recipe.yaml'}; calibration needs at least "

@@ -178,7 +178,7 @@ def student_of(
     config = recipe.config()
     trained = get_family(recipe.family).layer_groups[recipe.train_layers]
     student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
-    for layer, names, scheme, _ in _targets(recipe, student):
+    for layer, names, scheme, _ in targets_of(recipe, student):
         made = make(names[0], _linear(layer.weight, layer.bias), scheme)
         made = Pointwise(made) if isinstance(layer, nn.Conv2d) else made
         for name in names:
@@ -220,7 +220,8 @@ def bits_per_weight(student: nn.Module) -> float:
     return stored / weights
 
 
-def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
+def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
+    """The layers of a float model that a recipe quantizes, in order."""
     config = recipe.config()
     skip, overrides = config.modules_to_not_convert, config.module_overrides
     return targets(model, config.activation_scheme(), not_convert=skip, overrides=overrides)
@@ -248,7 +249,7 @@ def _layer_inputs(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of each layer to quantize, on the float model's calibration samples: random tokens [n, in], and max|x| [in]."""
     teacher = teacher.to(draws.device)
-    layers = {target.names[0]: target.layer for target in _targets(recipe, teacher)}
+    layers = {target.names[0]: target.layer for target in targets_of(recipe, teacher)}
     samples = recipe.calibration.samples
     random = generator(recipe.seed, "calibration tokens")
     kept: dict[str, list[Tensor]] = {}

@@ -19,23 +19,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
+from benchmarks.method.choices import CHOICES, prepare_by
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.outliers import outlier_channels
-from benchmarks.method.variants import FeatureDraws, Freezing, LearnedWidths, weight_average
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
 from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width, stored_bits_per_weight
-from fbqat_hub.quantization.auto_schedule import schedule_from_curve
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cache_key, cached_splits
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import distill
 from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.openmoji import default_cache_dir, load_openmoji
-from fbqat_hub.training.probe import loss_against_width, widths_to
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.samples import generate_samples
 from fbqat_hub.training.student import prepare_student
@@ -66,11 +64,6 @@ class Method:
     fields: Mapping[str, Any] = field(default_factory=dict)
     prepare: Prepare = prepare_student
     trained: bool = True  # at a rate of the grid
-    widths_by_curve: bool = False
-    average: float = 0.0
-    freeze: float = 0.0
-    features: float = 0.0
-    learned_widths: bool = False
     float_weights: bool = False  # with the method's activations
 
 
@@ -99,9 +92,6 @@ def _in_bfloat16(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, d
     return student
 
 
-_SOFT = {"softness": 0.1, "soft_until": 0.9}
-# The default until the judge showed how little its rounding gains; the forms below were tried on it.
-_STAIRCASE = Method("fbqat", {"schedule": _SOFT})
 METHODS: dict[str, Method] = {
     "ptq-maxabs": Method("ptq-maxabs", trained=False),
     "ptq-mse": Method("ptq-mse", trained=False),
@@ -121,40 +111,18 @@ FLOORS: dict[str, Method] = {
     "activations alone": Method("ptq-maxabs", trained=False, float_weights=True),
     "bfloat16": Method("ptq-maxabs", prepare=_in_bfloat16, trained=False),
 }
-# Forms that can be tried; each differs from "fbqat staircase" in what its name says. The results have more: forms that
-# lost and left the library (slope, dampening, 15 levels, softer starts).
+# What stands beside the methods in some tables. The results have more: forms that lost and left the code.
 VARIANTS: dict[str, Method] = {
-    "fbqat nearest 0.3/0.9": replace(
-        _STAIRCASE,
-        fields={"initialization": "nearest", "schedule": {"stages": "constant", "softness": 0.3, "soft_until": 0.9}},
+    "fbqat blockwise": Method("fbqat", {"training": "blockwise"}, trained=False),
+    "fbqat blockwise x4": Method(
+        "fbqat", {"training": "blockwise", "blockwise": {"steps": 400, "tuning_steps": 300}}, trained=False
     ),
-    "lsq-gptq": Method("lsq-qat", {"initialization": "gptq"}),
-    "fbqat staircase": _STAIRCASE,
-    "fbqat staircase blockwise": Method("fbqat", {"schedule": _SOFT, "training": "blockwise"}, trained=False),
-    "fbqat staircase blockwise x4": Method(
-        "fbqat",
-        {"schedule": _SOFT, "training": "blockwise", "blockwise": {"steps": 400, "tuning_steps": 300}},
-        trained=False,
-    ),
-    "fbqat ewgs": replace(_STAIRCASE, fields={"schedule": _SOFT, "optimizer": {"ewgs": 0.2}}),
-    "fbqat average": replace(_STAIRCASE, average=0.98),
-    "fbqat freeze": replace(_STAIRCASE, freeze=0.02),
-    "fbqat features": replace(_STAIRCASE, features=0.1),
-    "lsq-qat average": Method("lsq-qat", average=0.98),
-    "lsq-qat ewgs": Method("lsq-qat", {"optimizer": {"ewgs": 0.2}}),
-    "lsq-qat freeze": Method("lsq-qat", freeze=0.02),
-    "lsq-qat features": Method("lsq-qat", features=0.1),
-    "fbqat-paper auto": Method("fbqat-paper", widths_by_curve=True),
-    "fbqat-paper learned widths": Method("fbqat-paper", learned_widths=True),
-    "fbqat widths": replace(
-        _STAIRCASE,
-        fields={"initialization": "nearest", "schedule": {"stages": "paper", "softness": 0.3, "soft_until": 0.9}},
-    ),
-    "fbqat-paper lsq": Method("fbqat-paper", {"quantization": {"weight_clip": "learned"}}),
 }
-for _share, _until in ((0.05, 0.6), (0.05, 0.8), (0.05, 0.9), (0.1, 0.6), (0.1, 0.8)):
-    # softer ones leave the GPTQ codes that training starts from
-    VARIANTS[f"fbqat {_share:g}/{_until:g}"] = Method("fbqat", {"schedule": {"softness": _share, "soft_until": _until}})
+
+# The default and GPTQ with layers of 8 bits that something else chose, for the tracks of an average.
+for _name, _choice in CHOICES.items():
+    VARIANTS[f"ptq-gptq {_name}"] = Method("ptq-gptq", prepare=prepare_by(_choice), trained=False)
+    VARIANTS[f"fbqat {_name}"] = Method("fbqat", prepare=prepare_by(_choice))
 
 # Bits a weight on average, of the curve of size against loss; 8 is uniform 8 bits.
 AVERAGES = (4.25, 4.5, 5.0, 6.0, 8.0)
@@ -226,7 +194,7 @@ class Setting:
         return load_recipe(RECIPES[self.family], **fields)
 
 
-class Remembered(FeatureDraws):
+class Remembered(Draws):
     """Draws that keep batches and the teacher's predictions, which all methods share at a seed."""
 
     def __init__(self, teacher: nn.Module, *args: Any) -> None:
@@ -234,7 +202,7 @@ class Remembered(FeatureDraws):
         self._teacher = teacher
         self._batches: dict[Any, dict[str, Tensor]] = {}
         self._held_out: dict[Any, list[dict[str, Tensor]]] = {}
-        self._targets: dict[tuple[int, float], Tensor] = {}
+        self._targets: dict[int, Tensor] = {}
         self._kept: set[int] = set()  # ids of the inputs in the two above; others may be another's later
 
     def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
@@ -254,10 +222,9 @@ class Remembered(FeatureDraws):
     def predict(self, denoiser: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         if denoiser is not self._teacher or id(inputs) not in self._kept:
             return super().predict(denoiser, inputs)
-        key = (id(inputs), self.features)
-        if key not in self._targets:
-            self._targets[key] = super().predict(denoiser, inputs)
-        return self._targets[key]
+        if id(inputs) not in self._targets:
+            self._targets[id(inputs)] = super().predict(denoiser, inputs)
+        return self._targets[id(inputs)]
 
 
 class Bench:
@@ -297,14 +264,10 @@ class Bench:
         with outlier_channels(self.teacher) if setting.track == "outliers" else nullcontext():
             student = method.prepare(recipe, self.teacher, splits["train"], draws)
         bits = recipe.config().weight_bits
-        if method.widths_by_curve:
-            curve = loss_against_width(student, self.teacher, splits["validation"], draws, widths_to(bits))
-            stages = schedule_from_curve({width: loss.mean for width, loss in curve.items()})
-            recipe = replace(recipe, schedule=replace(recipe.schedule, stages=[list(stage) for stage in stages.stages]))
         row: dict[str, Any] = {**vars(setting), "batch_size": recipe.batch_size}
         dynamics = Dynamics(student, bits, recipe.steps)
         if recipe.steps:
-            self._train(recipe, method, student, splits, draws, dynamics)
+            self._train(recipe, student, splits, draws, dynamics)
         trained = time.monotonic() - began
         set_bit_width(student, _FLOAT if method.float_weights else bits)
         if setting.method not in FLOORS:
@@ -373,25 +336,11 @@ class Bench:
     def _train(
         self,
         recipe: Recipe,
-        method: Method,
         student: nn.Module,
         splits: dict[str, CachedSplit],
         draws: Remembered,
         dynamics: Dynamics,
     ) -> None:
-        average = weight_average(student, method.average) if method.average else None
-        freezing = Freezing(student, method.freeze) if method.freeze else None
-        if method.learned_widths:
-            LearnedWidths(student, recipe.config().weight_bits)
-
-        def after_step(step: int) -> None:
-            dynamics.update(step)
-            if freezing:
-                freezing.update(step / recipe.steps)
-            if average:
-                average.update_parameters(student)
-
-        draws.features = method.features
         with tempfile.TemporaryDirectory() as folder:
             distill(
                 recipe,
@@ -403,13 +352,8 @@ class Bench:
                 Accelerator(),
                 resume=False,
                 progress=False,
-                after_step=after_step,
+                after_step=dynamics.update,
             )
-        draws.features = 0.0
-        if average:
-            with torch.no_grad():
-                for live, mean in zip(student.parameters(), average.module.parameters(), strict=True):
-                    live.copy_(mean)
 
     def _pictures(self, recipe: Recipe, student: nn.Module) -> dict[str, Any]:
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, batch_size=64))

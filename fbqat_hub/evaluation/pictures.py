@@ -15,7 +15,7 @@ from fbqat_hub.files import whole
 
 _INK, _MUTED, _LINE, _PAPER = "#1d2433", "#667085", "#e4e7ec", "#ffffff"
 _TILE, _GAP = 144, 10  # 64 px pictures at 2.25 times their size
-_LOSS, _WIDTH, _SOFT = "#3355c8", "#d1671f", "#1f8a5b"
+_LOSS, _WIDTH = "#3355c8", "#d1671f"
 
 
 def grid(images: Sequence[Image.Image], columns: int, tile: int | None = None, gap: int = 4) -> Image.Image:
@@ -95,11 +95,11 @@ def comparison_sheet(
 
 
 def training_curve(log: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> Path:
-    """Draw a run: loss on a logarithmic axis, beside it bit width and softness of the grid where logged.
+    """Draw a run: loss on a logarithmic axis, beside it the bit width where logged.
 
     Args:
-        log: one mapping a logged step with ``step`` and ``loss`` (> 0), and where they apply ``bit_width``,
-            ``softness`` (0 = hard grid) and ``validation_loss``; other keys are ignored.
+        log: one mapping a logged step with ``step`` and ``loss`` (> 0), and where they apply ``bit_width``
+            and ``validation_loss``; other keys are ignored.
         path: PNG to write.
 
     Returns:
@@ -136,23 +136,17 @@ def training_curve(log: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     handles, names = axis.get_legend_handles_labels()
 
     shown = axis  # the topmost axis carries the legend, so that no line is drawn over it
-    for key, title, color in (("bit_width", "bit width", _WIDTH), ("softness", "softness of the grid", _SOFT)):
-        points = [(e["step"], e[key]) for e in log if e.get(key) is not None]
-        values = {value for _, value in points}
-        if len(values) < 2:  # a constant is a line of the legend, not an axis
-            if values != {0} and points:
-                handles, names = [*handles, Patch(alpha=0)], [*names, f"{title} {points[0][1]:g} throughout"]
-            continue
-        second = axis.twinx()
-        second.spines["top"].set_visible(False)
-        if shown is not axis:
-            second.spines["right"].set_position(("outward", 48))
-        drawn = second.plot(*zip(*points, strict=True), color=color, linewidth=1.6, drawstyle="steps-post")
-        handles, names = [*handles, *drawn], [*names, title]
-        second.set_ylabel(title, color=color)
-        second.tick_params(axis="y", colors=color)
-        second.set_ylim(bottom=0)
-        shown = second
+    widths = [(e["step"], e["bit_width"]) for e in log if e.get("bit_width") is not None]
+    if len({width for _, width in widths}) > 1:
+        shown = axis.twinx()
+        shown.spines["top"].set_visible(False)
+        drawn = shown.plot(*zip(*widths, strict=True), color=_WIDTH, linewidth=1.6, drawstyle="steps-post")
+        handles, names = [*handles, *drawn], [*names, "bit width"]
+        shown.set_ylabel("bit width", color=_WIDTH)
+        shown.tick_params(axis="y", colors=_WIDTH)
+        shown.set_ylim(bottom=0)
+    elif widths:  # a constant is a line of the legend, not an axis
+        handles, names = [*handles, Patch(alpha=0)], [*names, f"bit width {widths[0][1]:g} throughout"]
     shown.legend(handles, names, loc="upper right", frameon=True, framealpha=0.9, edgecolor=_LINE)
 
     path = Path(path)

@@ -16,7 +16,7 @@ from fbqat_hub.quantization.linear import FakeQuantizedLinear, FakeQuantizedPoin
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.packing import pack_int4, unpack_int4
 from fbqat_hub.quantization.quantize import quantize_weight
-from fbqat_hub.quantization.rounding import HardRounding, Rounding, SoftStaircase
+from fbqat_hub.quantization.rounding import Rounding
 from fbqat_hub.quantization.schedule import BitSchedule
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme
 
@@ -25,12 +25,10 @@ __all__ = [
     "BitSchedule",
     "FakeQuantizedLinear",
     "FakeQuantizedPointwiseConv2d",
-    "HardRounding",
     "PackedLayer",
     "PackedLinear",
     "PackedPointwiseConv2d",
     "Rounding",
-    "SoftStaircase",
     "WeightScheme",
     "calibrate",
     "convert",

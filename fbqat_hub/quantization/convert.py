@@ -17,7 +17,7 @@ from fbqat_hub.quantization.linear import FakeQuantizedLinear, FakeQuantizedPoin
 from fbqat_hub.quantization.observer import RangeObserver, RangeRule, affine_parameters
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
 from fbqat_hub.quantization.quantize import group_count
-from fbqat_hub.quantization.rounding import HARD, Rounding
+from fbqat_hub.quantization.rounding import NEAREST, Rounding
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -198,7 +198,7 @@ def prepare_layers(model: nn.Module, chosen: list[Target], weights: WeightScheme
     return replaced
 
 
-def set_bit_width(model: nn.Module, bit_width: float, rounding: Rounding = HARD) -> list[nn.Parameter]:
+def set_bit_width(model: nn.Module, bit_width: float, rounding: Rounding = NEAREST) -> list[nn.Parameter]:
     """Move every fake-quantized layer to a rounding, and to a bit width all that do not keep one of their own.
 
     Returns:
@@ -273,8 +273,8 @@ def convert(model: nn.Module) -> list[str]:
     A layer that is registered under several names stays one. Layers that share a weight have packed ones of their own.
 
     Raises:
-        ValueError: no layer to convert, or one that is not at a width that is stored with a hard grid
-            (``set_bit_width(model, 4)``), or not calibrated; the model is left as it was.
+        ValueError: no layer to convert, or one that is not at a width that is stored (``set_bit_width(model, 4)``), or
+            not calibrated; the model is left as it was.
     """
     return replace_layers(model, _packed_layers(model))
 

@@ -5,8 +5,7 @@ Source: "FraQAT: Quantization Aware Training with Fractional bits", arXiv 2510.1
     S = max|W| / (2^(b-1) - 1)      Q = round(W / S)      W_b = S * Q
 
 Nothing in it needs the bit width ``b`` to be an integer. Codes are clipped to the grid of that width: [-32, 31] at 6
-bits, [-22, 21] at 5.5, [-16, 15] at 5 (``grid``). In place of max|W| a smaller clip can stand (``clip.py``), and in
-place of ``round`` a softer form (``rounding.py``).
+bits, [-22, 21] at 5.5, [-16, 15] at 5 (``grid``). In place of max|W| a smaller clip can stand (``clip.py``).
 
 The gradient passes the rounding by a straight-through estimator: ``round`` counts as having derivative 1, and what
 follows from that by the chain rule is exact (``_FakeQuantize``). A clipped code passes nothing to its weight; a
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fbqat_hub.quantization.rounding import HARD, Rounding
+from fbqat_hub.quantization.rounding import NEAREST, Rounding
 
 # A bit width, or what is computed from one: a number, or a scalar tensor that is being trained.
 Width = TypeVar("Width", float, Tensor)
@@ -56,7 +55,7 @@ def symmetric_scale(clip: Tensor, bit_width: Width) -> Tensor:
     return clip / _like(2.0 ** (_checked(bit_width) - 1) - 1, clip)
 
 
-def fake_quantize(weight: Tensor, clip: Tensor, bit_width: Width, *, rounding: Rounding = HARD) -> Tensor:
+def fake_quantize(weight: Tensor, clip: Tensor, bit_width: Width, *, rounding: Rounding = NEAREST) -> Tensor:
     """Quantize to the grid of ``bit_width`` and dequantize, in float.
 
     Args:

@@ -33,7 +33,6 @@ def gptq_initialize(
     *,
     damping: float = 0.01,
     margin: float = 0.05,
-    softness: float = 0.0,
     max_bytes: int = 2**31,
     run: Callable[[nn.Module, Iterable[Any]], None] = run_batches,
 ) -> dict[str, float]:
@@ -50,7 +49,6 @@ def gptq_initialize(
             depend on it.
         damping: added to the diagonal of H, as a share of its mean.
         margin: how far inside its bin a weight is put, in steps.
-        softness: of the staircase that training starts with (``check_margin``).
         max_bytes: of second moments held at a time, fp32. Beside them a byte a weight is held.
         run: runs the model on all batches.
 
@@ -58,9 +56,10 @@ def gptq_initialize(
         name -> the layer's expected squared output error as a share of that of nearest rounding.
 
     Raises:
-        ValueError: nothing to initialise, a margin that does not suit, or a layer that no batch reached.
+        ValueError: nothing to initialise, a margin out of range, or a layer that no batch reached.
     """
-    check_margin(margin, softness)
+    if not 0 <= margin <= 0.5:
+        raise ValueError(f"margin is {margin}; it must be within 0 and 0.5, half a bin.")
     by_weight: dict[nn.Parameter, _Layers] = {}
     for name, layer in named_layers(model, FakeQuantizedLinear):
         by_weight.setdefault(layer.weight, {})[name] = layer
@@ -78,21 +77,6 @@ def gptq_initialize(
     for layers, codes in zip(by_weight.values(), found, strict=True):
         _move(next(iter(layers.values())), codes, margin)
     return ratios
-
-
-def check_margin(margin: float, softness: float = 0.0) -> None:
-    """Raise ValueError for a margin outside 0 .. 0.5 (half a bin), or of less than half the softness.
-
-    A soft staircase leaves what is within softness/2 of a rounding threshold between two codes: with less of a margin
-    training would not start on the grid.
-    """
-    if not 0 <= margin <= 0.5:
-        raise ValueError(f"margin is {margin}; it must be within 0 and 0.5, half a bin.")
-    if margin < softness / 2:
-        raise ValueError(
-            f"margin is {margin} and softness {softness}; give a margin of at least half the softness, "
-            f"{softness / 2:g}, so that training starts on the grid."
-        )
 
 
 def gptq_codes(weight: Tensor, scale: Tensor, inverse_root: Tensor, low: float, high: float) -> Tensor:

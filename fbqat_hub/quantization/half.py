@@ -6,8 +6,8 @@ are summed in float32, so that a layer equals its float32 computation but for th
 
     y[o] = scale * weight_scale[o] * sum over i of code[i] * weight_code[o, i]  +  bias[o]
 
-What is no code is rounded to half precision as in any layer: inputs at 32 bits, weights between two codes (the soft
-staircase) and codes of more than 9 bits. Layers of 16-bit inputs compute in float32.
+What is no code is rounded to half precision as in any layer: inputs at 32 bits. So are codes of more than 9 bits.
+Layers of 16-bit inputs compute in float32.
 """
 
 from __future__ import annotations

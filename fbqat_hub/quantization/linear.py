@@ -14,7 +14,7 @@ from fbqat_hub.quantization.fake_quantize import check_bit_width, fake_quantize,
 from fbqat_hub.quantization.half import HALF, compute_dtype, half_linear
 from fbqat_hub.quantization.layer import Pointwise, QuantizedLayer
 from fbqat_hub.quantization.quantize import grouped, quantize_weight
-from fbqat_hub.quantization.rounding import HARD, Rounding
+from fbqat_hub.quantization.rounding import NEAREST, Rounding
 from fbqat_hub.quantization.scheme import ActivationScheme, WeightScheme
 
 
@@ -52,11 +52,11 @@ class FakeQuantizedLinear(QuantizedLayer):
         self.register_buffer("input_zero_point", None)
         self.enabled = True
         self.keeps_width = False
-        self.rounding: Rounding = HARD
+        self.rounding: Rounding = NEAREST
         self.bit_width = math.nan  # so that the first set_bit_width sets the clip
         self.set_bit_width(weight_scheme.bits)
 
-    def set_bit_width(self, bit_width: float, rounding: Rounding = HARD) -> list[nn.Parameter]:
+    def set_bit_width(self, bit_width: float, rounding: Rounding = NEAREST) -> list[nn.Parameter]:
         """Move to a bit width and a rounding; where the width changes, the clip is found anew.
 
         Returns:

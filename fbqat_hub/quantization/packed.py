@@ -112,16 +112,14 @@ class PackedLayer(QuantizedLayer):
         """The packed twin of a layer at its bit width, with bit-equal codes.
 
         Raises:
-            ValueError: the layer is at more than 8 bits, or at a fraction of one above 4, or its grid is soft, or it
-                lacks its static range, or is not finite.
+            ValueError: the layer is at more than 8 bits, or at a fraction of one above 4, or it lacks its static range,
+                or is not finite.
         """
         if layer.bit_width > 8 or (layer.bit_width > NIBBLE and layer.bit_width % 1):
             raise ValueError(
                 f"the layer is at {layer.bit_width:g} bits; set_bit_width(4), or a whole number up to 8, before it is "
                 "packed."
             )
-        if not layer.rounding.hard:
-            raise ValueError(f"the layer's rounding is {layer.rounding}; set_bit_width makes its grid hard.")
         scheme = layer.activation_scheme
         packed = cls(
             layer.in_features,

@@ -90,13 +90,12 @@ def train_blockwise(
 
 
 def _tuning(recipe: Recipe) -> Recipe:
-    """The last stage, of scales and biases alone: there is no rounding to be soft."""
+    """The last stage, of scales and biases alone."""
     return replace(
         recipe,
         training="end_to_end",
         steps=recipe.blockwise.tuning_steps,
         learning_rate=recipe.blockwise.tuning_rate,
-        schedule=replace(recipe.schedule, softness=0.0, soft_until=0.0),
     )
 
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fbqat_hub.training.migration import without_removed
+
 _KEEP = 2
 # of a scaler's state, what is a whole number
 _COUNTS = ("growth_interval", "_growth_tracker")
@@ -95,7 +97,8 @@ def load_checkpoint(
 
 def check_same_recipe(folder: Path, recipe: str) -> None:
     """ValueError that lists the values which differ, where ``folder/recipe.yaml`` is not the ``recipe``, YAML."""
-    if different := differences(yaml.safe_load((folder / "recipe.yaml").read_text()), yaml.safe_load(recipe)):
+    saved = without_removed(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    if different := differences(saved, yaml.safe_load(recipe)):
         raise ValueError(
             f"{folder} was made with another recipe, so it cannot be continued with this one: {'; '.join(different)}. "
             "Give another --output, or the recipe it was started with."

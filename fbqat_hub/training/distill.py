@@ -30,7 +30,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     """Quantize the recipe's teacher and save the packed pipeline in ``output``.
 
     Leaves ``output`` as a diffusers pipeline folder with ``recipe.yaml`` and ``training_log.jsonl`` (one line a step:
-    step, loss, bit_width, softness, learning_rate), and with ``keep_stages`` the packed denoiser of each stage
+    step, loss, bit_width, learning_rate), and with ``keep_stages`` the packed denoiser of each stage
     (``fbqat_hub.stages``). While it runs, checkpoints are in ``output/checkpoints``.
 
     Under ``accelerate launch`` every process trains on samples of its own (``batch_size`` each); the first one encodes

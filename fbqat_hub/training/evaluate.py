@@ -43,7 +43,7 @@ from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.memory import peak_of_a_picture
-from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.recipe import Recipe, recipe_of_run
 from fbqat_hub.training.samples import (
     Asked,
     asked_prompts,
@@ -179,7 +179,7 @@ def _recipe_of(run: Path, images: int | None) -> Recipe:
     if not (run / "recipe.yaml").is_file():
         what = "has no recipe.yaml" if run.is_dir() else "is no folder"
         raise FileNotFoundError(f"{run} {what}; give the folder of a run, as fbqat train or convert leaves it.")
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = recipe_of_run(run / "recipe.yaml")
     return recipe if images is None else replace(recipe, evaluation=replace(recipe.evaluation, images=images))
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fbqat_hub.families import get_family
-from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, prepare
+from fbqat_hub.quantization import FakeQuantizedLinear, Rounding, named_layers, prepare
 from fbqat_hub.quantization.clip import CLIPS
 from fbqat_hub.quantization.convert import matches
 from fbqat_hub.training.bases import Configs, build, build_on_meta
@@ -112,7 +112,7 @@ def fake_student(recipe: Recipe, configs: Configs) -> Any:
     patterns = family.layer_groups[recipe.train_layers]
     for name, layer in named_layers(student, FakeQuantizedLinear):
         layer.clip = CLIPS[recipe.quantization.weight_clip](layer.grouped_weight())
-        layer.weight_scheme, layer.rounding = config.weight_scheme(), recipe.rounding_at(0.0)
+        layer.weight_scheme, layer.rounding = config.weight_scheme(), Rounding(recipe.optimizer.ewgs)
         if layer.activation_scheme.range == "static":
             layer.set_input_range(1.0, 0)
         layer.requires_grad_(matches(name, patterns))

@@ -17,7 +17,7 @@ from fbqat_hub.inputs import checked_device, output_picture, seeds
 from fbqat_hub.pictures import as_image, is_one_colour
 from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.training.call import check_call
-from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.recipe import recipe_of_run
 from fbqat_hub.training.teachers import resolve_teacher
 
 
@@ -73,6 +73,6 @@ def generation_of(folder: Path, pipeline: Any) -> dict[str, Any]:
     """
     recipe = folder / "recipe.yaml"
     if recipe.is_file():
-        return dict(load_recipe(recipe).generation)
+        return dict(recipe_of_run(recipe).generation)
     families = (family for family in FAMILIES.values() if family.pipeline_class == type(pipeline).__name__)
     return next((dict(family.native_size(component_configs(pipeline))) for family in families), {})

@@ -28,7 +28,7 @@ from fbqat_hub.config import FBQATConfig
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import save_stage
 from fbqat_hub.progress import Progress
-from fbqat_hub.quantization import BitSchedule, converted, set_bit_width
+from fbqat_hub.quantization import BitSchedule, Rounding, converted, set_bit_width
 from fbqat_hub.stages import stage_folder
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
@@ -59,7 +59,6 @@ class LogLine:
     step: int
     loss: float
     bit_width: float
-    softness: float
     learning_rate: float
     validation_loss: float | None = None
     block: str | None = None
@@ -211,7 +210,7 @@ def distill(
                 log.write(line.json())
                 log.flush()
                 loop.keep(line.step)
-            bar.update(loss=f"{line.loss:.2e}", bits=f"{line.bit_width:g}", soft=f"{line.softness:.3f}")
+            bar.update(loss=f"{line.loss:.2e}", bits=f"{line.bit_width:g}")
     loop.finish()
 
 
@@ -223,14 +222,13 @@ def set_step(
     Returns:
         The step's line of the log, without its loss.
     """
-    progress = step / recipe.steps
-    rounding, width = recipe.rounding_at(progress), schedule.bit_width(progress)
-    for clip in set_bit_width(student, width, rounding):
+    width = schedule.bit_width(step / recipe.steps)
+    for clip in set_bit_width(student, width, Rounding(recipe.optimizer.ewgs)):
         optimizer.state.pop(clip, None)  # moments of the clip at another width
     rate = recipe.learning_rate * learning_rate_factor(recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
-    return LogLine(step + 1, math.nan, width, rounding.softness, rate)
+    return LogLine(step + 1, math.nan, width, rate)
 
 
 def check_finite(line: LogLine, recipe: Recipe, output: Path) -> None:

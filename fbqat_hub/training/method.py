@@ -67,8 +67,7 @@ class GPTQ:
     Attributes:
         samples: of the training split, that the inputs' second moments are taken over.
         damping: added to their diagonal, as a share of its mean.
-        margin: how far inside its bin a weight is put, in steps of the grid. At least half the softness, so that
-            training starts on the grid.
+        margin: how far inside its bin a weight is put, in steps of the grid.
     """
 
     samples: Count = 100
@@ -78,14 +77,12 @@ class GPTQ:
 
 @checked("recipe.schedule")
 class Schedule:
-    """Bit width and softness over training.
+    """Bit width over training.
 
     Attributes:
         stages: (bit width, share of training) in order, the last one at the stored width. Or the name of such a list:
             "constant" (the stored width throughout), "paper" (8, 7, 6, 5.5, 5, 4.75, 4.5, 4.25, 4), "integer" (8, 7, 6,
             5, 4) or "simple" (16, 8, 4); a loaded recipe has the list.
-        softness: of the staircase at the start, 0 (hard grid) to 1 (float weights); it falls linearly to 0.
-        soft_until: the progress, below 1, from which the grid is hard.
     """
 
     stages: Annotated[
@@ -95,8 +92,6 @@ class Schedule:
             "above 0], e.g. [[8, 1], [4, 3]]"
         ),
     ] = "constant"
-    softness: Annotated[Amount, Field(le=1, description="a number from 0 to 1")] = 0.0
-    soft_until: Annotated[Amount, Field(lt=1, description="a number of at least 0 and below 1")] = 0.0
 
 
 @checked("recipe.optimizer")
@@ -129,7 +124,7 @@ class Method:
         initialization: the codes that training starts from.
         gptq: how GPTQ finds them.
         quantization: the grid that is stored, and its clip.
-        schedule: the widths and the softness on the way there.
+        schedule: the widths on the way there.
         train_layers: a group of the family's layers; the others are quantized and frozen.
         loss_weighting: "none", or "sampler": an error counts by what the sampler makes of it at its timestep.
         optimizer: Adam and its rates.
@@ -158,8 +153,8 @@ FBQAT = Method(
     quantization=Quantization(
         weight_bits=4, group_size=None, weight_clip="learned", activation_bits=8, activation_range="per_token"
     ),
-    # Widths: the 4-bit grid throughout. Rounding: hard, with the straight-through estimator.
-    schedule=Schedule(stages="constant", softness=0.0, soft_until=0.0),
+    # Widths: the 4-bit grid throughout.
+    schedule=Schedule(stages="constant"),
     # Layers: those of the blocks.
     train_layers="blocks",
     # Loss: squared error, each sample by what the sampler makes of an error at its timestep.

@@ -1,4 +1,4 @@
-"""Recipes without a ``recipe_version``, of fbqat_hub 0.1 and before, in today's words.
+"""Recipes of older versions in today's words. Those without a ``recipe_version`` are of fbqat_hub 0.1 or before it.
 
 | was | is |
 |---|---|
@@ -10,10 +10,10 @@
 | `quantization: {weight_granularity: per_group, group_size: 32}` | `quantization: {group_size: 32}` |
 | `license`, `license_name`, `license_link`, `dataset_license`, `attribution` | data of the card: `fbqat card --data` |
 | empty `start`, `loss_weighting` | left out: the method's |
-| `method: fbqat` with a `start` | with `schedule: {softness: 0.1, soft_until: 0.9}`, the default then |
 
-What was removed (ramps, `slope`, `dampening`, 15 levels, one scale for a whole tensor) is dropped where it was off, and
-is an error where it was on.
+What was removed (the soft staircase, ramps, `slope`, `dampening`, 15 levels, one scale for a whole tensor) is dropped
+where it was off, and is an error where it was on: `method: fbqat` with a `start` had the soft staircase. The recipe of
+a finished run is read all the same (`fbqat_hub.training.recipe.recipe_of_run`): what was trained is stored as ever.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ CARD_FIELDS = ("license", "license_name", "license_link", "dataset_license", "at
 _OF_OPTIMIZER = ("learning_rate_schedule", "warmup_steps", "clip_learning_rate", "weight_decay", "max_grad_norm")
 # (section, key) -> what it was where it was off
 _REMOVED = {
+    ("schedule", "softness"): (0, 0.0),
+    ("schedule", "soft_until"): (0, 0.0),
     ("schedule", "ramp"): ("steps",),
     ("rounding", "slope"): (False,),
     ("rounding", "dampening"): (0, 0.0),
@@ -33,30 +35,25 @@ _REMOVED = {
 }
 
 
-def migrated(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with today's names; what it says in them already stays as it is.
+def migrated(recipe: Mapping[str, Any], *, finished: bool = False) -> dict[str, Any]:
+    """A recipe without a version, with today's names; what it says in them already stays as it is.
+
+    Args:
+        finished: as ``without_removed``.
 
     Raises:
         ValueError: it uses what was removed since.
     """
-    new = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
+    if "start" in recipe and recipe.get("method") == "fbqat":
+        given = recipe.get("schedule") or {}
+        if isinstance(given, Mapping) and not {"softness", "soft_until"} & set(given):
+            recipe = {**recipe, "schedule": {**given, "softness": 0.1, "soft_until": 0.9}}  # the default then
+    new = without_removed(recipe, finished=finished)
     for name in CARD_FIELDS:
         new.pop(name, None)
-    schedule = new.setdefault("schedule", {}) if "start" in new and new.get("method") == "fbqat" else None
-    if isinstance(schedule, dict) and not {"softness", "soft_until"} & set(schedule):
-        schedule |= {"softness": 0.1, "soft_until": 0.9}
     for name in ("start", "loss_weighting"):
         if new.get(name) == "":
             del new[name]
-    for (section, key), off in _REMOVED.items():
-        found = new.get(section)
-        if isinstance(found, dict) and key in found:
-            value = found.pop(key)
-            if not any(value is each or (type(value) is type(each) and value == each) for each in off):
-                raise ValueError(
-                    f"recipe: {section}.{key} is {value!r:.80}; it was removed, since it made results worse or could "
-                    "not be stored (docs/method.md). Take it out."
-                )
     for start, initialization in (("nearest", "nearest"), ("compensated", "gptq")):
         if new.get("start") == start:
             del new["start"]
@@ -75,4 +72,27 @@ def migrated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if moved:
         given = new.get("optimizer", {})
         new["optimizer"] = {**moved, **given} if isinstance(given, dict) else given
+    return new
+
+
+def without_removed(recipe: Mapping[str, Any], *, finished: bool = False) -> dict[str, Any]:
+    """A copy without the settings that were removed.
+
+    Args:
+        finished: the recipe says how a finished run was made, and is not to be trained: settings that were on go too.
+
+    Raises:
+        ValueError: one was on.
+    """
+    new = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
+    for (section, key), off in _REMOVED.items():
+        found = new.get(section)
+        if isinstance(found, dict) and key in found:
+            value = found.pop(key)
+            if not finished and not any(value is each or (type(value) is type(each) and value == each) for each in off):
+                raise ValueError(
+                    f"recipe: {section}.{key} is {value!r:.80}; it was removed (docs/method.md says why). To continue "
+                    "such a run, use fbqat_hub 0.1. For a new one take it out, or write the recipe anew if it is of "
+                    "fbqat_hub 0.1 and does not name it."
+                )
     return new

@@ -121,7 +121,7 @@ def probe_layers(
 ) -> dict[str, Probe]:
     """Train each group of layers for a few steps, always from the same prepared student, and measure it.
 
-    A probe is the recipe's run in small: its schedules of width, softness and learning rate go from end to end. So
+    A probe is the recipe's run in small: its schedules of width and learning rate go from end to end. So
     few steps favour what learns fast.
 
     Returns:

@@ -21,7 +21,7 @@ from fbqat_hub.checked import Amount, Count, Flag, Options, Text, Texts, Whole, 
 from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped, whole
-from fbqat_hub.quantization import BitSchedule, SoftStaircase
+from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.training.call import call_types, check_call
 from fbqat_hub.training.dataset import check_dataset
 from fbqat_hub.training.method import (
@@ -34,7 +34,7 @@ from fbqat_hub.training.method import (
     Schedule,
     Weighting,
 )
-from fbqat_hub.training.migration import migrated
+from fbqat_hub.training.migration import migrated, without_removed
 from fbqat_hub.untrusted import read_yaml
 from fbqat_hub.version import __version__
 
@@ -140,7 +140,7 @@ class Recipe:
 
     Attributes:
         initialization, gptq: the codes that training starts from.
-        schedule: bit widths and softness over training.
+        schedule: bit widths over training.
         train_layers: a group of the family, or "all"; the others are quantized and frozen.
         loss_weighting: "none", or "sampler": an error at a timestep counts by what the sampler makes of it
             (``Family.error_weight``; no difference where a family has none).
@@ -247,7 +247,7 @@ class Recipe:
         """The bit schedule; it ends at the stored width."""
         given = self.schedule
         assert not isinstance(given.stages, str)  # a recipe has the list
-        schedule = BitSchedule(given.stages, softness=given.softness, soft_until=given.soft_until)
+        schedule = BitSchedule(given.stages)
         if schedule.final_bits != self.quantization.weight_bits:
             raise ValueError(
                 f"recipe: schedule.stages ends at {schedule.final_bits:g} bits; what is stored has "
@@ -264,10 +264,6 @@ class Recipe:
                 ends[int(width)] = step + 1
         return ends
 
-    def rounding_at(self, progress: float) -> SoftStaircase:
-        """The rounding at ``progress`` in [0, 1]."""
-        return SoftStaircase(self.bit_schedule().softness_at(progress), ewgs=self.optimizer.ewgs)
-
     def _check_average(self, schedule: BitSchedule) -> None:
         average = self.quantization.average_bits
         if average is not None and (len(schedule.stages) > 1 or self.quantization.weight_bits != 4):
@@ -283,12 +279,6 @@ class Recipe:
             raise ValueError(
                 "recipe: initialization gptq is for one bit width; codes of the first of several are left again. Use "
                 "initialization: nearest, or schedule: {stages: constant}."
-            )
-        if self.gptq.margin < schedule.softness / 2:
-            raise ValueError(
-                f"recipe: gptq.margin is {self.gptq.margin:g} and schedule.softness {schedule.softness:g}; the margin "
-                f"must be at least half the softness, {schedule.softness / 2:g}, or training starts off the grid. "
-                "Raise it, lower the softness, or use initialization: nearest."
             )
 
     def _check_blockwise(self) -> None:
@@ -341,13 +331,30 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     Raises:
         FileNotFoundError: neither a file nor a shipped name.
         ValueError: an unknown key (the error names the nearest), a value that is not allowed, a saved recipe that is
-            not complete, or one of a newer version.
+            not complete, one of a newer version, or one with what was removed.
     """
-    path = _find(source)
+    return _loaded(_find(source), changes)
+
+
+def recipe_of_run(path: Path) -> Recipe:
+    """The recipe that a finished run saved, to measure or use what it made; not to be trained.
+
+    Settings of its training that were removed since are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_recipe``.
+    """
+    return _loaded(path, {}, finished=True)
+
+
+def _loaded(path: Path, changes: Mapping[str, Any], *, finished: bool = False) -> Recipe:
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"recipe {path.name} is not a mapping of keys to values.")
-    data = _checked_version(path, data) if "recipe_version" in data else migrated(data)
+    if "recipe_version" in data:
+        data = _checked_version(path, without_removed(data, finished=finished))
+    else:
+        data = migrated(data, finished=finished)
     if unknown := set(map(str, [*data, *changes])) - set(_FIELDS):
         raise unknown_key_error(f"recipe {path.name}", unknown, _FIELDS)
     if required := {"name", "family", "teacher"} - {*data, *changes}:

@@ -75,5 +75,5 @@ def start(
         calibrate(prepared, samples(options.pop("samples")), run=run, **options)
     if recipe.initialization == "gptq":
         options = asdict(recipe.gptq)
-        count, softness = options.pop("samples"), recipe.schedule.softness
-        gptq_initialize(prepared, lambda: samples(count), softness=softness, run=run, **options)
+        count = options.pop("samples")
+        gptq_initialize(prepared, lambda: samples(count), run=run, **options)

@@ -1,41 +1,59 @@
-"""The judge's table: changes seed by seed, intervals, the worst caption, and only rows that the judge has seen."""
+"""The judge's table and the findings: means, changes seed by seed, and only rows that the metric is in."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
-from benchmarks.method.judge import COMPARED, SHOWN, draw_widths, judge, judge_rows
-from benchmarks.method.rows import OURS, Results
+from benchmarks.method.findings import CHOICES, JUDGED, OLDER, Finding, Side, findings
+from benchmarks.method.judge import SHOWN, draw_widths, judge, judge_rows
+from benchmarks.method.rows import Results
+from benchmarks.method.runs import FLOORS, METHODS, TRACKS, VARIANTS
 
 
 def row(method: str, seed: int, loss: float, track: str = "uniform-4", **more: Any) -> dict[str, Any]:
     named = {"family": "sana", "track": track, "method": method, "seed": seed, "steps": 400, "rate": 1e-4}
-    return {**named, "sampler": loss, "sampler_by_caption": [0.5 * loss, 1.5 * loss], **more}
+    return {**named, "sampler": loss, "validation": loss, "sampler_by_caption": [0.5 * loss, 1.5 * loss], **more}
 
 
-ROWS = [row("fbqat", 1, 0.010), row("fbqat", 2, 0.020), row(OURS, 1, 0.0098), row(OURS, 2, 0.0192)]
+ROWS = [row("fbqat", 1, 0.010), row("fbqat", 2, 0.020), row("lsq-qat", 1, 0.0125), row("lsq-qat", 2, 0.032)]
+AGAINST_LSQ = Finding("start", Side("uniform-4", "fbqat"), Side("uniform-4", "lsq-qat"))
 
 
-def line(title: str, rows: list[dict[str, Any]]) -> str:
-    (found,) = [each for each in judge_rows(Results(rows)).splitlines() if each.startswith(f"| {title} |")]
+def line(table: str, title: str) -> str:
+    (found,) = [each for each in table.splitlines() if each.startswith(f"| {title} |")]
     return found.split("|")[2].strip()
 
 
 def test_losses_are_means_over_seeds() -> None:
-    assert line("LSQ from GPTQ codes", ROWS) == "15.00 ± 7.07"
-    assert line("LSQ from GPTQ codes", ROWS[:1]) == "10.00"
+    assert line(judge_rows(Results(ROWS)), "default, 4 bits") == "15.00 ± 7.07"
+    assert line(judge_rows(Results(ROWS[:1])), "default, 4 bits") == "10.00"
 
 
 def test_changes_are_seed_by_seed_with_an_interval() -> None:
-    assert line("soft staircase, 4 bits", ROWS) == "-3.0% (-15.7 to +9.7)"  # -2 and -4; t of one degree of freedom
-    assert line("soft staircase, 4 bits", ROWS[:3]) == "-2.0% (one seed)"
+    assert AGAINST_LSQ.changes(Results(ROWS), "sana") == pytest.approx([-20, -37.5])
+    assert line(findings(Results(ROWS), [AGAINST_LSQ]), "start") == "-29% (-140 to +82)"  # t of one degree of freedom
+    assert line(findings(Results(ROWS[:3]), [AGAINST_LSQ]), "start") == "-20% (one seed)"
+    assert findings(Results(ROWS[:2]), [AGAINST_LSQ]).count("\n") == 2  # no row
+
+
+def test_a_side_is_at_its_best_rate_by_validation() -> None:
+    worse = row("lsq-qat", 1, 0.001, rate=2e-4, validation=9.0)
+    assert AGAINST_LSQ.changes(Results([*ROWS, worse]), "sana") == pytest.approx([-20, -37.5])
+
+
+def test_codes_without_training_stand_for_every_seed() -> None:
+    nearest = row("ptq-mse", 1, 0.040, steps=0, rate=0.0)
+    against = Finding("training", Side("uniform-4", "fbqat"), Side("uniform-4", "ptq-mse", 0))
+    assert against.changes(Results([*ROWS, nearest]), "sana") == pytest.approx([-75, -50])
 
 
 def test_the_worst_caption_stands_beside_the_mean() -> None:
-    assert line("worst caption: LSQ from GPTQ codes", ROWS) == "22.5 (1.5 times the mean)"
+    worst = judge(Results(ROWS)).split("loss of the worst caption")[1]
+    assert line(worst, "default, 4 bits") == "22.5 (1.5 times the mean)"
 
 
 def test_rows_that_the_judge_has_not_seen_do_not_count() -> None:
@@ -45,8 +63,12 @@ def test_rows_that_the_judge_has_not_seen_do_not_count() -> None:
     assert judge_rows(Results([*ROWS, row("fbqat", 3, 9.0, steps=200)])) == judge_rows(Results(ROWS))
 
 
-def test_what_is_compared_is_shown() -> None:
-    assert {title for pair in COMPARED.values() for title in pair} <= set(SHOWN)
+def test_every_finding_names_a_track_and_a_method() -> None:
+    gone = {"fbqat staircase", "fbqat falling"}  # whose rows stay
+    sides = [side for finding in (*JUDGED, *CHOICES, *OLDER) for side in (finding.changed, finding.against)]
+    for track, method in [*((side.track, side.method) for side in sides), *SHOWN.values()]:
+        assert track in {*TRACKS, "w4a8"}
+        assert method in {*METHODS, *VARIANTS, *FLOORS, *gone}
 
 
 def test_widths_are_drawn_from_the_rows(tmp_path: Path) -> None:

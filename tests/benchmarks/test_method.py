@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_method
-from benchmarks.method.report import at_equal_storage, budgets, forms, page, paired, table
-from benchmarks.method.rows import OURS, Results
+from benchmarks.method.findings import Side
+from benchmarks.method.report import budgets, forms, page, paired, table
+from benchmarks.method.rows import FAMILIES, OURS, Results
 from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Bench, Remembered, Setting
-from benchmarks.method.variants import LearnedWidths
 from fbqat_hub.evaluation.results import METHODS as TITLES
 from fbqat_hub.families import get_family
-from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, WeightScheme, prepare, set_bit_width
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import load_recipe
 from tests.conftest import TRAINED
@@ -148,18 +146,6 @@ def test_what_a_method_trains_is_chosen_on_validation_too() -> None:
     lines = table(Results([*ROWS, *blocks, worse]).named(), "test", 1e3, "{:.2f}").splitlines()
     assert "| QAT, learned step size (LSQ) | **12.00 ± 0.00 (blocks, 1e-04↕)** |" in lines
     assert "| LSQ from GPTQ codes, soft staircase | 18.00 ± 1.27 (1e-04↕) |" in lines
-
-
-def test_at_equal_storage_ours_meets_the_strongest_of_either_kind_of_scale() -> None:
-    per_channel = [{**each, "bits_per_weight": 4.2} for each in ROWS]
-    torchao = row("torchao-qat", 1e-4, 1, 0.010, track="train-blocks", bits_per_weight=5.0)
-    grouped = row(OURS, 1e-4, 1, 0.009, track="train-blocks-groups", bits_per_weight=5.0)
-    lines = at_equal_storage(Results([*per_channel, torchao, grouped])).splitlines()
-    assert lines[2:] == [
-        "| distillation loss, one scale per output channel: against QAT, learned step size (LSQ) | "
-        "-10.0% (-10.0 to -10.0) |",
-        "| distillation loss, one scale per group of 32: against torchao's QAT, groups of 32 | -10.0% (one seed) |",
-    ]
 
 
 def test_longer_budgets_stand_beside_the_short_one() -> None:
@@ -305,24 +291,6 @@ def test_short_form_runs_every_method_and_does_not_repeat_a_run(
     assert capsys.readouterr().out == ""
 
 
-def test_layers_of_the_freezing_variant_stay_on_their_code() -> None:
-    from benchmarks.method.variants import Freezing
-    from fbqat_hub.quantization import ActivationScheme, WeightScheme
-
-    linear = torch.nn.Linear(1, 1, bias=False)
-    layer = FakeQuantizedLinear(linear, WeightScheme(), ActivationScheme())
-    layer.current_clip = lambda: torch.full((1, 1), 7.0)  # a step of 1
-    layer.weight.data.fill_(2.4)
-    freezing = Freezing(layer, 0.005)
-    for step in range(40):
-        layer.weight.data.fill_(2.6 if step % 2 else 2.4)
-        freezing.update(1.0)
-    assert freezing._layers[0][1]["frozen"].item()
-    layer.weight.data.fill_(5.0)
-    freezing.update(1.0)
-    assert layer.weight.item() == freezing._layers[0][1]["at"].item() in (2.0, 3.0)
-
-
 def test_recipes_of_the_families_differ_in_what_the_family_needs_only() -> None:
     recipes = {family: load_recipe(name) for family, name in RECIPES.items()}
     for family, recipe in recipes.items():
@@ -330,42 +298,35 @@ def test_recipes_of_the_families_differ_in_what_the_family_needs_only() -> None:
         assert (recipe.steps, recipe.batch_size, recipe.dataset) == (400, 8, recipes["sana"].dataset)
 
 
-def test_learned_widths_keep_the_mean_of_the_schedule_and_end_at_the_final_width() -> None:
-    """At 6 bits a layer that is given more takes it from the other; at 4 both have 4."""
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 48, bias=False))
-    prepare(student, WeightScheme(), ActivationScheme(bits=32))
-    learned = LearnedWidths(student, 4)
-    offsets = [layer.get_parameter("width_offset") for layer in student]
-    set_bit_width(student, 6)
-    even = student(torch.eye(16))
-    even.square().mean().backward()
-    assert all(offset.grad is not None and offset.grad != 0 for offset in offsets)
-    with torch.no_grad():
-        offsets[1].add_(0.002)
-        narrow, wide = learned.widths(6).tolist()
-        assert narrow < 6 < wide
-        assert (256 * narrow + 768 * wide) / 1024 == pytest.approx(6)
-        assert not torch.equal(student(torch.eye(16)), even)
-        assert learned.widths(4).tolist() == [4, 4]
+# From the lowest loss to the highest: track, method, rate on FLUX.1, and the least gap to the next. The gaps are half
+# of those measured; the standard deviation of a method's loss over three seeds is below 1% there.
+ORDER = (
+    ("mixed-4.5", "fbqat", 1e-4, 0.17),
+    ("uniform-4", "fbqat", 1e-4, 0.05),
+    ("uniform-4", "lsq-qat", 1e-4, 0.13),
+    ("uniform-4", "vqat", 1e-4, 0.05),
+    ("uniform-4", "ptq-gptq", 0.0, 0.3),
+    ("uniform-4", "ptq-mse", 0.0, 0.0),
+)
 
 
 @pytest.mark.slow
 def test_order_of_the_methods() -> None:
-    """On one family and seed, over the judge's draws; the margins are several times the spread over seeds (5%)."""
-    bench = Bench("pixart-sigma")
+    """Half a bit on average, the default, LSQ, vanilla QAT, GPTQ, nearest codes: one family and seed, on the judge."""
+    bench, losses = Bench("flux"), []
+    for track, method, rate, _ in ORDER:
+        setting = Setting(family="flux", track=track, method=method, steps=400 if rate else 0, rate=rate, seed=1)
+        losses.append(bench.measure(setting, pictures=False)["sampler"])
+    for (_, method, _, gap), lower, higher in zip(ORDER, losses, losses[1:], strict=False):
+        assert lower < (1 - gap) * higher, method
 
-    def loss(track: str, method: str, steps: int = 400) -> float:
-        setting = Setting(family="pixart-sigma", track=track, method=method, steps=steps, rate=1e-4, seed=1)
-        found: float = bench.measure(setting, pictures=False)["sampler"]
-        return found
 
-    half_a_bit = loss("mixed-4.5", "fbqat")
-    default = loss("uniform-4", "fbqat")
-    lsq, vanilla = loss("uniform-4", "lsq-qat"), loss("uniform-4", "vqat")
-    gptq, nearest = loss("uniform-4", "ptq-gptq", 0), loss("uniform-4", "ptq-mse", 0)
-    assert half_a_bit < 0.8 * default
-    assert default < 0.95 * lsq
-    assert lsq < 0.8 * vanilla
-    assert default < 0.6 * gptq
-    assert gptq < 0.5 * nearest
+def test_the_rows_are_in_that_order_in_every_family_that_has_them() -> None:
+    results, seen = Results.load(), []
+    for family in FAMILIES:
+        sides = [Side(track, method, 400 if rate else 0) for track, method, rate, _ in ORDER]
+        found = [side.rows(results, family, "sampler").get(1) for side in sides]
+        losses = [row["sampler"] for row in found if row]
+        assert losses == sorted(losses)
+        seen += [family] * all(found)
+    assert "flux" in seen

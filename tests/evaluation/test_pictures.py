@@ -61,7 +61,7 @@ def test_a_sheet_refuses_what_does_not_fit(columns: dict, prompts: list[str], sa
         comparison_sheet(columns, prompts)
 
 
-@pytest.mark.parametrize("extra", [{}, {"bit_width": 4.25}, {"softness": 0.1, "validation_loss": 0.2}])
+@pytest.mark.parametrize("extra", [{}, {"bit_width": 4.25}, {"validation_loss": 0.2}])
 def test_a_curve_is_drawn_from_whatever_was_logged(tmp_path: Path, extra: dict) -> None:
     pytest.importorskip("matplotlib")
     log = [

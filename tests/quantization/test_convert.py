@@ -15,7 +15,7 @@ from fbqat_hub.quantization import (
     PackedLayer,
     PackedLinear,
     PackedPointwiseConv2d,
-    SoftStaircase,
+    Rounding,
     WeightScheme,
     calibrate,
     convert,
@@ -265,8 +265,8 @@ def test_convert_replaces_all_or_nothing(tree: Tree, width: float, message: str)
 
 def test_set_bit_width_reaches_every_layer(tree: Tree) -> None:
     prepared(tree, ActivationScheme())
-    assert set_bit_width(tree, 4.5, SoftStaircase(0.2)) == []
-    assert {(layer.bit_width, layer.rounding.softness) for _, layer in named_layers(tree, FakeQuantizedLinear)} == {
+    assert set_bit_width(tree, 4.5, Rounding(0.2)) == []
+    assert {(layer.bit_width, layer.rounding.ewgs) for _, layer in named_layers(tree, FakeQuantizedLinear)} == {
         (4.5, 0.2)
     }
     with pytest.raises(ValueError, match="bit width is 1"):
@@ -278,9 +278,9 @@ def test_layers_that_keep_a_width_of_their_own(tree: Tree) -> None:
     layers = dict(named_layers(tree, FakeQuantizedLinear))
     wanted = dict.fromkeys(layers, 6) | {"proj_out": 8, "pointwise": 4}
     clips = {name: layer.current_clip().clone() for name, layer in layers.items()}
-    assert set_bit_width(tree, 5, SoftStaircase(0.2)) == []
+    assert set_bit_width(tree, 5, Rounding(0.2)) == []
     for name, layer in layers.items():
-        assert (layer.bit_width, layer.rounding.softness) == (wanted[name], 0.2)
+        assert (layer.bit_width, layer.rounding.ewgs) == (wanted[name], 0.2)
         assert torch.equal(layer.current_clip(), clips[name])
         assert torch.equal(layer.current_clip(), mse_clip(layer.grouped_weight(), wanted[name]))
     set_bit_width(tree, 5)
@@ -298,10 +298,10 @@ def test_clips_that_were_set_anew_are_told(tree: Tree) -> None:
     prepared(tree, ActivationScheme(), clip="learned")
     clips = [layer.clip.log_clip for _, layer in named_layers(tree, FakeQuantizedLinear)]
     for width, rounding, expected in (
-        (4, SoftStaircase(0.2), []),
-        (4.25, SoftStaircase(0.2), clips),
-        (4.25, SoftStaircase(0.1), []),
-        (4, SoftStaircase(0.0), clips),
+        (4, Rounding(0.2), []),
+        (4.25, Rounding(0.2), clips),
+        (4.25, Rounding(0.1), []),
+        (4, Rounding(0.0), clips),
     ):
         before = [clip.detach().clone() for clip in clips]
         assert [id(each) for each in set_bit_width(tree, width, rounding)] == [id(each) for each in expected]

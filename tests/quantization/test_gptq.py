@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from fbqat_hub.quantization import (
     ActivationScheme,
     FakeQuantizedLinear,
-    SoftStaircase,
     WeightScheme,
     gptq,
     gptq_initialize,
     named_layers,
     prepare,
-    set_bit_width,
 )
 from fbqat_hub.quantization.convert import run_batches
 from fbqat_hub.quantization.gptq import gptq_codes
@@ -140,18 +138,6 @@ def test_a_memory_setting_changes_nothing(x: Tensor) -> None:
     assert len(calls) == 3
     assert torch.equal(whole.first.weight, chunked.first.weight)
     assert torch.equal(whole.second.weight, chunked.second.weight)
-
-
-def test_training_starts_on_the_grid(x: Tensor) -> None:
-    """With a margin of half the softness, no latent weight is on a rise of the staircase."""
-    model = prepared()
-    gptq_initialize(model, lambda: iter([{"x": x}]), margin=0.1, softness=0.2)
-    hard = [layer.fake_quantized_weight().detach() for layer in (model.first, model.second)]
-    set_bit_width(model, 4, SoftStaircase(0.2))
-    for layer, expected in zip((model.first, model.second), hard, strict=True):
-        torch.testing.assert_close(layer.fake_quantized_weight().detach(), expected, rtol=1e-5, atol=1e-7)
-    with pytest.raises(ValueError, match=r"margin is 0\.1 and softness 0\.3; give a margin of at least half .*, 0\.15"):
-        gptq_initialize(model, lambda: iter([{"x": x}]), margin=0.1, softness=0.3)
 
 
 def test_a_weight_that_layers_share_is_rounded_once_for_the_inputs_of_both(x: Tensor) -> None:

@@ -13,7 +13,6 @@ from fbqat_hub.quantization import (
     FakeQuantizedLinear,
     FakeQuantizedPointwiseConv2d,
     PackedLinear,
-    SoftStaircase,
     WeightScheme,
 )
 
@@ -104,14 +103,6 @@ def test_gradients_are_those_of_float32_to_half_precision(
     for exact, rounded in zip(*found, strict=True):
         # sums of products whose factors are rounded: a few steps of the norm
         assert (rounded - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_a_soft_weight_is_rounded_as_any(dtype: torch.dtype) -> None:
-    layer, x = make(ActivationScheme()), inputs(dtype)
-    layer.set_bit_width(4, SoftStaircase(0.5))
-    exact = layer(x).detach()
-    assert (layer(x.to(dtype)).float() - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
 
 
 def test_a_convolution_under_autocast() -> None:

@@ -17,7 +17,7 @@ from fbqat_hub.quantization import (
     FakeQuantizedPointwiseConv2d,
     PackedLinear,
     PackedPointwiseConv2d,
-    SoftStaircase,
+    Rounding,
     WeightScheme,
 )
 from fbqat_hub.quantization.clip import mse_clip
@@ -156,8 +156,8 @@ def test_clip_is_set_anew_when_the_width_changes_and_only_then(clip: Any) -> Non
 
     with torch.no_grad():
         layer.weight += torch.randn_like(layer.weight)
-    layer.set_bit_width(6, SoftStaircase(0.5))  # the rounding moves at every step
-    assert layer.rounding.softness == 0.5
+    layer.set_bit_width(6, Rounding(0.5))
+    assert layer.rounding.ewgs == 0.5
     torch.testing.assert_close(layer.current_clip().detach(), best[6])
     layer.set_bit_width(4)
     torch.testing.assert_close(layer.current_clip().detach(), mse_clip(layer.weight.detach(), 4))
@@ -300,13 +300,10 @@ class TestInputs:
 
 
 class TestPacked:
-    def test_too_many_bits_a_soft_grid_and_no_range_are_refused(self) -> None:
+    def test_too_many_bits_and_no_range_are_refused(self) -> None:
         layer = make()
         layer.set_bit_width(4.25)
         with pytest.raises(ValueError, match=r"4\.25 bits; set_bit_width\(4\)"):
-            PackedLinear.from_fake_quantized(layer)
-        layer.set_bit_width(4, SoftStaircase(0.1))
-        with pytest.raises(ValueError, match=r"softness=0\.1.*set_bit_width makes its grid hard"):
             PackedLinear.from_fake_quantized(layer)
         with pytest.raises(ValueError, match="never calibrated"):
             PackedLinear.from_fake_quantized(make(activations=ActivationScheme(range="static")))

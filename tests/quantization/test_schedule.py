@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
 
 import pytest
 
@@ -68,56 +66,27 @@ def test_shares_are_relative() -> None:
         assert one.bit_width(progress) == other.bit_width(progress) == (6 if progress < 0.25 else 4)
 
 
-def test_softness_falls_linearly_and_then_the_grid_is_hard() -> None:
-    schedule = BitSchedule([(4, 1)], softness=0.15, soft_until=0.6)
-    assert [schedule.softness_at(f) for f in (0, 0.3, 0.6, 1)] == pytest.approx([0.15, 0.075, 0, 0])
-    assert schedule.softness_at(0.6) == 0.0
-    assert BitSchedule([(4, 1)]).softness_at(0) == 0.0
-
-
 @pytest.mark.parametrize(
-    "schedule",
+    ("stages", "message"),
     [
-        BitSchedule.preset("paper"),
-        BitSchedule([(4, 1)], softness=0.3, soft_until=0.9),
+        ([], "at least one"),
+        ([[4, 0]], "share above 0"),
+        ([[4, math.inf]], "share above 0"),
+        ([[1.5, 1]], "bit width is 1.5"),
+        ([[math.nan, 1]], "bit width is nan"),
     ],
 )
-def test_json_round_trip(schedule: BitSchedule) -> None:
-    data = json.loads(json.dumps(schedule.to_dict()))
-    assert BitSchedule.from_dict(data) == schedule
-    assert hash(BitSchedule.from_dict(data)) == hash(schedule)
-
-
-def test_preset_by_name_with_changes() -> None:
-    schedule = BitSchedule.from_dict({"preset": "constant", "bits": 3, "softness": 0.2, "soft_until": 0.5})
-    assert schedule == BitSchedule([(3, 1)], softness=0.2, soft_until=0.5)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"stages": []}, "at least one"),
-        ({"stages": [[4, 0]]}, "share above 0"),
-        ({"stages": [[4, math.inf]]}, "share above 0"),
-        ({"stages": [[1.5, 1]]}, "bit width is 1.5"),
-        ({"stages": [[math.nan, 1]]}, "bit width is nan"),
-        ({"stages": [[4, 1]], "softness": 0.3}, "go together"),
-        ({"stages": [[4, 1]], "softness": 0.3, "soft_until": 1.0}, "hard before training ends"),
-        ({"stages": [[4, 1]], "softness": 1.5, "soft_until": 0.5}, "within 0 and 1"),
-        ({"stages": [[4, 1]], "ramp": "linear"}, "ramp.*Allowed: soft_until, softness, stages"),
-        ({"stages": [[4, 1]], "bits": 4}, "bits.*Allowed"),
-        ({"softness": 0.1}, "needs stages"),
-        ({"preset": "papers"}, "'constant', 'paper', 'integer', 'simple'"),
-    ],
-)
-def test_refused(data: dict[str, Any], message: str) -> None:
+def test_stages_that_are_none_are_refused(stages: list[tuple[float, float]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        BitSchedule.from_dict(data)
+        BitSchedule(stages)
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(ValueError, match="'constant', 'paper', 'integer', 'simple'"):
+        BitSchedule.preset("papers")
 
 
 @pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan])
 def test_progress_out_of_range_is_refused(progress: float) -> None:
-    schedule = BitSchedule([(4, 1)], softness=0.1, soft_until=0.5)
-    for function in (schedule.bit_width, schedule.softness_at):
-        with pytest.raises(ValueError, match="progress"):
-            function(progress)
+    with pytest.raises(ValueError, match="progress"):
+        BitSchedule([(4, 1)]).bit_width(progress)

@@ -24,7 +24,7 @@ from fbqat_hub.pipelines import load_pipeline, load_stage
 from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, named_layers
 from fbqat_hub.training import checkpoint, loop
 from fbqat_hub.training.distill import train
-from fbqat_hub.training.method import METHODS, Schedule
+from fbqat_hub.training.method import METHODS, Optimizer
 from fbqat_hub.training.recipe import Recipe
 from tests.conftest import STAGES, subprocess_environment, write_recipe
 
@@ -80,15 +80,12 @@ def test_what_a_run_leaves(run_folder: Path, recipe_fields: dict[str, Any]) -> N
 
 
 def test_log_follows_the_schedules(recipe_of, tmp_path: Path) -> None:
-    """10 steps: 4 bits throughout, softness 0.15 falling to 0 at 60%, warm-up of 2 steps, then a cosine."""
-    recipe = recipe_of(
-        steps=10, validate_every=5, schedule={"softness": 0.15, "soft_until": 0.6}, gptq={"margin": 0.075}
-    )
+    """10 steps: two widths, warm-up of 2 steps, then a cosine."""
+    stages = {"stages": [[6, 3], [4, 7]]}
+    recipe = recipe_of(steps=10, validate_every=5, schedule=stages, initialization="nearest")
     lines = log_of(train(recipe, tmp_path / "run", progress=False))
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert {line["bit_width"] for line in lines} == {4}
-    softness = [0.15, 0.125, 0.1, 0.075, 0.05, 0.025, 0, 0, 0, 0]
-    assert [line["softness"] for line in lines] == pytest.approx(softness, abs=1e-12)
+    assert [line["bit_width"] for line in lines] == 3 * [6] + 7 * [4]
     assert lines[0]["learning_rate"] == pytest.approx(0.5e-3)
     assert lines[5]["learning_rate"] == pytest.approx(0.5e-3)
     assert [line["step"] for line in lines if "validation_loss" in line] == [5, 10]
@@ -357,10 +354,10 @@ def test_resume_with_another_recipe_is_refused_and_changes_nothing(recipe_of, tm
     ):
         train(recipe_of(learning_rate=2e-3, train_layers="all"), run, resume=True, progress=False)
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "fbqat", replace(METHODS["fbqat"], schedule=Schedule(softness=0.05, soft_until=0.9)))
+        patch.setitem(METHODS, "fbqat", replace(METHODS["fbqat"], optimizer=Optimizer(ewgs=0.05)))
         with pytest.raises(
             ValueError,
-            match=r"another recipe, .*: schedule\.softness: 0\.0 -> 0\.05; schedule\.soft_until: 0\.0 -> 0\.9\.",
+            match=r"another recipe, .*: optimizer\.ewgs: 0\.0 -> 0\.05\.",
         ):
             train(recipe_of(), run, resume=True, progress=False)
     assert files_of(run) == before

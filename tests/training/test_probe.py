@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import FakeQuantizedLinear, SoftStaircase, named_layers, set_bit_width
+from fbqat_hub.quantization import FakeQuantizedLinear, Rounding, named_layers, set_bit_width
 from fbqat_hub.training import probe
 from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.draws import Draws
@@ -52,14 +52,14 @@ def bench(recipe_fields: dict[str, Any]) -> Bench:
 @pytest.mark.parametrize("clip", ["max_abs", "mse", "learned"])
 def test_curve_is_the_held_out_loss_at_each_width_and_the_student_is_as_before(clip: str, bench: Bench) -> None:
     student = bench.student(quantization={"weight_clip": clip})
-    soft = SoftStaircase(0.3)
-    set_bit_width(student, 5, soft)
+    rounding = Rounding(0.3)
+    set_bit_width(student, 5, rounding)
     before = copy.deepcopy(student.state_dict())
     curve = loss_against_width(student, bench.teacher, bench.splits["validation"], bench.draws, [8, 4.25])
     after = student.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     layers = [layer for _, layer in named_layers(student, FakeQuantizedLinear)]
-    assert {(layer.bit_width, layer.rounding) for layer in layers} == {(5, soft)}
+    assert {(layer.bit_width, layer.rounding) for layer in layers} == {(5, rounding)}
 
     assert list(curve) == [8, 4.25]
     for width, loss in curve.items():

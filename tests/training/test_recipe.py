@@ -13,9 +13,11 @@ from fbqat_hub.families import FAMILIES
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.training import dataset, method
 from fbqat_hub.training.call import check_call
-from fbqat_hub.training.method import FBQAT, METHODS, Schedule
+from fbqat_hub.training.checkpoint import check_same_recipe
+from fbqat_hub.training.distill import is_finished
+from fbqat_hub.training.method import FBQAT, METHODS
 from fbqat_hub.training.prompts import PROMPT_SETS
-from fbqat_hub.training.recipe import RECIPE_VERSION, RECIPES, Recipe, load_recipe
+from fbqat_hub.training.recipe import RECIPE_VERSION, RECIPES, Recipe, load_recipe, recipe_of_run
 from tests.conftest import write_recipe
 
 MINIMAL: dict[str, Any] = {"name": "x", "family": "sana", "teacher": "owner/name"}
@@ -24,8 +26,8 @@ OLD = Path(__file__).with_name("recipe-0.1.yaml")
 
 
 def changed_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later version, whose default method is softer at the start, unclipped and without loss weights."""
-    other = replace(FBQAT, schedule=Schedule(), initialization="nearest", loss_weighting="none", train_layers="all")
+    """A later version, whose default method starts at the nearest codes, trains all and has no loss weights."""
+    other = replace(FBQAT, initialization="nearest", loss_weighting="none", train_layers="all")
     monkeypatch.setitem(method.METHODS, "fbqat", other)
 
 
@@ -56,7 +58,7 @@ def test_every_value_that_runs_is_written_out(tmp_path: Path) -> None:
     assert next(iter(saved)) == "recipe_version"
     assert saved["quantization"]["weight_clip"] == "learned"
     assert saved["quantization"]["module_overrides"] == {"proj_out": {"bits": 16}}
-    assert saved["schedule"] == {"stages": [[4, 1]], "softness": 0.0, "soft_until": 0.0}
+    assert saved["schedule"] == {"stages": [[4, 1]]}
     assert (saved["initialization"], saved["loss_weighting"], saved["train_layers"]) == ("gptq", "sampler", "blocks")
     assert saved["gptq"] == {"samples": 100, "damping": 0.01, "margin": 0.05}
     assert saved["optimizer"]["clip_learning_rate"] == 3
@@ -91,12 +93,27 @@ def test_with_a_version_a_recipe_is_complete(missing: str, tmp_path: Path) -> No
 
 
 def test_a_recipe_of_the_version_before_there_were_versions() -> None:
-    """Renamed, not guessed: the run that it was, at 4 bits throughout and with the soft staircase."""
-    was: Any = {"quantization": {"average_bits": None}, "schedule": {"softness": 0.1, "soft_until": 0.9}}
-    old, today = load_recipe(OLD), load_recipe("sana-tiny", **was)
+    """Its default had the soft staircase, which is gone: a run of it is read, and not trained."""
+    uniform: Any = {"quantization": {"average_bits": None}}
     assert yaml.safe_load(OLD.read_text())["start"] == ""
-    assert old == today
-    assert load_recipe(OLD, seed=3).seed == 3
+    assert recipe_of_run(OLD) == load_recipe("sana-tiny", **uniform)
+    with pytest.raises(ValueError, match=r"schedule.softness is 0\.1; it was removed .* use fbqat_hub 0\.1"):
+        load_recipe(OLD)
+
+
+@pytest.mark.parametrize("softness", [0.0, 0.1])
+def test_a_saved_recipe_that_names_the_staircase(softness: float, tmp_path: Path) -> None:
+    """Off, it is as if it did not; on, the run is read, and not trained."""
+    recipe = Recipe(**MINIMAL)
+    saved = recipe.to_dict()
+    saved["schedule"] |= {"softness": softness, "soft_until": 9 * softness}
+    path = write_recipe(tmp_path / "recipe.yaml", saved)
+    assert recipe_of_run(path) == recipe
+    if softness:
+        with pytest.raises(ValueError, match=r"schedule.softness is 0\.1; it was removed .* use fbqat_hub 0\.1"):
+            load_recipe(path)
+    else:
+        assert load_recipe(path) == recipe
 
 
 @pytest.mark.parametrize(
@@ -138,6 +155,28 @@ def test_what_was_removed_is_refused_where_it_was_on(old: dict[str, Any], messag
         load_recipe(write_recipe(tmp_path / "old.yaml", {**MINIMAL, **old}))
 
 
+def test_a_run_with_the_staircase_is_not_resumed_here(tmp_path: Path) -> None:
+    recipe = Recipe(**MINIMAL)
+    saved = recipe.to_dict()
+    saved["schedule"] |= {"softness": 0.1, "soft_until": 0.9}
+    write_recipe(tmp_path / "recipe.yaml", saved)
+    with pytest.raises(
+        ValueError, match=r"softness is 0\.1; .* To continue such a run, use fbqat_hub 0\.1"
+    ):
+        is_finished(recipe, tmp_path, resume=True)
+    checkpoint = tmp_path / "checkpoints"
+    checkpoint.mkdir()
+    for softness in (0.0, 0.1):
+        saved["schedule"]["softness"] = softness
+        saved["schedule"]["soft_until"] = 9 * softness
+        write_recipe(checkpoint / "recipe.yaml", saved)
+        if softness:
+            with pytest.raises(ValueError, match="softness is"):
+                check_same_recipe(checkpoint, yaml.safe_dump(recipe.to_dict()))
+        else:
+            check_same_recipe(checkpoint, yaml.safe_dump(recipe.to_dict()))
+
+
 # methods
 
 
@@ -159,7 +198,6 @@ def test_a_method_changed_on_the_command_line_brings_its_own_values(name: str, t
     assert recipe.config().weight_clip == clip
     widths = {"integer": "integer", "simple": "simple", "fbqat-paper": "paper"}
     assert recipe.bit_schedule().stages == BitSchedule.preset(widths.get(name, "constant")).stages
-    assert recipe.rounding_at(0).softness == 0
     assert (recipe.initialization == "gptq") == (name in ("fbqat", "ptq-gptq"))
 
     other = "integer" if name != "integer" else "vqat"
@@ -179,7 +217,7 @@ def test_recipe_wins_over_method_and_family() -> None:
     assert recipe.config().module_overrides == {}
     assert Recipe(**MINIMAL).config().module_overrides == {"proj_out": {"bits": 16}}
     assert recipe.bit_schedule().bit_width(0.25) == 5
-    assert recipe.rounding_at(0.5).ewgs == 0.2
+    assert recipe.optimizer.ewgs == 0.2
     assert recipe.optimizer.warmup_steps == 20
 
 
@@ -195,10 +233,10 @@ def test_group_size_is_all_there_is_to_say_of_groups() -> None:
 
 
 def test_changes_of_a_section_leave_the_rest_of_it(tmp_path: Path) -> None:
-    fields = {**MINIMAL, "schedule": {"softness": 0.05, "soft_until": 0.5}, "generation": {"height": 64, "eta": 0.5}}
+    fields = {**MINIMAL, "optimizer": {"ewgs": 0.05, "warmup_steps": 5}, "generation": {"height": 64, "eta": 0.5}}
     path = write_recipe(tmp_path / "recipe.yaml", fields)
-    recipe = load_recipe(path, schedule={"soft_until": 0.6}, generation={"width": 128}, dataset={"path": "ye-pop"})
-    assert (recipe.schedule.softness, recipe.schedule.soft_until) == (0.05, 0.6)
+    recipe = load_recipe(path, optimizer={"warmup_steps": 6}, generation={"width": 128}, dataset={"path": "ye-pop"})
+    assert (recipe.optimizer.ewgs, recipe.optimizer.warmup_steps) == (0.05, 6)
     assert (recipe.size, recipe.generation["eta"]) == ((64, 128), 0.5)
     assert recipe.dataset == {"path": "ye-pop"}
 
@@ -322,32 +360,13 @@ def test_recipes_of_real_models_have_the_papers_budget(name: str) -> None:
         ({"schedule": {"stages": [8, 4]}}, r"schedule.stages is \[8, 4\]; .* list of \[bit width"),
         ({"schedule": {"stages": [["8", 1], [4, 1]]}}, "schedule.stages is"),
         ({"schedule": {"stages": [[8, 0], [4, 1]]}}, "share of training above 0"),
-        ({"schedule": {"softness": "0.1"}}, "schedule.softness is '0.1'"),
-        ({"schedule": {"softness": 2}}, "softness is 2; it must be a number from 0 to 1"),
-        ({"schedule": {"soft_until": 1}}, "soft_until is 1; it must be a number of at least 0 and below 1"),
         ({"method": "fbqat-paper", "initialization": "gptq"}, "initialization gptq is for one bit width"),
-        (
-            {"schedule": {"softness": 0.3, "soft_until": 0.9}},
-            "gptq.margin is 0.05 and schedule.softness 0.3; .*at least .*, 0.15",
-        ),
-        (
-            {"gptq": {"margin": 0.04}, "schedule": {"softness": 0.1, "soft_until": 0.9}},
-            "gptq.margin is 0.04 and schedule.softness 0.1",
-        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load_recipe(write_recipe(tmp_path / "recipe.yaml", {**MINIMAL, **changes}))
     assert "\n" not in str(error.value)
-
-
-def test_a_margin_of_half_the_softness_is_enough() -> None:
-    recipe = Recipe(**MINIMAL, schedule={"softness": 0.3, "soft_until": 0.9}, gptq={"margin": 0.15})
-    assert recipe.gptq.margin == recipe.schedule.softness / 2
-    assert (
-        Recipe(**MINIMAL, schedule={"softness": 0.3, "soft_until": 0.9}, initialization="nearest").gptq.margin == 0.05
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
