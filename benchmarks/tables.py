@@ -24,6 +24,7 @@ from benchmarks.method.report import at_equal_storage, table
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.widths import half_bits
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
+from fbqat_hub.export.htp.targets import TARGETS
 from fbqat_hub.export.onnx.precision import OP_KINDS
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.training.recipe import RECIPES, load_recipe
@@ -330,6 +331,31 @@ def htp_parts_table() -> str:
     return markdown(head, rows)
 
 
+def htp_targets_table() -> str:
+    """Chips that a bundle can be made for, and what was compiled and emulated, by `benchmarks.htp_targets`."""
+    measured = {record.extra["soc"]: record for record in read_records(RESULTS / "htp.json") if "soc" in record.extra}
+    head = (
+        "`--soc`", "chip", "HTP", "compiled for", "nodes elsewhere", "binaries (MB)", "ran on", "to the CPU (dB)",
+        "to torch (dB)", "picture (dB)",
+    )  # fmt: skip
+    rows = []
+    for name, target in TARGETS.items():
+        cells = ("not compiled here", *["–"] * 6)
+        if record := measured.get(name):
+            found = record.extra
+            cells = (
+                found["compatibility_info"] or "not told",
+                str(found["nodes_elsewhere"]),
+                f"{found['binary_bytes'] / 1e6:.2f}",
+                found["ran_on"],
+                f"{found['emulator_vs_cpu_qdq_db']:.1f}",
+                f"{record.value:.1f}",
+                f"{found['pictures_psnr_db']:.1f}",
+            )
+        rows.append((f"`{name}`", target.title, f"v{target.htp_arch}", *cells))
+    return markdown(head, rows)
+
+
 def _bundles() -> list[Record]:
     """One record a family and precision, of `benchmarks.htp_bundles`."""
     return [record for record in read_records(RESULTS / "htp.json") if "precision" in record.extra]
@@ -514,6 +540,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapter-memory": adapter_memory_table,
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
+    "htp-targets": htp_targets_table,
     "htp": htp_table,
     "htp-ops": htp_ops_table,
     "htp-text": htp_text_table,

@@ -21,8 +21,9 @@ from transformers import (
 from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle import text_encoder
+from fbqat_hub.export.bundle.float_part import compile_part
 from fbqat_hub.export.bundle.runtime.text import denoiser_inputs
-from fbqat_hub.export.bundle.text_bundle import build_encoder
+from fbqat_hub.export.bundle.text_bundle import quantize_encoder
 from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
 from fbqat_hub.export.htp import compiler
 from fbqat_hub.export.htp.targets import target_for
@@ -137,7 +138,8 @@ def test_two_graphs_of_an_encoder_are_as_good_as_one(
         monkeypatch.setattr(text_encoder, "MOST_WEIGHTS", most)
         encoder, folder = wrap_text_encoder("text_encoder", model, TOKENS, True), tmp_path / str(graphs)
         folder.mkdir()
-        sections = build_encoder(encoder, type(model).__name__, [item()], [item()], folder, target, bar)
+        part = quantize_encoder(encoder, type(model).__name__, [item()], [item()], folder, bar)
+        sections = compile_part(part, folder, target, bar)
         assert len(sections) == graphs
         last = list(sections.values())[-1]
         reached[graphs] = last["parity"]["emulator_vs_torch_packed"]["sqnr_db"]
