@@ -56,6 +56,7 @@ def bundle(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder / "out", certificate
 
 
+@pytest.mark.slow
 def test_several_chips_have_a_bundle_each_of_work_done_once(
     bundle: tuple[Path, dict[str, Any]], tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
