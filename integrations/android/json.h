@@ -10,7 +10,6 @@
 struct Json {
   enum class Kind { null, boolean, number, text, list, object };
   Kind kind = Kind::null;
-  bool boolean = false;
   double number = 0;
   std::string text;
   std::vector<Json> list;
@@ -54,7 +53,8 @@ class JsonReader {
 
   bool word(const char* wanted) {
     const std::string text(wanted);
-    if (static_cast<std::size_t>(end_ - at_) < text.size() || text.compare(0, text.size(), at_, text.size()) != 0) return false;
+    const auto left = static_cast<std::size_t>(end_ - at_);
+    if (left < text.size() || text.compare(0, text.size(), at_, text.size()) != 0) return false;
     at_ += text.size();
     return true;
   }
@@ -84,8 +84,7 @@ class JsonReader {
       value.kind = Json::Kind::text;
       value.text = string();
     } else if (word("true") || word("false")) {
-      value.kind = Json::Kind::boolean;
-      value.boolean = at_[-2] == 'u';  // tr-u-e
+      value.kind = Json::Kind::boolean;  // which of them, nothing here asks
     } else if (!word("null")) {
       char* stop = nullptr;
       value.kind = Json::Kind::number;
