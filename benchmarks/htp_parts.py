@@ -20,13 +20,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, Gemma2Config, Gemma2Mode
 
 from benchmarks.htp_true_size import RESULTS, PeakMemory
 from fbqat_hub.evaluation.results import Record, write_records
-from fbqat_hub.export.bundle.float_part import build_part
-from fbqat_hub.export.bundle.text_bundle import build_encoder
+from fbqat_hub.export.bundle.float_part import QuantizedPart, compile_part, quantize_part
+from fbqat_hub.export.bundle.text_bundle import quantize_encoder
 from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
 from fbqat_hub.export.folder import staging
 from fbqat_hub.export.htp import certificate
 from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.export.htp.targets import target_for
+from fbqat_hub.export.onnx.float_graph import as_feed
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families import get_family
 
@@ -67,12 +68,17 @@ class Part:
         kind = self.build.__name__
         if not self.channels:
             encoder = wrap_text_encoder(name, module, self.size, self.masked)
-            return build_encoder(encoder, kind, calibration, [held_out], folder, target, bar)
-        wrapper = get_family(self.family).decoder_graph(module)
+            part = quantize_encoder(encoder, kind, calibration, [held_out], folder, bar)
+        else:
+            wrapper = get_family(self.family).decoder_graph(module)
+            with torch.no_grad():
+                expected = [wrapper.module(*wrapper.host_inputs(held_out).values())[0]]
+            graph, rewrites = quantize_part(name, wrapper, calibration, expected, folder, bar)
+            given = [as_feed(wrapper.host_inputs(held_out))]
+            part = QuantizedPart(model_class=kind, graphs=[graph], rewrites=[rewrites], held_out=given)
+            del wrapper
         del module
-        with torch.no_grad():
-            expected = [wrapper.module(*wrapper.host_inputs(held_out).values())[0]]
-        return {name: build_part(name, kind, wrapper, calibration, [held_out], expected, folder, target, bar)[0]}
+        return compile_part(part, folder, target, bar)
 
     def items(self) -> list[dict[str, Tensor]]:
         """Random inputs; of a text encoder from a quarter to all of the tokens are no padding."""
@@ -172,7 +178,7 @@ def main() -> None:
     part, memory = PARTS[options.part], PeakMemory()
     memory.start()
     began = time.perf_counter()
-    with staging(options.output) as folder, Progress(2 + len(STEPS), shown=True) as bar:
+    with staging(options.output) as folder, Progress(3 + len(STEPS), shown=True) as bar:
         sections = part.sections(options.part, folder, bar)
         section = certificate.joined(sections) | {"model": next(iter(sections.values()))["model"]}
         certificate.write(folder, target_for("sm8750"), section, bar.seconds)

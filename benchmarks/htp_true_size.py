@@ -205,7 +205,7 @@ def main() -> None:
         "cpu_seconds": round(used.user + used.system + used.children_user + used.children_system, 1),
         "steps_seconds": {
             step: round(sum(took for name, took in certificate["seconds"].items() if name.endswith(f": {step}")), 1)
-            for step in ("trace", "calibrate", *STEPS)
+            for step in ("trace", "calibrate", "quantize", *STEPS)
         },
         "compiler": certificate["compiler"],
         "emulator": certificate["emulator"],

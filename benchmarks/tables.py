@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.integration import ADAPTERS, OPERATIONS
 from benchmarks.markdown import markdown
 from benchmarks.method.findings import CHOICES, JUDGED, OLDER, Finding, findings
@@ -24,6 +26,7 @@ from benchmarks.method.judge import judge_rows
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.widths import half_bits
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
+from fbqat_hub.export.htp.targets import TARGETS
 from fbqat_hub.export.onnx.precision import OP_KINDS
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.training.recipe import RECIPES, load_recipe
@@ -322,6 +325,41 @@ def htp_parts_table() -> str:
         )
         for record, peak in measured_at_true_size("part")
     ]
+    encoders = [
+        (record.extra["cost"]["constant_bytes"] / 1e9, peak)
+        for record, peak in measured_at_true_size("part")
+        if "tokens" in record.extra["shape"]
+    ]
+    slope, base = np.polyfit(*zip(*encoders, strict=True), 1)
+    error = max(abs(base + slope * size - peak) for size, peak in encoders)
+    return (
+        f"{markdown(head, rows)}\n\nPeak RAM of the text encoders' graphs is {base:.2f} GB and {slope:.0f} bytes a "
+        f"weight, to within {error:.2f} GB."
+    )
+
+
+def htp_targets_table() -> str:
+    """Chips that a bundle can be made for, and what was compiled and emulated, by `benchmarks.htp_targets`."""
+    measured = {record.extra["soc"]: record for record in read_records(RESULTS / "htp.json") if "soc" in record.extra}
+    head = (
+        "`--soc`", "chip", "HTP", "compiled for", "nodes elsewhere", "binaries (MB)", "ran on", "to the CPU (dB)",
+        "to torch (dB)", "picture (dB)",
+    )  # fmt: skip
+    rows = []
+    for name, target in TARGETS.items():
+        cells = ("not compiled here", *["–"] * 6)
+        if record := measured.get(name):
+            found = record.extra
+            cells = (
+                found["compatibility_info"] or "not told",
+                str(found["nodes_elsewhere"]),
+                f"{found['binary_bytes'] / 1e6:.2f}",
+                found["ran_on"],
+                f"{found['emulator_vs_cpu_qdq_db']:.1f}",
+                f"{record.value:.1f}",
+                f"{found['pictures_psnr_db']:.1f}",
+            )
+        rows.append((f"`{name}`", target.title, f"v{target.htp_arch}", *cells))
     return markdown(head, rows)
 
 
@@ -510,6 +548,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapter-memory": adapter_memory_table,
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
+    "htp-targets": htp_targets_table,
     "htp": htp_table,
     "htp-ops": htp_ops_table,
     "htp-text": htp_text_table,

@@ -26,7 +26,7 @@ def export_run(
     run: str | Path,
     output: Path,
     *,
-    soc: str = "sm8750",
+    soc: str | Sequence[str] = "sm8750",
     precision: str = "w4a8",
     a16: Sequence[str] = (),
     graphs: int = 1,
@@ -34,7 +34,7 @@ def export_run(
     pictures: int = 2,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Compile a packed pipeline for a Snapdragon's NPU; returns the certificate (see ``export_bundle``).
+    """Compile a packed pipeline for a Snapdragon's NPU; returns what ``export_bundle`` returns.
 
     Ranges that training did not set are calibrated on 100 training samples of the run's recipe, and the certificate is
     measured on 8 samples of the test split. With ``prompts``, or without a recipe, both come from what the pipeline

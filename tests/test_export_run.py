@@ -15,6 +15,7 @@ from fbqat_hub.export_run import export_run
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"soc": "sm9999"}, f"unknown soc 'sm9999'; known: {', '.join(sorted(TARGETS))}"),
+    ({"soc": ["sm8750", "sm8750"]}, f"soc is sm8750, sm8750; give one or more of: {', '.join(sorted(TARGETS))}"),
     ({"graphs": 0}, "graphs is 0; give 1 or more"),
     ({"graphs": 1.5}, "graphs is 1.5; give 1 or more"),
     ({"pictures": -1}, "pictures is -1; give 1 or more"),

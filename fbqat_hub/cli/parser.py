@@ -302,7 +302,7 @@ def _export(commands: Any) -> None:
         type=_checked(model_source),
         help="folder of a run, or of a packed pipeline, or the Hub id of one",
     )
-    sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
+    _list_option(sub, "--soc", "SOC", "target; of several a bundle each, OUTPUT/SOC (default: sm8750, 8 Elite)")
     sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp, RUN/sdnq, ...)")
     sub.add_argument(
         "--precision",

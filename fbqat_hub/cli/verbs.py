@@ -188,22 +188,30 @@ def export(options: argparse.Namespace) -> None:
     if options.to != "htp":
         return _export_files(options)
     prompts = read_prompts(options.prompts) if options.prompts else ()
+    from fbqat_hub.export.htp.targets import DEFAULT_SOC
     from fbqat_hub.export_run import export_run
 
-    certificate = export_run(
+    output = options.output or Path(options.run_folder) / "htp"
+    made = export_run(
         options.run_folder,
-        options.output or Path(options.run_folder) / "htp",
-        soc=options.soc,
+        output,
+        soc=options.soc if len(options.soc) > 1 else "".join(options.soc) or DEFAULT_SOC,
         precision=options.precision,
         a16=options.a16,
         graphs=options.graphs,
         prompts=prompts,
         pictures=options.images,
     )
+    if len(options.soc) > 1:
+        from fbqat_hub.export.bundle.targets_table import targets_table
+
+        print(targets_table(made))
+        print(f"saved {output}: a bundle in each folder. Never ran on: a phone.")
+        return
     for name in ("emulator_vs_cpu_qdq", "emulator_vs_torch_packed", "cpu_qdq_vs_torch_packed"):
-        print(f"{name.replace('_', ' '):26s} SQNR {certificate['parity'][name]['sqnr_db']:.1f} dB")
-    print(f"{'pictures vs torch':26s} PSNR {certificate['pictures']['mean_psnr_db']:.1f} dB")
-    print(f"saved {options.output or Path(options.run_folder) / 'htp'}. Ran on: x86 emulator. Never ran on: a phone.")
+        print(f"{name.replace('_', ' '):26s} SQNR {made['parity'][name]['sqnr_db']:.1f} dB")
+    print(f"{'pictures vs torch':26s} PSNR {made['pictures']['mean_psnr_db']:.1f} dB")
+    print(f"saved {output}. Ran on: {made['ran_on']}. Never ran on: {made['never_ran_on']}.")
 
 
 def _export_files(options: argparse.Namespace) -> None:
@@ -251,7 +259,7 @@ def doctor(options: argparse.Namespace) -> None:
     elif options.model:
         from fbqat_hub.pipelines import load_pipeline
 
-        findings += doctor.diagnose_model(load_pipeline(options.model).transformer, target)
+        findings += doctor.diagnose_model(load_pipeline(options.model).transformer)
     if log is not None:
         findings += doctor.diagnose_log(log)
     for finding in findings:

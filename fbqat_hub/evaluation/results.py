@@ -224,8 +224,8 @@ class Record:
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two records the same measurement: (suite, family, method, metric, seed), and of ``extra`` the
-        activation precision that one model was exported at and the part of a pipeline, if it has them."""
-        apart = (self.extra.get(name) for name in ("precision", "part"))
+        activation precision that one model was exported at, the part of a pipeline and the chip, if it has them."""
+        apart = (self.extra.get(name) for name in ("precision", "part", "soc"))
         return (self.suite, self.family, self.method, self.metric, self.seed, *apart)
 
     def to_dict(self) -> dict[str, Any]:

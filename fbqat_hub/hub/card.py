@@ -31,13 +31,14 @@ from fbqat_hub.hub.tables import (
     checks_table,
     files_of,
     files_table,
+    htp_certificates,
     number,
     results_table,
     unit_suffix,
     widths_table,
 )
 from fbqat_hub.stages import branch_name, find_stage, stages_of
-from fbqat_hub.untrusted import read_json, read_yaml
+from fbqat_hub.untrusted import read_yaml
 
 TEMPLATE = shipped("model_cards/template.md")
 
@@ -155,7 +156,7 @@ def facts_of_run(run: Path, stage: int | None = None, data: Path | None = None) 
         recipe=recipe,
         recipe_text=(run / "recipe.yaml").read_text(encoding="utf-8"),
         records=read_records(results),
-        certificate=_certificate(folder / "htp" / "certificate.json"),
+        certificate=next(iter(htp_certificates(folder)), None),
         images=sorted(path.name for path in (folder / "images").glob("*.png")),
         files=files,
         source="." if (run / "model_index.json").is_file() or not (run / "pipeline").is_dir() else "./pipeline",
@@ -197,15 +198,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if recipe["method"] not in METHODS:
         raise ValueError(f"{path}: unknown method {recipe['method']!r}. Known: {', '.join(METHODS)}.")
     return recipe
-
-
-def _certificate(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    certificate = read_json(path)
-    if not isinstance(certificate, dict):
-        raise ValueError(f"{path} holds a JSON {type(certificate).__name__}; an object is needed: export again.")
-    return certificate
 
 
 def _front_matter(facts: Facts) -> ModelCardData:

@@ -21,7 +21,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.hub.card_data import UNKNOWN, data_of_run
 from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, remote_files, step
-from fbqat_hub.hub.contents import Item, collect, packed_config, private_things, read_json, recipe_of
+from fbqat_hub.hub.contents import Item, collect, packed_config, private_things, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST, FileEntry, Manifest, hash_file, parse_manifest, read_manifest, serves
 from fbqat_hub.hub.names import is_local, public_name, size_text
 from fbqat_hub.hub.preflight import (
@@ -32,6 +32,7 @@ from fbqat_hub.hub.preflight import (
     remote_problems,
     remote_state,
 )
+from fbqat_hub.hub.tables import htp_certificates
 from fbqat_hub.progress import Progress
 from fbqat_hub.stages import branch_name, stages_of
 from fbqat_hub.text import names
@@ -256,10 +257,9 @@ def _public(tree: Any) -> Any:
 
 
 def _soc_of(run: Path) -> str:
-    """The SoC that the run's HTP bundle is for, as the certificate says; empty where there is no bundle."""
-    certificate = read_json(run / "htp" / "certificate.json")
-    asked = certificate.get("asked") if isinstance(certificate, dict) else None
-    return str(asked.get("soc", "")) if isinstance(asked, dict) else ""
+    """The SoCs that the run's HTP bundles are for, joined by "-", as their certificates say; empty without a bundle."""
+    asked = [each.get("asked") for each in htp_certificates(run)]
+    return "-".join(str(each.get("soc", "")) for each in asked if isinstance(each, dict))
 
 
 def _divided(repo: str, soc: str, items: list[Item]) -> dict[str, list[Item]]:

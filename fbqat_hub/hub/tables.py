@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record
 from fbqat_hub.hub.names import is_local, public_name
 from fbqat_hub.stages import branch_name
+from fbqat_hub.untrusted import read_json
 
 _SUMMARY = ("asked", "read_back", "parity", "pictures")
 _ARROWS = {"lower": "↓", "higher": "↑"}
@@ -130,6 +131,22 @@ def files_table(files: Iterable[tuple[str, int, str]]) -> list[tuple[str, str, s
         rows.append((f"`{path}`", _mebibytes(size), use))
         uses.setdefault(use, []).append(size)
     return rows + [("together", _mebibytes(sum(sizes)), use) for use, sizes in uses.items() if len(sizes) > 1]
+
+
+def htp_certificates(run: Path) -> list[dict[str, Any]]:
+    """The certificates of a run's HTP bundle, or bundles of several SoCs, by their folders' names.
+
+    Raises:
+        ValueError: one that is no JSON object.
+    """
+    paths = [run / "htp" / "certificate.json"]
+    found = []
+    for path in filter(Path.is_file, paths if paths[0].is_file() else sorted(run.glob("htp/*/certificate.json"))):
+        certificate = read_json(path)
+        if not isinstance(certificate, dict):
+            raise ValueError(f"{path} holds a JSON {type(certificate).__name__}; an object is needed: export again.")
+        found.append(certificate)
+    return found
 
 
 def certificate_tables(certificate: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.hub.card import write_card
+from fbqat_hub.hub.tables import htp_certificates
 
 RECIPE = {
     "name": "Sana-tiny-FBQAT-W4A8",
@@ -152,6 +153,21 @@ def test_the_certificate_is_shown_with_where_it_ran(run: Path, tmp_path: Path) -
     assert "| `onnx` | x.onnx |" in text
     assert "| `htp/transformer.bin` | 1.00 MiB | HTP context binary, phone |" in text
     assert "emulator of the Hexagon tensor processor | verified" in text
+
+
+def test_of_bundles_for_several_chips_the_card_has_the_first_certificate(run: Path) -> None:
+    """A folder of the run each, in the order of their names; one that is no object is refused by name."""
+    for soc in ("sm8750", "sm8650"):
+        (run / "htp" / soc).mkdir(parents=True)
+        (run / "htp" / soc / "certificate.json").write_text(json.dumps({"asked": {"soc": soc}}))
+        (run / "htp" / soc / "transformer.bin").write_bytes(bytes(2**20))
+    assert [each["asked"]["soc"] for each in htp_certificates(run)] == ["sm8650", "sm8750"]
+    text = write_card(run).read_text()
+    assert "| `asked.soc` | sm8650 |" in text
+    assert "| `htp/sm8750/transformer.bin` | 1.00 MiB |" in text
+    (run / "htp" / "sm8650" / "certificate.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"sm8650/certificate.json holds a JSON list; an object is needed"):
+        write_card(run)
 
 
 def test_a_full_certificate_is_a_summary_a_table_of_tensors_and_the_rest_folded(run: Path) -> None:

@@ -91,8 +91,8 @@ def graph_bytes(transformer: nn.Module) -> int:
     return int(four_bit + rest)
 
 
-def diagnose_model(transformer: nn.Module, target: Target) -> list[Finding]:
-    """What stands in the way of exporting `transformer` for `target`, from its modules alone: nothing is traced."""
+def diagnose_model(transformer: nn.Module) -> list[Finding]:
+    """What stands in the way of exporting `transformer`, from its modules alone: nothing is traced."""
     name = type(transformer).__name__
     try:
         family = family_of_denoiser(name)
@@ -139,12 +139,6 @@ def diagnose_model(transformer: nn.Module, target: Target) -> list[Finding]:
     weights = sum(4 * layer.in_features * layer.out_features for layer in layers.values()) / graphs
     needed = _HOST_COPIES * weights / 2**30 + 0.9
     findings.append(Finding("ok", f"the export will take about {needed:.1f} GiB of this computer's memory"))
-    if not target.compiled:
-        findings.append(
-            Finding(
-                "warning", f"nothing was compiled for the {target.title} here yet", "compare golden.safetensors on it"
-            )
-        )
     return findings
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fbqat_hub.export.bundle.float_part import build_part
+from fbqat_hub.export.bundle.float_part import QuantizedPart, compile_part, quantize_part
 from fbqat_hub.export.bundle.host import host_parts
 from fbqat_hub.export.bundle.manifest import denoiser_sections, write_manifest
 from fbqat_hub.export.bundle.pipeline import Generated, generate, picture_psnr, record_inputs
-from fbqat_hub.export.bundle.text_bundle import PROBE, build_text
+from fbqat_hub.export.bundle.targets_table import write_targets
+from fbqat_hub.export.bundle.text_bundle import PROBE, QuantizedText, compile_text, quantize_text
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, recorded_tokens
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import staging
 from fbqat_hub.export.htp.checks import check_asked, check_bundle
-from fbqat_hub.export.htp.export import build_transformer
+from fbqat_hub.export.htp.export import QuantizedTransformer, compile_transformer, quantize_transformer
 from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.export.htp.runtime import qnn_session
 from fbqat_hub.export.htp.targets import Target
-from fbqat_hub.export.onnx.float_graph import as_feed
+from fbqat_hub.export.onnx.float_graph import Feed, as_feed
 from fbqat_hub.export.onnx.items import check_items
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.export.progress import Progress
@@ -50,7 +53,7 @@ def export_bundle(
     call: Mapping[str, Any],
     calibration: Sequence[Item] | None = None,
     held_out: Sequence[Item] | None = None,
-    soc: str = "sm8750",
+    soc: str | Sequence[str] = "sm8750",
     precision: str = "w4a8",
     a16: Sequence[str] = (),
     graphs: int = 1,
@@ -72,7 +75,9 @@ def export_bundle(
         call: arguments of the pipeline call, e.g. height, width, num_inference_steps, guidance_scale.
         calibration, held_out: as `export_htp`; what the pipeline feeds its denoiser while it generates `prompts` if
             None (the last prompt is held out).
-        soc, progress: as `export_htp`.
+        soc: a key of `TARGETS`. Of several there is a bundle each, `output_dir/<soc>`, and a table of them in
+            `output_dir/README.md`; what does not depend on the target is made once.
+        progress: as `export_htp`.
         precision: a key of `PRESETS`, or "auto": 8 bits wherever the output's SQNR keeps `TARGET_DB`.
         a16: fnmatch patterns of further layers at 16 activation bits.
         graphs: as `export_htp`; the runner runs them in the manifest's order (`denoiser`).
@@ -80,26 +85,30 @@ def export_bundle(
         texts: to calibrate the text encoders on; `prompts` if there are none.
 
     Returns:
-        The certificate.
+        The certificate; of several targets, their certificates by `soc`.
 
     Raises:
         HTPUnavailableError: a needed package cannot be imported; says what to install.
         ValueError, ExportError: bad input, a failed step, a failed audit or a gate not met; nothing is left at
             `output_dir`.
     """
-    target = check_asked(output_dir, soc, graphs=graphs, pictures=pictures)
+    targets = check_asked(output_dir, soc, graphs=graphs, pictures=pictures)
     chosen, target_db = precision_named(precision, a16)
     if pictures > len(prompts):
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
     if len(prompts) < 2 and (calibration is None or held_out is None):
         raise ExportError("calibration needs at least 2 prompts: the last one is held out")
     family = check_bundle(pipeline, a16, graphs)
-    from fbqat_hub.export.htp import certificate, compiler
-
     encoders = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
-    # to trace and calibrate the transformer, the decoder and the encoders; to compile each graph; pictures and the end
-    steps = 2 * (2 + len(encoders)) + (graphs + 1 + len(encoders)) * len(STEPS) + 3
-    with staging(output_dir) as folder, Progress(steps, progress) as bar:
+    # generating and recording; tracing, calibrating and quantizing each part; compiling each graph, and pictures
+    parts = 2 + len(encoders)
+    steps = 2 + 3 * parts + graphs - 1 + len(targets) * ((graphs - 1 + parts) * len(STEPS) + 1)
+    with (
+        staging(output_dir) as folder,
+        tempfile.TemporaryDirectory(prefix=".quantized.", dir=folder.parent) as scratch,
+        Progress(steps, progress) as bar,
+    ):
+        shared = Path(scratch)
         with bar.step("generate in torch"):
             with recorded_tokens(pipeline) as tokens:  # first: the scheduler must keep what the prompts set
                 generate(pipeline, PROBE, {**call, "num_inference_steps": 1}, 0)
@@ -110,55 +119,95 @@ def export_bundle(
                 held_out = record_inputs(pipeline, prompts[-1:], call, seed=len(prompts))[::5][:8]
         check_items("calibration", calibration, family.constant_inputs)
         check_items("held_out", held_out, family.constant_inputs)
-        section, wrapper = build_transformer(
+        transformer = quantize_transformer(
             pipeline.transformer,
             family,
             calibration,
             held_out,
-            folder,
-            target,
+            shared,
             chosen,
             bar,
             target_db=target_db,
             graphs=graphs,
         )
-        host, settings = host_parts(generated, pipeline, wrapper, call)
-        section["graphs"] = {"decoder": _build_decoder(pipeline, family, generated, settings, folder, target, bar)}
+        host, settings = host_parts(generated, pipeline, transformer.wrapper, call)
+        decoder = _quantize_decoder(pipeline, family, generated, settings, shared, bar)
         # the last of a picture's items is of its last step, with the prompt
-        given = [(each.prompt, wrapper.host_inputs(each.items[-1])) for each in generated]
-        instruction = family.instruction(pipeline, call)
-        text = build_text(
-            pipeline, tokens, texts or prompts, given, instruction, settings["mask_bias"], folder, target, bar
-        )
-        section["graphs"] |= text.sections
-        section["text_left_out"] = text.left_out
-        chain = {name: part["tensors"] for name, part in denoiser_sections(section).items()}
-        with bar.step("pictures"), compiler.EmulatorChain(folder, chain, target) as emulator:
-            section["pictures"] = _pictures(pipeline, generated, call, wrapper, folder, emulator)
-            _write_parts(folder, host | text.tables, held_out, wrapper, emulator)
-        section["golden_inputs"] = len(held_out)
-        written = certificate.write(folder, target, section, bar.seconds)
-        write_manifest(folder, written, settings, [each.prompt for each in generated], text.described, target)
-        return written
+        given = [(each.prompt, transformer.wrapper.host_inputs(each.items[-1])) for each in generated]
+        instruction, bias = family.instruction(pipeline, call), settings["mask_bias"]
+        text = quantize_text(pipeline, tokens, texts or prompts, given, instruction, bias, shared, bar)
+        made = _Quantized(transformer=transformer, decoder=decoder, text=text, host=host, settings=settings)
+        if isinstance(soc, str):
+            certificates = _compile(made, pipeline, call, generated, folder, targets[0], bar)
+        else:
+            certificates = {}
+            for target in targets:
+                (folder / target.name).mkdir()
+                certificates[target.name] = _compile(made, pipeline, call, generated, folder / target.name, target, bar)
+            write_targets(folder, certificates)
+        return certificates
 
 
-def _build_decoder(
+@dataclass(frozen=True, kw_only=True)
+class _Quantized:
+    """What bundles for all targets are made of; host and settings as `host.host_parts` has them."""
+
+    transformer: QuantizedTransformer
+    decoder: QuantizedPart
+    text: QuantizedText
+    host: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+
+def _compile(
+    made: _Quantized,
+    pipeline: Any,
+    call: Mapping[str, Any],
+    generated: Sequence[Generated],
+    folder: Path,
+    target: Target,
+    bar: Progress,
+) -> dict[str, Any]:
+    """The bundle for one target, in `folder`; its certificate."""
+    from fbqat_hub.export.htp import certificate, compiler
+
+    transformer = made.transformer
+    section = compile_transformer(transformer, folder, target, bar)
+    section["graphs"] = compile_part(made.decoder, folder, target, bar)
+    text, sections = compile_text(made.text, folder, target, bar)
+    section["graphs"] |= sections
+    section["text_left_out"] = text.left_out
+    chain = {name: part["tensors"] for name, part in denoiser_sections(section).items()}
+    with bar.step("pictures"), compiler.EmulatorChain(folder, chain, target) as emulator:
+        section["pictures"] = _pictures(pipeline, generated, call, transformer.wrapper, folder, emulator)
+        _write_parts(folder, {**made.host, **text.tables}, transformer.held_out, emulator)
+    section["golden_inputs"] = len(transformer.held_out)
+    written = certificate.write(folder, target, section, bar.seconds)
+    write_manifest(folder, written, made.settings, [each.prompt for each in generated], text.described, target)
+    return written
+
+
+def _quantize_decoder(
     pipeline: Any,
     family: Family,
     generated: Sequence[Generated],
     settings: Mapping[str, Any],
     folder: Path,
-    target: Target,
     bar: Progress,
-) -> dict[str, Any]:
+) -> QuantizedPart:
     """The decoder's graph at W8A16, calibrated on and compared for the latents of the pictures generated."""
     sides = [side // pipeline.vae_scale_factor for side in settings["picture_size"]]
     items = [{"latents": family.unpack_latents(each.latents, *sides)} for each in generated]
     wrapper = family.decoder_graph(pipeline.vae)
     with torch.no_grad():
         expected = [wrapper.module(*wrapper.host_inputs(item).values())[0] for item in items]
-    kind = type(pipeline.vae).__name__
-    return build_part("decoder", kind, wrapper, items, items, expected, folder, target, bar)[0]
+    graph, rewrites = quantize_part("decoder", wrapper, items, expected, folder, bar)
+    return QuantizedPart(
+        model_class=type(pipeline.vae).__name__,
+        graphs=[graph],
+        rewrites=[rewrites],
+        held_out=[as_feed(wrapper.host_inputs(item)) for item in items],
+    )
 
 
 def _pictures(
@@ -191,17 +240,14 @@ def _pictures(
     return {"mean_psnr_db": round(mean, 3), "threshold_db": MIN_PICTURE_PSNR_DB, "each": rows}
 
 
-def _write_parts(
-    folder: Path, host: Mapping[str, Tensor], held_out: Sequence[Item], wrapper: GraphWrapper, emulator: Any
-) -> None:
+def _write_parts(folder: Path, host: Mapping[str, Tensor], held_out: Sequence[Feed], emulator: Any) -> None:
     """`host.safetensors`, `golden.safetensors` (the transformer's inputs and the emulator's outputs), the runner."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
     save_file(dict(host), folder / "host.safetensors")
     golden: dict[str, np.ndarray] = {}
-    for index, item in enumerate(held_out):
-        feed = as_feed(wrapper.host_inputs(item))
+    for index, feed in enumerate(held_out):
         golden.update({f"{index}.{name}": value for name, value in feed.items()})
         golden[f"{index}.sample"] = emulator.run(feed)[0]
     save_arrays(golden, folder / "golden.safetensors")

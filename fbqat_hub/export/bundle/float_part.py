@@ -3,47 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fbqat_hub.export.htp.graph import GraphSource, compile_graph
+from fbqat_hub.export.htp.graph import GraphSource, QuantizedGraph, compile_chain, quantize_graph
 from fbqat_hub.export.htp.targets import Target
-from fbqat_hub.export.onnx.float_graph import as_feed, runnable
+from fbqat_hub.export.onnx.float_graph import Feed, as_feed, runnable
 from fbqat_hub.export.onnx.precision import PRESETS
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families.graph import GraphWrapper, Item
 from fbqat_hub.quantization.packed import PackedLayer
 
 
-def build_part(
+@dataclass(frozen=True, kw_only=True)
+class QuantizedPart:
+    """A part of a pipeline as QDQ graphs that run in order.
+
+    Attributes:
+        model_class: what it is made of.
+        graphs: in order.
+        rewrites: of each graph, how often each rewrite was made.
+        held_out: values by name to compare on.
+    """
+
+    model_class: str
+    graphs: Sequence[QuantizedGraph]
+    rewrites: Sequence[Mapping[str, int]]
+    held_out: Sequence[Feed]
+
+
+def quantize_part(
     name: str,
-    model_class: str,
     wrapper: GraphWrapper,
     calibration: Sequence[Item],
-    held_out: Sequence[Item],
     expected: Sequence[Tensor],
     folder: Path,
-    target: Target,
     bar: Progress,
     layers: Mapping[str, PackedLayer] | None = None,
-) -> tuple[dict[str, Any], list[Tensor]]:
-    """The graph of `wrapper` in `folder`, its ranges from `calibration`.
+) -> tuple[QuantizedGraph, Mapping[str, int]]:
+    """The QDQ graph of `wrapper`, in `folder`, its ranges from `calibration`; and the rewrites that were made.
 
     Args:
-        held_out: to compare on.
-        expected: the output in torch, of each of `held_out`.
+        expected: the output in torch, of each held-out input.
         layers: packed layers of the wrapper's twin by name, whose codes are kept; others are W8.
-
-    Returns:
-        The graph's part of the certificate, gated, and what the emulator made of each of `held_out`.
-
-    Raises:
-        ExportError: a failed step, a failed audit or a gate not met.
     """
-    from fbqat_hub.export.htp import certificate
     from fbqat_hub.export.onnx.calibration import calibrate
     from fbqat_hub.export.onnx.rewrite import traced
 
@@ -57,11 +63,23 @@ def build_part(
         graph=graph,
         layers=layers,
         ranges=ranges,
-        held_out=[as_feed(wrapper.host_inputs(item)) for item in held_out],
         expected=[as_feed({wrapper.output_name: output}) for output in expected],
     )
-    section, emulated = compile_graph(source, folder, target, PRESETS["w4a16"], bar)
-    section["model"] = {"class": model_class, "packed_layers": len(layers)}
-    section["audit"]["rewrites"] = rewrites
-    certificate.gate(section["parity"])
-    return section, [torch.from_numpy(each[wrapper.output_name]) for each in emulated]
+    return quantize_graph(source, folder, PRESETS["w4a16"], bar), rewrites
+
+
+def compile_part(part: QuantizedPart, folder: Path, target: Target, bar: Progress) -> dict[str, dict[str, Any]]:
+    """The part's graphs in `folder`, compiled for `target`; their sections of the certificate by name, gated.
+
+    Raises:
+        ExportError: a failed step, a failed audit or a gate not met.
+    """
+    from fbqat_hub.export.htp import certificate
+
+    sections = compile_chain(part.graphs, part.held_out, folder, target, bar)
+    for graph, rewrites in zip(part.graphs, part.rewrites, strict=True):
+        section = sections[graph.name]
+        section["model"] = {"class": part.model_class, "packed_layers": len(graph.code_bits)}
+        section["audit"]["rewrites"] = rewrites
+        certificate.gate(section["parity"])
+    return sections

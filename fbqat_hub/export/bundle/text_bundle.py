@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fbqat_hub.evaluation.metrics import sqnr_db
-from fbqat_hub.export.bundle.float_part import build_part
+from fbqat_hub.export.bundle.float_part import QuantizedPart, compile_part, quantize_part
 from fbqat_hub.export.bundle.runtime.text import denoiser_inputs, tokenize
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, ENCODER_MASK_BIAS, TextEncoder, wrap_text_encoder
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
+from fbqat_hub.export.onnx.float_graph import as_feed
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families.graph import Item
 
@@ -29,26 +30,29 @@ MIN_TEXT_DB = 50.0
 PROBE = " A Red HEART "
 
 Recorded = Mapping[str, Sequence[tuple[np.ndarray, bool]]]
+Sections = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextParts:
-    """What a bundle has of its text encoders; nothing of any of them if one cannot be exported.
+class QuantizedText:
+    """What a bundle for any target has of its text encoders; nothing of any of them if one cannot be exported.
 
     Attributes:
-        sections: of the certificate, by graph.
+        parts: an encoder each.
+        files: tokenizers.
         described: the manifest's `text`, an entry an encoder.
         tables: token embeddings for `host.safetensors`.
         left_out: why there is nothing.
     """
 
-    sections: dict[str, Any] = field(default_factory=dict)
+    parts: list[QuantizedPart] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
     described: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, Tensor] = field(default_factory=dict)
     left_out: str | None = None
 
 
-def build_text(
+def quantize_text(
     pipeline: Any,
     recorded: Recorded,
     texts: Sequence[str],
@@ -56,10 +60,9 @@ def build_text(
     instruction: str,
     mask_bias: float | None,
     folder: Path,
-    target: Target,
     bar: Progress,
-) -> TextParts:
-    """All text encoders of `pipeline`, into `folder`.
+) -> QuantizedText:
+    """All text encoders of `pipeline` as QDQ graphs with their tokenizers, in `folder`.
 
     Args:
         recorded: what each was given while the pipeline generated `PROBE` (`text_encoder.recorded_tokens`).
@@ -70,7 +73,7 @@ def build_text(
     """
     scratch = folder / "text"
     scratch.mkdir()
-    found = TextParts()
+    found = QuantizedText()
     try:
         encoders: list[TextEncoder] = []
         for name, rows in recorded.items():
@@ -79,6 +82,7 @@ def build_text(
             lower, masked = _as_the_pipeline_does(name, path, rows, instruction)
             encoder = wrap_text_encoder(name, getattr(pipeline, name), len(rows[0][0]), masked)
             encoders.append(encoder)
+            found.files.append(path)
             found.tables[f"embedding.{name}"] = encoder.table
             kept = generated[0][1]["encoder_hidden_states"].shape[1] if instruction else None
             found.described.append(
@@ -99,48 +103,61 @@ def build_text(
             kind = type(getattr(pipeline, encoder.name)).__name__
             calibration = [_item(scratch, described, text) for text in texts]
             held_out = [_item(scratch, described, prompt) for prompt, _ in generated]
-            found.sections.update(build_encoder(encoder, kind, calibration, held_out, scratch, target, bar))
-        for path in scratch.iterdir():
-            path.rename(folder / path.name)
+            found.parts.append(quantize_encoder(encoder, kind, calibration, held_out, scratch, bar))
     except ExportError as error:
-        found = TextParts(left_out=str(error))
-    shutil.rmtree(scratch)
+        shutil.rmtree(scratch)
+        found = QuantizedText(left_out=str(error))
     return found
 
 
-def build_encoder(
+def compile_text(text: QuantizedText, folder: Path, target: Target, bar: Progress) -> tuple[QuantizedText, Sections]:
+    """All encoders of `text` in `folder`, compiled for `target`, and their sections of the certificate by graph.
+
+    Where one cannot be compiled there is nothing of any of them: the text returned says why.
+    """
+    scratch = folder / "text"
+    scratch.mkdir()
+    sections: Sections = {}
+    try:
+        for part in text.parts:
+            sections |= compile_part(part, scratch, target, bar)
+        for path in text.files:
+            shutil.copyfile(path, scratch / path.name)
+        for path in scratch.iterdir():
+            path.rename(folder / path.name)
+    except ExportError as error:
+        text, sections = QuantizedText(left_out=str(error)), {}
+    shutil.rmtree(scratch)
+    return text, sections
+
+
+def quantize_encoder(
     encoder: TextEncoder,
     model_class: str,
     calibration: Sequence[Item],
     held_out: Sequence[Item],
     folder: Path,
-    target: Target,
     bar: Progress,
-) -> dict[str, dict[str, Any]]:
-    """All graphs of `encoder` into `folder`, one after the other; their sections of the certificate by graph.
+) -> QuantizedPart:
+    """The QDQ graphs of `encoder`, in `folder`, one after the other.
 
-    Each is calibrated on what the float layers before it make, and compared for what the emulator made of them: the
-    last one's parity is that of the whole encoder. Only the layers of one graph are in memory beside the encoder.
-
-    Raises:
-        ExportError: as `build_part`.
+    Each is calibrated on what the float layers before it make. `compile_part` compares each for what the emulator made
+    of them: the last one's parity is that of the whole encoder. Only the layers of one graph are in memory beside the
+    encoder.
     """
-    sections = {}
     exact, seen = ([encoder.host_inputs(item) for item in items] for items in (held_out, calibration))
-    emulated = [dict(values) for values in exact]
+    given = [as_feed(values) for values in exact]
+    graphs, rewrites = [], []
     for name, (first, last) in encoder.stages.items():
         stage = encoder.stage(first, last)
         expected = [stage.run(values) for values in exact]
         for values in seen:
             stage.run(values)
         layers = stage.pack()
-        wrapper = stage.wrapper()
-        sections[name], outputs = build_part(
-            name, model_class, wrapper, seen, emulated, expected, folder, target, bar, layers
-        )
-        for values, output in zip(emulated, outputs, strict=True):
-            values[stage.output_name] = output
-    return sections
+        graph, made = quantize_part(name, stage.wrapper(), seen, expected, folder, bar, layers)
+        graphs.append(graph)
+        rewrites.append(made)
+    return QuantizedPart(model_class=model_class, graphs=graphs, rewrites=rewrites, held_out=given)
 
 
 def _write_tokenizer(tokenizer: Any, path: Path, tokens: int) -> None:

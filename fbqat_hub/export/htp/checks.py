@@ -9,31 +9,31 @@ from typing import Any
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import check_new
 from fbqat_hub.export.htp.requirements import require_htp
-from fbqat_hub.export.htp.targets import Target, target_for
+from fbqat_hub.export.htp.targets import Target, targets_of
 from fbqat_hub.export.onnx.float_graph import packed_layers
 from fbqat_hub.export.onnx.precision import check_patterns
 from fbqat_hub.families import Family, family_of, family_of_denoiser
 
 
-def check_asked(output_dir: str | os.PathLike[str], soc: str, **counts: int | None) -> Target:
-    """The target, where everything that was asked for can be.
+def check_asked(output_dir: str | os.PathLike[str], soc: str | Sequence[str], **counts: int | None) -> list[Target]:
+    """The targets, where everything that was asked for can be.
 
     Args:
         output_dir: must not exist, or be empty.
-        soc: a key of `TARGETS`.
+        soc: a key of `TARGETS`, or several.
         counts: by name, what must be a whole number of at least 1, or None where it may be left open.
 
     Raises:
         ExportError: the first that cannot be, with what is allowed.
         HTPUnavailableError: a needed package cannot be imported; says what to install.
     """
-    target = target_for(soc)
+    targets = targets_of(soc)
     for name, value in counts.items():
         if value is not None and (type(value) is not int or value < 1):
             raise ExportError(f"{name} is {value!r}; give 1 or more")
     check_new(output_dir)
     require_htp()
-    return target
+    return targets
 
 
 def check_model(denoiser: Any, a16: Sequence[str] = (), graphs: int = 1) -> Family:

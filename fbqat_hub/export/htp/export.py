@@ -12,7 +12,7 @@ from torch import nn
 
 from fbqat_hub.export.folder import staging
 from fbqat_hub.export.htp.checks import check_asked, check_model
-from fbqat_hub.export.htp.graph import STEPS, GraphSource, compile_graph
+from fbqat_hub.export.htp.graph import STEPS, GraphSource, QuantizedGraph, compile_chain, quantize_graph
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph, as_feed, packed_layers, runnable
 from fbqat_hub.export.onnx.items import check_items, torch_outputs
@@ -70,28 +70,40 @@ def export_htp(
         ValueError, ExportError: bad input, a failed step, a failed audit or a gate not met; nothing is left at
             `output_dir`.
     """
-    target = check_asked(output_dir, soc, graphs=graphs, probe_blocks=probe_blocks)
+    (target,) = check_asked(output_dir, soc, graphs=graphs, probe_blocks=probe_blocks)
     precision = precision or Precision()
     family = check_model(transformer, precision.a16_layers, graphs)
     check_items("calibration", calibration, family.constant_inputs)
     check_items("held_out", held_out, family.constant_inputs)
     from fbqat_hub.export.htp import certificate
 
-    with staging(output_dir) as folder, Progress(2 + graphs * len(STEPS), progress) as bar:
-        section, _ = build_transformer(
-            transformer,
-            family,
-            calibration,
-            held_out,
-            folder,
-            target,
-            precision,
-            bar,
-            target_db=target_db,
-            graphs=graphs,
-            probe_blocks=probe_blocks,
+    with staging(output_dir) as folder, Progress(2 + graphs * (1 + len(STEPS)), progress) as bar:
+        quantized = quantize_transformer(
+            transformer, family, calibration, held_out, folder, precision, bar, target_db=target_db, graphs=graphs
         )
+        section = compile_transformer(quantized, folder, target, bar, probe_blocks=probe_blocks)
         return certificate.write(folder, target, section, bar.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTransformer:
+    """A transformer as QDQ graphs that run in order.
+
+    Attributes:
+        graphs: in order.
+        held_out: values by name to compare on.
+        wrapper: of the traced graph.
+        facts: what the certificate says of it whatever the target.
+        rewrites: how often each rewrite was made.
+        timesteps: of `held_out`.
+    """
+
+    graphs: Sequence[QuantizedGraph]
+    held_out: Sequence[Feed]
+    wrapper: GraphWrapper
+    facts: dict[str, Any]
+    rewrites: dict[str, int]
+    timesteps: list[float]
 
 
 @dataclass(frozen=True)
@@ -105,25 +117,22 @@ class _Quantization:
     report: dict[str, Any] | None
 
 
-def build_transformer(
+def quantize_transformer(
     transformer: nn.Module,
     family: Family,
     calibration: Sequence[Item],
     held_out: Sequence[Item],
     folder: Path,
-    target: Target,
     precision: Precision,
     progress: Progress,
     *,
     target_db: float | None = None,
     graphs: int = 1,
-    probe_blocks: int | None = None,
-) -> tuple[dict[str, Any], GraphWrapper]:
-    """The transformer's graph, into `folder`; its part of the certificate, gated, and its wrapper.
+) -> QuantizedTransformer:
+    """The transformer as QDQ graphs, in `folder`.
 
     Args: as `export_htp`.
     """
-    from fbqat_hub.export.htp import certificate
     from fbqat_hub.export.onnx.rewrite import traced
     from fbqat_hub.export.onnx.split import split_graph
 
@@ -135,33 +144,51 @@ def build_transformer(
         if graphs != 1:
             parts = {f"transformer_{index}": part for index, part in enumerate(split_graph(graph, graphs))}
     chosen = _quantization(transformer, graph, wrapper, calibration, precision, target_db, progress)
-    held = [as_feed(wrapper.host_inputs(item)) for item in held_out]
     expected = torch_outputs(transformer, held_out, family.blocks(transformer))
-    sections = {}
-    for name, part in parts.items():
-        source = GraphSource(
+    sources = (
+        GraphSource(
             name=name,
             graph=part,
             layers={part.module_names[key]: layer for key, layer in part.layers.items()},
             ranges=chosen.ranges,
             clipped=chosen.clipped,
-            held_out=[{value.name: feed[value.name] for value in part.model.graph.input} for feed in held],
             expected=expected,
         )
-        sections[name], emulated = compile_graph(
-            source, folder, target, chosen.precision, progress, probe_blocks=probe_blocks
-        )
-        for feed, outputs in zip(held, emulated, strict=True):
-            feed.update(outputs)  # the next part runs on what the emulator made of this one
-    section = sections[name] if graphs == 1 else certificate.joined(sections)
-    section["model"] = {"class": type(transformer).__name__, "packed_layers": len(graph.layers)}
-    section["allocation"] = chosen.report
-    section["calibration_inputs"] = chosen.inputs
-    section["audit"]["rewrites"] = rewrites
-    section["parity"]["timesteps"] = [round(float(item["timestep"].reshape(-1)[0]), 4) for item in held_out]
+        for name, part in parts.items()
+    )
+    return QuantizedTransformer(
+        graphs=[quantize_graph(source, folder, chosen.precision, progress) for source in sources],
+        held_out=[as_feed(wrapper.host_inputs(item)) for item in held_out],
+        wrapper=wrapper,
+        facts={
+            "model": {"class": type(transformer).__name__, "packed_layers": len(graph.layers)},
+            "allocation": chosen.report,
+            "calibration_inputs": chosen.inputs,
+        },
+        rewrites=rewrites,
+        timesteps=[round(float(item["timestep"].reshape(-1)[0]), 4) for item in held_out],
+    )
+
+
+def compile_transformer(
+    quantized: QuantizedTransformer,
+    folder: Path,
+    target: Target,
+    progress: Progress,
+    *,
+    probe_blocks: int | None = None,
+) -> dict[str, Any]:
+    """The transformer's graphs in `folder`, compiled for `target`; its part of the certificate, gated."""
+    from fbqat_hub.export.htp import certificate
+
+    sections = compile_chain(quantized.graphs, quantized.held_out, folder, target, progress, probe_blocks=probe_blocks)
+    section = certificate.joined(sections) if len(sections) > 1 else next(iter(sections.values()))
+    section |= quantized.facts
+    section["audit"]["rewrites"] = quantized.rewrites
+    section["parity"]["timesteps"] = quantized.timesteps
     section["parity"]["thresholds_db"] = certificate.thresholds()
     certificate.gate(section["parity"])
-    return section, wrapper
+    return section
 
 
 def _quantization(

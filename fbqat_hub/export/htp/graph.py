@@ -1,10 +1,10 @@
-"""One traced graph, all steps: quantize, audit, compile, emulate, compare."""
+"""One traced graph, all steps: quantize and audit once, then compile, emulate and compare for each target."""
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 #: is an output, runs several times slower than the graph that ships.
 PROBED = 3
 
-#: Steps of `compile_graph`.
-STEPS = ("quantize", "reference", "compile", "emulate", "probe")
+#: Steps of a graph for one target (`compile_chain`); "quantize" comes before them, once.
+STEPS = ("reference", "compile", "emulate", "probe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,33 +39,124 @@ class GraphSource:
         layers: its packed layers by module name (none for a graph that was not trained).
         ranges: of every float tensor.
         clipped: ranges in their place where a tensor has 8 bits (`clipping`).
-        held_out: graph inputs for the comparison.
-        expected: what torch computes for each of `held_out`: the graph's output and its blocks' outputs, by name.
+        expected: what torch computes for each held-out input: the graph's output and its blocks' outputs, by name.
     """
 
     name: str
     graph: FloatGraph
     layers: Mapping[str, PackedLayer]
     ranges: dict[str, tuple[float, float]]
-    held_out: Sequence[Feed]
     expected: Sequence[Feed]
     clipped: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def compile_graph(
-    source: GraphSource,
+@dataclass(kw_only=True)
+class QuantizedGraph:
+    """A QDQ graph in a file, and what the certificate has of it whatever the target.
+
+    Attributes:
+        name: of its files.
+        path: the QDQ graph, an ONNX file.
+        precision: that it was quantized with.
+        code_bits: module name -> bits of its codes.
+        stored_bits: module name -> bits that each of them is stored in.
+        block_outputs: as the float graph's.
+        expected: as `GraphSource`'s.
+        audited: what `audit.audit_qdq` found.
+    """
+
+    name: str
+    path: Path
+    precision: Precision
+    code_bits: Mapping[str, int]
+    stored_bits: Mapping[str, int]
+    block_outputs: Sequence[str]
+    expected: Sequence[Feed]
+    audited: dict[str, Any]
+    _given: Sequence[Feed] | None = field(default=None, init=False)
+    _reference: Sequence[Feed] = field(default=(), init=False)
+
+    def reference(self, qdq: onnx.ModelProto, tensors: Sequence[Any], feeds: Sequence[Feed]) -> Sequence[Feed]:
+        """What the exact CPU reference makes of `tensors`, by name, for each of `feeds`.
+
+        Kept for a next target, which is compared on the same feeds.
+        """
+        from fbqat_hub.export.htp import op_parity
+        from fbqat_hub.export.onnx.reference import exact_session
+
+        if self._given is not feeds:
+            session = exact_session(op_parity.probe_graph(qdq, tensors))
+            self._reference = [_by_float_name(tensors, session.run(None, _of(qdq, feed))) for feed in feeds]
+            self._given = feeds
+        return self._reference
+
+
+def quantize_graph(source: GraphSource, folder: Path, precision: Precision, progress: Progress) -> QuantizedGraph:
+    """`source` as a QDQ graph, `<name>.qdq.onnx` in `folder`, audited.
+
+    Raises:
+        ExportError: a failed step or audit.
+    """
+    import onnx
+
+    from fbqat_hub.export.htp import audit
+    from fbqat_hub.export.onnx.qdq import insert_qdq
+
+    path = folder / f"{source.name}.qdq.onnx"
+    with progress.step(f"{source.name}: quantize"):
+        qdq = insert_qdq(source.graph, source.ranges, precision, clipped=source.clipped)
+        audited = audit.audit_qdq(qdq, source.layers, precision)
+        onnx.save(qdq, path)
+    return QuantizedGraph(
+        name=source.name,
+        path=path,
+        precision=precision,
+        code_bits={name: layer.weight_bits for name, layer in source.layers.items()},
+        stored_bits={name: precision.stored_bits(layer) for name, layer in source.layers.items()},
+        block_outputs=source.graph.block_outputs,
+        expected=source.expected,
+        audited=audited,
+    )
+
+
+def compile_chain(
+    graphs: Iterable[QuantizedGraph],
+    held_out: Sequence[Feed],
     folder: Path,
     target: Target,
-    precision: Precision,
+    progress: Progress,
+    *,
+    probe_blocks: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Context binaries of graphs that run in order, and every comparison, into `folder`; their sections by name.
+
+    Each graph reads by name from `held_out` and from what the emulator made of the graphs before it. See
+    `compile_graph`.
+    """
+    sections = {}
+    for graph in graphs:
+        sections[graph.name], emulated = compile_graph(
+            graph, held_out, folder, target, progress, probe_blocks=probe_blocks
+        )
+        held_out = [{**feed, **outputs} for feed, outputs in zip(held_out, emulated, strict=True)]
+    return sections
+
+
+def compile_graph(
+    graph: QuantizedGraph,
+    held_out: Sequence[Feed],
+    folder: Path,
+    target: Target,
     progress: Progress,
     *,
     probe_blocks: int | None = None,
 ) -> tuple[dict[str, Any], list[Feed]]:
-    """QDQ, audits, context binary, and every comparison, into `folder`.
+    """Context binary of a QDQ graph, audits, and every comparison, into `folder`.
 
     Writes `<name>.qdq.onnx`, `<name>.bin` and `<name>.onnx` (the EPContext node).
 
     Args:
+        held_out: values by name for the comparison, the graph's inputs among them, float32.
         probe_blocks: compare single ops (`op_parity`) and block outputs in the graph's first so many blocks; in all of
             them if None. The probe is a second compilation, whose every tensor is an output and held in memory.
 
@@ -78,56 +169,48 @@ def compile_graph(
     """
     import onnx
 
-    from fbqat_hub.export.htp import audit, certificate, compiler, cost, op_parity
-    from fbqat_hub.export.onnx.qdq import insert_qdq
-    from fbqat_hub.export.onnx.reference import exact_session
+    from fbqat_hub.export.htp import certificate, compiler, cost, op_parity
 
-    name = source.name
-    qdq_path, context = folder / f"{name}.qdq.onnx", folder / f"{name}.onnx"
-    with progress.step(f"{name}: quantize"):
-        qdq = insert_qdq(source.graph, source.ranges, precision, clipped=source.clipped)
-        audited = audit.audit_qdq(qdq, source.layers, precision)
-        onnx.save(qdq, qdq_path)
+    name = graph.name
+    qdq_path, context = folder / graph.path.name, folder / f"{name}.onnx"
+    if qdq_path != graph.path:
+        shutil.copyfile(graph.path, qdq_path)
+    qdq = onnx.load(qdq_path)
     outputs = [value.name for value in qdq.graph.output]
-    output = next(name for name in outputs if name in source.expected[0])
-    compared = [
-        tensor for tensor in op_parity.made_tensors(qdq) if tensor.float_name in (output, *source.graph.block_outputs)
-    ]
+    output = next(name for name in outputs if name in graph.expected[0])
+    compared = [tensor for tensor in op_parity.made_tensors(qdq) if tensor.float_name in (output, *graph.block_outputs)]
     with progress.step(f"{name}: reference"):
-        session = exact_session(op_parity.probe_graph(qdq, compared))
-        cpu = [_by_float_name(compared, session.run(None, feed)) for feed in source.held_out]
-        del session
+        cpu = graph.reference(qdq, compared, held_out)
     scratch = folder / "scratch"
     scratch.mkdir()
     with progress.step(f"{name}: compile"):
-        stored = {key: precision.stored_bits(layer) for key, layer in source.layers.items()}
-        compiled = _compiled(qdq_path, context, target, scratch, stored)
+        compiled = compile_binary(qdq_path, context, target, scratch, graph.stored_bits)
     with progress.step(f"{name}: emulate"), compiler.emulator(context, target) as emulator:
-        emulated = [dict(zip(outputs, emulator.run(feed), strict=True)) for feed in source.held_out]
+        emulated = [dict(zip(outputs, emulator.run(_of(qdq, feed)), strict=True)) for feed in held_out]
     with progress.step(f"{name}: probe"):
-        errors, probed = _probed(qdq, source, scratch / "probe.onnx", target, probe_blocks)
+        errors, probed = _probed(qdq, graph, held_out, scratch / "probe.onnx", target, probe_blocks)
     shutil.rmtree(scratch)
 
     def compare(tensor: str, runs: Sequence[Feed]) -> dict[str, Any]:
         """One tensor of the first of so many held-out inputs, on the emulator, the CPU and in torch."""
         return certificate.comparisons(
-            *([each[tensor] for each in run[: len(runs)]] for run in (runs, cpu, source.expected))
+            *([each[tensor] for each in run[: len(runs)]] for run in (runs, cpu, graph.expected))
         )
 
-    blocks = {block: compare(block, probed) for block in source.graph.block_outputs if block in probed[0]}
-    code_bits = Counter(layer.weight_bits for layer in source.layers.values())
+    blocks = {block: compare(block, probed) for block in graph.block_outputs if block in probed[0]}
+    code_bits = {str(bits): count for bits, count in sorted(Counter(graph.code_bits.values()).items())}
     section = {
         **compiled,
-        "precision": vars(precision) | {"code_bits": {str(bits): count for bits, count in sorted(code_bits.items())}},
+        "precision": vars(graph.precision) | {"code_bits": code_bits},
         "tensors": cost.describe_tensors(qdq),
-        "audit": {"qdq": audited, **compiled["audit"]},
+        "audit": {"qdq": graph.audited, **compiled["audit"]},
         "cost": cost.cost(qdq) | compiled["cost"],
         "parity": {"held_out_inputs": len(emulated), **compare(output, emulated)},
         "blocks": blocks,
         "op_parity": op_parity.summarize(errors),
         "probed_blocks": {
             "probed": len(blocks_of_outputs(list(blocks))),
-            "of": len(blocks_of_outputs(source.graph.block_outputs)),
+            "of": len(blocks_of_outputs(graph.block_outputs)),
         },
         "emulator": {
             "hardware": emulator.loaded["hardware"],
@@ -139,7 +222,9 @@ def compile_graph(
     return section, emulated
 
 
-def _compiled(qdq: Path, context: Path, target: Target, scratch: Path, stored: Mapping[str, int]) -> dict[str, Any]:
+def compile_binary(
+    qdq: Path, context: Path, target: Target, scratch: Path, stored: Mapping[str, int]
+) -> dict[str, Any]:
     """Compile, and audit what came out: the section's `read_back`, `coverage`, `compiler`, parts of `audit`, `cost`."""
     import onnx
 
@@ -161,21 +246,31 @@ def _compiled(qdq: Path, context: Path, target: Target, scratch: Path, stored: M
 
 
 def _probed(
-    qdq: onnx.ModelProto, source: GraphSource, probe: Path, target: Target, blocks: int | None
+    qdq: onnx.ModelProto,
+    graph: QuantizedGraph,
+    held_out: Sequence[Feed],
+    probe: Path,
+    target: Target,
+    blocks: int | None,
 ) -> tuple[list[dict[str, Any]], list[Feed]]:
     """The error of every op in the first `blocks` blocks, gated, and their tensors for the first held-out inputs."""
     import onnx
 
     from fbqat_hub.export.htp import compiler, op_parity
 
-    prefix = qdq if blocks is None else op_parity.first_blocks(qdq, source.graph.block_outputs, blocks)
+    prefix = qdq if blocks is None else op_parity.first_blocks(qdq, graph.block_outputs, blocks)
     tensors = op_parity.made_tensors(prefix)
     onnx.save(op_parity.probe_graph(prefix, tensors), probe)
-    feeds = [{value.name: feed[value.name] for value in prefix.graph.input} for feed in source.held_out[:PROBED]]
+    feeds = [_of(prefix, feed) for feed in held_out[:PROBED]]
     values = compiler.run_probe(probe, feeds, target)
     errors = op_parity.op_errors(prefix, feeds[0], values[0])
     op_parity.gate_ops(errors)
     return errors, [_by_float_name(tensors, each) for each in values]
+
+
+def _of(model: onnx.ModelProto, values: Feed) -> Feed:
+    """The model's inputs among `values`."""
+    return {value.name: values[value.name] for value in model.graph.input}
 
 
 def _by_float_name(made: Sequence[Any], values: Sequence[np.ndarray]) -> Feed:

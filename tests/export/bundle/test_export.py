@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from fbqat_hub.export.bundle.embeddings import save_embeddings
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.export.bundle.pipeline import generate, picture_psnr
 from fbqat_hub.export.bundle.sampler import sampler_matrix
-from fbqat_hub.export.bundle.text_bundle import PROBE, build_text
+from fbqat_hub.export.bundle.text_bundle import PROBE, quantize_text
 from fbqat_hub.export.bundle.text_encoder import ENCODER_MASK_BIAS, recorded_tokens
-from fbqat_hub.export.htp.targets import target_for
+from fbqat_hub.export.onnx import calibration, rewrite
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families.graph import MASK_BIAS
 from fbqat_hub.files import sha256
@@ -52,6 +54,47 @@ def bundle(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     call = {**CALL, "complex_human_instruction": INSTRUCTION}
     certificate = export_bundle(pipeline, folder / "out", prompts=CAPTIONS[:3], call=call, pictures=1, progress=False)
     return folder / "out", certificate
+
+
+@pytest.mark.slow
+def test_several_chips_have_a_bundle_each_of_work_done_once(
+    bundle: tuple[Path, dict[str, Any]], tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is for its chip, and that of a chip alone to the bit; graphs are traced and calibrated once."""
+    calls: Counter[str] = Counter()
+    for module, name in ((rewrite, "traced"), (calibration, "calibrate")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name), name, calls))
+    pipeline = load_pipeline(convert_pipeline(str(tiny_sana), tmp_path / "packed"))
+    call, socs = {**CALL, "complex_human_instruction": INSTRUCTION}, ["sm8750", "sm8650"]
+    certificates = export_bundle(
+        pipeline, tmp_path / "out", prompts=CAPTIONS[:3], call=call, soc=socs, pictures=1, progress=False
+    )
+    assert calls == {"traced": 3, "calibrate": 3}  # transformer, decoder, text encoder
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*socs, "README.md"}
+    for soc, architecture in zip(socs, ("79:69", "75:57"), strict=True):
+        folder = tmp_path / "out" / soc
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["target"]["soc"] == soc
+        assert architecture in certificates[soc]["read_back"]["compatibility_info"]
+        assert certificates[soc]["parity"]["emulator_vs_torch_packed"]["sqnr_db"] > 15
+        assert certificates[soc]["pictures"]["mean_psnr_db"] > 30
+        assert {path.name for path in folder.iterdir()} == {path.name for path in bundle[0].iterdir()}
+    for name in ("transformer.bin", "decoder.bin", "text_encoder.bin"):
+        assert sha256(tmp_path / "out" / "sm8750" / name) == sha256(bundle[0] / name)
+        assert sha256(tmp_path / "out" / "sm8650" / name) != sha256(bundle[0] / name)
+    for name in ("golden.safetensors", "host.safetensors"):
+        assert sha256(tmp_path / "out" / "sm8750" / name) == sha256(bundle[0] / name)
+    table = (tmp_path / "out" / "README.md").read_text()
+    assert "| `sm8650` | Snapdragon 8 Gen 3 | v2:" in table
+    assert f"| {certificates['sm8650']['parity']['emulator_vs_torch_packed']['sqnr_db']:.1f} |" in table
+
+
+def counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
+    def call(*positional: Any, **keywords: Any) -> Any:
+        calls[name] += 1
+        return function(*positional, **keywords)
+
+    return call
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -154,7 +197,7 @@ def test_text_encoders_that_cannot_be_exported_are_left_out(
     if change == "encoder":
         monkeypatch.delitem(text_encoder.GRAPHS, "Gemma2Model")
     bar = Progress(1, shown=False)
-    found = build_text(pipeline, tokens, CAPTIONS, [(CAPTIONS[0], {})], "", None, tmp_path, target_for("sm8750"), bar)
+    found = quantize_text(pipeline, tokens, CAPTIONS, [(CAPTIONS[0], {})], "", None, tmp_path, bar)
     expected = {"preprocessing": "changes its prompts", "encoder": "text encoder Gemma2Model"}[change]
     assert expected in str(found.left_out)
     assert (found.described, found.tables, list(tmp_path.iterdir())) == ([], {}, [])

@@ -21,8 +21,9 @@ from transformers import (
 from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle import text_encoder
+from fbqat_hub.export.bundle.float_part import compile_part
 from fbqat_hub.export.bundle.runtime.text import denoiser_inputs
-from fbqat_hub.export.bundle.text_bundle import build_encoder
+from fbqat_hub.export.bundle.text_bundle import quantize_encoder
 from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
 from fbqat_hub.export.htp import compiler
 from fbqat_hub.export.htp.targets import target_for
@@ -113,7 +114,7 @@ def test_a_large_encoder_is_cut_behind_its_layers(monkeypatch: pytest.MonkeyPatc
     assert len(first.twin["layers"]) == 1
 
 
-def test_t5_xxl_and_gemma_2_2b_take_12_and_6_graphs() -> None:
+def test_t5_xxl_and_gemma_2_2b_take_24_and_9_graphs() -> None:
     """As docs/htp.md says, of their checkpoints' shapes."""
     wide = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     large = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256}
@@ -121,8 +122,8 @@ def test_t5_xxl_and_gemma_2_2b_take_12_and_6_graphs() -> None:
     with torch.device("meta"):
         blocks = T5EncoderModel(T5Config(vocab_size=20, **wide, feed_forward_proj="gated-gelu")).encoder.block
         layers = Gemma2Model(Gemma2Config(vocab_size=20, **large)).layers
-    assert len(text_encoder._stages("text_encoder", blocks)) == 12
-    assert len(text_encoder._stages("text_encoder", layers)) == 6
+    assert len(text_encoder._stages("text_encoder", blocks)) == 24
+    assert len(text_encoder._stages("text_encoder", layers)) == 9
 
 
 @pytest.mark.slow
@@ -137,7 +138,8 @@ def test_two_graphs_of_an_encoder_are_as_good_as_one(
         monkeypatch.setattr(text_encoder, "MOST_WEIGHTS", most)
         encoder, folder = wrap_text_encoder("text_encoder", model, TOKENS, True), tmp_path / str(graphs)
         folder.mkdir()
-        sections = build_encoder(encoder, type(model).__name__, [item()], [item()], folder, target, bar)
+        part = quantize_encoder(encoder, type(model).__name__, [item()], [item()], folder, bar)
+        sections = compile_part(part, folder, target, bar)
         assert len(sections) == graphs
         last = list(sections.values())[-1]
         reached[graphs] = last["parity"]["emulator_vs_torch_packed"]["sqnr_db"]

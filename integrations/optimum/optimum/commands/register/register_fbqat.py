@@ -20,7 +20,9 @@ class QNNExportCommand(BaseOptimumCLICommand):
         """The options of `fbqat export`, which this runs."""
         parser.add_argument("--model", "-m", required=True, help="folder or Hub id of a packed pipeline")
         parser.add_argument("output", type=Path, help="new folder")
-        parser.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
+        parser.add_argument(
+            "--soc", nargs="+", default=[], help="target; of several a bundle each (default: sm8750, the 8 Elite)"
+        )
         parser.add_argument(
             "--precision",
             default="w4a8",
@@ -36,8 +38,9 @@ class QNNExportCommand(BaseOptimumCLICommand):
         from fbqat_hub.cli import main
 
         given = self.args
-        command = ["export", given.model, "--output", str(given.output), "--soc", given.soc]
+        command = ["export", given.model, "--output", str(given.output)]
         command += ["--precision", given.precision, "--graphs", given.graphs, "--images", given.images]
+        command += ["--soc", *given.soc] if given.soc else []
         command += ["--a16", *given.a16] if given.a16 else []
         command += ["--prompts", given.prompts] if given.prompts else []
         if status := main(command):
