@@ -128,6 +128,7 @@ def main() -> None:
     found = {
         "command": f"python -m benchmarks.convert_true_size --double {options.double} --single {options.single}",
         "denoiser_parameters": parameters,
+        "threads": torch.get_num_threads(),
         "text_encoder_bytes": text_encoder,
         "packed_denoiser_bytes": packed,
         "convert": convert,

@@ -9,7 +9,7 @@ spending its steps on finding such codes by flipping one weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def gptq_initialize(
     softness: float = 0.0,
     max_bytes: int = 2**31,
     run: Callable[[nn.Module, Iterable[Any]], None] = run_batches,
+    only: Container[str] | None = None,
 ) -> dict[str, float]:
     """Move every latent weight of a prepared model into the bin of its GPTQ code.
 
@@ -53,6 +54,7 @@ def gptq_initialize(
         softness: of the staircase that training starts with (``check_margin``).
         max_bytes: of second moments held at a time, fp32. Beside them a byte a weight is held.
         run: runs the model on all batches.
+        only: names of the layers to initialise; None for all.
 
     Returns:
         name -> the layer's expected squared output error as a share of that of nearest rounding.
@@ -63,7 +65,8 @@ def gptq_initialize(
     check_margin(margin, softness)
     by_weight: dict[nn.Parameter, _Layers] = {}
     for name, layer in named_layers(model, FakeQuantizedLinear):
-        by_weight.setdefault(layer.weight, {})[name] = layer
+        if only is None or name in only:
+            by_weight.setdefault(layer.weight, {})[name] = layer
     if not by_weight:
         raise ValueError("the model has no fake-quantized layer; prepare it first.")
     found: list[Tensor] = []
