@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -74,19 +75,29 @@ def source(folder: Path, double: int, single: int) -> int:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Seconds and peak memory of a fresh process.
+    """Seconds by the clock and of processor time, and peak memory, of a fresh process.
 
     Raises:
         ChildProcessError: it failed.
     """
-    began, peak = time.perf_counter(), 0.0
+    began, before, peak = time.perf_counter(), _processor_seconds(), 0.0
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             peak = max(peak, peak_rss_mib(process.pid) or 0.0)
             time.sleep(0.1)
     if process.returncode:
         raise ChildProcessError(f"{command} failed with {process.returncode}")
-    return {"seconds": round(time.perf_counter() - began, 1), "peak_mib": round(peak)}
+    return {
+        "seconds": round(time.perf_counter() - began, 1),
+        "processor_seconds": round(_processor_seconds() - before, 1),
+        "peak_mib": round(peak),
+    }
+
+
+def _processor_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def save(method: str, found: dict[str, Any]) -> None:
@@ -117,6 +128,7 @@ def main() -> None:
     found = {
         "command": f"python -m benchmarks.convert_true_size --double {options.double} --single {options.single}",
         "denoiser_parameters": parameters,
+        "threads": torch.get_num_threads(),
         "text_encoder_bytes": text_encoder,
         "packed_denoiser_bytes": packed,
         "convert": convert,

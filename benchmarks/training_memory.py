@@ -97,7 +97,7 @@ class RandomDraws(Draws):
         super().__init__(get_family(recipe.family), None, recipe.seed)
         self._inputs = denoiser_arguments(recipe, configs, recipe.batch_size)
 
-    def training(self, split: Any, step: int, batch_size: int, process: int = 0) -> dict[str, Any]:
+    def training(self, split: Any, step: int, batch_size: int, part: slice = slice(None)) -> dict[str, Any]:
         noisy = {
             name: torch.randn(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in self._inputs.items()

@@ -47,7 +47,7 @@ def check_source(source: str | Path, variant: str | None = None) -> None:
         raise ValueError(
             f"{source} is a single file of weights; give a pipeline's folder or Hub id. To make a folder of it, load "
             "the file with from_single_file of its class in diffusers, and the rest from the model that it was made "
-            "from, then save_pretrained."
+            "from, then save_pretrained: docs/real-models.md has the lines."
         )
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):

@@ -205,10 +205,10 @@ class Remembered(Draws):
         self._targets: dict[int, Tensor] = {}
         self._kept: set[int] = set()  # ids of the inputs in the two above; others may be another's later
 
-    def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Tensor]:
-        key = (id(split), step, batch_size)
+    def training(self, split: CachedSplit, step: int, batch_size: int, part: slice = slice(None)) -> dict[str, Tensor]:
+        key = (id(split), step, batch_size, part.start, part.stop)
         if key not in self._batches:
-            self._batches[key] = super().training(split, step, batch_size, process)
+            self._batches[key] = super().training(split, step, batch_size, part)
             self._kept.add(id(self._batches[key]))
         return self._batches[key]
 

@@ -27,12 +27,15 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """``fbqat train``."""
+    from accelerate import PartialState
+
     from fbqat_hub.training.distill import train
 
     recipe = _recipe(options)
     output = train(recipe, options.output, resume=options.resume)
     named = shlex.quote(str(output))
-    print(f"saved {output}. Next: fbqat evaluate {named} ; fbqat card {named}")
+    if PartialState().is_main_process:
+        print(f"saved {output}. Next: fbqat evaluate {named} ; fbqat card {named}")
 
 
 def plan(options: argparse.Namespace) -> None:

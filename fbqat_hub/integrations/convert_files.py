@@ -100,6 +100,17 @@ def convert_files(
     model.save_config(target)
 
 
+def checked_tensors(
+    denoiser: Component, variant: str | None = None, change: Callable[[str, Tensor], Tensor] | None = None
+) -> Read:
+    """What reads a tensor of a float denoiser by its name, changed as in `convert_files`, and refuses NaN."""
+    quantizer = _Changing(FBQATConfig(), change)
+    files = denoiser.weights(variant).files
+    keys = [key for file in files for key in read_header(file)]
+    quantizer.maybe_update_loaded_keys(keys, [str(file) for file in files])
+    return quantizer.checked
+
+
 class _Changing(FBQATDiffusersQuantizer):
     """Quantizes what ``change`` makes of the tensors."""
 

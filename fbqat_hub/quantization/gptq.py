@@ -9,7 +9,7 @@ spending its steps on finding such codes by flipping one weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ def gptq_initialize(
     margin: float = 0.05,
     max_bytes: int = 2**31,
     run: Callable[[nn.Module, Iterable[Any]], None] = run_batches,
+    only: Container[str] | None = None,
 ) -> dict[str, float]:
     """Move every latent weight of a prepared model into the bin of its GPTQ code.
 
@@ -51,6 +52,7 @@ def gptq_initialize(
         margin: how far inside its bin a weight is put, in steps.
         max_bytes: of second moments held at a time, fp32. Beside them a byte a weight is held.
         run: runs the model on all batches.
+        only: names of the layers to initialise; None for all.
 
     Returns:
         name -> the layer's expected squared output error as a share of that of nearest rounding.
@@ -62,7 +64,8 @@ def gptq_initialize(
         raise ValueError(f"margin is {margin}; it must be within 0 and 0.5, half a bin.")
     by_weight: dict[nn.Parameter, _Layers] = {}
     for name, layer in named_layers(model, FakeQuantizedLinear):
-        by_weight.setdefault(layer.weight, {})[name] = layer
+        if only is None or name in only:
+            by_weight.setdefault(layer.weight, {})[name] = layer
     if not by_weight:
         raise ValueError("the model has no fake-quantized layer; prepare it first.")
     found: list[Tensor] = []

@@ -128,7 +128,7 @@ def _score(
 
     elements = 0
     reached: set[str] = set()
-    with _recorded(model, held, record):
+    with recorded(model, held, record):
         for batch in batches:
             with torch.enable_grad():
                 output = predict(model, batch)
@@ -172,7 +172,7 @@ class _Recorded(torch.autograd.Function):
 
 
 @contextmanager
-def _recorded(model: nn.Module, names: Iterable[str], record: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def recorded(model: nn.Module, names: Iterable[str], record: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Within, a backward pass calls ``record(name, input [tokens, in], gradient of the output [tokens, out])``."""
     anchor = torch.zeros((), requires_grad=True)  # or the output of a first layer would have no gradient
 

@@ -34,8 +34,8 @@ _HALF = 2
 _CHANGES: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"mixed_precision": "bf16"},
-    {"batch_size": None},
-    {"train_layers": "attention", "batch_size": 1},
+    {"micro_batch_size": None},
+    {"train_layers": "attention", "micro_batch_size": 1},
 )
 
 
@@ -71,6 +71,7 @@ class Costs:
         embeddings, latents: bytes on disk of a picture, the embeddings at most.
         packed: bytes of the quantized denoiser.
         others: bytes of the other parts of the finished pipeline.
+        devices: that share each batch, end to end.
     """
 
     recipe: Recipe
@@ -80,11 +81,23 @@ class Costs:
     latents: int
     packed: int
     others: int
+    devices: int = 1
+
+    @property
+    def share(self) -> int:
+        """Samples of a step on each device."""
+        return -(-self.recipe.batch_size // self.devices)
+
+    @property
+    def at_once(self) -> int:
+        """Samples that a device takes at a time."""
+        return min(self.share, self.recipe.micro_batch_size or self.share)
 
     @functools.cached_property
     def memory(self) -> StepMemory:
         """Of an end-to-end step, on each device."""
-        return step_memory(self.recipe, configs_of(self.recipe.teacher))
+        recipe = replace(self.recipe, batch_size=self.share, micro_batch_size=self.at_once)
+        return step_memory(recipe, configs_of(recipe.teacher))
 
     @functools.cached_property
     def memory_of_one(self) -> StepMemory:
@@ -135,14 +148,18 @@ class Costs:
         one = self.memory.student + self.memory.frozen + self.memory.optimizer
         return _CHECKPOINTS * one if 0 < recipe.save_every < recipe.steps else 0
 
-    def largest_batch(self, budget: int) -> int:
-        """The largest batch, a power of two of at most the recipe's, whose step takes at most so many bytes; or 0."""
-        size = self.recipe.batch_size
-        each = (self.memory.peak - self.memory_of_one.peak) / max(1, size - 1)
-        if self.memory_of_one.peak > budget:
+    def largest_micro_batch(self, budget: int) -> int:
+        """The most samples at a time, a power of two or all of a device, with which a step takes at most so many bytes.
+
+        0 if not even one does.
+        """
+        if self.memory.peak <= budget or self.at_once == 1:
+            return self.at_once if self.memory.peak <= budget else 0
+        one, two = (replace(self, recipe=replace(self.recipe, micro_batch_size=size)).memory.peak for size in (1, 2))
+        if one > budget:
             return 0
-        fits = size if not each else min(size, 1 + int((budget - self.memory_of_one.peak) / each))
-        return size if fits >= size else int(2 ** math.floor(math.log2(fits)))
+        fits = 1 + int((budget - one) / (two - one)) if two > one else self.at_once
+        return int(2 ** math.floor(math.log2(min(fits, self.at_once))))
 
 
 def costs(recipe: Recipe) -> Costs:
@@ -188,17 +205,18 @@ def advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
         Of each, KEY=VALUE as ``--set`` takes it, and what the run costs with it.
     """
     budget, tried = _budget(gpus), []
+    found = replace(found, devices=gpus.count)
     if found.encoding > budget:
         return []
     for change in _CHANGES:
         if on_device(found, gpus) <= budget:
             break
-        if change == {"batch_size": None}:
-            change = {"batch_size": found.largest_batch(budget - _buckets(found, gpus))}
+        if change == {"micro_batch_size": None}:
+            change = {"micro_batch_size": found.largest_micro_batch(budget - _buckets(found, gpus))}
         is_news = any(getattr(found.recipe, name) != value for name, value in change.items())
-        if not is_news or change.get("batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
+        if not is_news or change.get("micro_batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
             continue
-        found = costs(replace(found.recipe, **change))
+        found = replace(costs(replace(found.recipe, **change)), devices=gpus.count)
         tried.append((" ".join(f"{name}={_yaml(value)}" for name, value in change.items()), found))
     return tried
 
@@ -215,6 +233,7 @@ def fits_at_all(found: Costs, gpus: Gpus) -> bool:
 
 def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> str:
     """The costs to read, with what fits and which setting to change."""
+    found = replace(found, devices=gpus.count if gpus else 1)
     recipe, memory = found.recipe, found.memory
     total, blockwise = sum(found.parameters.values()), recipe.training == "blockwise"
     numbers = [(name, f"{count / 1e6:,.1f} M") for name, count in found.parameters.items()]
@@ -248,7 +267,8 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
 def _end_to_end(found: Costs, of_memory: list[tuple[str, int]]) -> list[str]:
     recipe, step = found.recipe, sum(size for _, size in of_memory)
     return [
-        f"Memory of each device, a batch of {recipe.batch_size} at {recipe.size[0]} x {recipe.size[1]}:",
+        f"Memory of each device, {found.at_once} of {recipe.batch_size} samples of a step at a time, "
+        f"{recipe.size[0]} x {recipe.size[1]}:",
         columns([(name, gib(size)) for name, size in of_memory], numbers_from=1),
         columns(
             [("a training step", gib(step)), ("the whole pipeline in float32, while encoding", gib(found.encoding))],
@@ -333,6 +353,8 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
     budget = _budget(gpus)
     needs = on_device(found, gpus)
     said = f"it needs {gib(needs)}; {gib(budget)} are there ({gib(gpus.bytes)} less 1 GiB)."
+    if found.recipe.batch_size % gpus.count:
+        said += f" But batch_size, {found.recipe.batch_size}, must go into {gpus.count} equal shares."
     if needs <= budget:
         return [f"{gpus}: it fits. On each, {said}"]
     lines = [f"{gpus}: it does not fit. On each, {said}"]

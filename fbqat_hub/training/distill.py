@@ -18,7 +18,7 @@ from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.checkpoint import differences
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.draws import Draws
-from fbqat_hub.training.loop import accelerator_of, distill
+from fbqat_hub.training.loop import accelerator_of, distill, own_parts
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.student import prepare_student
@@ -33,8 +33,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     step, loss, bit_width, learning_rate), and with ``keep_stages`` the packed denoiser of each stage
     (``fbqat_hub.stages``). While it runs, checkpoints are in ``output/checkpoints``.
 
-    Under ``accelerate launch`` every process trains on samples of its own (``batch_size`` each); the first one encodes
-    and writes, so all must see the same folders.
+    Under ``accelerate launch`` every process trains on its share of each batch; the first one encodes and writes, so
+    all must see the same folders. A run can be resumed by another number of processes.
 
     Args:
         output: an empty or new folder, or with ``resume`` one of an interrupted run of the same recipe.
@@ -44,7 +44,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     Raises:
         FileExistsError: ``output`` has other content.
         FileNotFoundError, ValueError: data that is not there.
-        ValueError: ``output`` was started with another recipe, or the teacher is not a float pipeline of the family.
+        ValueError: ``output`` was started with another recipe, the teacher is not a float pipeline of the family, or
+            the batch cannot be shared out equally to the processes.
     """
     if recipe.calibration_prompts:
         raise ValueError(
@@ -53,6 +54,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         )
     finished = is_finished(recipe, output, resume)
     accelerator = accelerator_of(recipe)
+    own_parts(
+        recipe, accelerator.process_index, accelerator.num_processes
+    )  # or the error would come after the encoding
     accelerator.wait_for_everyone()  # all have seen the folder as it was
     if finished:
         if accelerator.is_main_process:

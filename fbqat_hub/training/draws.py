@@ -29,14 +29,15 @@ class Draws:
     def __init__(self, family: Family, scheduler: Any, seed: int, device: torch.device | str = "cpu") -> None:
         self.family, self.scheduler, self.seed, self.device = family, scheduler, seed, device
 
-    def training(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> dict[str, Any]:
-        """The batch of an optimizer step, of one process of several."""
-        return self.training_pair(split, step, batch_size, process)[0]
+    def training(self, split: CachedSplit, step: int, batch_size: int, part: slice = slice(None)) -> dict[str, Any]:
+        """The batch of an optimizer step, or the samples ``part`` of it."""
+        return self.training_pair(split, step, batch_size, part)[0]
 
-    def training_pair(self, split: CachedSplit, step: int, batch_size: int, process: int = 0) -> Pair:
+    def training_pair(self, split: CachedSplit, step: int, batch_size: int, part: slice = slice(None)) -> Pair:
         """As ``training``, with what a perfect model predicts."""
-        random = generator(self.seed, "train", step, process)
-        return self._pair(split, torch.randint(len(split), (batch_size,), generator=random), [random])
+        random = generator(self.seed, "train", step, 0)
+        indices = torch.randint(len(split), (batch_size,), generator=random)
+        return self._pair(split, indices, [random], part)
 
     def calibration(self, split: CachedSplit, samples: int) -> Iterator[dict[str, Any]]:
         """Random samples for static activation ranges, one at a time."""
@@ -74,13 +75,18 @@ class Draws:
         """``Family.error_weight`` of a batch, [N]."""
         return self.family.error_weight(self.scheduler, self.times(inputs))
 
-    def _pair(self, split: CachedSplit, indices: Tensor, streams: Sequence[torch.Generator]) -> Pair:
-        """Of the samples ``indices``, with one stream of random numbers for all of them, or one for each."""
-        latents, conditioning = split.batch(indices)
+    def _pair(
+        self, split: CachedSplit, indices: Tensor, streams: Sequence[torch.Generator], part: slice = slice(None)
+    ) -> Pair:
+        """Of the samples ``indices``, with one stream of random numbers for all of them, or one for each.
+
+        Of a part of them it is what it is of all.
+        """
+        latents, conditioning = split.batch(indices[part])
         conditioning |= self.family.picture_conditioning(latents)
         shape = (len(indices) // len(streams), *latents.shape[1:])
-        noise = torch.cat([torch.randn(shape, generator=random) for random in streams])
-        uniform = torch.cat([torch.rand(shape[0], generator=random) for random in streams]).clamp(1e-4, 1 - 1e-4)
+        noise = torch.cat([torch.randn(shape, generator=random) for random in streams])[part]
+        uniform = torch.cat([torch.rand(shape[0], generator=random) for random in streams])[part].clamp(1e-4, 1 - 1e-4)
         noisy, timestep = self.family.noisy(self.scheduler, latents.float(), noise, uniform)
         inputs = moved(self.family.denoiser_inputs(noisy, timestep, conditioning), self.device)
         return inputs, self.family.target(latents.float(), noise).to(self.device)

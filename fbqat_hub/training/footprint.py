@@ -62,10 +62,11 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
 
     Args:
         configs: of the teacher's models, "transformer" and "vae" among them.
-        batch_size: instead of the recipe's.
+        batch_size: instead of the recipe's, all at once.
     """
-    family = get_family(recipe.family)
-    inputs = denoiser_arguments(recipe, configs, batch_size or recipe.batch_size)
+    family, at_once = get_family(recipe.family), batch_size or recipe.micro_batch_size or recipe.batch_size
+    added_up = not batch_size and at_once < recipe.batch_size
+    inputs = denoiser_arguments(recipe, configs, at_once)
     with FakeTensorMode() as fake, Storages() as storages:
         teacher = build(configs["transformer"]).eval().requires_grad_(False)
         of_teacher = storages.bytes
@@ -77,11 +78,12 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
             parameter.register_post_accumulate_grad_hook(storages.gradient)
         storages.peak = storages.gradients_at_peak = 0
         inputs = tree_map(lambda value: fake.from_tensor(value).clone() if isinstance(value, Tensor) else value, inputs)
-        with torch.autocast("cpu", recipe.half, enabled=recipe.half is not None):
-            with torch.no_grad():
-                target = family.prediction(teacher(**inputs, return_dict=False)[0])
-            made = family.prediction(student(**inputs, return_dict=False)[0])
-        mean_squared(made.float(), target.float(), None).backward()
+        for _ in range(1 + added_up):  # in the second part of a batch the first one's gradients are there
+            with torch.autocast("cpu", recipe.half, enabled=recipe.half is not None):
+                with torch.no_grad():
+                    target = family.prediction(teacher(**inputs, return_dict=False)[0])
+                made = family.prediction(student(**inputs, return_dict=False)[0])
+            mean_squared(made.float(), target.float(), None).backward()
         peak, gradients, before = storages.peak, storages.gradients_at_peak, storages.bytes
         optimizer.step()  # in place, and the moments stay
         moments = storages.bytes - before
@@ -149,11 +151,14 @@ class Storages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.peak = self.gradients = self.gradients_at_peak = 0
+        self._whole: set[int] = set()
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def gradient(self, parameter: nn.Parameter) -> None:
         """A hook: the parameter's gradient is whole."""
-        self.gradients += parameter.nbytes
+        if id(parameter) not in self._whole:
+            self._whole.add(id(parameter))
+            self.gradients += parameter.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

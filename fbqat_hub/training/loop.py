@@ -4,16 +4,19 @@ There is no ground truth. Student and teacher see the same noisy latents, timest
 the squared distance of their predictions. Everything random in a step is drawn from (seed, step, process), so a
 resumed run continues to the bit-identical result.
 
-Of several processes each trains on samples of its own, and gradients are averaged; the first one writes.
+A step's batch is shared out to the processes, and within each to parts that its device holds; gradients are averaged.
+How it is shared out changes no number but by the order of sums. The first process writes.
 """
 
 from __future__ import annotations
 
 import datetime
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import nn
+from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.integrations.diffusers import attach
@@ -46,12 +49,36 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=2))
     # A trained layer may have no effect: the last block of SD3 has no text output.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=recipe.mixed_precision, kwargs_handlers=[patience, unused])
+    # without it several processes on CPUs would not know of each other
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision=recipe.mixed_precision, cpu=cpu, kwargs_handlers=[patience, unused])
+
+
+def own_parts(recipe: Recipe, process: int, processes: int) -> list[slice]:
+    """What a process takes of a step's batch, a part at a time.
+
+    Raises:
+        ValueError: the batch does not go into as many equal shares as there are processes.
+
+    >>> own_parts(Recipe(family="sana", name="tiny", teacher="tiny", batch_size=10, micro_batch_size=3), 1, 2)
+    [slice(5, 8, None), slice(8, 10, None)]
+    """
+    share, left = divmod(recipe.batch_size, processes)
+    if left:
+        more = recipe.batch_size - left + processes
+        raise ValueError(
+            f"recipe: batch_size is {recipe.batch_size}, of all {processes} processes together, and each takes as many "
+            f"samples as the others; make it {more if not share else f'{more - processes} or {more}'}, or start fewer "
+            "processes."
+        )
+    first, size = process * share, recipe.micro_batch_size or share
+    ends = [*range(first, first + share, size), first + share]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 @dataclass
 class LogLine:
-    """One line of ``training_log.jsonl``. ``step`` counts from 1; ``loss`` is the mean over all processes.
+    """One line of ``training_log.jsonl``. ``step`` counts from 1; ``loss`` is the mean over the batch.
 
     ``block`` is the one that is trained, of block-wise training.
     """
@@ -76,6 +103,9 @@ class Loop:
         teacher: the full-precision denoiser.
         splits, draws: what is learned from.
         output: folder of the log, the stages and the checkpoints.
+
+    Raises:
+        ValueError: as `own_parts`.
     """
 
     def __init__(
@@ -94,6 +124,7 @@ class Loop:
         if recipe.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.optimizer = optimizer_of(recipe, student)
+        self._parts = own_parts(recipe, accelerator.process_index, accelerator.num_processes)
         self._schedule = recipe.bit_schedule()
         self._text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
         ends = recipe.stage_ends()
@@ -128,19 +159,30 @@ class Loop:
         """
         recipe, accelerator = self.recipe, self.accelerator
         line = set_step(recipe, self._schedule, self.student, self.optimizer, step)
-        inputs = self.draws.training(self.splits["train"], step, recipe.batch_size, accelerator.process_index)
-        with torch.no_grad(), accelerator.autocast():
-            target = self.draws.predict(self.teacher, inputs)
-        weight = self.draws.error_weight(inputs) if recipe.loss_weighting == "sampler" else None
-        loss = mean_squared(self.draws.predict(self._wrapped, inputs).float(), target.float(), weight)
-        accelerator.backward(loss)
+        loss = torch.zeros((), device=accelerator.device)
+        for part in self._parts:
+            last = part is self._parts[-1]  # with which the processes' gradients are averaged
+            with nullcontext() if last else accelerator.no_sync(self._wrapped):
+                own = self._loss(step, part)
+                accelerator.backward(own)
+            loss += own.detach()
         if recipe.optimizer.max_grad_norm:
             accelerator.clip_grad_norm_(self._wrapped.parameters(), recipe.optimizer.max_grad_norm)
         self._stepping.step()
         self._stepping.zero_grad()
-        line.loss = accelerator.reduce(loss.detach(), reduction="mean").item()
+        line.loss = accelerator.reduce(loss, reduction="mean").item()
         check_finite(line, recipe, self.output)
         return line
+
+    def _loss(self, step: int, part: slice) -> Tensor:
+        """Of a part of this process's share of the batch, as its part of the share's mean."""
+        recipe, share = self.recipe, self.recipe.batch_size // self.accelerator.num_processes
+        inputs = self.draws.training(self.splits["train"], step, recipe.batch_size, part)
+        with torch.no_grad(), self.accelerator.autocast():
+            target = self.draws.predict(self.teacher, inputs)
+        weight = self.draws.error_weight(inputs) if recipe.loss_weighting == "sampler" else None
+        loss = mean_squared(self.draws.predict(self._wrapped, inputs).float(), target.float(), weight)
+        return loss * ((part.stop - part.start) / share)
 
     def validation_loss(self) -> float:
         """Mean held-out loss of the validation split, student and teacher in the precision of training."""

@@ -12,12 +12,14 @@ from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import Family, component_configs, family_of
 from fbqat_hub.inputs import check_new, checked_device
 from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
-from fbqat_hub.integrations.convert_files import Read, Save, convert_files
+from fbqat_hub.integrations.convert_files import Read, Save, checked_tensors, convert_files
 from fbqat_hub.integrations.streamed import StreamedDenoiser
 from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import PARTIAL, check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization.gptq_blocks import gptq_blocks
+from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
+from fbqat_hub.quantization.widths import widths_of_average
 from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
 from fbqat_hub.training.lora_merge import Lora, Merge
 from fbqat_hub.training.method import METHODS
@@ -26,6 +28,10 @@ from fbqat_hub.training.sampled import open_sampler, sampled_inputs
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.weights import stored_dtype
+
+# Inputs of the denoiser that widths are chosen by, of those that were sampled; the standard error of a layer's score is
+# about sqrt(2 / 32) of it, 25%.
+SCORED = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +70,9 @@ def convert_pipeline(
     each part by its class without its numbers, patterns against the denoiser's layers.
 
     For GPTQ memory holds the text encoders and the autoencoder, then a block in float32 and what goes into and comes
-    out of it for all samples.
+    out of it for all samples. Widths of an average are then chosen by their effect on the output
+    (`quantization.sensitivity_blocks`), for which memory holds what goes into every block of one sample and the
+    backward pass of one block; without GPTQ, by the weights alone.
 
     Args:
         source: folder or Hub id of a float pipeline.
@@ -132,6 +140,8 @@ def convert_pipeline(
         copy_parts(folder, partial, variant, bar.update, instead=writers)
         bar.stage("quantize")
         pack = _GPTQ(folder, denoiser, family, recipe, variant, gptq, device, progress) if gptq else None
+        if pack and config.average_bits is not None:
+            config = pack.with_widths(config, checked_tensors(denoiser, variant, merge))
         convert_files(denoiser, config, partial / "transformer", variant, done=bar.update, change=merge, pack=pack)
         recipe.save(partial / "recipe.yaml")
     return output
@@ -149,19 +159,11 @@ class _GPTQ:
     given: Calibrated
     device: str
     progress: bool
+    _inputs: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, config: FBQATConfig, read: Read, save: Save) -> None:
         streamed = StreamedDenoiser(self.denoiser, self.family.blocks, read)
-        inputs = sampled_inputs(
-            open_sampler(self.folder, streamed.model, self.variant),
-            self.family,
-            streamed,
-            self.given.prompts,
-            self.recipe.generation,
-            self.given.samples,
-            device=self.device,
-            progress=self.progress,
-        )
+        inputs = self._sampled(streamed)
         with Progress("quantize blocks", len(streamed.names), "block", shown=self.progress) as bar:
             gptq_blocks(
                 streamed.model,
@@ -175,3 +177,52 @@ class _GPTQ:
                 damping=self.recipe.gptq.damping,
                 device=self.device,
             )
+
+    def with_widths(self, config: FBQATConfig, read: Read) -> FBQATConfig:
+        """The config with widths of its average, by the effect of nearest rounding on what the sampler asks for."""
+        assert config.average_bits is not None
+        streamed = StreamedDenoiser(self.denoiser, self.family.blocks, read)
+        inputs = self._sampled(streamed)
+        scored = spread(inputs, SCORED)
+        chosen = targets_of(streamed.model, config)
+        with Progress("choose widths", len(scored), "sample", shown=self.progress) as bar:
+            scores = block_sensitivity(
+                streamed.model,
+                streamed.names,
+                scored,
+                chosen,
+                config.weight_scheme(),
+                lambda model, sample: self.family.prediction(model(**sample)[0]),
+                load=streamed.block,
+                device=self.device,
+                done=bar.update,
+            )
+        widths = widths_of_average(
+            scores, {each.names[0]: each.layer.weight.numel() for each in chosen}, config.average_bits
+        )
+        return config.with_widths({name: widths[each.names[0]] for each in chosen for name in each.names})
+
+    def _sampled(self, streamed: StreamedDenoiser) -> list[dict[str, Any]]:
+        """Inputs of the denoiser, sampled once."""
+        if not self._inputs:
+            found = sampled_inputs(
+                open_sampler(self.folder, streamed.model, self.variant),
+                self.family,
+                streamed,
+                self.given.prompts,
+                self.recipe.generation,
+                self.given.samples,
+                device=self.device,
+                progress=self.progress,
+            )
+            self._inputs.extend(found)
+        return self._inputs
+
+
+def spread(inputs: Sequence[Any], count: int) -> list[Any]:
+    """So many of them, at even distances; all, if there are fewer.
+
+    >>> spread("abcdefg", 3), spread("ab", 3)
+    (['a', 'c', 'e'], ['a', 'b'])
+    """
+    return [inputs[index * len(inputs) // count] for index in range(count)] if len(inputs) > count else list(inputs)

@@ -120,7 +120,9 @@ class Recipe:
         prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.
         training: "end_to_end", the default, or "blockwise": one block after the other, in the memory of one.
         blockwise: of the latter, which has steps and rates of its own. See `Blockwise`.
-        steps, batch_size: optimizer steps, and samples in each (on each device).
+        steps, batch_size: optimizer steps, and samples in each, on all devices together.
+        micro_batch_size: samples that a device takes at a time, at most; the gradients of a step are added up. Less
+            memory, and the same step. None for all at once. Of end-to-end training.
         learning_rate: peak.
         seed: of everything random.
         mixed_precision: "no", "bf16" or "fp16", as accelerate takes it.
@@ -162,6 +164,9 @@ class Recipe:
     blockwise: Blockwise = Blockwise()
     steps: Whole
     batch_size: Count = 8
+    micro_batch_size: Annotated[
+        Annotated[int, Field(strict=True, ge=1)] | None, Field(description="a whole number of at least 1, or null")
+    ] = None
     learning_rate: Amount = 2e-4
     seed: Annotated[Whole, Field(le=2**32 - 1, description="a whole number from 0 to 4294967295")] = 1234
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="'no', bf16 or fp16")] = "no"

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fbqat_hub import cli
@@ -18,6 +19,7 @@ from fbqat_hub.families import FAMILIES
 from fbqat_hub.integrations.comfyui import export_comfyui
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer
+from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import edit_tensors, weights_of
 from tests.integrations.tiny import layers_of, packed_as, static_ranges
 
@@ -76,6 +78,26 @@ def test_diffusers_reads_the_dequantized_file_to_the_bit(
     wanted = float_state(packed)
     assert read.keys() == wanted.keys()
     assert [key for key in wanted if not torch.equal(read[key], wanted[key])] == []
+
+
+@pytest.mark.usefixtures("any_width")
+@pytest.mark.parametrize("model", ["flux", "sd3"])
+def test_a_file_of_the_original_layout_becomes_a_folder_that_is_converted(
+    model: str, teacher_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The lines of docs/real-models.md."""
+    base = teacher_of(model)
+    made = export_comfyui(packed_as(base, tmp_path / "packed"), tmp_path / "out")
+    prefixed = {f"model.diffusion_model.{key}": value for key, value in decoded(load_file(made.file)).items()}
+    save_file(prefixed | {"vae.unused": torch.zeros(2)}, tmp_path / "my.safetensors")
+    kind = type(load_pipeline(base).transformer)
+    denoiser = kind.from_single_file(str(tmp_path / "my.safetensors"), config=str(base), subfolder="transformer")
+    DiffusionPipeline.from_pretrained(base, transformer=denoiser).save_pretrained(tmp_path / "mine")
+    wanted = float_state(tmp_path / "packed")
+    found = load_file(weights_of(tmp_path / "mine" / "transformer"))
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    load_pipeline(convert_pipeline(str(tmp_path / "mine"), tmp_path / "converted"))
 
 
 def test_layers_left_in_float_stay_so(teacher_of: Callable[[str], Path], tmp_path: Path, capsys: Any) -> None:

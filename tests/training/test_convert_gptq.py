@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,15 @@ from fbqat_hub.integrations.checkpoint import targets_of
 from fbqat_hub.pipelines import load_pipeline, save_pipeline
 from fbqat_hub.quantization import PackedLayer, convert, gptq_initialize, named_layers
 from fbqat_hub.quantization.convert import prepare_layers
+from fbqat_hub.quantization.sensitivity import output_sensitivity, rounding_errors
+from fbqat_hub.quantization.widths import widths_of_average
 from fbqat_hub.training import ptq
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.ptq import Calibrated, convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.weights import TensorFile
-from tests.conftest import CALL, CAPTIONS, call_of, edit_tensors, weights_of
+from tests.conftest import CALL, CAPTIONS, call_of, edit_tensors, subprocess_environment, weights_of
 from tests.test_components import as_variant
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
@@ -52,9 +58,9 @@ def asked_of(pipeline: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
         with_kwargs=True,
     )
     for index, prompt in enumerate(PROMPTS):
-        random = generator("calibration picture", prompt, index)
-        torch.rand(2, generator=random)  # which steps are kept
-        pipeline(prompt=prompt, generator=random, output_type="latent", **call)
+        numbers = generator("calibration picture", prompt, index)
+        torch.rand(2, generator=numbers)  # which steps are kept
+        pipeline(prompt=prompt, generator=numbers, output_type="latent", **call)
     hook.remove()
     return found
 
@@ -96,8 +102,8 @@ def test_equals_the_whole_model(
 
 def test_codes_are_not_the_nearest_ones_and_the_recipe_says_how(tiny_sana: Path, tmp_path: Path) -> None:
     gptq = Calibrated(prompts=CAPTIONS, samples=4, call=CALL, device="cpu")
-    made = convert_pipeline(str(tiny_sana), tmp_path / "out", {"average_bits": 4.5}, gptq=gptq)
-    nearest = convert_pipeline(str(tiny_sana), tmp_path / "nearest", {"average_bits": 4.5})
+    made = convert_pipeline(str(tiny_sana), tmp_path / "out", gptq=gptq)
+    nearest = convert_pipeline(str(tiny_sana), tmp_path / "nearest")
     left, right = load_file(made / WEIGHTS), load_file(nearest / WEIGHTS)
     assert {name: (each.dtype, each.shape) for name, each in left.items()} == {
         name: (each.dtype, each.shape) for name, each in right.items()
@@ -151,6 +157,68 @@ def test_only_the_block_that_runs_has_numbers(tiny_sana: Path, tmp_path: Path, m
     convert_pipeline(str(tiny_sana), tmp_path / "out", gptq=Calibrated(prompts=["red"], samples=1, call=CALL))
     assert len(seen) == 2 * 2 + 2  # two steps of the sampler, and GPTQ
     assert all(devices == {"meta"} for devices in seen)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from fbqat_hub.training.ptq import Calibrated, convert_pipeline
+from fbqat_hub.weights import TensorFile
+from tests.conftest import CALL
+
+write, left = TensorFile.write, [int(sys.argv[3])]
+
+def killed(*given):
+    if not left[0]:
+        os.kill(os.getpid(), 9)
+    left[0] -= 1
+    write(*given)
+
+TensorFile.write = killed
+gptq = Calibrated(prompts=["red", "green"], samples=2, call=CALL, device="cpu")
+convert_pipeline(sys.argv[1], Path(sys.argv[2]), {"average_bits": 4.5}, gptq=gptq, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_is_whole_or_not_there_and_a_second_run_is_the_same(tiny_sana: Path, tmp_path: Path) -> None:
+    """kill -9 before the first tensor, at one of the blocks, and at the last one."""
+    given = {"average_bits": 4.5}
+    gptq = Calibrated(prompts=["red", "green"], samples=2, call=CALL, device="cpu")
+    wanted = convert_pipeline(str(tiny_sana), tmp_path / "whole", given, gptq=gptq, progress=False)
+    tensors = len(load_file(wanted / WEIGHTS))
+    output = tmp_path / "out"
+    for count in (0, random.Random(1234).randrange(1, tensors - 1), tensors - 1):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(tiny_sana), str(output), str(count)], env=subprocess_environment()
+        )
+        assert done.returncode == -9
+        assert [path.name for path in output.iterdir()] == [".partial"]
+        with pytest.raises(ValueError, match="is not a diffusers pipeline: it has no model_index"):
+            load_pipeline(output)
+    convert_pipeline(str(tiny_sana), output, given, gptq=gptq, progress=False)
+    files = [path.relative_to(wanted) for path in sorted(wanted.rglob("*")) if path.is_file()]
+    assert [path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file()] == files
+    other = [path for path in files if (wanted / path).read_bytes() != (output / path).read_bytes()]
+    assert other == [Path("recipe.yaml")]  # which has the folder's name
+
+
+def test_widths_are_chosen_on_the_prompts(tiny_sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the whole model in memory chooses them, and within the average."""
+    gptq = Calibrated(prompts=CAPTIONS[:3], samples=6, call=CALL, device="cpu")
+    made = convert_pipeline(str(tiny_sana), tmp_path / "out", {"average_bits": 5.0}, gptq=gptq)
+    assert "choose widths: 12 of 12 samples" in capsys.readouterr().err  # with the prompt, and without
+    pipeline = whole_pipeline(tiny_sana)
+    model, inputs = pipeline.transformer, asked_of(pipeline, CALL)
+    layers = {each.names[0]: each.layer for each in targets_of(model, load_recipe(made / "recipe.yaml").config())}
+    scheme = load_recipe(made / "recipe.yaml").config().weight_scheme()
+    errors = {name: partial(rounding_errors, layer.weight.detach(), scheme, (4, 8)) for name, layer in layers.items()}
+    family = FAMILIES["sana"]
+    scores = output_sensitivity(model, errors, lambda: inputs, lambda m, each: family.prediction(m(**each)[0]), signs=1)
+    wanted = widths_of_average(scores, {name: layer.weight.numel() for name, layer in layers.items()}, 5.0)
+    packed = dict(named_layers(load_pipeline(made).transformer, PackedLayer))
+    assert {name: layer.weight_bits for name, layer in packed.items()} == wanted
+    assert set(wanted.values()) == {4, 8}
 
 
 def test_what_is_wrong_leaves_nothing(tiny_sana: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, 
     gpus = Gpus(1, RESERVE + (found.memory_of_one.peak + found.memory.peak) // 3)
     tried = advice(found, gpus)
     assert tried[0][0] == "gradient_checkpointing=true"
-    assert re.fullmatch(r"batch_size=\d+", tried[-1][0])
+    assert re.fullmatch(r"micro_batch_size=\d+", tried[-1][0])
     assert on_device(found, gpus) > gpus.bytes - RESERVE >= on_device(tried[-1][1], gpus)
     text = report(found, gpus, None)
     assert "it does not fit. On each, it needs" in text
@@ -92,11 +92,21 @@ def test_hours_are_those_of_the_given_pace_or_of_a_measured_one(sana: module.Cos
     assert "Measured: " not in report(other, None, None)  # another size was not
 
 
-def test_the_batch_that_fits_is_a_power_of_two(sana: module.Costs) -> None:
+def test_what_fits_at_a_time_is_a_power_of_two(sana: module.Costs) -> None:
     small, whole = sana.memory_of_one.peak, sana.memory.peak
-    assert sana.largest_batch(whole) == 128
-    assert sana.largest_batch(small - 1) == 0
-    assert sana.largest_batch((small + whole) // 2) in (32, 64)
+    assert sana.largest_micro_batch(whole) == 128
+    assert sana.largest_micro_batch(small - 1) == 0
+    assert sana.largest_micro_batch((small + whole) // 2) in (32, 64)
+
+
+def test_devices_share_a_batch_and_parts_of_it_keep_the_gradients(recipe_fields: dict[str, Any]) -> None:
+    whole, four = (costs(Recipe(**recipe_fields | {"batch_size": size})) for size in (16, 4))
+    assert replace(whole, devices=4).memory == four.memory
+    parts = costs(Recipe(**recipe_fields | {"batch_size": 16, "micro_batch_size": 4})).memory
+    assert four.memory.gradients < parts.gradients == parts.student
+    assert four.memory.peak < parts.peak < whole.memory.peak
+    assert "Memory of each device, 4 of 16 samples of a step at a time, 32 x 32:" in report(whole, Gpus(4, 2**34), None)
+    assert "But batch_size, 16, must go into 3 equal shares." in report(whole, Gpus(3, 2**34), None)
 
 
 @pytest.mark.parametrize("text", ["nonsense", "24GB", "1x24", "0x24GB", "1x0GB", "1 x 24GB"])

@@ -19,12 +19,12 @@ def held_out(scene, batch_size: int, seed: int = 0, draws: int = 2) -> dict[str,
 
 
 def test_every_draw_has_random_numbers_of_its_own(scene_of) -> None:
-    """Steps, processes, seeds and the three streams (training, calibration, held-out) never share noise."""
+    """Steps, seeds and the three streams (training, calibration, held-out) never share noise."""
     scene = scene_of()
     split, scheduler, noisy = scene.splits["test"], scene.draws.scheduler, []
     for seed in (0, 1, 2):
         draws = Draws(get_family("sana"), scheduler, seed)
-        noisy += [draws.training(split, step, 1, process) for step in (0, 1) for process in (0, 1)]
+        noisy += [draws.training(split, step, 1) for step in (0, 1, 2, 3)]
         noisy += list(draws.calibration(split, 2))
     noisy += list(draws.held_out(split, 2, 1))
     assert len({float(inputs["hidden_states"].sum()) for inputs in noisy}) == len(noisy) == 20

@@ -12,13 +12,13 @@ import torch
 
 from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, named_layers
+from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, gptq, named_layers
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.recipe import Recipe, load_recipe
-from fbqat_hub.training.student import prepare_student
+from fbqat_hub.training.student import prepare_student, started_student
 
 
 def average_of(layers: Any) -> float:
@@ -39,6 +39,24 @@ def test_half_a_bit_where_it_matters_lowers_the_loss(recipe_fields: dict[str, An
         assert average_of((layer, layer.bit_width) for layer in layers) <= (average or 4)
         losses[average] = fmean(held_out_loss(student, pipeline.transformer, splits["train"], draws))
     assert losses[5.0] < losses[4.5] < 0.9 * losses[None]
+
+
+@pytest.mark.parametrize("changes", [{}, {"quantization": {"activation_range": "static", "average_bits": 5.0}}])
+def test_only_layers_that_became_wider_are_started_again(changes: dict[str, Any], scene_of, monkeypatch) -> None:
+    """And the student is, bit for bit, the one whose layers all are."""
+    scene = scene_of(**{"quantization": {"average_bits": 5.0}, **changes})
+    rounded: list[int] = []
+    codes = gptq._codes
+    monkeypatch.setattr(gptq, "_codes", lambda layer, *rest: (rounded.append(layer.bit_width), codes(layer, *rest))[1])
+    student = scene.student()
+    layers = dict(named_layers(student, FakeQuantizedLinear))
+    wider = {name: 8 for name, layer in layers.items() if layer.bit_width == 8}
+    assert 0 < len(wider) < 27
+    assert (rounded.count(4), rounded.count(8)) == (27, len(wider))
+    wanted = started_student(scene.recipe, scene.teacher, scene.splits["train"], scene.draws, wider).state_dict()
+    found = student.state_dict()
+    assert set(found) == set(wanted)
+    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
 
 
 def test_widths_are_trained_stored_and_loaded(recipe_fields: dict[str, Any], tmp_path: Path) -> None:
