@@ -16,6 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+if not torch.cuda.is_available():  # asked by Triton when it is imported; whoever imports it first
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fbqat_hub.families import FAMILIES, Family, component_configs
 from fbqat_hub.pipelines import load_pipeline, save_pipeline
 from fbqat_hub.training.ptq import convert_pipeline

@@ -267,8 +267,9 @@ def wide_scales(layer: PackedLinear, groups: int) -> PackedLinear:
 def test_gpu_int8_product_equals_the_reference(shape: tuple[int, int, int], activation_range: str, bits: int) -> None:
     tokens, in_features, out_features = shape
     layer = layer_of(in_features, out_features, ActivationScheme(range=activation_range), bits=bits)
-    assert gpu.suits_int8(layer.weight_packed, layer.weight_scale, layer.activation_scheme, in_features)
     x = 3 * torch.randn(2, tokens, in_features)
+    chosen = gpu.implementation(x, layer.weight_packed, layer.weight_scale, layer.activation_scheme)
+    assert chosen is gpu.int8_linear
     x[0, 0] = 0
     found = gpu.packed_linear_gpu(x, *operands(layer))
     if in_features * (bits - 3) < 8192:  # the reference's sums are exact

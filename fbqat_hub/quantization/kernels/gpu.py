@@ -1,33 +1,37 @@
-"""The packed matmul on GPUs: int8 tensor cores through ``torch._int_mm``, else one product in the dtype of x.
+"""The packed matmul on GPUs. Of these the first that a card and a layer suit:
 
-Not measured: it was written without a GPU. Its arithmetic is plain torch, so that tests run the same functions on a CPU
-and compare them with the reference.
+    1. Triton kernels of our own (``triton_kernels.py``): 8-bit inputs, one scale per output channel; NVIDIA from
+       compute capability 8.0, AMD's with int8 matrix cores, where triton is installed
+    2. int8 products by ``torch._int_mm``: the same layers, sizes that it takes; NVIDIA from 7.5, the same of AMD
+    3. dequantized, one product in the dtype of x
+
+Not measured: it was written without a GPU. The first is tested in Triton's interpreter, the others are plain torch that
+runs on a CPU. On a card, the first use of 1. multiplies a small matrix and compares; if that fails, a warning says so
+and 2. is used.
 """
 
 from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fbqat_hub.quantization.activation import fake_quantize_activation, quantize_activation
-from fbqat_hub.quantization.kernels.reference import dequantize_weight
-from fbqat_hub.quantization.packing import unpack
+from fbqat_hub.quantization.kernels.reference import dequantize_weight, packed_linear_reference
+from fbqat_hub.quantization.packing import pack, unpack
 from fbqat_hub.quantization.scheme import ActivationScheme
 
 # what torch._int_mm asks for on CUDA: more than 16 rows, inner and outer sizes that 8 divides
 MIN_ROWS = 17
 MULTIPLE = 8
-
-
-def suits_int8(weight_packed: Tensor, weight_scale: Tensor, scheme: ActivationScheme, in_features: int) -> bool:
-    """True where int8 products apply: per-channel scales, 8-bit activations, sizes that ``torch._int_mm`` takes."""
-    return (
-        weight_scale.dim() == 1
-        and scheme.bits == 8
-        and in_features % MULTIPLE == 0
-        and weight_packed.shape[0] % MULTIPLE == 0
-    )
+# AMD's architectures with int8 matrix instructions: CDNA, RDNA 3 and 4
+_AMD_INT8 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
 
 def packed_linear_gpu(
@@ -40,10 +44,68 @@ def packed_linear_gpu(
     input_zero_point: Tensor | None = None,
 ) -> Tensor:
     """As ``packed_linear_reference``: [..., in] -> [..., out], the dtype of x."""
-    activation = (scheme, input_scale, input_zero_point)
-    if x.numel() and suits_int8(weight_packed, weight_scale, scheme, x.shape[-1]):
-        return int8_linear(x, weight_packed, weight_scale, bias, *activation)
-    return dequantized_linear(x, weight_packed, weight_scale, bias, *activation)
+    linear = implementation(x, weight_packed, weight_scale, scheme)
+    return linear(x, weight_packed, weight_scale, bias, scheme, input_scale, input_zero_point)
+
+
+def implementation(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, scheme: ActivationScheme
+) -> Callable[..., Tensor]:
+    """The function that multiplies such operands, with the arguments of ``packed_linear_reference``."""
+    if not x.numel() or weight_scale.dim() != 1 or scheme.bits != 8:
+        return dequantized_linear
+    inputs = x.shape[-1]
+    kernels = triton_kernels(x.device)
+    if kernels is not None and inputs <= kernels.MAX_INPUTS:
+        found: Callable[..., Tensor] = kernels.triton_linear
+        return found
+    if has_int8_products(x.device) and inputs % MULTIPLE == 0 and weight_packed.shape[0] % MULTIPLE == 0:
+        return int8_linear
+    return dequantized_linear
+
+
+@cache
+def has_int8_products(device: torch.device) -> bool:
+    """True where int8 matrix products are done by tensor cores (NVIDIA, from 7.5) or matrix cores (AMD)."""
+    if device.type != "cuda":
+        return True
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).startswith(_AMD_INT8)
+    return torch.cuda.get_device_capability(device) >= (7, 5)
+
+
+@cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """The module of our Triton kernels where they work on this card; warns where they should and do not."""
+    if device.type != "cuda" or not has_int8_products(device):
+        return None
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):  # what Triton supports
+        return None
+    try:
+        kernels = importlib.import_module("fbqat_hub.quantization.kernels.triton_kernels")
+    except ImportError:
+        return None
+    try:
+        reason = None if multiplies_exactly(kernels.triton_linear, device) else "a small product came out wrong"
+    except Exception as error:  # of the compiler, the driver or a missing C compiler
+        reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return kernels
+    warnings.warn(f"fbqat's Triton kernels are not used on {device}, which is slower: {reason}", stacklevel=2)
+    return None
+
+
+def multiplies_exactly(linear: Callable[..., Tensor], device: torch.device) -> bool:
+    """Whether a function gives the reference's numbers to the bit, for 4-bit and 8-bit codes of a small layer."""
+    x = torch.linspace(-3, 3, 5 * 96).view(5, 96).sin()
+    scheme = ActivationScheme()
+    for bits in (4, 8):
+        codes = (torch.arange(40 * 96) * 7 % 2**bits - 2 ** (bits - 1)).to(torch.int8).view(40, 96)
+        operands = x, pack(codes, bits), torch.linspace(0.01, 0.02, 40)
+        found = linear(*(operand.to(device) for operand in operands), None, scheme).cpu()
+        if not torch.equal(found, packed_linear_reference(*operands, None, scheme)):
+            return False
+    return True
 
 
 def int8_linear(

@@ -1,0 +1,363 @@
+"""Our Triton kernels against sums in float64 and the reference: on a card where there is one, else interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fbqat_hub.quantization import ActivationScheme, PackedLinear
+from fbqat_hub.quantization.activation import quantize_activation
+from fbqat_hub.quantization.kernels import gpu
+from fbqat_hub.quantization.packing import pack
+from tests.conftest import subprocess_environment
+from tests.quantization.test_kernels import layer_of, operands, reference, wide_scales
+
+pytest.importorskip("triton", reason="triton is not installed")
+from fbqat_hub.quantization.kernels import triton_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANGES = ["per_token", "per_tensor", "static"]
+# odd sizes, sizes of no tile and of several; in, out and tokens of one
+SHAPES = [(1, 1, 1), (1, 7, 3), (5, 33, 17), (3, 64, 32), (17, 577, 144), (40, 384, 48), (2, 520, 300), (4, 32, 130)]
+# of the families at true size: in -> out of their smallest and widest layers and of those with odd ratios
+TRUE_WIDTHS = [
+    (1152, 3456), (5600, 1120), (2240, 11200), (1152, 4608), (4608, 1152), (4096, 1152), (1536, 9216), (6144, 1536),
+    (3072, 3072), (3072, 9216), (64, 3072), (15360, 3072),
+]  # fmt: skip
+
+# in the fast tests one small tile and one of eight warps
+TILES = [
+    pytest.param(config, id="x".join(map(str, config.kwargs.values())), marks=[] if at in (0, 6) else pytest.mark.slow)
+    for at, config in enumerate(triton_kernels.CONFIGS)
+]
+
+
+def linear(x: Tensor, layer: PackedLinear) -> Tensor:
+    """By our kernels, on the device that tests have; back on the CPU."""
+    moved = (value.to(DEVICE) if isinstance(value, Tensor) else value for value in operands(layer))
+    return triton_kernels.triton_linear(x.to(DEVICE), *moved).cpu()
+
+
+def exact(x: Tensor, layer: PackedLinear) -> Tensor:
+    """The same codes multiplied and scaled in float64."""
+    codes, scale, zero_point = quantize_activation(
+        x, layer.activation_scheme, layer.input_scale, layer.input_zero_point
+    )
+    sums = (codes - zero_point).double() @ layer.codes().double().t()
+    y = sums * layer.weight_scale.double() * scale.double()
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+def check(x: Tensor, layer: PackedLinear) -> None:
+    """Exact but for three or four roundings in float32, and that to the dtype of x."""
+    found, wanted = linear(x, layer), exact(x, layer)
+    assert found.dtype == x.dtype
+    assert found.shape == wanted.shape
+    largest = float(wanted.abs().max())
+    # the interpreter cuts where a card rounds (cvt.rn, in the compiled code)
+    cut = DEVICE == "cpu" and x.dtype == torch.bfloat16
+    step = 4 * torch.finfo(torch.float32).eps + torch.finfo(x.dtype).eps / (1 if cut else 2)
+    torch.testing.assert_close(found.double(), wanted, rtol=step, atol=largest * 4 * torch.finfo(torch.float32).eps)
+    if (
+        DEVICE == "cpu" and not cut and layer.in_features * 2**layer.weight_bits <= 2**17
+    ):  # the reference's sums are exact
+        assert torch.equal(found, reference(layer, x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activation_range", RANGES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_sum_in_float64(shape: tuple[int, int, int], activation_range: str, bits: int) -> None:
+    tokens, inputs, outputs = shape
+    layer = layer_of(inputs, outputs, ActivationScheme(range=activation_range), bits=bits, bias=bool(tokens % 2))
+    x = 3 * torch.randn(tokens, inputs)
+    x[0, 0] = 0
+    check(x, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activation_range", RANGES)
+def test_takes_and_gives_other_dtypes(dtype: torch.dtype, activation_range: str) -> None:
+    layer = layer_of(130, 48, ActivationScheme(range=activation_range))
+    layer.bias = torch.nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    check((3 * torch.randn(2, 3, 130)).to(dtype), layer)
+
+
+@pytest.mark.parametrize(("code", "activation_range"), [(-8, "static"), (7, "per_token"), (0, "per_token")])
+def test_edge_codes(code: int, activation_range: str) -> None:
+    """The largest sums of one sign, at the most inputs whose int32 sums hold; and rows of zeros."""
+    inputs = triton_kernels.MAX_INPUTS
+    layer = layer_of(inputs, 4, ActivationScheme(range=activation_range), bias=False)
+    layer.weight_packed.data.copy_(pack(torch.full((4, inputs), code, dtype=torch.int8), 4))
+    if layer.input_zero_point is not None:
+        layer.input_zero_point.fill_(0)
+    x = torch.full((2, inputs), 100.0)
+    check(x, layer)
+    check(-x, layer)
+
+
+@pytest.mark.parametrize("code", [-128, 127])
+def test_edge_codes_of_8_bits(code: int) -> None:
+    layer = layer_of(triton_kernels.MAX_INPUTS, 4, ActivationScheme(range="static"), bias=False, bits=8)
+    layer.weight_packed.data.fill_(code)
+    layer.input_zero_point.fill_(0)
+    check(torch.full((1, triton_kernels.MAX_INPUTS), 100.0), layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_zeros_and_of_huge_numbers(dtype: torch.dtype) -> None:
+    layer = layer_of(64, 32, ActivationScheme(), bias=False)
+    x = torch.randn(6, 64).to(dtype)
+    x[0] = 0
+    x[1] = torch.finfo(dtype).tiny
+    x[2] = x[2] * 1e-3
+    x[3, ::2] = torch.finfo(dtype).max / 1e3  # what it is multiplied to still fits
+    x[4] *= 0 if dtype == torch.float16 else 1e30
+    check(x, layer)
+    assert not linear(x, layer)[0].any()
+
+
+def test_what_is_not_finite_does_not_vanish() -> None:
+    layer = layer_of(64, 32, ActivationScheme(), bias=False)
+    x = torch.randn(3, 64)
+    x[0, 5], x[2, 7] = float("nan"), float("inf")
+    y = linear(x, layer)
+    assert not y[0].isfinite().any()
+    assert not y[2].isfinite().any()
+    torch.testing.assert_close(y[1], reference(layer, x[1:2])[0])
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("activation_range", ["per_token", "static"])
+@pytest.mark.parametrize("config", TILES)
+def test_every_tile_is_exact(config: Any, activation_range: str, split: bool) -> None:
+    """Each size of tile, with whole and with cut ones, several in both directions."""
+    multiply = triton_kernels._multiply
+    sides = config.kwargs
+    for inputs in (4 * sides["BLOCK_K"], 70):
+        scheme = ActivationScheme(range=activation_range)
+        layer = layer_of(inputs, sides["BLOCK_N"] + 3, scheme, bits=4 if split else 8)
+        x = torch.randn(sides["BLOCK_M"] + 5, inputs)
+        weight, scale, bias, _, input_scale, zero_point = (
+            value.to(DEVICE) if isinstance(value, Tensor) else value for value in operands(layer)
+        )
+        codes, scales = triton_kernels.quantize(x.to(DEVICE), scheme, input_scale, zero_point, split=split)
+        y = torch.full((len(x), layer.out_features), torch.nan, device=DEVICE)
+        arguments = triton_kernels.multiply_arguments(codes, scales, weight, scale, bias, zero_point, y)
+        multiply.fn[triton_kernels.tiles(*y.shape)](
+            *arguments, SPLIT=split, RANGE=scheme.range, BIAS=True, PTX=triton_kernels.has_ptx(x), **config.all_kwargs()
+        )
+        torch.testing.assert_close(y.cpu().double(), exact(x, layer), rtol=1e-6, atol=1e-5)
+
+
+def test_every_count_of_tokens_has_tiles() -> None:
+    for tokens in (1, 2, 16, 32, 64, 128, 4096, 2**17):
+        left = triton_kernels.suited(triton_kernels.CONFIGS, {"token_bucket": tokens})
+        assert 2 <= len(left) <= 7
+        assert min(config.kwargs["BLOCK_M"] for config in left) <= max(tokens, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", TRUE_WIDTHS, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_of_true_width(shape: tuple[int, int], bits: int) -> None:
+    layer = layer_of(*shape, ActivationScheme(), bits=bits)
+    check(torch.randn(1, 3, shape[0]).to(torch.bfloat16), layer)
+
+
+def test_strides_of_the_input_are_kept_to() -> None:
+    layer = layer_of(48, 16, ActivationScheme())
+    wide = torch.randn(6, 96)
+    for x in (wide[::2, :48], wide[:, ::2], wide[:, :48].expand(2, 6, 48), wide[:48, :6].t()[:, :1].expand(6, 48)):
+        check(x, layer)
+
+
+def test_two_launches_and_no_pass_of_torch_over_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per token: what a layer costs is one kernel that quantizes and one that multiplies."""
+    launches: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(triton_kernels, name)
+
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            launches.append(self.name)
+            return self.kernel[grid]
+
+    class Named(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made.append(str(func.overloadpacket))
+            return func(*args, **(kwargs or {}))
+
+    for name in ("_quantize", "_multiply"):
+        monkeypatch.setattr(triton_kernels, name, Counted(name))
+    made: list[str] = []
+    layer = layer_of(64, 32, ActivationScheme()).to(DEVICE)
+    x = torch.randn(2, 9, 64, dtype=torch.bfloat16, device=DEVICE)
+    with Named():
+        triton_kernels.triton_linear(x, *operands(layer))
+    assert launches == ["_quantize", "_multiply"]
+    # the interpreter copies what it is given
+    of_torch = set(made) - {"aten.view", "aten.empty", "aten.new_empty", "aten.detach"}
+    assert DEVICE == "cpu" or not of_torch
+
+
+# which implementation a card takes
+
+
+class _Kernels:
+    MAX_INPUTS = 1024
+    triton_linear = staticmethod(triton_kernels.triton_linear)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "int8", "inputs", "expected"),
+    [
+        (_Kernels, True, 64, "triton_linear"),
+        (_Kernels, True, 63, "triton_linear"),
+        (_Kernels, True, 1032, "int8_linear"),
+        (None, True, 64, "int8_linear"),
+        (None, True, 63, "dequantized_linear"),
+        (None, False, 64, "dequantized_linear"),
+    ],
+)
+def test_the_first_that_a_card_and_a_layer_suit(
+    kernels: Any, int8: bool, inputs: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "triton_kernels", lambda device: kernels)
+    monkeypatch.setattr(gpu, "has_int8_products", lambda device: int8)
+    layer, x = layer_of(inputs, 8, ActivationScheme()), torch.randn(2, inputs)
+    chosen = gpu.implementation(x, layer.weight_packed, layer.weight_scale, layer.activation_scheme)
+    assert chosen.__name__ == expected
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [layer_of(64, 8, ActivationScheme(bits=16)), wide_scales(layer_of(64, 8, ActivationScheme()), 4)],
+    ids=["16-bit inputs", "scales per group"],
+)
+def test_other_layers_are_dequantized_on_every_card(layer: PackedLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "triton_kernels", lambda device: _Kernels)
+    x = torch.randn(2, 64)
+    chosen = gpu.implementation(x, layer.weight_packed, layer.weight_scale, layer.activation_scheme)
+    assert chosen is gpu.dequantized_linear
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch", "int8", "triton"),
+    [
+        ((7, 0), None, False, False),
+        ((7, 5), None, True, False),
+        ((8, 0), None, True, True),
+        ((12, 0), None, True, True),
+        ((9, 4), "gfx942:sramecc+", True, True),
+        ((10, 3), "gfx1030", False, False),
+    ],
+)
+def test_cards(
+    capability: tuple[int, int], arch: str | None, int8: bool, triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", arch and "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"gcnArchName": arch}))
+    monkeypatch.setattr(gpu, "multiplies_exactly", lambda linear, device: True)
+    card = torch.device("cuda", 0)
+    assert gpu.has_int8_products.__wrapped__(card) == int8
+    monkeypatch.setattr(gpu, "has_int8_products", gpu.has_int8_products.__wrapped__)
+    assert (gpu.triton_kernels.__wrapped__(card) is not None) == triton
+
+
+def test_the_first_use_on_a_card_compares_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    card = torch.device("cuda", 0)
+    for linear, reason in (
+        (lambda x, *rest: torch.zeros(5, 40), "came out wrong"),
+        (fails, "RuntimeError: Failed to find C compiler"),
+    ):
+        monkeypatch.setattr(triton_kernels, "triton_linear", linear)
+        monkeypatch.setattr(gpu, "multiplies_exactly", lambda linear, device: linear(None).any())
+        with pytest.warns(UserWarning, match=reason):
+            assert gpu.triton_kernels.__wrapped__(card) is None
+
+
+def test_the_comparison_passes_where_the_kernels_are_right() -> None:
+    assert gpu.multiplies_exactly(triton_kernels.triton_linear, torch.device(DEVICE))
+    assert not gpu.multiplies_exactly(lambda x, *_: torch.zeros(5, 40), torch.device("cpu"))
+
+
+# what the compiler makes of them, without a card
+
+COMPILE = """
+import re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fbqat_hub.quantization.kernels import triton_kernels
+
+kernel = triton_kernels._multiply
+while not hasattr(kernel, "params"):
+    kernel = kernel.fn
+types = dict(codes="*i8", scales="*fp32", weight_scale="*fp32", bias="*bf16", zero_point="*i32", y="*bf16")
+scalars = ("tokens", "token_bucket", "outputs", "width", "half")
+free = {"tokens", "token_bucket"}
+for capability in map(int, sys.argv[1].split(",")):
+    for index in map(int, sys.argv[2].split(",")):
+        for split in (True, False):
+            config = triton_kernels.CONFIGS[index]
+            constants = dict(SPLIT=split, RANGE="per_token", BIAS=True, PTX=True, EVEN=True, **config.kwargs)
+            all_types = types | dict.fromkeys(scalars, "i32") | {"weight": "*u8" if split else "*i8"}
+            names = [parameter.name for parameter in kernel.params]
+            source = ASTSource(
+                kernel,
+                {name: "constexpr" if name in constants else all_types[name] for name in names},
+                {(at,): constants[name] for at, name in enumerate(names) if name in constants},
+                {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in {*constants, *free}},
+            )
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            ptx = made.asm["ptx"]
+            products = len(re.findall(r"mma[._a-z0-9]*\\\\.m\\\\d+n\\\\d+k32[.a-z]*\\\\.s32\\\\.s8\\\\.s8", ptx))
+            bytewise = len(re.findall(r"\\\\bprmt", ptx))
+            assert "cvt.rn.bf16" in ptx
+            print(capability, index, split, products, bytewise, ".local" in ptx, made.metadata.shared)
+"""
+
+
+def compiled(capabilities: str, tiles: str, cache: Any) -> list[list[str]]:
+    found_here = os.pathsep.join(filter(None, sys.path))
+    environment = subprocess_environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache), PYTHONPATH=found_here)
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE.replace("\\\\", "\\"), capabilities, tiles]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def check_compiled(lines: list[list[str]]) -> None:
+    for capability, _, _, products, bytewise, spills, shared in lines:
+        assert int(products) >= 4  # int8 tensor cores
+        assert int(bytewise) < 8  # bytes are not taken apart
+        assert spills == "False"
+        assert int(shared) <= {"80": 166912, "90": 232448}.get(capability, 101376)
+
+
+def test_compiles_to_int8_tensor_cores(tmp_path: Any) -> None:
+    check_compiled(compiled("89", "6", tmp_path))
+
+
+@pytest.mark.slow
+def test_every_tile_compiles_for_every_card(tmp_path: Any) -> None:
+    lines = compiled("80,89,90,120", ",".join(map(str, range(len(triton_kernels.CONFIGS)))), tmp_path)
+    assert len(lines) == 4 * 2 * len(triton_kernels.CONFIGS)
+    check_compiled(lines)
