@@ -234,17 +234,19 @@ def test_native_runs_in_several_threads() -> None:
     assert all(torch.equal(y, reference(layer, x)) for x, y in zip(inputs, found, strict=True))
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes that operators of torch allocate, views apart."""
+class Operators(TorchDispatchMode):
+    """The operators of torch that run, views apart, and the bytes that they allocate."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and not func.is_view and not func._schema.is_mutable:
-            self.bytes += made.nbytes
+        if isinstance(made, torch.Tensor) and not func.is_view:
+            self.names.append(func.name().partition(".")[0])
+            self.bytes += 0 if func._schema.is_mutable else made.nbytes
         return made
 
 
@@ -254,10 +256,42 @@ def test_native_allocates_its_output_and_one_byte_an_input(dtype: torch.dtype) -
     """No float copy of x, no unpacked weight."""
     layer = layer_of(1152, 1152, ActivationScheme())
     x = torch.randn(252, 1152, dtype=dtype)
-    with torch.no_grad(), Allocated() as allocated:
+    with torch.no_grad(), Operators() as ran:
         y = native.packed_linear_native(x, *operands(layer))
     scales, panels = 4 * 252, torch.get_num_threads() * 2 * 16 * 1152
-    assert allocated.bytes == y.nbytes + x.numel() + scales + panels
+    assert ran.bytes == y.nbytes + x.numel() + scales + panels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (7, 1152)])
+@pytest.mark.usefixtures("compiled")
+def test_both_quantizers_give_the_same(
+    shape: tuple[int, int], activation_range: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = (3 * torch.randn(shape)).to(dtype)
+    static = (
+        (torch.tensor(0.02), torch.tensor(113, dtype=torch.int32)) if activation_range == "static" else (None, None)
+    )
+    scheme = ActivationScheme(range=activation_range)
+    found = cpu._quantize(x, scheme, *static)
+    monkeypatch.setattr(cpu.native, "load", lambda: None)
+    expected = cpu._quantize(x, scheme, *static)
+    assert found[0].shape == shape
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert found[2] == expected[2]
+
+
+@needs_cpu_kernel
+@pytest.mark.usefixtures("compiled")
+def test_onednn_layer_is_one_product_and_one_pass_over_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_has_exact_sums", lambda: True)  # as with VNNI
+    layer, x = layer_of(64, 8, ActivationScheme()), torch.randn(5, 64)
+    layer(x)
+    with torch.no_grad(), Operators() as ran:
+        cpu.packed_linear_cpu(x, *operands(layer))
+    assert ran.names == ["aten::empty", "aten::empty", "onednn::qlinear_pointwise", "aten::addcmul"]
 
 
 @pytest.mark.parametrize(

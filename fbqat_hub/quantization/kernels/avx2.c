@@ -13,9 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { FLOAT32, BFLOAT16, FLOAT16 };       // x and y
+enum { FLOAT32, BFLOAT16, FLOAT16 };         // x and y
 enum { ROWS = 6, COLUMNS = 16, STEP = 32 };  // a tile of y, and the inputs that 16 bits sum
-enum { PANEL = COLUMNS * STEP };           // bytes of a step of 16 outputs: [8][16][4], four inputs of each output
 
 // 8 values as float
 
@@ -86,18 +85,15 @@ static float largest(const void *x, int64_t n, int dtype) {
 static void quantize(const void *x, int64_t n, int64_t padded, int dtype, float scale, int zero_point, uint8_t *codes) {
   const __m256 s = _mm256_set1_ps(scale);
   const __m256 lowest = _mm256_set1_ps(-zero_point), highest = _mm256_set1_ps(255 - zero_point);
-  const __m256i zero = _mm256_set1_epi32(zero_point);
-  for (int64_t i = 0; i < padded; i += 8) {
-    __m256i v = _mm256_setzero_si256();
-    if (i < n) {
-      __m256 steps = _mm256_div_ps(load_some(x, i, n - i, dtype), s);
-      steps = _mm256_min_ps(_mm256_max_ps(steps, lowest), highest);
-      v = _mm256_add_epi32(_mm256_cvtps_epi32(steps), zero);
-    }
+  for (int64_t i = 0; i < n; i += 8) {
+    __m256 steps = _mm256_div_ps(load_some(x, i, n - i, dtype), s);
+    __m256i v = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(steps, lowest), highest));
+    v = _mm256_add_epi32(v, _mm256_set1_epi32(zero_point));
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    _mm_storel_epi64((__m128i *)(codes + i), _mm_packus_epi16(words, words));
-    if (n - i < 8 && n > i) memset(codes + n, 0, i + 8 - n);
+    int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+    memcpy(codes + i, &bytes, n - i < 8 ? n - i : 8);
   }
+  memset(codes + n, 0, padded - n);
 }
 
 // 32 codes of an output, from input i: signed digits `low`, and `high` where codes have more than 4 bits
@@ -200,26 +196,31 @@ static __attribute__((noinline)) void tile(const uint8_t *a, int64_t stride, con
   }
 }
 
-// Arguments as packed_linear_reference's. x: [tokens, in], `x_stride` values from a token to the next. scale: fp32
-// [tokens], written if `per_token`, else one value. codes: [tokens rounded up to 6, in rounded up to 32] bytes
-// of scratch. panels: `threads` times 16 * (in rounded up to 32) * 2 bytes of scratch, 32-byte aligned.
-void fbqat_packed_linear(const void *x, int64_t x_stride, int64_t tokens, int64_t in, int dtype, const uint8_t *weight,
-                         int64_t weight_stride, int64_t out, int wide, const float *weight_scale, const float *bias,
-                         int per_token, float *scale, int zero_point, uint8_t *codes, int8_t *panels, void *y,
-                         int threads) {
-  const int64_t padded = (in + STEP - 1) / STEP * STEP;
+// Codes of x: [tokens, in], `stride` values from a token to the next. scale: fp32 [tokens], written if `per_token`,
+// else one value. codes: [tokens, padded].
+void fbqat_quantize(const void *x, int64_t stride, int64_t tokens, int64_t in, int dtype, int per_token, float *scale,
+                    int zero_point, uint8_t *codes, int64_t padded, int threads) {
   const size_t size = dtype == FLOAT32 ? 4 : 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t m = 0; m < tokens; m++) {
+    const void *token = (const char *)x + m * stride * size;
+    if (per_token) {
+      float most = largest(token, in, dtype);
+      scale[m] = (most < 1e-8f ? 1e-8f : most) / 127.0f;
+    }
+    quantize(token, in, padded, dtype, scale[per_token ? m : 0], zero_point, codes + m * padded);
+  }
+}
+
+// y: [tokens, out] from the codes of fbqat_quantize, whose memory has room for tokens rounded up to 6, and `in` rounded
+// up to 32 of each. panels: `threads` times 2 * 16 * (in rounded up to 32) bytes to work in, 32-byte aligned. The rest
+// is as packed_linear_reference has it.
+void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, int per_token, const float *scale, int zero_point,
+                    const uint8_t *weight, int64_t weight_stride, int64_t out, int wide, const float *weight_scale,
+                    const float *bias, int8_t *panels, void *y, int dtype, int threads) {
+  const int64_t padded = (in + STEP - 1) / STEP * STEP;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int64_t m = 0; m < tokens; m++) {
-      const void *token = (const char *)x + m * x_stride * size;
-      if (per_token) {
-        float most = largest(token, in, dtype);
-        scale[m] = (most < 1e-8f ? 1e-8f : most) / 127.0f;
-      }
-      quantize(token, in, padded, dtype, scale[per_token ? m : 0], zero_point, codes + m * padded);
-    }
     int8_t *low = panels + omp_get_thread_num() * 2 * COLUMNS * padded, *high = low + COLUMNS * padded;
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < out; n += COLUMNS) {

@@ -87,7 +87,7 @@ def packed_linear_cpu(
     weight = prepared(weight_packed, in_features) if supported else None
     if weight is None:
         return packed_linear_reference(x, weight_packed, weight_scale, bias, *activation)
-    codes, scale, zero_point = _quantize(x.reshape(-1, in_features).float(), *activation)
+    codes, scale, zero_point = _quantize(x.reshape(-1, in_features), *activation)
     bias = None if bias is None else bias.float()
     if scheme.range == "per_token":  # oneDNN takes one scale of x; each token has its own
         y = _integer_matmul(codes, 1.0, zero_point, weight, weight_scale, None)
@@ -160,7 +160,11 @@ def _prepack(codes: Tensor) -> PreparedWeight:
 def _quantize(
     tokens: Tensor, scheme: ActivationScheme, input_scale: Tensor | None, input_zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
-    """uint8 codes, scale and zero_point of fp32 [tokens, in]; the codes of ``quantize_activation``, shifted by 128."""
+    """uint8 codes, scale and zero_point of [tokens, in]; the codes of ``quantize_activation``, 128 added if dynamic."""
+    if native.load() is not None and tokens.dtype in native.DTYPES:  # one pass over x, not six
+        rows, padded = tokens.shape
+        return native.quantize(tokens, scheme, input_scale, input_zero_point, padded=padded, rows=rows)
+    tokens = tokens.float()
     # float -> int8 is vectorized in torch and float -> uint8 is not, so add 128 by flipping the top bit.
     if scheme.range == "static":
         assert input_scale is not None
