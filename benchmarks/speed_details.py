@@ -3,6 +3,7 @@
     python -m benchmarks.speed_details     # -> benchmarks/results/speed-details.json and docs/images/speed-scaling.png
 
 The model is that of benchmarks/speed_cpu.py, float32, one thread. `profile`: the time of a forward by kind of work.
+`layer`: parts of one layer of 1152 to 1152 features, 256 tokens, in several ways, the chosen and the left ones.
 `scaling`: time and peak memory of a forward, float32 and packed in turn, over tokens, blocks and batch. `loading`: a
 packed pipeline of Sana-600M's shape with all 28 blocks, random weights and the text encoder of the tiny pipeline, from
 files that are not in memory: reading their bytes, `from_pretrained`, the first forward, each in a fresh process.
@@ -67,6 +68,67 @@ def profile(rounds: int) -> list[dict[str, Any]]:
 
 def _tuple(parts: str | tuple[str, ...]) -> tuple[str, ...]:
     return (parts,) if isinstance(parts, str) else parts
+
+
+def layer(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of quantizing an input and of the product, by the kernels and by what was tried beside them."""
+    import torch
+    from torch import Tensor
+    from torch.nn.functional import linear
+
+    from fbqat_hub.quantization import ActivationScheme
+    from fbqat_hub.quantization.kernels import cpu, native
+    from fbqat_hub.quantization.packing import pack
+
+    torch.manual_seed(0)
+    tokens, features, scheme = 256, 1152, ActivationScheme()
+    weight, scale, bias = torch.randn(features, features), torch.ones(features), torch.zeros(features)
+    codes = torch.randint(-8, 8, weight.shape, dtype=torch.int8)
+    packed, prepared = pack(codes, 4), cpu._prepack(codes)
+    zeros = torch.zeros(features)
+    fbgemm = torch.ops.quantized.linear_prepack(
+        torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros.long(), 0), None
+    )
+    x = torch.randn(tokens, features)
+    x_codes, _, _ = cpu._quantize(x, scheme, None, None)
+    as_floats = x_codes.float() - 128
+
+    def by_torch(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp_min_(1e-8).div_(127)
+        return torch.div(x, scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+
+    def by_aminmax(x: Tensor) -> Tensor:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        scale = torch.maximum(low.neg_(), high).clamp_min_(1e-8).div_(127)
+        return torch.div(x, scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+
+    def in_pieces(x: Tensor) -> Tensor:
+        return torch.cat([by_torch(piece.float()) for piece in x.split(64)])
+
+    half, quantizing, product = x.bfloat16(), "quantize the input", "multiply"
+    ways: list[tuple[str, str, Callable[[], Any]]] = [
+        (quantizing, "torch's operators", partial(by_torch, x)),
+        (quantizing, "the same with `aminmax`", partial(by_aminmax, x)),
+        (quantizing, "the same, 64 tokens at a time", partial(in_pieces, x)),
+        (f"{quantizing}, bfloat16", "torch's operators", lambda: by_torch(half.float())),
+        (f"{quantizing}, bfloat16", "the same, 64 tokens at a time", partial(in_pieces, half)),
+        (product, "float32", lambda: linear(x, weight, bias)),
+        (product, "oneDNN, int8", lambda: cpu._integer_matmul(x_codes, 1.0, 128, prepared, scale, None)),
+        (
+            product,
+            "FBGEMM, int8",
+            lambda: torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(as_floats, 1.0, 128, fbgemm),
+        ),
+    ]
+    if native.load() is not None:
+        ways += [
+            (quantizing, "C", lambda: cpu._quantize(x, scheme, None, None)),
+            (f"{quantizing}, bfloat16", "C", lambda: cpu._quantize(half, scheme, None, None)),
+            ("both", "C", lambda: native.packed_linear_native(x, packed, scale, bias, scheme)),
+        ]
+    times = in_turn({f"{part}: {way}": run for part, way, run in ways}, 4 * rounds)
+    rows = [{"part": part, "way": way, "ms": times[f"{part}: {way}"]} for part, way, _ in ways]
+    return sorted(rows, key=lambda row: (quantizing not in row["part"], "bfloat16" in row["part"]))
 
 
 def high_water_mib() -> float:
@@ -223,7 +285,12 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {"profile": profile, "scaling": scaling, "loading": loading}
+PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "profile": profile,
+    "layer": layer,
+    "scaling": scaling,
+    "loading": loading,
+}
 
 
 def main() -> None:

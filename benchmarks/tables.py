@@ -191,8 +191,9 @@ def speed_peers_table() -> str:
     return (
         f"{markdown(head, rows)}\n\n"
         f"Median of {found['rounds']} rounds, {found['threads']} thread, {found['machine']['cpu']}, AVX2 without VNNI, "
-        f"torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for the model after two "
-        f"forwards, biases and layers left in float included. Error: norm of the difference to float32's output over its norm. {packages}. By "
+        f"torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for the model after"
+        " two forwards, biases and layers left in float included. Error: norm of the difference to float32's output "
+        f"over its norm. {packages}. By "
         f"`{found['command']}`."
     )
 
@@ -212,6 +213,13 @@ def speed_profile_table() -> str:
     rows.append(("all", *(f"{sum(ms.values()):.0f}" for ms in of.values())))
     head = ("ms of a forward", *of)
     return f"{markdown(head, rows)}\n\nBy `{found['command']}`, {found['machine']['cpu']}, {found['date'][:10]}."
+
+
+def speed_layer_table() -> str:
+    """Ways to compute a layer, in parts."""
+    found = _speed_details("layer")
+    rows = [(row["part"], row["way"], f"{row['ms']:.2f}") for row in found["rows"]]
+    return f"{markdown(('part', 'way', 'ms'), rows)}\n\nBy `{found['command']}`, {found['date'][:10]}."
 
 
 def speed_loading_table() -> str:
@@ -609,6 +617,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-cpu": speed_cpu_table,
     "speed-peers": speed_peers_table,
     "speed-profile": speed_profile_table,
+    "speed-layer": speed_layer_table,
     "speed-loading": speed_loading_table,
     "training-memory": training_memory_table,
     "convert": convert_table,

@@ -126,7 +126,7 @@ static inline void expand(const uint8_t *row, int64_t i, int64_t n, int wide, __
 
 // 8 rows of 8 x 4 bytes to 8 steps of 8 outputs, 2 * 32 bytes apart; adds each output's codes to `sums`
 static void spread(const __m256i *r, int8_t *to, __m256i *sums) {
-  __m256i a[8], b[8];
+  __m256i a[8], b[8], pairs = _mm256_setzero_si256();
   for (int i = 0; i < 8; i += 2) {
     a[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
     a[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
@@ -141,9 +141,9 @@ static void spread(const __m256i *r, int8_t *to, __m256i *sums) {
     __m256i v = i < 4 ? _mm256_permute2x128_si256(b[i], b[i + 4], 0x20)
                       : _mm256_permute2x128_si256(b[i - 4], b[i], 0x31);
     _mm256_store_si256((__m256i *)(to + 2 * 32 * i), v);
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), v);
-    *sums = _mm256_add_epi32(*sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_set1_epi8(1), v));
   }
+  *sums = _mm256_add_epi32(*sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 // up to 16 outputs into panels of their low and high digits; `sums` of their codes
