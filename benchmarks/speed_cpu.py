@@ -4,7 +4,8 @@
 
 Two blocks of Sana-600M's shape at 512 px (256 latent tokens, 300 text tokens, batch 1), random weights. Float32 and
 packed forwards take turns, so that a change of the machine's speed meets both; the ratio is of medians. Every setting
-is its own process; "AVX2 only" limits this machine to AVX2, without VNNI.
+is its own process; "AVX2 only" limits this machine to AVX2, without VNNI, and "all instructions" is measured where
+there are more. Results of settings that are not measured stay as they are.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "speed-cpu.json"
 SHAPE = {
@@ -36,74 +38,151 @@ SHAPE = {
     "num_layers": 2,
 }
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-SETTINGS: dict[str, tuple[dict[str, str], int]] = {
-    "all instructions, 1 thread": ({}, 1),
-    "all instructions, 2 threads": ({}, 2),
-    "AVX2 only, 1 thread": (AVX2, 1),
-    "AVX2 only, 2 threads": (AVX2, 2),
+NO_COMPILER = {"FBQAT_COMPILE": "0"}
+
+
+class Setting(NamedTuple):
+    """What a process is limited to."""
+
+    environment: dict[str, str]
+    threads: int
+    dtype: str = "float32"
+    memory: str = "fast"
+
+
+# A setting's place is the seed of its record, which tells them apart: nothing here depends on one.
+SETTINGS: dict[str, Setting] = {
+    "all instructions, 1 thread": Setting({}, 1),
+    "all instructions, 2 threads": Setting({}, 2),
+    "AVX2 only, 1 thread": Setting(AVX2, 1),
+    "AVX2 only, 2 threads": Setting(AVX2, 2),
+    "AVX2 only, 1 thread, bfloat16 in and out": Setting(AVX2, 1, dtype="bfloat16"),
+    "AVX2 only, 1 thread, no C compiler": Setting({**AVX2, **NO_COMPILER}, 1),
+    "AVX2 only, 1 thread, no C compiler, small memory": Setting({**AVX2, **NO_COMPILER}, 1, memory="small"),
 }
 
 
-def measure(threads: int, rounds: int) -> dict[str, Any]:
-    """Forward times in milliseconds, float32 and packed in turn, and what the packed layers store."""
-    import copy
-
+def float_model(**changes: Any) -> Any:
+    """The float model of ``SHAPE``, random weights, always the same."""
     import torch
     from diffusers import SanaTransformer2DModel
 
-    from fbqat_hub.quantization import ActivationScheme, WeightScheme, convert, prepare, stored_bits_per_weight
-
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    float_model = SanaTransformer2DModel(**SHAPE).eval()
-    packed = copy.deepcopy(float_model)
+    return SanaTransformer2DModel(**{**SHAPE, **changes}).eval()
+
+
+def packed_copy(model: Any) -> Any:
+    """Its packed twin, in the same dtype."""
+    import copy
+
+    from fbqat_hub.quantization import ActivationScheme, WeightScheme, convert, prepare
+
+    packed = copy.deepcopy(model)
     prepare(packed, WeightScheme(), ActivationScheme(), overrides={"proj_out": {"bits": 16}})
     convert(packed)
-    inputs = {
-        "hidden_states": torch.randn(1, 32, 16, 16),
-        "encoder_hidden_states": torch.randn(1, 300, 2304),
-        "timestep": torch.tensor([500.0]),
+    return packed.to(model.dtype)
+
+
+def inputs(side: int = 16, batch: int = 1, dtype: Any = None) -> dict[str, Any]:
+    """Arguments of a forward: latents of side x side tokens, 300 text tokens."""
+    import torch
+
+    torch.manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch, 32, side, side).to(dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, 300, 2304).to(dtype=dtype),
+        "timestep": torch.full((batch,), 500.0).to(dtype=dtype),
     }
-    times: dict[str, list[float]] = {"float32": [], "packed": []}
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def settle() -> None:
+    """Free what can be freed, and give it back to the system."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def in_turn(forwards: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, taking turns; two rounds before warm up."""
+    import torch
+
+    times: dict[str, list[float]] = {name: [] for name in forwards}
     with torch.no_grad():
         for turn in range(rounds + 2):
-            for name, model in (("float32", float_model), ("packed", packed)):
+            for name, forward in forwards.items():
                 began = time.perf_counter()
-                model(**inputs)
-                if turn >= 2:  # the first two warm up
+                forward()
+                if turn >= 2:
                     times[name].append(1e3 * (time.perf_counter() - began))
-    return {
-        "float32": statistics.median(times["float32"]),
-        "packed": statistics.median(times["packed"]),
-        "bits": stored_bits_per_weight(packed),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(setting: str, rounds: int) -> dict[str, Any]:
+    """Forward times in milliseconds, float32 and packed in turn; bytes that packed layers keep, and what they store."""
+    import torch
+
+    import fbqat_hub
+    from fbqat_hub.quantization import stored_bits_per_weight
+    from fbqat_hub.quantization.convert import named_layers
+    from fbqat_hub.quantization.packed import PackedLayer
+
+    how = SETTINGS[setting]
+    torch.set_num_threads(how.threads)
+    fbqat_hub.set_memory(how.memory)
+    dtype = getattr(torch, how.dtype)
+    float32 = float_model()
+    packed = packed_copy(float32).to(dtype)
+    call, half = inputs(), inputs(dtype=dtype)
+    times = in_turn({"float32": lambda: float32(**call), "packed": lambda: packed(**half)}, rounds)
+    layers = [layer for _, layer in named_layers(packed, PackedLayer)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return {**times, "bits": stored_bits_per_weight(packed), "resident": sum(map(kept_bytes, layers)) / weights}
+
+
+def kept_bytes(layer: Any) -> int:
+    """What a packed layer keeps of its weight: packed bytes, scales, and the int8 copy that oneDNN's kernel keeps."""
+    copies = getattr(layer.weight_packed.untyped_storage(), "fbqat_prepared", {})
+    unpacked = layer.in_features * layer.out_features * len(copies)
+    return layer.weight_packed.nbytes + layer.weight_scale.nbytes + unpacked
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--one", type=int, metavar="THREADS", help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options.rounds)))
         return
 
     from fbqat_hub.evaluation.results import Record, write_records
+    from fbqat_hub.quantization.kernels.cpu import _has_exact_sums
 
     records = []
-    for seed, (setting, (environment, threads)) in enumerate(SETTINGS.items()):
-        command = [sys.executable, __file__, "--one", str(threads), "--rounds", str(options.rounds)]
-        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    for seed, (setting, how) in enumerate(SETTINGS.items()):
+        if not how.environment and not _has_exact_sums():
+            continue
+        command = [sys.executable, __file__, "--one", setting, "--rounds", str(options.rounds)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(how.threads), **how.environment}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         speedup = found["float32"] / found["packed"]
         print(
-            f"{setting:28s} float32 {found['float32']:6.0f} ms   W4A8 {found['packed']:6.0f} ms   {speedup:.2f}x faster"
+            f"{setting:50s} float32 {found['float32']:6.0f} ms   W4A8 {found['packed']:6.0f} ms   {speedup:.2f}x "
+            f"faster, {found['resident']:.2f} bytes a weight",
+            flush=True,
         )
-        # `seed` tells the settings apart: nothing here depends on one
         extra = {"setting": setting, "float32_ms": found["float32"], "speedup": speedup, "shape": SHAPE}
+        extra |= {"resident_bytes_a_weight": found["resident"], "busy": os.getloadavg()[0]}
         label = f"W4A8 forward, {setting} ({speedup:.2f}× faster than float32's {found['float32']:.0f} ms)"
         common = {"suite": "speed-cpu", "family": "sana", "method": "ptq-maxabs", "seed": seed}
         records.append(
@@ -112,7 +191,7 @@ def main() -> None:
             )
         )
     bits = {"label": "stored bits per weight, scales included", "setting": "any"}
-    records.append(Record(**common, metric="bits_per_weight", value=found["bits"], n=1, extra=bits))
+    records.append(Record(**{**common, "seed": 3}, metric="bits_per_weight", value=found["bits"], n=1, extra=bits))
     print(f"stored bits per weight {found['bits']:.3f}\nsaved {write_records(options.output, records).name}")
 
 

@@ -15,10 +15,11 @@ from fbqat_hub.version import __version__
 if TYPE_CHECKING:
     from fbqat_hub.config import FBQATConfig
     from fbqat_hub.integrations.optimum import FBQATQuantizer as FBQATQuantizer
+    from fbqat_hub.quantization.kernels.cpu import set_memory
 
 _register()
 
-__all__ = ["FBQATConfig", "__version__"]  # FBQATQuantizer needs optimum, which may not be there
+__all__ = ["FBQATConfig", "__version__", "set_memory"]  # FBQATQuantizer needs optimum, which may not be there
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from fbqat_hub.config import FBQATConfig
 
         return FBQATConfig
+    if name == "set_memory":
+        from fbqat_hub.quantization.kernels.cpu import set_memory
+
+        return set_memory
     if name == "FBQATQuantizer":
         try:
             from fbqat_hub.integrations.optimum import FBQATQuantizer

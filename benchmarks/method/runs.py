@@ -22,6 +22,7 @@ from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
 from benchmarks.method.choices import CHOICES, prepare_by
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.outliers import outlier_channels
+from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.evaluation.features import OpenMojiFeatures, extract
 from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
@@ -33,7 +34,7 @@ from fbqat_hub.training.cache import CachedSplit, cache_key, cached_splits
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import distill
 from fbqat_hub.training.loss import held_out_loss
-from fbqat_hub.training.openmoji import default_cache_dir, load_openmoji
+from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.samples import generate_samples
 from fbqat_hub.training.student import prepare_student

@@ -21,13 +21,13 @@ import datasets
 import torch
 from torch import Tensor
 
+from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import whole
 from fbqat_hub.pictures import pixels
 from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.dataset import SKIP
 from fbqat_hub.training.embeddings import Embeddings, without_padding
-from fbqat_hub.training.openmoji import default_cache_dir
 from fbqat_hub.training.pictures import name_of, training_picture
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.shards import Rows, Shard, fill

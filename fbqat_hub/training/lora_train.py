@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.components import read_index
 from fbqat_hub.families import family_of
 from fbqat_hub.files import whole
@@ -23,7 +24,6 @@ from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.draws import Draws, Pair
 from fbqat_hub.training.generate import generation_of
 from fbqat_hub.training.lora_check import PEFT_FILE, card_head, shown_name
-from fbqat_hub.training.openmoji import default_cache_dir
 from fbqat_hub.training.teachers import resolve_teacher
 
 _ADAPTER = "default"

@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.extras import missing
 from fbqat_hub.files import whole
 from fbqat_hub.progress import each
@@ -76,11 +77,6 @@ def rasterise(svg_path: str | os.PathLike[str], size: int) -> Image.Image:
     inner = (_MARGIN_PX, _MARGIN_PX, _RENDER_PX - _MARGIN_PX, _RENDER_PX - _MARGIN_PX)
     picture = Image.open(io.BytesIO(bytes(png))).convert("RGB").crop(inner)
     return picture.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def default_cache_dir() -> Path:
-    """Where rasterised pictures are kept: ``$FBQAT_CACHE``, else ``~/.cache/fbqat_hub``."""
-    return Path(os.environ.get("FBQAT_CACHE", Path.home() / ".cache" / "fbqat_hub"))
 
 
 def group_of(hexcode: str) -> str | None:

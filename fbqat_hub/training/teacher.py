@@ -26,13 +26,14 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.pictures import pixels
 from fbqat_hub.pipelines import save_pipeline
 from fbqat_hub.progress import each
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
-from fbqat_hub.training.openmoji import default_cache_dir, group_of, load_openmoji
+from fbqat_hub.training.openmoji import group_of, load_openmoji
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.tokenizers import train_tokenizer
 

@@ -6,20 +6,24 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fbqat_hub
 from fbqat_hub.quantization import ActivationScheme, PackedLinear
 from fbqat_hub.quantization.activation import fake_quantize_activation, quantize_activation
-from fbqat_hub.quantization.kernels import cpu, gpu, packed_linear_reference
+from fbqat_hub.quantization.kernels import cpu, gpu, native, packed_linear_reference
 from fbqat_hub.quantization.packing import pack, pack_int4
 from tests.conftest import subprocess_environment
 
 needs_cpu_kernel = pytest.mark.skipif(
-    not cpu.is_supported(torch.ones(1), ActivationScheme()), reason="the CPU kernel needs x86 with AVX2"
+    not cpu.is_supported(torch.ones(1), ActivationScheme()), reason="the CPU kernels need x86 with AVX2"
 )
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 33, 17), (256, 1152, 144), (2, 1153, 64), (9, 8000, 5)]
 
@@ -41,7 +45,19 @@ def layer_of(
     return layer
 
 
-def runs_on_the_cpu_kernel(layer: PackedLinear) -> bool:
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the C kernel cannot be compiled."""
+    monkeypatch.setattr(cpu.native, "load", lambda: None)
+
+
+@pytest.fixture
+def compiled() -> None:
+    if native.load() is None:
+        pytest.skip("no C compiler, or no x86 with AVX2")
+
+
+def keeps_a_prepared_weight(layer: PackedLinear) -> bool:
     """Whether the layer's last forward left a prepared weight with its bytes."""
     kept = getattr(layer.weight_packed.untyped_storage(), "fbqat_prepared", {})
     return any(weight is not None for _, weight in kept.values())
@@ -65,20 +81,22 @@ def reference(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_cpu_kernel_equals_reference(shape: tuple[int, int, int], activation_range: str, bias: bool) -> None:
+@pytest.mark.usefixtures("onednn")
+def test_onednn_equals_reference(shape: tuple[int, int, int], activation_range: str, bias: bool) -> None:
     tokens, in_features, out_features = shape
     layer = layer_of(in_features, out_features, ActivationScheme(range=activation_range), bias=bias)
     x = 3 * torch.randn(tokens, in_features)
     x[0, 0] = 0
     y = layer(x)
-    assert runs_on_the_cpu_kernel(layer)
+    assert keeps_a_prepared_weight(layer)
     # both scale the same integers; the order of two or three float roundings differs
     torch.testing.assert_close(y, reference(layer, x), rtol=1e-6, atol=1e-6 * float(y.abs().max()))
 
 
 @needs_cpu_kernel
 @pytest.mark.parametrize("extreme", [-8, 7])
-def test_cpu_kernel_is_exact_where_16_bit_sums_could_saturate(extreme: int) -> None:
+@pytest.mark.usefixtures("onednn")
+def test_onednn_is_exact_where_16_bit_sums_could_saturate(extreme: int) -> None:
     """Largest codes and activations of one sign: 2 x 255 x 8 fits 16 bits, so AVX2 sums stay exact."""
     layer = layer_of(8000, 4, ActivationScheme(range="static"), bias=False)
     layer.weight_packed.data.copy_(pack_int4(torch.full((4, 8000), extreme, dtype=torch.int8)))
@@ -124,6 +142,7 @@ for bits in (7, 8):
     print(bits, cpu.prepared(layer.weight_packed, 64) is not None)
 """
     limited = {"ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": isa.lower()} if isa else {}
+    limited["FBQAT_COMPILE"] = "0"
     done = subprocess.run(
         [sys.executable, "-c", script], env=subprocess_environment(**limited), capture_output=True, text=True
     )
@@ -131,6 +150,194 @@ for bits in (7, 8):
     assert done.stdout.startswith("7 True\n")
     if isa:
         assert done.stdout == "7 True\n8 False\n"
+
+
+# the C kernel: equal to the reference to the bit where that one's sums are exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.usefixtures("compiled")
+def test_native_is_the_reference(
+    bits: int, shape: tuple[int, int, int], activation_range: str, dtype: torch.dtype
+) -> None:
+    tokens, in_features, out_features = shape
+    for bias in (True, False):
+        layer = layer_of(in_features, out_features, ActivationScheme(range=activation_range), bias=bias, bits=bits)
+        x = (3 * torch.randn(tokens, in_features)).to(dtype)
+        x[0] = 0
+        x[-1, 0] = 900  # beyond the static range
+        found = native.packed_linear_native(x, *operands(layer))
+        assert found.dtype == dtype
+        assert torch.equal(found, reference(layer, x))
+
+
+@pytest.mark.parametrize("bits", [5, 7, 8])
+@pytest.mark.parametrize("activation_range", ["per_token", "static"])
+@pytest.mark.parametrize("in_features", [1, 33, 500])
+@pytest.mark.usefixtures("compiled")
+def test_native_sums_two_digits_of_wider_codes(bits: int, activation_range: str, in_features: int) -> None:
+    layer = layer_of(in_features, 257, ActivationScheme(range=activation_range), bits=bits)
+    half = 2 ** (bits - 1)
+    every = torch.arange(-half, half).to(torch.int8)  # every code, at any place
+    layer.weight_packed.data.copy_(every.repeat(257 * in_features // len(every) + 1)[: 257 * in_features].view(257, -1))
+    x = 3 * torch.randn(7, in_features)
+    assert torch.equal(native.packed_linear_native(x, *operands(layer)), reference(layer, x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("lowest", [True, False])
+@pytest.mark.usefixtures("compiled")
+def test_native_is_exact_where_16_bit_sums_are_fullest(bits: int, lowest: bool) -> None:
+    """Largest codes and activations of one sign, as many as 16 bits are asked to sum."""
+    layer = layer_of(512, 4, ActivationScheme(range="static"), bias=False, bits=bits)
+    extreme = -(2 ** (bits - 1)) if lowest else 2 ** (bits - 1) - 1
+    layer.weight_packed.data.copy_(pack(torch.full((4, 512), extreme, dtype=torch.int8), bits))
+    layer.weight_scale.fill_(1.0)
+    layer.input_scale.fill_(1.0)
+    layer.input_zero_point.fill_(0)
+    found = native.packed_linear_native(torch.full((7, 512), 255.0), *operands(layer))
+    assert torch.equal(found, torch.full((7, 4), 255.0 * extreme * 512))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_native_takes_any_strides_and_ignores_what_pads_an_odd_row() -> None:
+    layer = layer_of(33, 17, ActivationScheme())
+    x = torch.randn(9, 2, 40, dtype=torch.bfloat16)
+    clean = native.packed_linear_native(x[:, 1, :33], *operands(layer))
+    assert torch.equal(clean, reference(layer, x[:, 1, :33]))
+    across = torch.randn(33, 9).t()
+    assert torch.equal(native.packed_linear_native(across, *operands(layer)), reference(layer, across))
+    layer.weight_packed.data[:, -1] |= 0xF0
+    assert torch.equal(native.packed_linear_native(x[:, 1, :33], *operands(layer)), clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("compiled")
+def test_native_keeps_what_is_not_finite_in_its_token(dtype: torch.dtype) -> None:
+    layer = layer_of(33, 17, ActivationScheme())
+    x = torch.randn(3, 33, dtype=dtype)
+    x[1, 4] = torch.nan
+    y = native.packed_linear_native(x, *operands(layer))
+    assert y[1].isnan().all()
+    assert torch.equal(y[::2], reference(layer, x[::2]))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_native_runs_in_several_threads() -> None:
+    layer = layer_of(1152, 512, ActivationScheme())
+    inputs = [torch.randn(64, 1152) for _ in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda x: native.packed_linear_native(x, *operands(layer)), inputs))
+    assert all(torch.equal(y, reference(layer, x)) for x, y in zip(inputs, found, strict=True))
+
+
+class Operators(TorchDispatchMode):
+    """The operators of torch that run, views apart, and the bytes that they allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not func.is_view:
+            self.names.append(func.name().partition(".")[0])
+            self.bytes += 0 if func._schema.is_mutable else made.nbytes
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("compiled")
+def test_native_allocates_its_output_and_one_byte_an_input(dtype: torch.dtype) -> None:
+    """No float copy of x, no unpacked weight."""
+    layer = layer_of(1152, 1152, ActivationScheme())
+    x = torch.randn(252, 1152, dtype=dtype)
+    with torch.no_grad(), Operators() as ran:
+        y = native.packed_linear_native(x, *operands(layer))
+    scales, panels = 4 * 252, torch.get_num_threads() * 2 * 16 * 1152
+    assert ran.bytes == y.nbytes + x.numel() + scales + panels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (7, 1152)])
+@pytest.mark.usefixtures("compiled")
+def test_both_quantizers_give_the_same(
+    shape: tuple[int, int], activation_range: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = (3 * torch.randn(shape)).to(dtype)
+    static = (
+        (torch.tensor(0.02), torch.tensor(113, dtype=torch.int32)) if activation_range == "static" else (None, None)
+    )
+    scheme = ActivationScheme(range=activation_range)
+    found = cpu._quantize(x, scheme, *static)
+    monkeypatch.setattr(cpu.native, "load", lambda: None)
+    expected = cpu._quantize(x, scheme, *static)
+    assert found[0].shape == shape
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert found[2] == expected[2]
+
+
+@needs_cpu_kernel
+@pytest.mark.usefixtures("compiled")
+def test_onednn_layer_is_one_product_and_one_pass_over_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_has_exact_sums", lambda: True)  # as with VNNI
+    layer, x = layer_of(64, 8, ActivationScheme()), torch.randn(5, 64)
+    layer(x)
+    with torch.no_grad(), Operators() as ran:
+        cpu.packed_linear_cpu(x, *operands(layer))
+    assert ran.names == ["aten::empty", "aten::empty", "onednn::qlinear_pointwise", "aten::addcmul"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("FBQAT_COMPILE", "0"), ("CC", "no-such-compiler"), ("CC", "false"), ("FBQAT_CACHE", "/proc/no")],
+)
+def test_without_a_compiler_there_is_no_native_kernel(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert native.load.__wrapped__() is None
+
+
+@pytest.mark.usefixtures("compiled")
+def test_native_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FBQAT_CACHE", str(tmp_path))
+    assert native.load.__wrapped__() is not None
+    assert [file.suffix for file in tmp_path.glob("kernels/*")] == [".so"]
+    monkeypatch.setattr(native.subprocess, "run", None)
+    assert native.load.__wrapped__() is not None
+
+
+@needs_cpu_kernel
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_small_memory_keeps_nothing_unpacked(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(64, 8, ActivationScheme()), torch.randn(5, 64)
+    monkeypatch.setattr(cpu, "_has_exact_sums", lambda: True)  # as with VNNI, where oneDNN is the faster one
+    y = layer(x)
+    assert keeps_a_prepared_weight(layer)
+    if is_compiled and native.load() is None:
+        pytest.skip("no C compiler")
+    if not is_compiled:
+        monkeypatch.setattr(cpu.native, "load", lambda: None)
+    fbqat_hub.set_memory("small")
+    try:
+        torch.testing.assert_close(layer(x), y, rtol=1e-6, atol=1e-6)
+        assert not keeps_a_prepared_weight(layer)
+    finally:
+        fbqat_hub.set_memory("fast")
+    layer(x)
+    assert keeps_a_prepared_weight(layer)
+
+
+def test_memory_is_fast_or_small() -> None:
+    with pytest.raises(ValueError, match="memory is 'tiny'; allowed: 'fast', 'small'"):
+        fbqat_hub.set_memory("tiny")
 
 
 def changed_in_place(layer: PackedLinear) -> PackedLinear:
@@ -185,6 +392,7 @@ def moved_and_changed(layer: PackedLinear) -> PackedLinear:
     ],
 )
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.usefixtures("onednn")
 def test_changed_weights_are_seen_by_the_next_forward(change: Callable[..., PackedLinear], mode: Any) -> None:
     layer = layer_of(32, 8, ActivationScheme())
     x = torch.randn(4, 32)
@@ -197,6 +405,7 @@ def test_changed_weights_are_seen_by_the_next_forward(change: Callable[..., Pack
 
 
 @needs_cpu_kernel
+@pytest.mark.usefixtures("onednn")
 def test_a_weight_is_prepared_once_and_goes_with_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[torch.Tensor]] = []
     prepack = cpu._prepack
@@ -215,6 +424,7 @@ def test_a_weight_is_prepared_once_and_goes_with_its_bytes(monkeypatch: pytest.M
     assert made[0]() is None
 
 
+@pytest.mark.usefixtures("onednn")
 def test_a_layer_that_has_run_can_be_copied_and_saved() -> None:
     layer = layer_of(32, 8, ActivationScheme())
     x = torch.randn(4, 32)
@@ -328,7 +538,7 @@ def test_other_widths_run_on_the_reference(scheme: ActivationScheme) -> None:
     layer = layer_of(64, 8, scheme)
     x = torch.randn(5, 64)
     assert torch.equal(layer(x), reference(layer, x))
-    assert not runs_on_the_cpu_kernel(layer)
+    assert not keeps_a_prepared_weight(layer)
 
 
 def test_bfloat16_in_bfloat16_out() -> None:

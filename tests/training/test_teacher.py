@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.pictures import pixels
 from fbqat_hub.training import teacher
-from fbqat_hub.training.openmoji import default_cache_dir
 from fbqat_hub.training.teacher import train_teacher, untrained_pipeline
 from fbqat_hub.training.tokenizers import train_tokenizer
 from tests.conftest import VARIANTS, call_of, teacher_recipe

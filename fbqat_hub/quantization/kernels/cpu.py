@@ -1,7 +1,13 @@
-"""The packed matmul on x86 CPUs: oneDNN's u8 x s8 kernel, exact in its integer part.
+"""The packed matmul on x86 CPUs: which kernel computes it, and oneDNN's u8 x s8 one, exact in its integer part.
 
-The weight is unpacked once to oneDNN's int8 layout and kept beside the packed one: 8 more bits a weight in memory. It
-is an opaque tensor, which a traced operator cannot take as an argument. So it is kept as an attribute of the storage
+| processor | fast (default) | small memory |
+|---|---|---|
+| AVX2 without VNNI, the wide integer dot product | ``native.py`` | ``native.py`` |
+| VNNI | oneDNN, its int8 weight kept | ``native.py`` |
+| no C compiler | oneDNN, its int8 weight kept | oneDNN, its int8 weight made at each call |
+
+For oneDNN the weight is unpacked to its own int8 layout and kept beside the packed one: 8 more bits a weight in memory.
+It is an opaque tensor, which a traced operator cannot take as an argument. So it is kept as an attribute of the storage
 whose bytes it was made of, and goes where they go: bytes that replace them (``.to``, ``.data =``, a load, offloading)
 have none, and a copy makes its own. Writes into the same bytes are told by the tensor's version, which torch counts;
 writes through ``.data`` are not counted, and so not seen.
@@ -10,23 +16,44 @@ The integer part is exact up to 2^31 / (255 * 128) = 65,793 inputs, where 32-bit
 
 Activations must reach oneDNN as *unsigned* bytes: for int8 ones it has no fast kernel on AVX-512 and falls back to its
 reference loop (7 s instead of 2 ms for 256 x 1152 x 1152). A symmetric code c is therefore passed as c + 128 with
-zero_point 128. Without VNNI, the wide integer dot product, two u8 x s8 products are summed in 16 bits. Codes of up to
-7 bits cannot saturate it (2 x 255 x 64 = 32,640 < 32,767); larger ones can, and are left to the reference there.
+zero_point 128. Without VNNI, oneDNN sums two u8 x s8 products in 16 bits. Codes of up to 7 bits cannot saturate it
+(2 x 255 x 64 = 32,640 < 32,767); larger ones can, and are left to the reference there.
 """
 
 from __future__ import annotations
 
 import platform
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude
+from fbqat_hub.quantization.kernels import native
 from fbqat_hub.quantization.kernels.reference import packed_linear_reference
 from fbqat_hub.quantization.packing import unpack
 from fbqat_hub.quantization.scheme import ActivationScheme
+
+Memory = Literal["fast", "small"]
+_memory: Memory = "fast"
+
+
+def set_memory(memory: Memory) -> None:
+    """What packed layers keep in a CPU's memory, for the whole process.
+
+    Args:
+        memory: "fast", or "small": nothing but the packed bytes, half a byte a weight at 4 bits. Weights that were
+            unpacked before go at the next forward. Where the C kernel is the faster one (AVX2 without VNNI) both are
+            the same.
+
+    Raises:
+        ValueError: another word.
+    """
+    if memory not in get_args(Memory):
+        raise ValueError(f"memory is {memory!r}; allowed: {', '.join(map(repr, get_args(Memory)))}.")
+    global _memory
+    _memory = memory
 
 
 class PreparedWeight(NamedTuple):
@@ -53,10 +80,14 @@ def packed_linear_cpu(
     """As ``packed_linear_reference``: [..., in] -> [..., out], equal to it but for the order of float roundings."""
     activation = (scheme, input_scale, input_zero_point)
     in_features = x.shape[-1]
-    weight = prepared(weight_packed, in_features) if x.numel() and is_supported(weight_scale, scheme) else None
+    supported = x.numel() > 0 and is_supported(weight_scale, scheme)
+    if supported and _is_native():
+        _forget(weight_packed)
+        return native.packed_linear_native(x, weight_packed, weight_scale, bias, *activation)
+    weight = prepared(weight_packed, in_features) if supported else None
     if weight is None:
         return packed_linear_reference(x, weight_packed, weight_scale, bias, *activation)
-    codes, scale, zero_point = _quantize(x.reshape(-1, in_features).float(), *activation)
+    codes, scale, zero_point = _quantize(x.reshape(-1, in_features), *activation)
     bias = None if bias is None else bias.float()
     if scheme.range == "per_token":  # oneDNN takes one scale of x; each token has its own
         y = _integer_matmul(codes, 1.0, zero_point, weight, weight_scale, None)
@@ -69,6 +100,11 @@ def packed_linear_cpu(
 def is_supported(weight_scale: Tensor, scheme: ActivationScheme) -> bool:
     """True where this kernel applies: x86 with AVX2, per-channel scales, 8-bit activations."""
     return weight_scale.dim() == 1 and scheme.bits == 8 and _has_fast_products()
+
+
+def _is_native() -> bool:
+    """Whether the C kernel is the one to take, and can be had."""
+    return (_memory == "small" or not _has_exact_sums()) and native.load() is not None
 
 
 @cache
@@ -90,8 +126,11 @@ def _has_exact_sums() -> bool:
 
 
 def prepared(weight_packed: Tensor, in_features: int) -> PreparedWeight | None:
-    """The codes of ``packing.pack`` in oneDNN's layout, made once; None where its sums could saturate."""
-    if weight_packed.is_inference():  # made in inference mode: torch counts no versions, so nothing can be kept
+    """The codes of ``packing.pack`` in oneDNN's layout, made once unless memory is small; None where its sums could
+    saturate."""
+    # of tensors that were made in inference mode torch counts no versions, so nothing can be kept
+    if _memory == "small" or weight_packed.is_inference():
+        _forget(weight_packed)
         return _prepare(weight_packed, in_features)
     storage = weight_packed.untyped_storage()
     of_storage = storage.__dict__.setdefault("fbqat_prepared", {})
@@ -101,6 +140,10 @@ def prepared(weight_packed: Tensor, in_features: int) -> PreparedWeight | None:
         kept = of_storage[place] = (weight_packed._version, _prepare(weight_packed, in_features))
     found: PreparedWeight | None = kept[1]
     return found
+
+
+def _forget(weight_packed: Tensor) -> None:
+    weight_packed.untyped_storage().__dict__.pop("fbqat_prepared", None)
 
 
 def _prepare(weight_packed: Tensor, in_features: int) -> PreparedWeight | None:
@@ -117,7 +160,11 @@ def _prepack(codes: Tensor) -> PreparedWeight:
 def _quantize(
     tokens: Tensor, scheme: ActivationScheme, input_scale: Tensor | None, input_zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
-    """uint8 codes, scale and zero_point of fp32 [tokens, in]; the codes of ``quantize_activation``, shifted by 128."""
+    """uint8 codes, scale and zero_point of [tokens, in]; the codes of ``quantize_activation``, 128 added if dynamic."""
+    if native.load() is not None and tokens.dtype in native.DTYPES:  # one pass over x, not six
+        rows, padded = tokens.shape
+        return native.quantize(tokens, scheme, input_scale, input_zero_point, padded=padded, rows=rows)
+    tokens = tokens.float()
     # float -> int8 is vectorized in torch and float -> uint8 is not, so add 128 by flipping the top bit.
     if scheme.range == "static":
         assert input_scale is not None

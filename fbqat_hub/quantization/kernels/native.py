@@ -1,0 +1,185 @@
+"""The packed matmul in C for x86 CPUs with AVX2 (``avx2.c``), compiled where it is first used.
+
+Triton and ``torch.compile`` do the same: the source ships, the machine's own C compiler (``$CC``, else ``cc``) makes a
+shared library of it, once, in the cache folder (``$FBQAT_CACHE``, else ``~/.cache/fbqat_hub``). Its threads are
+torch's: the library is linked to no OpenMP of its own and takes the one that torch has loaded. Without a compiler, or
+with ``FBQAT_COMPILE=0``, ``load`` gives None, and other kernels do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fbqat_hub.cache_dir import default_cache_dir
+from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude
+from fbqat_hub.quantization.scheme import ActivationScheme
+
+SOURCE = Path(__file__).with_name("avx2.c")
+# -nodefaultlibs leaves out an OpenMP runtime beside torch's; no fused multiply-add, for the reference has none
+FLAGS = ("-O2", "-shared", "-fPIC", "-mavx2", "-mf16c", "-fopenmp", "-ffp-contract=off", "-nodefaultlibs")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# a tile of y in avx2.c: 6 tokens x 16 outputs, 32 inputs at a time
+ROWS, COLUMNS, STEP = 6, 16, 32
+# products, or values to quantize, below which a second thread costs more than it saves
+_SMALL = 2**18
+_POINTER, _WHOLE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "fbqat_quantize": [
+        _POINTER, _WHOLE, _WHOLE, _WHOLE, _INT,  # x, stride, tokens, in, dtype
+        _INT, _POINTER, _INT,  # per_token, scale, zero_point
+        _POINTER, _WHOLE, _INT,  # codes, padded, threads
+    ],
+    "fbqat_multiply": [
+        _POINTER, _WHOLE, _WHOLE,  # codes, tokens, in
+        _INT, _POINTER, _INT,  # per_token, scale, zero_point
+        _POINTER, _WHOLE, _WHOLE, _INT,  # weight, weight_stride, out, wide
+        _POINTER, _POINTER,  # weight_scale, bias
+        _POINTER, _POINTER, _INT, _INT,  # panels, y, dtype, threads
+    ],
+}  # fmt: skip
+logger = logging.getLogger(__name__)
+
+
+class Functions(NamedTuple):
+    """Those of ``avx2.c``."""
+
+    quantize: Callable[..., None]
+    multiply: Callable[..., None]
+
+
+@cache
+def load() -> Functions | None:
+    """The C functions, compiled if this machine has not yet; None where they cannot be had."""
+    if (
+        platform.system() != "Linux"
+        or platform.machine() not in ("x86_64", "AMD64")
+        or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
+        or os.environ.get("FBQAT_COMPILE") == "0"
+    ):
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.info("the C kernel cannot be made here, and oneDNN's is taken: %s", error)
+        return None
+    functions: list[Any] = [getattr(library, name) for name in _ARGUMENTS]
+    for function, arguments in zip(functions, _ARGUMENTS.values(), strict=True):
+        function.argtypes, function.restype = arguments, None
+    return Functions(*functions)
+
+
+def _compiled() -> Path:
+    """The shared library of this source, flags and compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("there is no C compiler; install one, or set CC.")
+    of = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, os.path.realpath(compiler))).encode())
+    library = default_cache_dir() / "kernels" / f"avx2-{of.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as work:  # renamed when whole: others may look for it
+            made = Path(work, library.name)
+            subprocess.run(
+                [compiler, *FLAGS, "-o", made, SOURCE, "-lc"], check=True, capture_output=True, text=True, timeout=120
+            )
+            os.replace(made, library)
+    return library
+
+
+def quantize(
+    tokens: Tensor,
+    scheme: ActivationScheme,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    *,
+    padded: int,
+    rows: int,
+) -> tuple[Tensor, Tensor, int]:
+    """uint8 codes, scale and zero_point of a layer's input; the codes of ``quantize_activation``, 128 added if dynamic.
+
+    Args:
+        tokens: [tokens, in] of a dtype in ``DTYPES``.
+        padded, rows: of the codes, which hold zeros beyond ``in`` and anything beyond the tokens.
+
+    Returns:
+        codes: [rows, padded].
+        scale: fp32 [tokens, 1] per token, else a scalar.
+    """
+    functions = load()
+    assert functions is not None
+    tokens, zero_point = _rows_apart(tokens), 128
+    if scheme.range == "per_token":
+        scale = torch.empty(len(tokens), 1)
+    elif scheme.range == "per_tensor":
+        scale = largest_magnitude(tokens, scheme).float().clamp_min_(TINY_ACTIVATION).div_(127)
+    else:
+        assert input_scale is not None
+        assert input_zero_point is not None
+        scale, zero_point = input_scale, int(input_zero_point)
+    codes = torch.empty(rows, padded, dtype=torch.uint8)
+    functions.quantize(
+        tokens.data_ptr(), tokens.stride(0), *tokens.shape, DTYPES[tokens.dtype],
+        scheme.range == "per_token", scale.data_ptr(), zero_point,
+        codes.data_ptr(), padded, _threads(tokens.numel()),
+    )  # fmt: skip
+    return codes, scale, zero_point
+
+
+def packed_linear_native(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scheme: ActivationScheme,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+) -> Tensor:
+    """As ``packed_linear_reference``, for 8-bit activations and per-channel scales: [..., in] -> [..., out].
+
+    Equal to the reference to the bit where its fp32 sums are exact. Nothing is kept: the weight is expanded in pieces
+    that stay in the processor's cache. Call it only where ``load`` gives the functions.
+    """
+    functions = load()
+    assert functions is not None
+    activation = (scheme, input_scale, input_zero_point)
+    if x.dtype not in DTYPES:
+        return packed_linear_native(x.float(), weight_packed, weight_scale, bias, *activation).to(x.dtype)
+    in_features, out_features = x.shape[-1], weight_packed.shape[0]
+    tokens = x.reshape(-1, in_features)
+    padded = -(-in_features // STEP) * STEP
+    codes, scale, zero_point = quantize(tokens, *activation, padded=padded, rows=-(-len(tokens) // ROWS) * ROWS)
+    threads = _threads(tokens.numel() * out_features)
+    panels = torch.empty(threads * 2 * COLUMNS * padded, dtype=torch.int8)
+    weight, weight_scale = _rows_apart(weight_packed), weight_scale.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    functions.multiply(
+        codes.data_ptr(), *tokens.shape, scheme.range == "per_token", scale.data_ptr(), zero_point,
+        weight.data_ptr(), weight.stride(0), out_features, weight.dtype == torch.int8,
+        weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
+        panels.data_ptr(), y.data_ptr(), DTYPES[x.dtype], threads,
+    )  # fmt: skip
+    return y
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work > _SMALL else 1
+
+
+def _rows_apart(matrix: Tensor) -> Tensor:
+    """The same with the values of a row side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
