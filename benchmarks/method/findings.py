@@ -81,7 +81,6 @@ CHOICES = (
     ),
     Finding("8 bits by learned widths, GPTQ", Side(MIXED, "ptq-gptq learned widths", 0), GPTQ_HALF_A_BIT),
     Finding("8 bits by learned widths, trained", Side(MIXED, "fbqat learned widths"), HALF_A_BIT),
-    Finding("layers fall one by one, trained", Side(MIXED, "fbqat falling"), HALF_A_BIT),
 )
 _LSQ, _VQAT = "lsq-qat", "vqat"
 OLDER = (

@@ -160,9 +160,7 @@ def test_a_run_with_the_staircase_is_not_resumed_here(tmp_path: Path) -> None:
     saved = recipe.to_dict()
     saved["schedule"] |= {"softness": 0.1, "soft_until": 0.9}
     write_recipe(tmp_path / "recipe.yaml", saved)
-    with pytest.raises(
-        ValueError, match=r"softness is 0\.1; .* To continue such a run, use fbqat_hub 0\.1"
-    ):
+    with pytest.raises(ValueError, match=r"softness is 0\.1; .* To continue such a run, use fbqat_hub 0\.1"):
         is_finished(recipe, tmp_path, resume=True)
     checkpoint = tmp_path / "checkpoints"
     checkpoint.mkdir()
