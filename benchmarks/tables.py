@@ -222,6 +222,13 @@ def speed_layer_table() -> str:
     return f"{markdown(('part', 'way', 'ms'), rows)}\n\nBy `{found['command']}`, {found['date'][:10]}."
 
 
+def speed_shared_table() -> str:
+    """A trial: the input of q, k and v quantized once."""
+    found = _speed_details("shared")
+    rows = [(row["way"], f"{row['ms']:.0f}") for row in found["rows"]]
+    return f"{markdown(('quantization of an input', 'a forward, ms'), rows)}\n\nBy `{found['command']}`."
+
+
 def speed_loading_table() -> str:
     """What loading a packed pipeline costs."""
     found = _speed_details("loading")
@@ -618,6 +625,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-peers": speed_peers_table,
     "speed-profile": speed_profile_table,
     "speed-layer": speed_layer_table,
+    "speed-shared": speed_shared_table,
     "speed-loading": speed_loading_table,
     "training-memory": training_memory_table,
     "convert": convert_table,
