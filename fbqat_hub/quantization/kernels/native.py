@@ -129,7 +129,7 @@ def quantize(
     else:
         assert input_scale is not None
         assert input_zero_point is not None
-        scale, zero_point = input_scale, int(input_zero_point)
+        scale, zero_point = input_scale.float(), int(input_zero_point)
     codes = torch.empty(rows, padded, dtype=torch.uint8)
     functions.quantize(
         tokens.data_ptr(), tokens.stride(0), *tokens.shape, DTYPES[tokens.dtype],
