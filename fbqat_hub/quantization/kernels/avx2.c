@@ -94,7 +94,7 @@ static void quantize(const void *x, int64_t n, int64_t padded, int dtype, float 
     if (n - i < 8)
       memcpy(codes + i, &bytes, n - i);
     else
-      memcpy(codes + i, &bytes, 8);
+      memcpy(codes + i, &bytes, 8);  // a store, where a length that is not known is a call
   }
   memset(codes + n, 0, padded - n);
 }
@@ -181,7 +181,8 @@ static inline void add_products(__m256i *s, const uint8_t *token, __m256i b0, __
 }
 
 // int32 sums of 6 tokens' codes, `stride` apart, with a panel of 16 outputs
-static __attribute__((noinline)) void tile(const uint8_t *a, int64_t stride, const int8_t *b, int64_t padded, __m256i *sums) {
+static __attribute__((noinline)) void tile(const uint8_t *a, int64_t stride, const int8_t *b, int64_t padded,
+                                           __m256i *sums) {
   for (int64_t k = 0; k < padded; k += STEP) {
     __m256i s[2 * ROWS];
 #pragma GCC unroll 12
