@@ -175,6 +175,7 @@ def speed_peers_table() -> str:
             row["setting"],
             row["dtype"],
             f"{row['ms']:.0f}",
+            f"{row['ms_min']:.0f}",
             f"{row['ms'] / own:.2f}",
             f"{row['weights_mib']:.0f}",
             f"{row['error']:.3f}" if "error" in row else "–",
@@ -182,17 +183,26 @@ def speed_peers_table() -> str:
         for row in timed
     ]
     rows += [
-        (row["name"], row["setting"], row["dtype"], f"does not run: {row['reason']}", "–", "–", "–")
+        (row["name"], row["setting"], row["dtype"], f"does not run: {row['reason']}", "–", "–", "–", "–")
         for row in found["rows"]
         if "ms" not in row
     ]
-    head = ("", "setting", "dtype", "a forward, ms", "of fbqat's", "weights in memory, MiB", "error of the output")
+    head = (
+        "",
+        "setting",
+        "dtype",
+        "a forward, ms",
+        "least",
+        "of fbqat's",
+        "weights in memory, MiB",
+        "error of the output",
+    )
     packages = ", ".join(sorted({package for row in found["rows"] for package in row["packages"]}))
     return (
         f"{markdown(head, rows)}\n\n"
-        f"Median of {found['rounds']} rounds, {found['threads']} thread, {found['machine']['cpu']}, AVX2 without VNNI, "
-        f"torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for the model after"
-        " two forwards, biases and layers left in float included. Error: norm of the difference to float32's output "
+        f"Median and least of {found['rounds']} rounds, {found['threads']} thread, {found['machine']['cpu']}, AVX2 "
+        f"without VNNI, torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for the"
+        " model after two forwards, biases and layers left in float included. Error: norm of the difference to float32's output "
         f"over its norm. {packages}. By "
         f"`{found['command']}`."
     )
