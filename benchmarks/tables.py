@@ -201,9 +201,9 @@ def speed_peers_table() -> str:
     return (
         f"{markdown(head, rows)}\n\n"
         f"Median and least of {found['rounds']} rounds, {found['threads']} thread, {found['machine']['cpu']}, AVX2 "
-        f"without VNNI, torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for the"
-        " model after two forwards, biases and layers left in float included. Error: norm of the difference to float32's output "
-        f"over its norm. {packages}. By "
+        f"without VNNI, torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for "
+        "the model after two forwards, biases and layers left in float included. Error: norm of the difference to "
+        f"float32's output over its norm. {packages}. By "
         f"`{found['command']}`."
     )
 
