@@ -313,9 +313,16 @@ def plot(found: dict[str, Any], path: Path) -> None:
     own = {"float32": "0.55", "bfloat16": "0.55"}
     colours = ["tab:orange" if row["name"].startswith("fbqat") else own.get(row["name"], "tab:blue") for row in rows]
     bars = axes.barh([row["name"] for row in rows], [row["ms"] for row in rows], color=colours)
-    axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.set_xscale("log")
-    axes.set_xlabel("one forward, ms (logarithmic)")
+    labels = axes.bar_label(bars, fmt="%.0f", padding=3)
+    quantized = [row["ms"] for row in rows if row["name"] not in own]
+    axes.set_xlim(0, 1.15 * max(quantized))  # a longer bar of a base leaves the frame, its number does not
+    for bar, label in zip(bars, labels, strict=True):
+        if bar.get_width() > axes.get_xlim()[1]:
+            label.set_visible(False)
+            place = (0.99, bar.get_y() + bar.get_height() / 2)
+            how = {"color": "white", "ha": "right", "va": "center", "transform": axes.get_yaxis_transform()}
+            axes.text(*place, f"{bar.get_width():.0f} →", **how)
+    axes.set_xlabel("one forward, ms")
     machine = found["machine"]
     axes.set_title(
         f"Two blocks of Sana-600M's shape, 512 px\n{machine['cpu']}, {found['threads']} thread, {found['date'][:10]}",

@@ -173,6 +173,7 @@ def speed_peers_table() -> str:
             row["setting"],
             row["dtype"],
             f"{row['ms']:.0f}",
+            f"{row['ms_min']:.0f}",
             f"{row['ms'] / own:.2f}",
             f"{row['weights_mib']:.0f}",
             f"{row['error']:.3f}" if "error" in row else "–",
@@ -180,18 +181,27 @@ def speed_peers_table() -> str:
         for row in timed
     ]
     rows += [
-        (row["name"], row["setting"], row["dtype"], f"does not run: {row['reason']}", "–", "–", "–")
+        (row["name"], row["setting"], row["dtype"], f"does not run: {row['reason']}", "–", "–", "–", "–")
         for row in found["rows"]
         if "ms" not in row
     ]
-    head = ("", "setting", "dtype", "a forward, ms", "of fbqat's", "weights in memory, MiB", "error of the output")
+    head = (
+        "",
+        "setting",
+        "dtype",
+        "a forward, ms",
+        "least",
+        "of fbqat's",
+        "weights in memory, MiB",
+        "error of the output",
+    )
     packages = ", ".join(sorted({package for row in found["rows"] for package in row["packages"]}))
     return (
         f"{markdown(head, rows)}\n\n"
-        f"Median of {found['rounds']} rounds, {found['threads']} thread, {found['machine']['cpu']}, AVX2 without VNNI, "
-        f"torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for the model after"
-        " two forwards, biases and layers left in float included. Error: norm of the difference to float32's output "
-        f"over its norm. {packages}. By "
+        f"Median and least of {found['rounds']} rounds, {found['threads']} thread, {found['machine']['cpu']}, AVX2 "
+        f"without VNNI, torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for "
+        "the model after two forwards, biases and layers left in float included. Error: norm of the difference to "
+        f"float32's output over its norm. {packages}. By "
         f"`{found['command']}`."
     )
 
@@ -218,6 +228,13 @@ def speed_layer_table() -> str:
     found = _speed_details("layer")
     rows = [(row["part"], row["way"], f"{row['ms']:.2f}") for row in found["rows"]]
     return f"{markdown(('part', 'way', 'ms'), rows)}\n\nBy `{found['command']}`, {found['date'][:10]}."
+
+
+def speed_shared_table() -> str:
+    """A trial: the input of q, k and v quantized once."""
+    found = _speed_details("shared")
+    rows = [(row["way"], f"{row['ms']:.0f}") for row in found["rows"]]
+    return f"{markdown(('quantization of an input', 'a forward, ms'), rows)}\n\nBy `{found['command']}`."
 
 
 def speed_loading_table() -> str:
@@ -652,6 +669,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-peers": speed_peers_table,
     "speed-profile": speed_profile_table,
     "speed-layer": speed_layer_table,
+    "speed-shared": speed_shared_table,
     "speed-loading": speed_loading_table,
     "training-memory": training_memory_table,
     "convert": convert_table,

@@ -225,6 +225,26 @@ def test_native_keeps_what_is_not_finite_in_its_token(dtype: torch.dtype) -> Non
     assert torch.equal(y[::2], reference(layer, x[::2]))
 
 
+@pytest.mark.parametrize(
+    ("at", "wrong"),
+    [
+        (0, torch.zeros(17, 16, dtype=torch.uint8)),
+        (0, torch.zeros(17, 32, dtype=torch.int8)),
+        (0, torch.zeros(17, 33)),
+        (1, torch.ones(16)),
+        (1, torch.ones(17, dtype=torch.float64)),
+        (2, torch.zeros(16)),
+    ],
+    ids=["short rows", "short wide rows", "float", "scales", "dtype of scales", "bias"],
+)
+@pytest.mark.usefixtures("compiled")
+def test_native_refuses_what_it_would_read_beyond(at: int, wrong: torch.Tensor) -> None:
+    given = list(operands(layer_of(33, 17, ActivationScheme())))
+    given[at] = wrong
+    with pytest.raises(ValueError, match="for 33 inputs the weight must be uint8"):
+        native.packed_linear_native(torch.ones(2, 33), *given)
+
+
 @pytest.mark.usefixtures("compiled")
 def test_native_runs_in_several_threads() -> None:
     layer = layer_of(1152, 512, ActivationScheme())

@@ -91,7 +91,10 @@ static void quantize(const void *x, int64_t n, int64_t padded, int dtype, float 
     v = _mm256_add_epi32(v, _mm256_set1_epi32(zero_point));
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
-    memcpy(codes + i, &bytes, n - i < 8 ? n - i : 8);
+    if (n - i < 8)
+      memcpy(codes + i, &bytes, n - i);
+    else
+      memcpy(codes + i, &bytes, 8);  // a store, where a length that is not known is a call
   }
   memset(codes + n, 0, padded - n);
 }
@@ -178,8 +181,8 @@ static inline void add_products(__m256i *s, const uint8_t *token, __m256i b0, __
 }
 
 // int32 sums of 6 tokens' codes, `stride` apart, with a panel of 16 outputs
-static __attribute__((noinline)) void tile(const uint8_t *a, int64_t stride, const int8_t *b, int64_t padded, __m256i *sums) {
-  for (int i = 0; i < 2 * ROWS; i++) sums[i] = _mm256_setzero_si256();
+static __attribute__((noinline)) void tile(const uint8_t *a, int64_t stride, const int8_t *b, int64_t padded,
+                                           __m256i *sums) {
   for (int64_t k = 0; k < padded; k += STEP) {
     __m256i s[2 * ROWS];
 #pragma GCC unroll 12
@@ -191,8 +194,10 @@ static __attribute__((noinline)) void tile(const uint8_t *a, int64_t stride, con
       for (int r = 0; r < ROWS; r++) add_products(s + 2 * r, a + r * stride, b0, b1);
     }
 #pragma GCC unroll 12
-    for (int i = 0; i < 2 * ROWS; i++)
-      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(s[i], _mm256_set1_epi16(1)));
+    for (int i = 0; i < 2 * ROWS; i++) {
+      __m256i widened = _mm256_madd_epi16(s[i], _mm256_set1_epi16(1));
+      sums[i] = k ? _mm256_add_epi32(sums[i], widened) : widened;
+    }
   }
 }
 

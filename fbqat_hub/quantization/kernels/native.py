@@ -129,7 +129,7 @@ def quantize(
     else:
         assert input_scale is not None
         assert input_zero_point is not None
-        scale, zero_point = input_scale, int(input_zero_point)
+        scale, zero_point = input_scale.float(), int(input_zero_point)
     codes = torch.empty(rows, padded, dtype=torch.uint8)
     functions.quantize(
         tokens.data_ptr(), tokens.stride(0), *tokens.shape, DTYPES[tokens.dtype],
@@ -152,6 +152,9 @@ def packed_linear_native(
 
     Equal to the reference to the bit where its fp32 sums are exact. Nothing is kept: the weight is expanded in pieces
     that stay in the processor's cache. Call it only where ``load`` gives the functions.
+
+    Raises:
+        ValueError: operands of other shapes or dtypes, which the C code would read beyond their ends.
     """
     functions = load()
     assert functions is not None
@@ -159,6 +162,7 @@ def packed_linear_native(
     if x.dtype not in DTYPES:
         return packed_linear_native(x.float(), weight_packed, weight_scale, bias, *activation).to(x.dtype)
     in_features, out_features = x.shape[-1], weight_packed.shape[0]
+    _check(in_features, weight_packed, weight_scale, bias)
     tokens = x.reshape(-1, in_features)
     padded = -(-in_features // STEP) * STEP
     codes, scale, zero_point = quantize(tokens, *activation, padded=padded, rows=-(-len(tokens) // ROWS) * ROWS)
@@ -174,6 +178,18 @@ def packed_linear_native(
         panels.data_ptr(), y.data_ptr(), DTYPES[x.dtype], threads,
     )  # fmt: skip
     return y
+
+
+def _check(in_features: int, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    out_features = len(weight_packed)
+    width = {torch.uint8: (in_features + 1) // 2, torch.int8: in_features}.get(weight_packed.dtype)
+    of_outputs = [each for each in (weight_scale, bias) if each is not None and each.shape != (out_features,)]
+    if weight_packed.shape != (out_features, width) or weight_scale.dtype != torch.float32 or of_outputs:
+        raise ValueError(
+            f"the packed weight is {weight_packed.dtype} {tuple(weight_packed.shape)}, its scales "
+            f"{weight_scale.dtype} {tuple(weight_scale.shape)}; for {in_features} inputs the weight must be uint8 "
+            f"[out, {(in_features + 1) // 2}] or int8 [out, {in_features}], its scales fp32 [out] and a bias [out]."
+        )
 
 
 def _threads(work: int) -> int:
