@@ -1,8 +1,8 @@
 """The loop: bit width from the schedule, student against the frozen teacher (arXiv 2510.14823, algorithm 1).
 
 There is no ground truth. Student and teacher see the same noisy latents, timestep and conditioning, and the loss is
-the squared distance of their predictions. Everything random in a step is drawn from (seed, step, process), so a
-resumed run continues to the bit-identical result.
+the squared distance of their predictions. Everything random in a step is drawn from (seed, step), so a resumed run
+continues to the bit-identical result.
 
 A step's batch is shared out to the processes, and within each to parts that its device holds; gradients are averaged.
 How it is shared out changes no number but by the order of sums. The first process writes.
