@@ -471,7 +471,7 @@ def training_memory_table() -> str:
 def convert_table() -> str:
     """Memory of conversions, by `benchmarks.convert_true_size` and `benchmarks.convert_gptq`."""
     found = json.loads((RESULTS / "convert.json").read_text(encoding="utf-8"))
-    nearest, gptq = found["nearest"], found["gptq"]
+    nearest, gptq, alone = found["nearest"], found["gptq"], found["load"]
     rows = [
         (
             f"nearest codes: {nearest['denoiser_parameters'] / 1e6:.0f} M parameters at FLUX.1's width, "
@@ -481,10 +481,10 @@ def convert_table() -> str:
             _seconds_of(nearest["convert"]),
         ),
         (
-            f"loading what it made, {nearest['packed_denoiser_bytes'] / 2**20:.0f} MiB packed",
-            f"{nearest['load']['peak_mib']} MiB ({nearest['load']['peak_over_packed_bytes']:.2f} of them)",
+            f"loading a packed denoiser of {alone['packed_denoiser_bytes'] / 2**20:.0f} MiB",
+            f"{alone['load']['peak_mib']} MiB ({alone['load']['peak_over_packed_bytes']:.2f} of them)",
             "–",
-            _seconds_of(nearest["load"]),
+            _seconds_of(alone["load"]),
         ),
         (
             f"GPTQ: {gptq['denoiser_parameters'] / 1e6:.0f} M parameters at Sana-600M's width, "
@@ -499,7 +499,7 @@ def convert_table() -> str:
         f"Random weights, a process each, Python and its libraries included. GPTQ's peak is "
         f"{gptq['peak_over_whole_model']:.2f} of the whole model's, whose weights in float32 are "
         f"{gptq['denoiser_float32_mib']} MiB; bytes of codes that differ: {gptq['differing_bytes_of_codes']}. By "
-        f"`{nearest['command']}` and `{gptq['command']}`."
+        f"`{nearest['command']}`, `{alone['command']}` (random codes) and `{gptq['command']}`."
     )
 
 
