@@ -496,8 +496,8 @@ def convert_table() -> str:
     ]
     return (
         f"{markdown(('`fbqat convert`', 'peak memory', 'whole model at once', 'processor time'), rows)}\n\n"
-        f"Random weights, a process each, Python and its libraries included. Loaded codes are mapped from the file, and "
-        f"read when a layer runs. GPTQ's peak is "
+        f"Random weights, a process each, Python and its libraries included. Loaded codes are mapped from the file, "
+        f"and read when a layer runs. GPTQ's peak is "
         f"{gptq['peak_over_whole_model']:.2f} of the whole model's, whose weights in float32 are "
         f"{gptq['denoiser_float32_mib']} MiB; bytes of codes that differ: {gptq['differing_bytes_of_codes']}. By "
         f"`{nearest['command']}`, `{alone['command']}` (random codes) and `{gptq['command']}`."
