@@ -2,6 +2,7 @@
 
     python -m benchmarks.convert_true_size --work /some/disk                      # -> benchmarks/results/convert.json
     python -m benchmarks.convert_true_size --work /some/disk --double 2 --single 4   # minutes instead
+    python -m benchmarks.convert_true_size --work /some/disk --load                  # loading alone, of random codes
 
 With all blocks it takes 33 GB of disk for the source (12 billion weights and a text encoder of T5-XXL's shape, in bf16)
 and 16 GB for the result; both are removed at the end.
@@ -25,8 +26,12 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from fbqat_hub.config import FBQATConfig
 from fbqat_hub.evaluation.results import machine, now, peak_rss_mib, versions
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.files import shipped, whole
+from fbqat_hub.integrations.checkpoint import packed_layers
+from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.weights import TensorFile
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"
@@ -74,6 +79,27 @@ def source(folder: Path, double: int, single: int) -> int:
     return sum(tensor.numel() for tensor in denoiser.parameters())
 
 
+def packed_source(folder: Path, double: int, single: int) -> int:
+    """Make a packed denoiser of random codes, as a conversion would write it; returns its bytes."""
+    with torch.device("meta"):
+        denoiser = FluxTransformer2DModel(num_layers=double, num_single_layers=single).to(torch.bfloat16)
+    config = FBQATConfig(module_overrides=FAMILIES["flux"].activation_overrides)
+    layers = packed_layers(denoiser, config)
+    for name, layer in layers.items():
+        denoiser.set_submodule(name, layer)
+    attach(denoiser, config)
+    denoiser.save_config(folder / "transformer")
+    tensors, numbers = denoiser.state_dict(), torch.randint(0, 256, (2**28,), dtype=torch.uint8)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    with TensorFile(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as file:
+        for name, tensor in tensors.items():
+            if name.endswith("weight_packed"):
+                file.write(name, numbers[: tensor.numel()].view(tensor.shape))
+            else:
+                file.write(name, torch.full(tensor.shape, 0.01, dtype=tensor.dtype))
+    return path.stat().st_size
+
+
 def measured(command: list[str]) -> dict[str, float]:
     """Seconds by the clock and of processor time, and peak memory, of a fresh process.
 
@@ -108,6 +134,23 @@ def save(method: str, found: dict[str, Any]) -> None:
     print(json.dumps(found, indent=2))
 
 
+def load_alone(work: Path, double: int, single: int) -> None:
+    """Record what loading a packed denoiser takes."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        packed = packed_source(Path(folder), double, single)
+        load = measured([sys.executable, "-c", _LOAD, folder])
+    found = {
+        "command": f"python -m benchmarks.convert_true_size --load --double {double} --single {single}",
+        "threads": torch.get_num_threads(),
+        "packed_denoiser_bytes": packed,
+        "load": load | {"peak_over_packed_bytes": round(load["peak_mib"] * 2**20 / packed, 3)},
+        "machine": machine(),
+        "versions": versions(),
+        "date": now(),
+    }
+    save("load", found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.convert_true_size",
@@ -117,7 +160,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder on a disk with room")
     parser.add_argument("--double", type=int, default=19, help="double blocks (default: 19, FLUX.1's)")
     parser.add_argument("--single", type=int, default=38, help="single blocks (default: 38, FLUX.1's)")
+    parser.add_argument("--load", action="store_true", help="only load a denoiser of random codes")
     options = parser.parse_args()
+    if options.load:
+        return load_alone(options.work, options.double, options.single)
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         folder, output = Path(work) / "source", Path(work) / "packed"
         parameters = source(folder, options.double, options.single)

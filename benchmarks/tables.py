@@ -631,27 +631,61 @@ def training_memory_table() -> str:
 def convert_table() -> str:
     """Memory of conversions, by `benchmarks.convert_true_size` and `benchmarks.convert_gptq`."""
     found = json.loads((RESULTS / "convert.json").read_text(encoding="utf-8"))
-    nearest, gptq = found["nearest"], found["gptq"]
+    nearest, gptq, alone = found["nearest"], found["gptq"], found["load"]
     rows = [
         (
             f"nearest codes: {nearest['denoiser_parameters'] / 1e6:.0f} M parameters at FLUX.1's width, "
             f"text encoders of {nearest['text_encoder_bytes'] / 2**30:.1f} GiB copied",
             f"{nearest['convert']['peak_mib']} MiB",
             "–",
+            _seconds_of(nearest["convert"]),
+        ),
+        (
+            f"loading a packed denoiser of {alone['packed_denoiser_bytes'] / 2**20:.0f} MiB",
+            f"{alone['load']['peak_mib']} MiB ({alone['load']['peak_over_packed_bytes']:.2f} of them)",
+            "–",
+            _seconds_of(alone["load"]),
         ),
         (
             f"GPTQ: {gptq['denoiser_parameters'] / 1e6:.0f} M parameters at Sana-600M's width, "
             f"{gptq['blocks']} blocks, {gptq['samples']} samples",
             f"{gptq['block_by_block']['peak_mib']} MiB",
             f"{gptq['whole_model']['peak_mib']} MiB",
+            _seconds_of(gptq["block_by_block"]),
         ),
     ]
     return (
-        f"{markdown(('`fbqat convert`', 'peak memory', 'whole model at once'), rows)}\n\n"
-        f"Random weights, a process each, Python and its libraries included. GPTQ's peak is "
+        f"{markdown(('`fbqat convert`', 'peak memory', 'whole model at once', 'processor time'), rows)}\n\n"
+        f"Random weights, a process each, Python and its libraries included. Loaded codes are mapped from the file, "
+        f"and read when a layer runs. GPTQ's peak is "
         f"{gptq['peak_over_whole_model']:.2f} of the whole model's, whose weights in float32 are "
         f"{gptq['denoiser_float32_mib']} MiB; bytes of codes that differ: {gptq['differing_bytes_of_codes']}. By "
-        f"`{nearest['command']}` and `{gptq['command']}`."
+        f"`{nearest['command']}`, `{alone['command']}` (random codes) and `{gptq['command']}`."
+    )
+
+
+def _seconds_of(found: dict[str, Any]) -> str:
+    return f"{found['processor_seconds']:.0f} s" if "processor_seconds" in found else "not measured"
+
+
+def convert_widths_table() -> str:
+    """Both ways to choose widths, by `benchmarks.convert_widths`."""
+    found = json.loads((RESULTS / "convert.json").read_text(encoding="utf-8"))["widths"]
+    rows = []
+    for name, family in FAMILIES.items():
+        if row := found.get(name):
+            losses, of_8 = row["losses"], row["layers_of_8_bits"]
+            change = 100 * (losses["prompts"] / losses["weights"] - 1)
+            cells = [f"{1e3 * losses['4 bits']:.2f}"]
+            cells += [f"{1e3 * losses[way]:.2f} ({of_8[way]} of {row['layers']})" for way in ("weights", "prompts")]
+            rows.append((family.title, *cells, f"{change:+.0f}%"))
+    average = f"{found['average_bits']:g} bits on average"
+    head = ("loss ×1e-3 (layers of 8 bits)", "4 bits", f"{average}, by weights", f"{average}, by prompts", "change")
+    some = next(found[name] for name in FAMILIES if name in found)
+    return (
+        f"{markdown(head, rows)}\n\nTiny teachers, GPTQ on {some['samples']} sampled inputs, not trained; the judge's "
+        f"loss on a third of its captions ({some['draws']} draws for {rows[0][0]}), one set of prompts. By "
+        f"`{found['command']}`."
     )
 
 
@@ -673,6 +707,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-loading": speed_loading_table,
     "training-memory": training_memory_table,
     "convert": convert_table,
+    "convert-widths": convert_widths_table,
     "text-encoders": text_encoders_table,
     "sdnq": sdnq_table,
     "operations": lambda: operations_table(OPERATIONS),

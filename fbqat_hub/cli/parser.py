@@ -153,7 +153,8 @@ def _convert(commands: Any) -> None:
         "--average-bits",
         type=float,
         metavar="BITS",
-        help="8 bits for the layers whose weights lose most, so many bits a weight on average, e.g. 4.5 (default: 4)",
+        help="8 bits for the layers that matter most, so many bits a weight on average, e.g. 4.5: to the output with "
+        "--method gptq, else those whose weights lose most (default: 4)",
     )
     _fit_option(sub)
     sub.add_argument(

@@ -90,22 +90,27 @@ def weight_sensitivity(weight: Tensor, errors: Mapping[int, Tensor]) -> dict[int
 
 
 @torch.no_grad()
-def rounding_errors(weight: Tensor, scheme: WeightScheme, widths: Iterable[int]) -> dict[int, Tensor]:
+def rounding_errors(
+    weight: Tensor, scheme: WeightScheme, widths: Iterable[int], clips: dict[int, Tensor] | None = None
+) -> dict[int, Tensor]:
     """For each width, the weight rounded to its nearest codes there less the weight: fp32 [out, in].
 
     Args:
         weight: [out, in], or [out, in, 1, 1] of a 1x1 convolution.
         scheme: what shares a scale, and how its clip is found.
+        clips: of each width, where they are known; those that are not are put there.
 
     Raises:
         ValueError: a group size that does not suit the weight.
     """
-    rows = grouped(weight, scheme)
+    rows, clips = grouped(weight, scheme), {} if clips is None else clips
     errors = {}
     for bits in widths:
-        clip = CLIPS[scheme.clip](rows)
-        clip.on_width(rows, bits)
-        errors[bits] = (fake_quantize(rows, clip.value(rows, bits), bits) - rows).reshape(weight.shape[:2])
+        if bits not in clips:
+            clip = CLIPS[scheme.clip](rows)
+            clip.on_width(rows, bits)
+            clips[bits] = clip.value(rows, bits)
+        errors[bits] = (fake_quantize(rows, clips[bits], bits) - rows).reshape(weight.shape[:2])
     return errors
 
 

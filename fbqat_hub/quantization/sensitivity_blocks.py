@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fbqat_hub.quantization.blocks import by_block, moved_tensors
-from fbqat_hub.quantization.clip import CLIPS
 from fbqat_hub.quantization.convert import Target
-from fbqat_hub.quantization.fake_quantize import fake_quantize
-from fbqat_hub.quantization.quantize import grouped
 from fbqat_hub.quantization.scheme import WeightScheme
-from fbqat_hub.quantization.sensitivity import Scores, recorded
+from fbqat_hub.quantization.sensitivity import Scores, recorded, rounding_errors
 from fbqat_hub.quantization.widths import WIDTHS
 
 
@@ -87,7 +84,7 @@ class _Scored:
 
     def __init__(self, layers: Mapping[str, Sequence[Target]], weights: WeightScheme, widths: Sequence[int]) -> None:
         self._layers, self._weights, self._widths = layers, weights, widths
-        self._clips: dict[tuple[str, int], Tensor] = {}
+        self._clips: dict[str, dict[int, Tensor]] = {}
         self._outside: dict[str, Any] = {}  # weights by full name
         self._inside: dict[str, Any] = {}  # of the block that was loaded last
         self._moved: dict[str, dict[int, float]] = {}
@@ -128,15 +125,10 @@ class _Scored:
     def _record(self, name: str, x: Tensor, grad: Tensor) -> None:
         gradient = grad.float().T @ x.float()  # of the weight, [out, in]
         weight = self._inside[name] if name in self._inside else self._outside[name]
-        rows = grouped(weight, self._weights)
         own = self._moved.setdefault(name, dict.fromkeys(self._widths, 0.0))
-        for bits in self._widths:
-            if (name, bits) not in self._clips:
-                clip = CLIPS[self._weights.clip](rows)
-                clip.on_width(rows, bits)
-                self._clips[name, bits] = clip.value(rows, bits).detach().clone()
-            error = fake_quantize(rows, self._clips[name, bits], bits) - rows
-            own[bits] += float((gradient * error.reshape(gradient.shape)).sum())
+        clips = self._clips.setdefault(name, {})
+        for bits, error in rounding_errors(weight, self._weights, self._widths, clips).items():
+            own[bits] += float((gradient * error).sum())
 
 
 def _full(block: str, target: Target) -> str:

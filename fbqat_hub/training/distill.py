@@ -54,9 +54,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         )
     finished = is_finished(recipe, output, resume)
     accelerator = accelerator_of(recipe)
-    own_parts(
-        recipe, accelerator.process_index, accelerator.num_processes
-    )  # or the error would come after the encoding
+    if recipe.steps:  # an error here comes before the hours of encoding
+        own_parts(recipe, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()  # all have seen the folder as it was
     if finished:
         if accelerator.is_main_process:

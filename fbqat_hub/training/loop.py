@@ -1,8 +1,8 @@
 """The loop: bit width from the schedule, student against the frozen teacher (arXiv 2510.14823, algorithm 1).
 
 There is no ground truth. Student and teacher see the same noisy latents, timestep and conditioning, and the loss is
-the squared distance of their predictions. Everything random in a step is drawn from (seed, step, process), so a
-resumed run continues to the bit-identical result.
+the squared distance of their predictions. Everything random in a step is drawn from (seed, step), so a resumed run
+continues to the bit-identical result.
 
 A step's batch is shared out to the processes, and within each to parts that its device holds; gradients are averaged.
 How it is shared out changes no number but by the order of sums. The first process writes.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
@@ -39,19 +39,36 @@ from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loss import held_out_loss, mean_squared
 from fbqat_hub.training.recipe import Recipe
 
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # A line a step, in the folder of a run.
 LOG = "training_log.jsonl"
 
 
 def accelerator_of(recipe: Recipe) -> Accelerator:
-    """The accelerator of a run: of this process alone, or of those that ``accelerate launch`` started."""
+    """The accelerator of a run: of this process alone, or of those that ``accelerate launch`` started.
+
+    Raises:
+        ValueError: as `check_whole`.
+    """
     # While the first process encodes the data, which takes hours, the others wait.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=2))
     # A trained layer may have no effect: the last block of SD3 has no text output.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # without it several processes on CPUs would not know of each other
     cpu = not torch.accelerator.is_available()
-    return Accelerator(mixed_precision=recipe.mixed_precision, cpu=cpu, kwargs_handlers=[patience, unused])
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=cpu, kwargs_handlers=[patience, unused])
+    check_whole(accelerator)
+    return accelerator
+
+
+def check_whole(accelerator: Accelerator) -> None:
+    """Raise ValueError where accelerate would share out the layers themselves."""
+    if (kind := accelerator.distributed_type) in _SHARDED:
+        raise ValueError(
+            f"accelerate is set up for {kind.value}, which holds parts of layers in each process; scales, checkpoints, "
+            "validation and packing need them whole. Use accelerate launch --multi_gpu (DDP), or, where one device "
+            "does not hold the model, one process and training=blockwise."
+        )
 
 
 def own_parts(recipe: Recipe, process: int, processes: int) -> list[slice]:
