@@ -16,7 +16,6 @@ from torch import Tensor
 from fbqat_hub.components import read_index
 from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.families import Family, component_configs, family_of
-from fbqat_hub.families.base import pixels_per_latent
 from fbqat_hub.files import whole
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.hub.client import step
@@ -314,13 +313,13 @@ def _seeded_inputs(pipeline: Any, family: Family, call: dict[str, Any], seed: in
     """Arguments of the denoiser's forward at noise levels of training, of random latents of unit variance."""
     configs = component_configs(pipeline)
     size = {**family.native_size(configs), **call}
-    scale = pixels_per_latent(configs["vae"])
-    shape = (len(_PROMPTS), configs["vae"]["latent_channels"], size["height"] // scale, size["width"] // scale)
+    shape = (len(_PROMPTS), *family.latent_shape(configs, (size["height"], size["width"])))
     random = generator(seed, "lora check")
     latents, noise = (torch.randn(shape, generator=random) for _ in range(2))
     progress = torch.linspace(0.2, 0.8, len(_PROMPTS))
     noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, progress)
-    return family.denoiser_inputs(noisy, timestep, family.encode_prompts(pipeline, _PROMPTS, call))
+    conditioning = family.encode_prompts(pipeline, _PROMPTS, call) | family.picture_conditioning(latents)
+    return family.denoiser_inputs(noisy, timestep, conditioning)
 
 
 def _measure(

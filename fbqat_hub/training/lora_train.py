@@ -27,8 +27,8 @@ from fbqat_hub.training.lora_check import PEFT_FILE, card_head, shown_name
 from fbqat_hub.training.teachers import resolve_teacher
 
 _ADAPTER = "default"
-# what is trained: the attention of every family
-_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# what is trained: the attention of every family, in FLUX.2's single blocks one layer with the feed-forward's first
+_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 # noises and timesteps of each held-out picture
 _HELD_OUT_DRAWS = 8
 

@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fbqat_hub import cli
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.lora_check import DIFFUSERS_FILE, adapter_file, check, load_adapter
 from fbqat_hub.training.lora_train import train
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
-from tests.conftest import TRAINED
+from tests.conftest import call_of
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -203,13 +204,17 @@ def test_training_that_cannot_be_leaves_nothing(change, message, pictures, packe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in TRAINED if family != "sana"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "sana"])
 def test_training_and_check_of_the_other_families(family, teacher_of, pictures, tmp_path) -> None:
     packed = convert_pipeline(str(teacher_of(family)), tmp_path / "packed")
-    small = {"height": 32, "width": 32}  # FLUX's own size is 1024
-    load_recipe(packed / "recipe.yaml", generation=small).save(packed / "recipe.yaml")
+    pipeline = load_pipeline(packed)
+    call = call_of(family, pipeline)  # FLUX's own size is 1024
+    load_recipe(packed / "recipe.yaml", generation=call).save(packed / "recipe.yaml")
     done = train(pictures, str(packed), tmp_path / "style", steps=20, learning_rate=1e-2, progress=False)
     assert done.loss_after < done.loss_before
+    names = [f".{name}" for name in load_file(adapter_file(str(done.output)))]
+    blocks = FAMILIES[family].blocks(pipeline.transformer)
+    assert [block for block in blocks if not any(f".{block}." in name for name in names)] == []
     found = check(str(done.output), str(packed), str(teacher_of(family)))
     assert found.unmatched == []
     assert found.cosine > 0.5
