@@ -23,6 +23,7 @@ from benchmarks.method.judge import judge_rows
 from benchmarks.method.report import at_equal_storage, table
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.widths import half_bits
+from benchmarks.speed_gpu import speed_gpu_table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.export.onnx.precision import OP_KINDS
 from fbqat_hub.families import FAMILIES
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = (
     "README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md", "docs/exits.md", "docs/integrations.md",
-    "docs/lora.md", "docs/real-models.md", "training/README.md",
+    "docs/lora.md", "docs/real-models.md", "docs/speed-gpu.md", "training/README.md",
 )  # fmt: skip
 
 
@@ -504,6 +505,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "half-bits": half_bits_table,
     "blockwise": blockwise_table,
     "speed": speed_table,
+    "speed-gpu": speed_gpu_table,
     "training-memory": training_memory_table,
     "convert": convert_table,
     "text-encoders": text_encoders_table,

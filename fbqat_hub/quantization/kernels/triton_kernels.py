@@ -182,8 +182,8 @@ def _multiply(
         else:
             low = (packed << 4).to(tl.int8, bitcast=True)
             high = (packed & 0xF0).to(tl.int8, bitcast=True)
-        total = tl.dot(first, low, total)
-        total = tl.dot(second, high, total)
+        total = tl.dot(first, low, total, out_dtype=tl.int32)
+        total = tl.dot(second, high, total, out_dtype=tl.int32)
         if RANGE == "static":
             weight_sum += tl.sum(low.to(tl.int32) + high.to(tl.int32), axis=0)
         code_at += STEP
