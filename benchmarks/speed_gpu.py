@@ -1,7 +1,7 @@
 """Speed and memory of the packed denoisers on a GPU, against bf16 and other libraries, in one call.
 
     python -m benchmarks.speed_gpu          # writes benchmarks/results/speed-gpu.json; then python -m benchmarks.tables
-    python -m benchmarks.speed_gpu --device cpu --small --output rows.json      # tries the harness; its times mean nothing
+    python -m benchmarks.speed_gpu --device cpu --small --output rows.json      # tries the harness; not to be quoted
 
 Denoisers of true size with random weights in bf16. "gemm" times each linear layer's shape alone, "step" one forward of
 the denoiser, eager and compiled; FLUX.1 has one double and two single blocks, as many to one as in the whole. Each way
@@ -135,8 +135,8 @@ def _gguf(model: Any, recipe: Any) -> Any:
 WAYS = (
     Way("bf16", "torch", "", lambda model, recipe: model),
     Way("this project", "W4A8, dynamic per-token ranges", "", _ours),
-    Way("torchao int8", "Int8DynamicActivationInt8WeightConfig", "torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
-    Way("torchao int4", "Int4WeightOnlyConfig, groups of 128", "torchao", _torchao("Int4WeightOnlyConfig", group_size=128)),
+    Way("torchao int8", "dynamic W8A8", "torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
+    Way("torchao int4", "weights only, groups of 128", "torchao", _torchao("Int4WeightOnlyConfig", group_size=128)),
     Way("SDNQ", "uint4, int8 matmul", "sdnq", _sdnq),
     Way("bitsandbytes", "NF4, bf16 compute", "bitsandbytes", _bitsandbytes),
     Way("GGUF", "Q4_0, diffusers' layers", "gguf", _gguf),
@@ -411,8 +411,8 @@ def main() -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            f"no GPU: torch {torch.__version__} sees none. Run this on a machine with one; --device cpu --small --output "
-            "FILE tries the harness.",
+            f"no GPU: torch {torch.__version__} sees none. Run this on a machine with one; "
+            "--device cpu --small --output FILE tries the harness.",
             file=sys.stderr,
         )
         return 1

@@ -22,7 +22,20 @@ def _fails(model: Any, recipe: Any) -> Any:
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
     """Both parts of a tiny model by four ways, two of which cannot be measured."""
-    arguments = "--device cpu --small --sizes 64 --batches 1 --rounds 1 --output rows.json --models".split()
+    arguments = [
+        "--device",
+        "cpu",
+        "--small",
+        "--sizes",
+        "64",
+        "--batches",
+        "1",
+        "--rounds",
+        "1",
+        "--output",
+        "rows.json",
+        "--models",
+    ]
     ways = {way.name: way for way in speed_gpu.WAYS}
     with pytest.MonkeyPatch.context() as patch:
         missing = speed_gpu.Way("missing", "none", "no-such-package", _fails)
