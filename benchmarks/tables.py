@@ -24,6 +24,7 @@ from benchmarks.method.report import at_equal_storage, table
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.widths import half_bits
 from benchmarks.speed_gpu import speed_gpu_table
+from benchmarks.triton_code import triton_code_table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.export.onnx.precision import OP_KINDS
 from fbqat_hub.families import FAMILIES
@@ -506,6 +507,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "blockwise": blockwise_table,
     "speed": speed_table,
     "speed-gpu": speed_gpu_table,
+    "triton-code": triton_code_table,
     "training-memory": training_memory_table,
     "convert": convert_table,
     "text-encoders": text_encoders_table,
