@@ -10,6 +10,7 @@ triton, and TRITON_INTERPRET not set.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -24,35 +25,70 @@ COMMAND = "python -m benchmarks.triton_code"
 CAPABILITIES = {80: "A100", 89: "Ada (RTX 40)", 90: "Hopper (H100)", 120: "Blackwell (RTX 50)"}
 _TYPES = {
     "codes": "*i8", "scales": "*fp32", "weight_scale": "*fp32", "bias": "*bf16", "zero_point": "*i32", "y": "*bf16",
-    "tokens": "i32", "token_bucket": "i32", "outputs": "i32", "width": "i32", "half": "i32",
+    "tokens": "i32", "token_bucket": "i32", "outputs": "i32", "width": "i32", "half": "i32", "inputs": "i32",
+    "x": "*bf16", "input_scale": "*fp32", "input_zero_point": "*i32", "x_stride": "i32",
 }  # fmt: skip
 # whose divisibility by 16 a launch does not ask for
 _FREE = {"tokens", "token_bucket"}
 
 
-def compiled(capability: int, config: Any, *, split: bool, ptx: bool) -> Any:
-    """The second kernel for a card and a tile: bf16, dynamic ranges, a bias, sizes that the tile divides."""
+def compiled(
+    capability: int, config: Any, *, split: bool, ptx: bool, aligned: bool = True, range_: str = "per_token"
+) -> Any:
+    """The second kernel for a card and a tile: bf16, a bias; sizes that the tile divides, or none that 16 does."""
+    from fbqat_hub.quantization.kernels import triton_kernels
+
+    constants = {"SPLIT": split, "RANGE": range_, "BIAS": True, "PTX": ptx, "EVEN": aligned, **config.kwargs}
+    types = {**_TYPES, "weight": "*u8" if split else "*i8"}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _compile(triton_kernels._multiply, capability, types, constants, options, aligned=aligned)
+
+
+def compiled_quantize(capability: int, inputs: int, *, split: bool, aligned: bool = True, range_: str) -> Any:
+    """The first kernel for a card, for up to so many bf16 inputs, a power of two."""
+    from fbqat_hub.quantization.kernels import triton_kernels
+
+    constants = {"SPLIT": split, "RANGE": range_, "BLOCK": inputs}
+    options = {"num_warps": triton_kernels.warps_of(inputs)}
+    return _compile(triton_kernels._quantize, capability, _TYPES, constants, options, aligned=aligned)
+
+
+def _compile(
+    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], options: Any, *, aligned: bool
+) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fbqat_hub.quantization.kernels import triton_kernels
-
-    kernel: Any = triton_kernels._multiply
     while not hasattr(kernel, "params"):
         kernel = kernel.fn
     names = [parameter.name for parameter in kernel.params]
-    constants = {"SPLIT": split, "RANGE": "per_token", "BIAS": True, "PTX": ptx, "EVEN": True, **config.kwargs}
-    types = {**_TYPES, "weight": "*u8" if split else "*i8", **dict.fromkeys(constants, "constexpr")}
-    aligned = [at for at, name in enumerate(names) if name not in {*constants, *_FREE}]
+    types = {**types, **dict.fromkeys(constants, "constexpr")}
+    divided = [at for at, name in enumerate(names) if name not in {*constants, *_FREE} and (aligned or name == "half")]
     source = ASTSource(
         kernel,
         {name: types[name] for name in names},
         {(at,): constants[name] for at, name in enumerate(names) if name in constants},
-        {(at,): [["tt.divisibility", 16]] for at in aligned},
+        {(at,): [["tt.divisibility", 16]] for at in divided},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def check_every_path(capability: int) -> int:
+    """Compile both kernels for each range, storage and alignment; returns how many. Sums and codes stay in registers."""
+    from fbqat_hub.quantization.kernels import triton_kernels
+
+    made = []
+    for range_, split, aligned in itertools.product(
+        ("per_token", "per_tensor", "static"), (True, False), (True, False)
+    ):
+        paths = {"split": split, "aligned": aligned, "range_": range_}
+        made.append(compiled(capability, triton_kernels.CONFIGS[3], ptx=True, **paths))
+        made.append(compiled_quantize(capability, 4096, **paths))
+        assert "div.rn.f32" in made[-1].asm["ptx"]
+        assert not aligned or "ld.global.v4" in made[-1].asm["ptx"].replace(".b32", "")
+    assert not any(".local" in each.asm["ptx"] for each in made)
+    return len(made)
 
 
 def counted(capability: int, index: int, *, split: bool, ptx: bool) -> dict[str, Any]:

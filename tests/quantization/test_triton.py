@@ -323,6 +323,18 @@ def check_compiled(capability: int, tiles: list[int], folder: Path) -> None:
         assert row["rounds_to_nearest"], row
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_path_compiles(capability: int, tmp_path: Path) -> None:
+    environment = subprocess_environment(
+        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=os.pathsep.join(filter(None, sys.path))
+    )
+    script = f"from benchmarks.triton_code import check_every_path; print(check_every_path({capability}))"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "24", done.stderr[-2000:]
+
+
 def test_compiles_to_int8_tensor_cores(tmp_path: Path) -> None:
     check_compiled(89, [4], tmp_path)
 

@@ -269,9 +269,14 @@ def quantize(
         RANGE=scheme.range,
         SPLIT=split,
         BLOCK=block,
-        num_warps=min(max(block // 1024, 1), 16),
+        num_warps=warps_of(block),
     )
     return codes, scales
+
+
+def warps_of(inputs: int) -> int:
+    """Of a program that quantizes a token: a warp for 1024 inputs, up to 16."""
+    return min(max(inputs // 1024, 1), 16)
 
 
 def multiply_arguments(
