@@ -75,7 +75,7 @@ def _compile(
 
 
 def check_every_path(capability: int) -> int:
-    """Compile both kernels for each range, storage and alignment; returns how many. Sums and codes stay in registers."""
+    """Compile both kernels for each range, storage and alignment, and check that nothing spills; returns how many."""
     from fbqat_hub.quantization.kernels import triton_kernels
 
     made = []
