@@ -25,6 +25,8 @@ from benchmarks.method.findings import CHOICES, JUDGED, OLDER, Finding, findings
 from benchmarks.method.judge import judge_rows
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.widths import half_bits
+from benchmarks.speed_gpu import speed_gpu_table
+from benchmarks.triton_code import triton_code_table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.export.htp.targets import TARGETS
 from fbqat_hub.export.onnx.precision import OP_KINDS
@@ -37,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = (
     "README.md", "docs/method.md", "docs/htp.md", "docs/text-encoders.md", "docs/exits.md", "docs/integrations.md",
-    "docs/lora.md", "docs/real-models.md", "docs/speed.md", "training/README.md",
+    "docs/lora.md", "docs/real-models.md", "docs/speed.md", "docs/speed-gpu.md", "training/README.md",
 )  # fmt: skip
 
 
@@ -705,6 +707,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-layer": speed_layer_table,
     "speed-shared": speed_shared_table,
     "speed-loading": speed_loading_table,
+    "speed-gpu": speed_gpu_table,
+    "triton-code": triton_code_table,
     "training-memory": training_memory_table,
     "convert": convert_table,
     "convert-widths": convert_widths_table,

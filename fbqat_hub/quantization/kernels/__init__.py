@@ -7,7 +7,7 @@ It takes tensors and plain values, no module, so that ``torch.compile`` and ``to
 | device | implementation |
 |---|---|
 | x86 CPU with AVX2 | ``cpu.py``: int8 products, in C or by oneDNN; any other CPU ``reference.py``, in fp32 |
-| CUDA, ROCm | ``gpu.py``: int8 products where shapes suit, else dequantized in the dtype of x. Not measured |
+| CUDA, ROCm | ``gpu.py``: Triton kernels, ``torch._int_mm``, or dequantized in the dtype of x. Not measured |
 | any other | ``gpu.py``'s dequantized product. Not measured |
 
 It is differentiable in x (STE through the activation quantization) and in the bias, so that adapters train on a packed

@@ -182,8 +182,8 @@ def _multiply(
         else:
             low = (packed << 4).to(tl.int8, bitcast=True)
             high = (packed & 0xF0).to(tl.int8, bitcast=True)
-        total = tl.dot(first, low, total)
-        total = tl.dot(second, high, total)
+        total = tl.dot(first, low, total, out_dtype=tl.int32)
+        total = tl.dot(second, high, total, out_dtype=tl.int32)
         if RANGE == "static":
             weight_sum += tl.sum(low.to(tl.int32) + high.to(tl.int32), axis=0)
         code_at += STEP
@@ -269,9 +269,14 @@ def quantize(
         RANGE=scheme.range,
         SPLIT=split,
         BLOCK=block,
-        num_warps=min(max(block // 1024, 1), 16),
+        num_warps=warps_of(block),
     )
     return codes, scales
+
+
+def warps_of(inputs: int) -> int:
+    """Of a program that quantizes a token: a warp for 1024 inputs, up to 16."""
+    return min(max(inputs // 1024, 1), 16)
 
 
 def multiply_arguments(
