@@ -8,6 +8,8 @@ OUTPUT ?= runs/demo
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
 BIN   := $(VENV)/bin
+# What users install, which the demo needs; and with it what the project is tested with.
+BASE  := $(VENV)/.for-users
 STAMP := $(VENV)/.installed
 # --no-compile: bytecode is written for the modules that are used, when they are used; a third of the set-up time saved.
 PIP   := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
@@ -24,15 +26,19 @@ help: ## this list
 setup: $(STAMP) ## create .venv with everything the project is tested with
 
 # torch comes first and alone, so that no other package's range chooses its build.
-$(STAMP): pyproject.toml constraints.txt
+$(BASE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python >= 3.11 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 setup" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt -e ".[all]"
+	@touch $@
+
+$(STAMP): $(BASE)
 	$(PIP) -c constraints.txt -e ".[all,dev]"
 	@touch $@
 
-demo: setup ## train, pack, compare, export and describe a tiny Sana, into runs/demo
+demo: $(BASE) ## train, pack, compare, export and describe a tiny Sana, into runs/demo
 	$(BIN)/fbqat demo --output $(OUTPUT)
 
 test: setup ## the fast tests

@@ -205,7 +205,7 @@ def test_plan_without_weights(recipe_fields: dict[str, Any], tmp_path: Path, cap
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_fields | {"teacher": str(folder)})
     status, out, _ = run(capsys, "plan", recipe, "--gpus", "1x1GB", "--seconds-per-step", "2", "--set", "steps=30")
     assert status == 0
-    assert "\nMemory of each device, a batch of 4 at 32 x 32:\n" in out
+    assert "\nMemory of each device, 4 of 4 samples of a step at a time, 32 x 32:\n" in out
     assert "\nlatents of 12 pictures" in out
     assert "\nTime: 30 steps of 2 s are 0:01:00" in out
     assert "\n1x1GB: it does not fit" in out  # 1 GiB is kept free

@@ -31,7 +31,7 @@ def never(*_: Any, **__: Any) -> Any:
 def test_before_a_pipeline_is_loaded(
     options: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("load_pipeline", "load_recipe", "export_data", "export_bundle"):
+    for name in ("load_pipeline", "recipe_of_run", "export_data", "export_bundle"):
         monkeypatch.setattr(module, name, never)
     with pytest.raises(ExportError) as caught:
         export_run(tmp_path, tmp_path / "out", **options)
@@ -40,7 +40,7 @@ def test_before_a_pipeline_is_loaded(
 
 
 def test_the_output_folder_comes_first_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_recipe", never)
+    monkeypatch.setattr(module, "recipe_of_run", never)
     monkeypatch.setattr(module, "load_pipeline", never)
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ExportError, match="exists and is not empty"):

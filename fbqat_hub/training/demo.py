@@ -68,10 +68,9 @@ def demo(output: Path, *, steps: int | None = None) -> Path:
         second = pool.submit(_measure, *trained)
         first.result()
         training.result()
-        pool.submit(_measure, output, ours, ours=True).result()
-        exporting = pool.submit(_compile, output)
-        second.result()
-        exporting.result()
+        last = pool.submit(_compile, output), pool.submit(_measure, output, ours, ours=True)
+        for each in (second, *last):
+            each.result()
     _collect({**recipes, output: ours}, output)
     print(f"card: {write_card(output)}")
     print(f"done in {time.monotonic() - began:.0f} s. Look at {output}/README.md and {output}/images/comparison.png")

@@ -38,7 +38,7 @@ def stopping(self, number):
 loop.Loop.step = stopping
 sys.exit(main(sys.argv[2:]))
 """
-_SAME = ("step", "bit_width", "softness", "learning_rate")
+_SAME = ("step", "bit_width", "learning_rate")
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
 
 
