@@ -149,7 +149,7 @@ def speed_cpu_table() -> str:
             record.extra["setting"],
             f"{record.extra['float32_ms']:.0f}",
             f"{record.value:.0f}",
-            f"{record.extra['speedup']:.2f}",
+            _speedup(record.extra),
             f"{kept:.2f}" if (kept := record.extra.get("resident_bytes_a_weight")) else "not measured",
             f"{busy:.0f}" if (busy := record.extra.get("busy")) is not None else "not recorded",
             record.date[:10],
@@ -159,9 +159,16 @@ def speed_cpu_table() -> str:
     head = ("", "float32, ms", "W4A8, ms", "times as fast", "bytes a weight in memory", "load average", "date")
     machine = _speed_records()[-1].machine
     return (
-        f"{markdown(head, rows)}\n\nMedians of forwards in turn, on {machine['cpu']}, {machine['cores']} cores. The "
+        f"{markdown(head, rows)}\n\nMedians of forwards in turn, on {machine['cpu']}, {machine['cores']} cores; of "
+        "several processes the one with the median ratio, in brackets the least, the largest and their number. The "
         "load average is that of the machine, our own process included."
     )
+
+
+def _speedup(extra: dict[str, Any]) -> str:
+    ratios = extra.get("speedups", ())
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f}; {len(ratios)})" if len(ratios) > 1 else ""
+    return f"{extra['speedup']:.2f}{spread}"
 
 
 def speed_peers_table() -> str:
