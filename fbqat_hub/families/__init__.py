@@ -37,6 +37,11 @@ def family_of(pipeline_class: str) -> Family:
     return _with("pipeline_class", pipeline_class, "pipelines")
 
 
+def find_family(pipeline_class: str) -> Family | None:
+    """As `family_of`, and None of a pipeline of no supported family."""
+    return next((family for family in FAMILIES.values() if family.pipeline_class == pipeline_class), None)
+
+
 def family_of_denoiser(denoiser_class: str) -> Family:
     """The first family whose denoiser has that class name; ValueError with the classes there are.
 
@@ -52,4 +57,13 @@ def _with(attribute: str, value: str, kind: str) -> Family:
     return found[value]
 
 
-__all__ = ["FAMILIES", "Family", "component_configs", "family_of", "family_of_denoiser", "get_family", "moved"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "component_configs",
+    "family_of",
+    "family_of_denoiser",
+    "find_family",
+    "get_family",
+    "moved",
+]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
 from fbqat_hub.config import unknown_key_error
-from fbqat_hub.families import FAMILIES, Family
+from fbqat_hub.families import find_family
 
 # What a recipe or a command line can say. Tensors, callbacks and the like cannot be written there.
 _WORDS = {
@@ -66,7 +66,7 @@ def call_types(pipeline_class: str) -> dict[str, tuple[Any, ...]]:
     if not pipeline_class.endswith("Pipeline") or not hasattr(diffusers, pipeline_class):
         raise ValueError(f"diffusers has no pipeline {pipeline_class!r}.")
     parameters = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters.values()
-    family = _family_of(pipeline_class)
+    family = find_family(pipeline_class)
     may_be_none = family.may_be_none if family else frozenset()
     found = {
         each.name: _types(each, each.name in may_be_none) for each in parameters if each.kind is not each.VAR_KEYWORD
@@ -108,9 +108,5 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _size_multiple(pipeline_class: str) -> int:
     """What the sides of its pictures are multiples of."""
-    family = _family_of(pipeline_class)
+    family = find_family(pipeline_class)
     return family.size_multiple if family else 8
-
-
-def _family_of(pipeline_class: str) -> Family | None:
-    return next((family for family in FAMILIES.values() if family.pipeline_class == pipeline_class), None)

@@ -10,7 +10,7 @@ import torch
 
 from fbqat_hub.components import read_index
 from fbqat_hub.evaluation.pictures import grid
-from fbqat_hub.families import FAMILIES, component_configs
+from fbqat_hub.families import component_configs, find_family
 from fbqat_hub.files import whole
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.inputs import checked_device, output_picture, seeds
@@ -74,5 +74,5 @@ def generation_of(folder: Path, pipeline: Any) -> dict[str, Any]:
     recipe = folder / "recipe.yaml"
     if recipe.is_file():
         return dict(recipe_of_run(recipe).generation)
-    families = (family for family in FAMILIES.values() if family.pipeline_class == type(pipeline).__name__)
-    return next((dict(family.native_size(component_configs(pipeline))) for family in families), {})
+    family = find_family(type(pipeline).__name__)
+    return dict(family.native_size(component_configs(pipeline))) if family else {}
