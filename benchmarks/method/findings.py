@@ -69,6 +69,11 @@ JUDGED = (
     Finding("4.5 bits on average, GPTQ not trained: against trained 4", GPTQ_HALF_A_BIT, DEFAULT),
     Finding("at 4.7 stored bits: against torchao's QAT at 5.0 to 5.1", HALF_A_BIT, Side(UNIFORM, "torchao-qat")),
     Finding("training, 4.5 bits on average: against GPTQ", HALF_A_BIT, GPTQ_HALF_A_BIT),
+    Finding("W3A8: against LSQ", Side("hard-w3a8", "fbqat"), Side("hard-w3a8", "lsq-qat")),
+    Finding("one static range a layer: against LSQ", Side("hard-static", "fbqat"), Side("hard-static", "lsq-qat")),
+    Finding(
+        "a teacher with outlier channels: against LSQ", Side("hard-outliers", "fbqat"), Side("hard-outliers", "lsq-qat")
+    ),
     Finding("the soft staircase, 4 bits (left the code)", Side(UNIFORM, OURS), DEFAULT),
 )
 CHOICES = (

@@ -129,6 +129,8 @@ for _name, _choice in CHOICES.items():
 AVERAGES = (4.25, 4.5, 5.0, 6.0, 8.0)
 
 _GROUPS = {"quantization": {"group_size": 32}}
+# The layers and the loss that the shipped recipes train with.
+_IN_BLOCKS = {"train_layers": "blocks", "loss_weighting": "sampler"}
 _TRACKS: dict[str, dict[str, Any]] = {
     "w4a8": {},
     "constant": {"optimizer": {"learning_rate_schedule": "constant"}},
@@ -138,19 +140,16 @@ _TRACKS: dict[str, dict[str, Any]] = {
     "all-emoji": {"dataset": {"path": "openmoji", "groups": []}},  # to train on; what is held out stays
     "outliers": {},  # the student starts from a teacher with outlier channels
     **{f"train-{group}": {"train_layers": group} for group in ("blocks", "attention", "feed_forward")},
-    "train-blocks-weighted": {"train_layers": "blocks", "loss_weighting": "sampler"},
+    "train-blocks-weighted": _IN_BLOCKS,
     # average widths: the same method, layers and loss weights at 4 bits throughout and at more on average
-    "uniform-4": {"train_layers": "blocks", "loss_weighting": "sampler"},
-    **{
-        f"mixed-{average:g}": {
-            "quantization": {"average_bits": average},
-            "train_layers": "blocks",
-            "loss_weighting": "sampler",
-        }
-        for average in AVERAGES
-    },
+    "uniform-4": _IN_BLOCKS,
+    **{f"mixed-{average:g}": {"quantization": {"average_bits": average}, **_IN_BLOCKS} for average in AVERAGES},
+    # hard cases, in the form of uniform-4
+    "hard-w3a8": {"quantization": {"weight_bits": 3}, **_IN_BLOCKS},
+    "hard-static": {"quantization": {"activation_range": "static"}, **_IN_BLOCKS},  # by the rule of recipes
+    "hard-outliers": _IN_BLOCKS,
     "train-blocks-groups": {**_GROUPS, "train_layers": "blocks"},
-    "train-blocks-groups-weighted": {**_GROUPS, "train_layers": "blocks", "loss_weighting": "sampler"},
+    "train-blocks-groups-weighted": {**_GROUPS, **_IN_BLOCKS},
 }
 # The recipes that ship have an average of 4.5 bits; a track has the one that it names, or none.
 TRACKS = {
@@ -262,7 +261,7 @@ class Bench:
         torch.manual_seed(setting.seed)
         if recipe.training == "blockwise":
             return self._measured_blocks(setting, recipe, splits, draws, pictures)
-        with outlier_channels(self.teacher) if setting.track == "outliers" else nullcontext():
+        with outlier_channels(self.teacher) if setting.track in ("outliers", "hard-outliers") else nullcontext():
             student = method.prepare(recipe, self.teacher, splits["train"], draws)
         bits = recipe.config().weight_bits
         row: dict[str, Any] = {**vars(setting), "batch_size": recipe.batch_size}
