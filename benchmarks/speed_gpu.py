@@ -59,13 +59,7 @@ def _ours(model: Any, recipe: Any) -> Any:
     from fbqat_hub.quantization import convert, prepare
 
     config = recipe.config()
-    prepare(
-        model,
-        replace(config.weight_scheme(), clip="max_abs"),
-        config.activation_scheme(),
-        not_convert=config.modules_to_not_convert,
-        overrides=config.module_overrides,
-    )
+    prepare(model, replace(config.weight_scheme(), clip="max_abs"), **config.layer_options())
     convert(model)
     return model
 

@@ -150,6 +150,15 @@ class FBQATConfig(QuantizationConfigMixin, TransformersConfigMixin):
         """The activations' part, as the quantization package takes it."""
         return ActivationScheme(bits=self.activation_bits, range=self.activation_range)
 
+    def layer_options(self) -> dict[str, Any]:
+        """Which layers are quantized and how their inputs are, as arguments of ``quantization.prepare``."""
+        return {
+            "activations": self.activation_scheme(),
+            "not_convert": self.modules_to_not_convert,
+            "overrides": self.module_overrides,
+            "widths": self.weight_bits_by_module,
+        }
+
     def with_widths(self, widths: Mapping[str, int]) -> FBQATConfig:
         """The same with these widths by module, of which those that are ``weight_bits`` are left out; no average."""
         own = {name: bits for name, bits in sorted(widths.items()) if bits != self.weight_bits}

@@ -222,9 +222,7 @@ def bits_per_weight(student: nn.Module) -> float:
 
 def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
     """The layers of a float model that a recipe quantizes, in order."""
-    config = recipe.config()
-    skip, overrides = config.modules_to_not_convert, config.module_overrides
-    return targets(model, config.activation_scheme(), not_convert=skip, overrides=overrides)
+    return targets(model, **recipe.config().layer_options())
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

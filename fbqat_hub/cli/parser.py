@@ -178,7 +178,11 @@ def _convert(commands: Any) -> None:
     )
     sub.add_argument("--lora-scale", type=float, metavar="SCALE", help="of the adapter's change (default: 1)")
     sub.add_argument("--device", help="of gptq: cpu, cuda, cuda:1, mps or xpu, for one block (default: a GPU if any)")
-    _settings(sub, "arguments of the pipeline call, of gptq", "height=512 width=512 guidance_scale=3.5")
+    _settings(
+        sub,
+        "arguments of the pipeline call (its recipe keeps them, gptq samples with them)",
+        "height=512 guidance_scale=3.5",
+    )
 
 
 def _generate(commands: Any) -> None:

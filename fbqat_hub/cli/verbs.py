@@ -71,7 +71,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def convert(options: argparse.Namespace) -> None:
     """``fbqat convert``."""
-    given = [name for name in ("prompts", "samples", "device", "set") if getattr(options, name)]
+    given = [name for name in ("prompts", "samples", "device") if getattr(options, name)]
     if options.method != "gptq" and given:
         raise ValueError(f"--{given[0]} is for GPTQ; give --method gptq too, or leave it out.")
     if options.method == "gptq" and not options.prompts:
@@ -94,8 +94,9 @@ def convert(options: argparse.Namespace) -> None:
         options.variant,
         text_encoders=options.text_encoders,
         fit=options.fit,
-        gptq=Calibrated(prompts=prompts, call=call, device=options.device, **counted) if prompts else None,
+        gptq=Calibrated(prompts=prompts, device=options.device, **counted) if prompts else None,
         lora=Lora(options.lora, 1.0 if options.lora_scale is None else options.lora_scale) if options.lora else None,
+        call=call,
     )
     print(
         f"saved {output}. Its recipe.yaml names OpenMoji as data; measure it on prompts of your choice: "

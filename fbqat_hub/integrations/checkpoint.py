@@ -26,13 +26,7 @@ BUFFERS: Mapping[str, torch.dtype] = {
 
 def targets_of(model: nn.Module, config: FBQATConfig) -> list[Target]:
     """The layers of a float model that a config quantizes, as `targets`."""
-    return targets(
-        model,
-        config.activation_scheme(),
-        not_convert=config.modules_to_not_convert,
-        overrides=config.module_overrides,
-        widths=config.weight_bits_by_module,
-    )
+    return targets(model, **config.layer_options())
 
 
 def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLayer]:

@@ -102,13 +102,7 @@ def fake_student(recipe: Recipe, configs: Configs) -> Any:
     """As `prepare_student` makes it, but for the numbers: no clip is searched."""
     config, family = recipe.config(), get_family(recipe.family)
     student = build(configs["transformer"]).requires_grad_(False)
-    prepare(
-        student,
-        replace(config.weight_scheme(), clip="max_abs"),
-        config.activation_scheme(),
-        not_convert=config.modules_to_not_convert,
-        overrides=config.module_overrides,
-    )
+    prepare(student, replace(config.weight_scheme(), clip="max_abs"), **config.layer_options())
     if recipe.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     patterns = family.layer_groups[recipe.train_layers]

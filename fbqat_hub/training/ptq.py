@@ -23,9 +23,9 @@ from fbqat_hub.quantization.widths import widths_of_average
 from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
 from fbqat_hub.training.lora_merge import Lora, Merge
 from fbqat_hub.training.method import METHODS
-from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.sampled import open_sampler, sampled_inputs
-from fbqat_hub.training.teachers import resolve_teacher
+from fbqat_hub.training.teachers import SHIPPED, resolve_teacher
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.weights import stored_dtype
 
@@ -41,13 +41,11 @@ class Calibrated:
     Attributes:
         prompts: of the pictures; a few dozen are enough.
         samples: inputs of the denoiser that are kept, and that memory holds at every block.
-        call: arguments of the pipeline call, beside the size that the denoiser was trained for.
         device: where a block is run; a GPU if there is one and None is given.
     """
 
     prompts: Sequence[str]
     samples: int = METHODS["ptq-gptq"].gptq.samples
-    call: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
 
 
@@ -61,6 +59,7 @@ def convert_pipeline(
     fit: Fit | None = None,
     gptq: Calibrated | None = None,
     lora: Lora | None = None,
+    call: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Path:
     """Quantize the denoiser of a float pipeline to W4A8 as it is read, and save the whole pipeline.
@@ -84,6 +83,8 @@ def convert_pipeline(
         fit: what the result is to fit; finds ``average_bits``.
         gptq: GPTQ's codes in place of the nearest ones; its clip is "mse".
         lora: an adapter that is merged into each weight in float32 before it is quantized.
+        call: arguments of the pipeline call that GPTQ samples with and that the result's recipe keeps, beside the size
+            that the denoiser was trained for and, for a teacher that ships, those of its recipe.
         progress: show a bar, or a line now and then.
 
     Raises:
@@ -123,7 +124,11 @@ def convert_pipeline(
         "method": "ptq-gptq" if gptq else "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
         "quantization": dict(settings or {}),
         "text_encoders": text_encoders,
-        "generation": {**family.native_size(component_configs(pipeline)), **(gptq.call if gptq else {})},
+        "generation": {
+            **family.native_size(component_configs(pipeline)),
+            **_shipped_call(teacher, family),
+            **(call or {}),
+        },
     }
     if gptq:
         fields |= {"gptq": {"samples": gptq.samples}, "calibration_prompts": len(gptq.prompts[: gptq.samples])}
@@ -145,6 +150,13 @@ def convert_pipeline(
         convert_files(denoiser, config, partial / "transformer", variant, done=bar.update, change=merge, pack=pack)
         recipe.save(partial / "recipe.yaml")
     return output
+
+
+def _shipped_call(teacher: str, family: Family) -> dict[str, Any]:
+    """The arguments that the recipe of a teacher which ships calls its pipeline with; none of any other folder."""
+    if family.tiny is None or Path(teacher).resolve() not in SHIPPED.values():
+        return {}
+    return dict(load_recipe(family.tiny).generation)
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,7 @@ def started_student(
     """
     config = recipe.config()
     student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
-    prepare(
-        student,
-        config.weight_scheme(),
-        config.activation_scheme(),
-        not_convert=config.modules_to_not_convert,
-        overrides=config.module_overrides,
-        widths=widths,
-    )
+    prepare(student, config.weight_scheme(), **config.layer_options() | {"widths": widths})
     start(
         recipe,
         student,

@@ -79,14 +79,7 @@ def predict(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 def convert_in_memory(transformer: Any, config: FBQATConfig) -> Any:
     """prepare -> calibrate -> convert, as training does it."""
     model = copy.deepcopy(transformer)
-    prepare(
-        model,
-        config.weight_scheme(),
-        config.activation_scheme(),
-        not_convert=config.modules_to_not_convert,
-        overrides=config.module_overrides,
-        widths=config.weight_bits_by_module,
-    )
+    prepare(model, config.weight_scheme(), **config.layer_options())
     calibrate(model, [model_inputs()] if config.needs_calibration else [], rule="min_max")
     convert(model)
     attach(model, config)

@@ -30,7 +30,7 @@ _VAE = {"block_out_channels": [1], "temperal_downsample": []}
 def pack_denoiser(pipeline: Any, family: str) -> Any:
     """The pipeline's denoiser, packed in place as quantize-on-load packs it."""
     config = FBQATConfig(module_overrides=get_family(family).activation_overrides)
-    prepare(pipeline.transformer, config.weight_scheme(), config.activation_scheme(), overrides=config.module_overrides)
+    prepare(pipeline.transformer, config.weight_scheme(), **config.layer_options())
     convert(pipeline.transformer)
     attach(pipeline.transformer, config)
     return pipeline.transformer

@@ -79,7 +79,7 @@ def test_equals_the_whole_model(
     pipeline = whole_pipeline(folder)
     call = call_of(family, pipeline)
     made = convert_pipeline(
-        str(folder), tmp_path / "out", gptq=Calibrated(prompts=PROMPTS, samples=6, call=call, device="cpu")
+        str(folder), tmp_path / "out", gptq=Calibrated(prompts=PROMPTS, samples=6, device="cpu"), call=call
     )
     wanted = asked_of(pipeline, call)
     assert len(inputs) == len(wanted) >= 6
@@ -101,8 +101,8 @@ def test_equals_the_whole_model(
 
 
 def test_codes_are_not_the_nearest_ones_and_the_recipe_says_how(tiny_sana: Path, tmp_path: Path) -> None:
-    gptq = Calibrated(prompts=CAPTIONS, samples=4, call=CALL, device="cpu")
-    made = convert_pipeline(str(tiny_sana), tmp_path / "out", gptq=gptq)
+    gptq = Calibrated(prompts=CAPTIONS, samples=4, device="cpu")
+    made = convert_pipeline(str(tiny_sana), tmp_path / "out", gptq=gptq, call=CALL)
     nearest = convert_pipeline(str(tiny_sana), tmp_path / "nearest")
     left, right = load_file(made / WEIGHTS), load_file(nearest / WEIGHTS)
     assert {name: (each.dtype, each.shape) for name, each in left.items()} == {
@@ -121,10 +121,12 @@ def test_half_precision_and_a_variant(half_sana: Path, tmp_path: Path) -> None:
     """Computed in float32, whatever the files hold."""
     save_pipeline(load_pipeline(half_sana, torch.float32), tmp_path / "float")
     as_variant(shutil.copytree(half_sana, tmp_path / "variant"), "fp16")
-    gptq = Calibrated(prompts=PROMPTS, samples=3, call=CALL, device="cpu")
-    wanted = load_file(convert_pipeline(str(tmp_path / "float"), tmp_path / "a", gptq=gptq) / WEIGHTS)
+    gptq = Calibrated(prompts=PROMPTS, samples=3, device="cpu")
+    wanted = load_file(convert_pipeline(str(tmp_path / "float"), tmp_path / "a", gptq=gptq, call=CALL) / WEIGHTS)
     for number, (source, variant) in enumerate(((half_sana, None), (tmp_path / "variant", "fp16"))):
-        made = load_file(convert_pipeline(str(source), tmp_path / str(number), variant=variant, gptq=gptq) / WEIGHTS)
+        made = load_file(
+            convert_pipeline(str(source), tmp_path / str(number), variant=variant, gptq=gptq, call=CALL) / WEIGHTS
+        )
         packed = [name for name in wanted if name.endswith(("weight_packed", "weight_scale"))]
         assert [name for name in packed if not torch.equal(made[name], wanted[name])] == []
         assert made["scale_shift_table"].dtype == torch.float16
@@ -141,7 +143,7 @@ def test_stopped_in_a_block_leaves_nothing(error: BaseException, tiny_sana: Path
 
     monkeypatch.setattr(TensorFile, "write", stop)
     with pytest.raises(type(error)):
-        convert_pipeline(str(tiny_sana), output, gptq=Calibrated(prompts=["red"], samples=1, call=CALL, device="cpu"))
+        convert_pipeline(str(tiny_sana), output, gptq=Calibrated(prompts=["red"], samples=1, device="cpu"), call=CALL)
     assert not output.exists()
 
 
@@ -154,7 +156,7 @@ def test_only_the_block_that_runs_has_numbers(tiny_sana: Path, tmp_path: Path, m
         return load(streamed, name)
 
     monkeypatch.setattr(ptq.StreamedDenoiser, "block", watched)
-    convert_pipeline(str(tiny_sana), tmp_path / "out", gptq=Calibrated(prompts=["red"], samples=1, call=CALL))
+    convert_pipeline(str(tiny_sana), tmp_path / "out", gptq=Calibrated(prompts=["red"], samples=1), call=CALL)
     assert len(seen) == 2 * 2 + 2  # two steps of the sampler, and GPTQ
     assert all(devices == {"meta"} for devices in seen)
 
@@ -175,8 +177,8 @@ def killed(*given):
     write(*given)
 
 TensorFile.write = killed
-gptq = Calibrated(prompts=["red", "green"], samples=2, call=CALL, device="cpu")
-convert_pipeline(sys.argv[1], Path(sys.argv[2]), {"average_bits": 4.5}, gptq=gptq, progress=False)
+gptq = Calibrated(prompts=["red", "green"], samples=2, device="cpu")
+convert_pipeline(sys.argv[1], Path(sys.argv[2]), {"average_bits": 4.5}, gptq=gptq, call=CALL, progress=False)
 """
 
 
@@ -184,8 +186,8 @@ convert_pipeline(sys.argv[1], Path(sys.argv[2]), {"average_bits": 4.5}, gptq=gpt
 def test_killed_anywhere_it_is_whole_or_not_there_and_a_second_run_is_the_same(tiny_sana: Path, tmp_path: Path) -> None:
     """kill -9 before the first tensor, at one of the blocks, and at the last one."""
     given = {"average_bits": 4.5}
-    gptq = Calibrated(prompts=["red", "green"], samples=2, call=CALL, device="cpu")
-    wanted = convert_pipeline(str(tiny_sana), tmp_path / "whole", given, gptq=gptq, progress=False)
+    gptq = Calibrated(prompts=["red", "green"], samples=2, device="cpu")
+    wanted = convert_pipeline(str(tiny_sana), tmp_path / "whole", given, gptq=gptq, call=CALL, progress=False)
     tensors = len(load_file(wanted / WEIGHTS))
     output = tmp_path / "out"
     for count in (0, random.Random(1234).randrange(1, tensors - 1), tensors - 1):
@@ -196,7 +198,7 @@ def test_killed_anywhere_it_is_whole_or_not_there_and_a_second_run_is_the_same(t
         assert [path.name for path in output.iterdir()] == [".partial"]
         with pytest.raises(ValueError, match="is not a diffusers pipeline: it has no model_index"):
             load_pipeline(output)
-    convert_pipeline(str(tiny_sana), output, given, gptq=gptq, progress=False)
+    convert_pipeline(str(tiny_sana), output, given, gptq=gptq, call=CALL, progress=False)
     files = [path.relative_to(wanted) for path in sorted(wanted.rglob("*")) if path.is_file()]
     assert [path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file()] == files
     other = [path for path in files if (wanted / path).read_bytes() != (output / path).read_bytes()]
@@ -205,8 +207,8 @@ def test_killed_anywhere_it_is_whole_or_not_there_and_a_second_run_is_the_same(t
 
 def test_widths_are_chosen_on_the_prompts(tiny_sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the whole model in memory chooses them, and within the average."""
-    gptq = Calibrated(prompts=CAPTIONS[:3], samples=6, call=CALL, device="cpu")
-    made = convert_pipeline(str(tiny_sana), tmp_path / "out", {"average_bits": 5.0}, gptq=gptq)
+    gptq = Calibrated(prompts=CAPTIONS[:3], samples=6, device="cpu")
+    made = convert_pipeline(str(tiny_sana), tmp_path / "out", {"average_bits": 5.0}, gptq=gptq, call=CALL)
     assert "choose widths: 6 of 6 samples" in capsys.readouterr().err
     pipeline = whole_pipeline(tiny_sana)
     model, inputs = pipeline.transformer, asked_of(pipeline, CALL)
@@ -226,13 +228,16 @@ def test_what_is_wrong_leaves_nothing(tiny_sana: Path, tmp_path: Path) -> None:
     name = "transformer_blocks.0.ff.conv_inverted.bias"
     edit_tensors(weights_of(folder / "transformer"), lambda tensors: tensors[name].fill_(3e38))
     for gptq, settings, message in (
-        (Calibrated(prompts=["red"], call=CALL), {}, r"block transformer_blocks\.1: its inputs from batch 1 are not"),
-        (Calibrated(prompts=[], call=CALL), {}, "no prompts; give at least one"),
+        (Calibrated(prompts=["red"]), {}, r"block transformer_blocks\.1: its inputs from batch 1 are not"),
+        (Calibrated(prompts=[]), {}, "no prompts; give at least one"),
         (Calibrated(prompts=["red"]), {"weight_clip": "max_abs"}, "with --method gptq the clip is mse"),
-        (Calibrated(prompts=["red"], call={"steps": 3}), {}, "unknown key in recipe: generation"),
     ):
         with pytest.raises(ValueError, match=message):
-            convert_pipeline(str(folder), tmp_path / "out", settings, gptq=gptq, progress=False)
+            convert_pipeline(str(folder), tmp_path / "out", settings, gptq=gptq, call=CALL, progress=False)
+        assert not (tmp_path / "out").exists()
+    for gptq in (Calibrated(prompts=["red"]), None):
+        with pytest.raises(ValueError, match="unknown key in recipe: generation"):
+            convert_pipeline(str(folder), tmp_path / "out", gptq=gptq, call={"steps": 3}, progress=False)
         assert not (tmp_path / "out").exists()
 
 
@@ -264,3 +269,8 @@ def test_command(tiny_sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"saved {output}" in said.out
     assert "quantize blocks: 2 of 2 blocks, 100%" in said.err
     assert FAMILIES["sana"].name == load_recipe(output / "recipe.yaml").family
+    nearest = tmp_path / "nearest"
+    assert main(["convert", str(tiny_sana), "--output", str(nearest), "--set", *call]) == 0
+    generations = [load_recipe(made / "recipe.yaml").generation for made in (output, nearest)]
+    assert generations[0] == generations[1]
+    assert {name: generations[1][name] for name in CALL} == CALL

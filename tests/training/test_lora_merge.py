@@ -90,9 +90,9 @@ def test_equals_a_merge_in_memory(family: str, teacher_of: Callable[[str], Path]
 
 def test_with_gptq(adapters: list[Path], tiny_sana: Path, tmp_path: Path) -> None:
     merged = merged_by_peft(tiny_sana, adapters[0], 1.0, tmp_path / "merged")
-    gptq = Calibrated(prompts=["red", "blue"], samples=2, call=CALL, device="cpu")
-    ours = convert_pipeline(str(tiny_sana), tmp_path / "ours", gptq=gptq, lora=Lora(str(adapters[0])))
-    assert_same(ours, convert_pipeline(str(merged), tmp_path / "theirs", gptq=gptq))
+    gptq = Calibrated(prompts=["red", "blue"], samples=2, device="cpu")
+    ours = convert_pipeline(str(tiny_sana), tmp_path / "ours", gptq=gptq, call=CALL, lora=Lora(str(adapters[0])))
+    assert_same(ours, convert_pipeline(str(merged), tmp_path / "theirs", gptq=gptq, call=CALL))
 
 
 def test_half_precision_is_merged_in_float32(adapters: list[Path], half_sana: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.teachers import SHIPPED
 from tests.conftest import subprocess_environment
 
 WEIGHTS = Path("transformer/diffusion_pytorch_model.safetensors")
@@ -44,6 +45,15 @@ def test_recipe_beside_it_says_how(tiny_sana: Path, tmp_path: Path) -> None:
     assert written["module_overrides"] == recipe.config().module_overrides == {}
     assert len(written["modules_to_not_convert"]) == 8
     assert load_pipeline(folder).transformer.proj_out.activation_bits == 8
+
+
+@pytest.mark.parametrize("source", ["fbqat-hub/sana-tiny-openmoji", SHIPPED["fbqat-hub/sana-tiny-openmoji"]])
+def test_a_teacher_that_ships_is_called_as_its_recipe_says(source: str | Path, tmp_path: Path) -> None:
+    """Not with the long instruction before the prompt that SanaPipeline has by default."""
+    made = load_recipe(convert_pipeline(str(source), tmp_path / "out") / "recipe.yaml")
+    assert made.generation == load_recipe("sana-tiny").generation
+    other = convert_pipeline(str(source), tmp_path / "other", call={"num_inference_steps": 3})
+    assert load_recipe(other / "recipe.yaml").generation == {**made.generation, "num_inference_steps": 3}
 
 
 def test_last_layer_has_16_bit_activations_by_default(tiny_sana: Path, tmp_path: Path) -> None:
