@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.quantization.convert import Target, named_layers, quantizable, targets
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear, PackedPointwiseConv2d
-from fbqat_hub.quantization.packing import check_codes, pack
+from fbqat_hub.quantization.packing import pack
 from fbqat_hub.quantization.quantize import quantize_weight
 from fbqat_hub.text import names
-
-# What a packed layer stores beside its codes and bias, in these dtypes whatever the model's is (docs/format.md).
-BUFFERS: Mapping[str, torch.dtype] = {
-    "weight_scale": torch.float32,
-    "input_scale": torch.float32,
-    "input_zero_point": torch.int32,
-}
 
 
 def targets_of(model: nn.Module, config: FBQATConfig) -> list[Target]:
@@ -105,39 +97,3 @@ def quantized(layer: PackedLayer, name: str, weight: Tensor, config: FBQATConfig
     except ValueError as error:
         raise ValueError(f"{name}.weight cannot be quantized: {error}") from error
     return pack(codes, layer.weight_bits), scale
-
-
-def check_stored(layer: PackedLayer, tensor: str, value: Tensor, place: str) -> None:
-    """Raise ValueError if a stored tensor of a packed layer is not what docs/format.md has there.
-
-    Args:
-        tensor: its name, "weight_packed" or one of ``BUFFERS``.
-        place: what an error calls it, e.g. its file and its full name.
-    """
-    own = getattr(layer, tensor)
-    dtype = own.dtype if tensor == "weight_packed" else BUFFERS[tensor]
-    if value.dtype != dtype:
-        raise ValueError(f"{place} is {value.dtype}; docs/format.md has {dtype} there.")
-    if value.shape != own.shape:
-        raise ValueError(f"{place} has shape {tuple(value.shape)}; this model needs {tuple(own.shape)}.")
-    if tensor == "weight_packed":
-        _check_codes(place, value, layer.weight_bits)
-    else:
-        _check_range(place, value, layer.activation_scheme.bits)
-
-
-def _check_codes(place: str, value: Tensor, bits: int) -> None:
-    """Two codes of four bits fill a byte, whatever they are; one code in a byte of its own can leave its grid."""
-    if value.dtype == torch.int8:
-        try:
-            check_codes(value, bits)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error} The file is damaged.") from None
-
-
-def _check_range(place: str, value: Tensor, bits: int) -> None:
-    if value.is_floating_point():
-        if not bool((torch.isfinite(value) & (value > 0)).all()):
-            raise ValueError(f"{place} has scales that are not finite and above 0; the file is damaged.")
-    elif not 0 <= int(value) <= 2**bits - 1:
-        raise ValueError(f"{place} is {int(value)}; with {bits}-bit activations it must be from 0 to {2**bits - 1}.")

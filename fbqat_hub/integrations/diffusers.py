@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from fbqat_hub.config import FBQATConfig, is_packed
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.integrations.checkpoint import (
-    BUFFERS,
     check_shape,
-    check_stored,
     described,
     packed_layers,
     quantized,
@@ -34,7 +32,7 @@ from fbqat_hub.integrations.checkpoint import (
 from fbqat_hub.integrations.diffusers_models import is_fused_copy, refuse_adapters
 from fbqat_hub.integrations.wrapping import around
 from fbqat_hub.quantization.convert import named_layers, quantizable, replace_layers
-from fbqat_hub.quantization.packed import PackedLayer
+from fbqat_hub.quantization.packed import BUFFERS, PackedLayer
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
 from fbqat_hub.weights import StoredTensor, check_values, read_header, read_tensor
@@ -287,10 +285,10 @@ class FBQATDiffusersQuantizer(DiffusersQuantizer):
             name, _, tensor = key.rpartition(".")
             layer, place = self._layers.get(name), self._place(key)
             if layer is not None and tensor == "weight_packed":
-                check_stored(layer, tensor, value, place)
+                layer.check_stored(tensor, value, place)
             elif layer is not None and tensor in BUFFERS:
                 # The loader would cast it to the model's dtype; scales stay fp32.
-                check_stored(layer, tensor, value, place)
+                layer.check_stored(tensor, value, place)
                 layer._buffers[tensor] = state_dict.pop(key).clone()
             else:
                 if key in self._floats and not value.is_floating_point():

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from fbqat_hub.components import Component, read_index
 from fbqat_hub.config import is_packed
 from fbqat_hub.inputs import check_new
-from fbqat_hub.integrations.checkpoint import BUFFERS, check_stored
 from fbqat_hub.pipelines import copy_parts, downloaded, replacing
 from fbqat_hub.quantization.convert import named_layers
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
-from fbqat_hub.quantization.packed import PackedLayer
+from fbqat_hub.quantization.packed import BUFFERS, PackedLayer
 from fbqat_hub.quantization.packing import unpack
 from fbqat_hub.text import names as listed
 from fbqat_hub.untrusted import read_json
@@ -109,7 +108,7 @@ class PackedSource:
         if layer is None:
             check_values(value, f"{file}: {key}")
         else:
-            check_stored(layer, tensor, value, f"{file}: {key}")
+            layer.check_stored(tensor, value, f"{file}: {key}")
         return value
 
     def codes(self, name: str) -> Tensor:

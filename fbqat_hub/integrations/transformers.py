@@ -30,9 +30,7 @@ from fbqat_hub.components import Component, quiet, read_index
 from fbqat_hub.config import FBQATConfig, is_packed
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.integrations.checkpoint import (
-    BUFFERS,
     check_shape,
-    check_stored,
     described,
     packed_layers,
     quantized,
@@ -43,7 +41,7 @@ from fbqat_hub.integrations.diffusers_models import refuse_adapters
 from fbqat_hub.integrations.wrapping import around
 from fbqat_hub.pipelines import Writer
 from fbqat_hub.quantization.convert import matches, named_layers, quantizable, replace_layers
-from fbqat_hub.quantization.packed import PackedLayer
+from fbqat_hub.quantization.packed import BUFFERS, PackedLayer
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.weights import StoredTensor, check_finite, check_values, read_header, read_tensor
 
@@ -225,7 +223,7 @@ class FBQATHfQuantizer(HfQuantizer):
             for tensor in ("weight_packed", *BUFFERS):
                 value = getattr(layer, tensor)
                 if value is not None and not value.is_meta:
-                    check_stored(layer, tensor, value, f"{name}.{tensor}")
+                    layer.check_stored(tensor, value, f"{name}.{tensor}")
         for name, value in model.state_dict().items():
             if self.pre_quantized and not value.is_meta:
                 check_values(value, name)

@@ -7,8 +7,8 @@ They are an ``nn.Linear`` and an ``nn.Conv2d`` to other libraries, whose ``weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import ClassVar, NoReturn, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,16 @@ from fbqat_hub.quantization.kernels.reference import dequantize_weight
 from fbqat_hub.quantization.layer import Pointwise, QuantizedLayer
 from fbqat_hub.quantization.linear import FakeQuantizedLinear
 from fbqat_hub.quantization.logical import READ_ONLY, LogicalWeight
-from fbqat_hub.quantization.packing import NIBBLE, pack, packed_dtype, packed_width, unpack
+from fbqat_hub.quantization.packing import NIBBLE, check_codes, pack, packed_dtype, packed_width, unpack
 from fbqat_hub.quantization.quantize import group_count
 from fbqat_hub.quantization.scheme import ActivationScheme
+
+# What a packed layer stores beside its codes and bias, in these dtypes whatever the model's is (docs/format.md).
+BUFFERS: Mapping[str, torch.dtype] = {
+    "weight_scale": torch.float32,
+    "input_scale": torch.float32,
+    "input_zero_point": torch.int32,
+}
 
 
 class PackedLayer(QuantizedLayer):
@@ -142,6 +149,57 @@ class PackedLayer(QuantizedLayer):
             packed.input_scale.copy_(layer.input_scale)
             packed.input_zero_point.copy_(layer.input_zero_point)
         return packed
+
+    def check_stored(self, tensor: str, value: Tensor, place: str) -> None:
+        """Raise ValueError if a tensor is not what docs/format.md has in its place.
+
+        Args:
+            tensor: its name, "weight_packed" or one of ``BUFFERS``.
+            place: what an error calls it, e.g. its file and its full name.
+        """
+        own = getattr(self, tensor)
+        dtype = own.dtype if tensor == "weight_packed" else BUFFERS[tensor]
+        if value.dtype != dtype:
+            raise ValueError(f"{place} is {value.dtype}; docs/format.md has {dtype} there.")
+        if value.shape != own.shape:
+            raise ValueError(f"{place} has shape {tuple(value.shape)}; this model needs {tuple(own.shape)}.")
+        if tensor == "weight_packed":
+            self._check_codes(place, value)
+        else:
+            self._check_range(place, value)
+
+    def _check_codes(self, place: str, value: Tensor) -> None:
+        """Two codes of four bits fill a byte, whatever they are; one code in a byte of its own can leave its grid."""
+        if value.dtype == torch.int8:
+            try:
+                check_codes(value, self.weight_bits)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error} The file is damaged.") from None
+
+    def _check_range(self, place: str, value: Tensor) -> None:
+        if value.is_floating_point():
+            if not bool((torch.isfinite(value) & (value > 0)).all()):
+                raise ValueError(f"{place} has scales that are not finite and above 0; the file is damaged.")
+            return
+        highest = 2**self.activation_bits - 1
+        if not 0 <= int(value) <= highest:
+            raise ValueError(
+                f"{place} is {int(value)}; with {self.activation_bits}-bit activations it must be from 0 to {highest}."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """That of nn.Module, for tensors that are what they must be; ``load_state_dict`` raises for others."""
+        errors = rest[-1]
+        for tensor in ("weight_packed", *BUFFERS):
+            value: Any = state_dict.get(prefix + tensor)
+            plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta  # no numbers to look at in others
+            if plain and getattr(self, tensor) is not None:
+                try:
+                    self.check_stored(tensor, value, prefix + tensor)
+                except ValueError as error:
+                    errors.append(str(error))
+                    return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def activation_bits(self) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fbqat_hub.components import INDEX, TEXTS, read_index
 from fbqat_hub.config import FBQATConfig
-from fbqat_hub.integrations.checkpoint import BUFFERS, packed_layers
+from fbqat_hub.integrations.checkpoint import packed_layers
 from fbqat_hub.integrations.transformers import TEXT_ENCODERS
+from fbqat_hub.quantization.packed import BUFFERS
 from fbqat_hub.training.bases import build_on_meta, configs_of
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teachers import resolve_teacher

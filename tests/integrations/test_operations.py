@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import CpuOffload, remove_hook_from_module
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from safetensors.torch import load_file
@@ -187,6 +189,33 @@ def test_group_offload_is_exact(packed, kind: str, tmp_path: Path) -> None:
     for _ in range(2):
         assert torch.equal(predict(model, family), before)
     assert bool(list(tmp_path.iterdir())) == (kind == "to disk")
+
+
+@pytest.mark.cell("enable_model_cpu_offload")
+def test_model_offload_is_exact(packed) -> None:
+    family, pipeline = packed
+    before = predict(pipeline.transformer, family)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert isinstance(pipeline.transformer._hf_hook, CpuOffload)
+    assert torch.equal(predict(pipeline.transformer, family), before)
+    pipeline.remove_all_hooks()
+    assert torch.equal(predict(pipeline.transformer, family), before)
+
+
+@pytest.mark.cell("enable_sequential_cpu_offload")
+@pytest.mark.parametrize("buffers", [False, True])
+def test_sequential_offload_is_exact(packed, buffers: bool) -> None:
+    """What diffusers does with each model; codes, and scales with ``buffers``, are on the device in a forward only."""
+    family, pipeline = packed
+    model = pipeline.transformer
+    before = predict(model, family)
+    cpu_offload(model, torch.device("cpu"), offload_buffers=buffers)
+    for name, layer in named_layers(model, PackedLayer):
+        assert (layer.weight_packed.is_meta, layer.weight_scale.is_meta) == (True, buffers), name
+    for _ in range(2):
+        assert torch.equal(predict(model, family), before)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(predict(model, family), before)
 
 
 @pytest.mark.cell("save_pretrained(safe_serialization=False)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,29 @@ def test_tensors_are_those_of_the_table(static: bool) -> None:
         assert tensor.dtype == expected[dtype[1]], name
         if tensor.dim() == 0:
             assert "scalar" in table[dtype.end() :].split("|")[0], name
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("weight_scale", torch.tensor([math.nan] * 3), "has scales that are not finite and above 0"),
+        ("weight_scale", torch.tensor([0.1, -0.1, 0.1]), "has scales that are not finite and above 0"),
+        ("weight_scale", torch.ones(3, dtype=torch.float16), "is torch.float16; docs/format.md has torch.float32"),
+        ("weight_scale", torch.ones(1), r"has shape \(1,\); this model needs \(3,\)"),
+        ("weight_packed", torch.full((3, 4), 99, dtype=torch.int8), "codes run from 99 to 99; 5 bits hold"),
+        ("input_zero_point", torch.tensor(-1, dtype=torch.int32), "is -1; with 8-bit activations it must be from 0"),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_refuses_what_the_format_does_not_have(
+    tensor: str, value: torch.Tensor, message: str, assign: bool
+) -> None:
+    model = torch.nn.Sequential(PackedLinear(4, 3, weight_bits=5, activation_scheme=ActivationScheme(range="static")))
+    for buffer in model.buffers():
+        buffer.fill_(1)
+    model[0].weight_packed.data.zero_()
+    stored = {name: each.clone() for name, each in model.state_dict().items()}
+    model.load_state_dict(stored, assign=assign)
+    with pytest.raises(RuntimeError, match=rf"0\.{tensor}:? .*{message}"):
+        model.load_state_dict({**stored, f"0.{tensor}": value}, assign=assign)
+    assert all(torch.equal(each, stored[name]) for name, each in model.state_dict().items())
