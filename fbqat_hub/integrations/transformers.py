@@ -124,6 +124,14 @@ def text_encoder_config(part: Component, precision: str, variant: str | None = N
     )
 
 
+def attach(model: Any, config: FBQATConfig) -> None:
+    """Make a model that was just converted one that ``save_pretrained`` writes as a packed checkpoint."""
+    model.hf_quantizer = FBQATHfQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.hf_quantizer.write_config(model)
+
+
 class FBQATHfQuantizer(HfQuantizer):
     """Swaps linear layers for packed ones, before loading or as each weight is read, and checks what goes into them.
 
@@ -160,7 +168,7 @@ class FBQATHfQuantizer(HfQuantizer):
     ) -> Any:
         if not self.pre_quantized:
             self.quantization_config.modules_to_not_convert = sorted(
-                {*self.quantization_config.modules_to_not_convert, *_tied(model)}
+                {*self.quantization_config.modules_to_not_convert, *tied_layers(model)}
             )
         _keep_in_fp32(model)
         self.layers = packed_layers(model, self.quantization_config)
@@ -227,10 +235,14 @@ class FBQATHfQuantizer(HfQuantizer):
         for name, value in model.state_dict().items():
             if self.pre_quantized and not value.is_meta:
                 check_values(value, name)
-        self.quantization_config = described(model, self.quantization_config)
-        model.config.quantization_config = self.quantization_config
+        self.write_config(model)
         self.layers, self.files = {}, {}
         return model
+
+    def write_config(self, model: Any) -> None:
+        """Put the config, with the layers left in float and all widths by name, where ``save_pretrained`` finds it."""
+        self.quantization_config = described(model, self.quantization_config)
+        model.config.quantization_config = self.quantization_config
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         if not getattr(model, "_hf_peft_config_loaded", False):  # else the adapter is saved, alone
@@ -293,7 +305,7 @@ def _swap(model: nn.Module, name: str, layer: PackedLayer) -> None:
     model.set_submodule(name, layer)
 
 
-def _tied(model: Any) -> list[str]:
+def tied_layers(model: Any) -> list[str]:
     """Linear layers that share their weight with an embedding: an output head, which stays in float with it."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     shared = {key.removesuffix(".weight") for pair in tied.items() for key in pair}

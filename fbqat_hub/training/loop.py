@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -37,11 +37,23 @@ from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loss import held_out_loss, mean_squared
+from fbqat_hub.training.method import Optimizer
 from fbqat_hub.training.recipe import Recipe
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # A line a step, in the folder of a run.
 LOG = "training_log.jsonl"
+
+
+class Rates(Protocol):
+    """What of a recipe says how its optimizer runs."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
 
 
 def accelerator_of(recipe: Recipe) -> Accelerator:
@@ -274,7 +286,7 @@ def distill(
 
 
 def set_step(
-    recipe: Recipe, schedule: BitSchedule, student: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    recipe: Rates, schedule: BitSchedule, student: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> LogLine:
     """Bring a student and its optimizer (`optimizer_of`) to the width, the rounding and the rate of a step, from 0.
 
@@ -300,7 +312,7 @@ def check_finite(line: LogLine, recipe: Recipe, output: Path) -> None:
         )
 
 
-def learning_rate_factor(recipe: Recipe, step: int) -> float:
+def learning_rate_factor(recipe: Rates, step: int) -> float:
     """Learning rate at ``step`` as a share of the peak: linear warm-up, then constant or cosine to 0."""
     rule = recipe.optimizer
     warm = min(1.0, (step + 1) / rule.warmup_steps) if rule.warmup_steps else 1.0
@@ -309,7 +321,7 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
-def optimizer_of(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(recipe: Rates, student: nn.Module) -> torch.optim.Optimizer:
     """Adam of what is trainable: weights and biases, and clips at a rate of their own."""
     clips: list[nn.Parameter] = []
     weights: list[nn.Parameter] = []
