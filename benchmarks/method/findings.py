@@ -58,6 +58,7 @@ class Finding(NamedTuple):
 
 DEFAULT = Side(UNIFORM, "fbqat")
 HALF_A_BIT = Side(MIXED, "fbqat")
+PROMPTED = Side("prompts-4.5", "fbqat")
 GPTQ_HALF_A_BIT = Side(MIXED, "ptq-gptq", 0)
 JUDGED = (
     Finding("training, 4 bits: against GPTQ", DEFAULT, Side(UNIFORM, "ptq-gptq", 0)),
@@ -69,6 +70,7 @@ JUDGED = (
     Finding("4.5 bits on average, GPTQ not trained: against trained 4", GPTQ_HALF_A_BIT, DEFAULT),
     Finding("at 4.7 stored bits: against torchao's QAT at 5.0 to 5.1", HALF_A_BIT, Side(UNIFORM, "torchao-qat")),
     Finding("training, 4.5 bits on average: against GPTQ", HALF_A_BIT, GPTQ_HALF_A_BIT),
+    Finding("prompts alone, no pictures, 4.5 bits on average", PROMPTED, HALF_A_BIT),
     Finding("the soft staircase, 4 bits (left the code)", Side(UNIFORM, OURS), DEFAULT),
 )
 CHOICES = (

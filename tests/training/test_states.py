@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from fbqat_hub.families import FAMILIES, Family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training import cache
+from fbqat_hub.training import cache, loop
 from fbqat_hub.training.cache import SampledSplit, cache_folder, cached_splits
 from fbqat_hub.training.costs import costs, report
 from fbqat_hub.training.dataset import check_local_data
@@ -24,7 +24,7 @@ from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.states import STEPS
 from fbqat_hub.training.trajectories import kept_steps
-from tests.conftest import CAPTIONS, call_of, most_families
+from tests.conftest import CAPTIONS, call_of, most_families, weights_of
 
 
 @pytest.fixture
@@ -190,13 +190,32 @@ def test_the_cache_depends_on_the_prompts_and_on_what_makes_the_pictures(prompte
     assert cache_folder(recipe).name not in names
 
 
-def test_a_run_without_pictures(prompted, tmp_path: Path) -> None:
-    run = train(prompted(quantization={"average_bits": 4.5}), tmp_path / "run", progress=False)
+@pytest.mark.slow
+def test_a_run_without_pictures_resumes_to_the_bit_and_is_measured(prompted, tmp_path: Path, monkeypatch) -> None:
+    recipe, save = prompted(quantization={"average_bits": 4.5}), loop.save_checkpoint
+    whole = train(recipe, tmp_path / "whole", progress=False)
+
+    def saving(folder: Path, done: int, *rest: Any) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+        save(folder, done, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", saving)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "cut", progress=False)
+    run = train(recipe, tmp_path / "cut", resume=True, progress=False)
+    files = [weights_of(folder / "transformer").read_bytes() for folder in (whole, run)]
+    assert files[0] == files[1]
     found = evaluate(run, metrics=["kd_loss", "psnr", "fd_real"], progress=False)
-    losses = {record.metric: record.value for record in found.records}
-    assert 0 < losses["kd_loss"] < float("inf")
-    assert "psnr" in losses
+    assert {record.metric for record in found.records} == {"kd_loss", "psnr"}
     assert "0 of the prompts have a real picture" in found.not_measured["fd_real"]
+
+
+def test_blocks_are_trained_without_pictures(prompted, tmp_path: Path) -> None:
+    blockwise = {"samples": 8, "steps": 2, "tuning_steps": 1}
+    run = train(prompted(training="blockwise", blockwise=blockwise), tmp_path / "run", progress=False)
+    assert weights_of(run / "transformer").exists()
 
 
 @pytest.mark.parametrize(
