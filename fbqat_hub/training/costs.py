@@ -120,12 +120,11 @@ class Costs:
 
     @property
     def largest_part(self) -> int:
-        """Bytes of the largest component but the denoiser, which alone is on the device while block-wise data is made.
-
-        In the precision of training.
-        """
-        others = [count for name, count in self.parameters.items() if name != "transformer"]
-        return _width(self.recipe) * max(others, default=0)
+        """Bytes of the largest component, which alone is on the device while block-wise data is made, in the precision
+        of training. The denoiser is there only to make pictures of prompts."""
+        sampled = "prompts" in self.recipe.dataset
+        used = [count for name, count in self.parameters.items() if sampled or name != "transformer"]
+        return _width(self.recipe) * max(used, default=0)
 
     @functools.cached_property
     def blocks(self) -> BlockMemory:

@@ -113,10 +113,7 @@ def load_teacher(recipe: Recipe) -> Any:
 def _encoded(recipe: Recipe, pipeline: Any, device: torch.device) -> dict[str, CachedSplit]:
     """The recipe's data, encoded on ``device``; the pipeline is on the CPU again, to make room for the training."""
     if recipe.training == "blockwise" and device.type != "cpu":  # which may have no room for the whole pipeline
-        if "prompts" in recipe.dataset:  # nor for the whole denoiser, which makes the pictures
-            pipeline.enable_sequential_cpu_offload(device=device)
-        else:
-            pipeline.enable_model_cpu_offload(device=device)
+        pipeline.enable_model_cpu_offload(device=device)
         splits = cached_splits(recipe, pipeline)
         pipeline.remove_all_hooks()
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,8 @@ def test_the_plan_counts_what_is_on_disk(half: str, prompted, tiny_sana: Path) -
             stored += file.get_tensor("latents").nbytes
     assert (found.captions, found.pictures) == (12, 24)
     assert found.pictures * found.latents == stored
+    parts = {**found.parameters, "text_encoder": 0, "vae": 0}
+    assert replace(found, parameters=parts).largest_part == (2 if half == "bf16" else 4) * parts["transformer"]
     text = report(found, None, None)
     assert "latents that the sampler passes through, 24 pictures" in text
     assert "makes 2 pictures of each prompt in 2 steps, 48 calls of the denoiser" in text
