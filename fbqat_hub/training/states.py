@@ -49,6 +49,9 @@ def sampled_states(
     Returns:
         "latents" [N, K, C, H, W], as ``Family.noisy`` gives them, and "timesteps" [N, K], on the CPU; K is `STEPS`, or
         all steps of a sampler that takes fewer. And whether the sampler also asks without the prompt.
+
+    Raises:
+        ValueError: latents that are not finite; the first prompt is named.
     """
     _, height, width = family.latent_shape(component_configs(pipeline), size)
     noise = [generator("sampled picture", *each) for each in pictures]
@@ -56,6 +59,12 @@ def sampled_states(
     with _watched(pipeline, family) as seen:
         pipeline(prompt=[prompt for prompt, _ in pictures], generator=noise, output_type="latent", **generation)
     latents = torch.stack([family.noisy_of_sampler(pipeline.scheduler, value) for _, value in seen.steps], dim=1)
+    for (prompt, _), own in zip(pictures, latents, strict=True):
+        if not own.isfinite().all():
+            raise ValueError(
+                f"the teacher's latents for {prompt!r:.80} are not finite: it is broken, or its numbers overflow in "
+                f"{own.dtype}. Nothing was kept of them."
+            )
     shape = latents.shape[:2]
     latents = family.unpack_latents(latents.flatten(0, 1), height, width).unflatten(0, shape)
     times = torch.stack([time.expand(shape[0]) for time, _ in seen.steps], dim=1)

@@ -131,6 +131,15 @@ def test_an_interrupted_sampling_goes_on(prompted, tiny_sana: Path, monkeypatch)
     assert len(first[0].flatten(1).unique(dim=0)) == 20
 
 
+def test_a_teacher_that_overflows_is_refused(prompted, tiny_sana: Path) -> None:
+    recipe, pipeline = prompted(seed=3, dataset={"seeds": 1}), load_pipeline(tiny_sana)
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"the teacher's latents for '.*' are not finite"):
+        cached_splits(recipe, pipeline)
+    assert not list(cache_folder(recipe).rglob("*.safetensors"))
+
+
 def test_draws_depend_on_their_key_alone(prompted, tiny_sana: Path) -> None:
     recipe, pipeline = prompted(), load_pipeline(tiny_sana)
     split = cached_splits(recipe, pipeline)["train"]
