@@ -102,7 +102,7 @@ def read_prompts(path: Path) -> list[str]:
     """
     prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} is empty; write one prompt on each line, or leave --prompts out.")
+        raise ValueError(f"{path} is empty; write one prompt on each line.")
     return prompts
 
 

@@ -58,6 +58,7 @@ class Finding(NamedTuple):
 
 DEFAULT = Side(UNIFORM, "fbqat")
 HALF_A_BIT = Side(MIXED, "fbqat")
+PROMPTED = Side("prompts-4.5", "fbqat")
 GPTQ_HALF_A_BIT = Side(MIXED, "ptq-gptq", 0)
 JUDGED = (
     Finding("training, 4 bits: against GPTQ", DEFAULT, Side(UNIFORM, "ptq-gptq", 0)),
@@ -74,6 +75,7 @@ JUDGED = (
     Finding(
         "a teacher with outlier channels: against LSQ", Side("hard-outliers", "fbqat"), Side("hard-outliers", "lsq-qat")
     ),
+    Finding("prompts alone, no pictures, 4.5 bits on average", PROMPTED, HALF_A_BIT),
     Finding("the soft staircase, 4 bits (left the code)", Side(UNIFORM, OURS), DEFAULT),
 )
 CHOICES = (

@@ -148,6 +148,16 @@ _TRACKS: dict[str, dict[str, Any]] = {
     "hard-w3a8": {"quantization": {"weight_bits": 3}, **_IN_BLOCKS},
     "hard-static": {"quantization": {"activation_range": "static"}, **_IN_BLOCKS},  # by the rule of recipes
     "hard-outliers": _IN_BLOCKS,
+    # the average of the recipes, trained on prompts alone: the captions of the pictures that the others have
+    "prompts-4.5": {
+        "quantization": {"average_bits": 4.5},
+        **_IN_BLOCKS,
+        "dataset": {
+            "prompts": "openmoji",
+            "groups": ["Smileys & Emotion", "Animals & Nature", "Food & Drink"],
+            "seeds": 2,
+        },
+    },
     "train-blocks-groups": {**_GROUPS, "train_layers": "blocks"},
     "train-blocks-groups-weighted": {**_GROUPS, **_IN_BLOCKS},
 }
@@ -241,7 +251,7 @@ class Bench:
         self.extractor = OpenMojiFeatures.load()
         self._draws: dict[int, Remembered] = {}
         self._original: tuple[Tensor, Tensor] | None = None
-        self._other: CachedSplit | None = None
+        self._others: dict[str, CachedSplit] = {}
 
     def measure(self, setting: Setting, *, pictures: bool = True) -> dict[str, Any]:
         """Train and measure one setting; a flat row of results.
@@ -326,12 +336,13 @@ class Bench:
         return {**means, "sampler": statistics.fmean(judged), "draws": len(judged), "sampler_by_caption": by_caption}
 
     def _splits_of(self, recipe: Recipe) -> dict[str, CachedSplit]:
-        """The splits of the family's recipe, with other training pictures where ``recipe`` has other ones."""
+        """The splits of the family's recipe, with other training data where ``recipe`` has other."""
         if recipe.dataset == load_recipe(RECIPES[self.family]).dataset:
             return self.splits
-        if self._other is None:
-            self._other = cached_splits(recipe, self.pipeline)["train"]
-        return {**self.splits, "train": self._other}
+        key = str(recipe.dataset)
+        if key not in self._others:
+            self._others[key] = cached_splits(recipe, self.pipeline)["train"]
+        return {**self.splits, "train": self._others[key]}
 
     def _train(
         self,

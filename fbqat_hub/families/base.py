@@ -52,6 +52,7 @@ class Family(ABC):
         latents_input, timestep_input: what its forward calls them.
         takes_tensors: whether its forward is given nothing but tensors, with a batch or of ``constant_inputs``.
         stacks: names of the denoiser's lists of blocks, in the order in which they run.
+        needs_pictures: why it cannot be trained on prompts alone; empty where it can.
         constant_inputs: arguments of the denoiser's forward without a batch, which are constants of its graph.
         options_without_graph: switches of the denoiser's config which, when on, keep it from being exported.
         without_graph: why no denoiser of the family can be exported; empty where it can.
@@ -75,6 +76,7 @@ class Family(ABC):
     timestep_input: ClassVar[str] = "timestep"
     takes_tensors: ClassVar[bool] = True
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    needs_pictures: ClassVar[str] = ""
     constant_inputs: ClassVar[tuple[str, ...]] = ()
     options_without_graph: ClassVar[tuple[str, ...]] = ()
     without_graph: ClassVar[str] = ""
@@ -98,6 +100,11 @@ class Family(ABC):
         Args:
             generation: arguments of the pipeline call; what it leaves out has the call's own default.
         """
+
+    def encode_no_prompt(self, pipeline: Any, generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        """As ``encode_prompts``, of the one text of the sampler's second call where it guides: by default the negative
+        prompt, which is empty if none is given."""
+        return self.encode_prompts(pipeline, [generation.get("negative_prompt") or ""], generation)
 
     def picture_conditioning(self, latents: Tensor) -> dict[str, Tensor]:
         """Conditioning that comes from a training picture beside its caption, of its latents; by default nothing."""
@@ -193,6 +200,10 @@ class Family(ABC):
 
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return float(calculate_shift(tokens, *(scheduler.config[name] for name in names)))
+
+    def noisy_of_sampler(self, scheduler: Any, latents: Tensor) -> Tensor:
+        """What a sampler has between two steps as ``noisy`` gives it, packed or not; by default the same."""
+        return latents
 
     def target(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What the denoiser of a perfect model predicts; by default the velocity of flow matching, noise - latents."""

@@ -182,6 +182,7 @@ class FluxKontext(Flux):
     pipeline_class: ClassVar[str] = "FluxKontextPipeline"
     few_steps: ClassVar[int] = 0
     without_bundle: ClassVar[str] = "a bundle has no encoder of the reference picture"
+    needs_pictures: ClassVar[str] = "it edits a reference picture"
     tiny: ClassVar[str | None] = None
 
     def picture_conditioning(self, latents: Tensor) -> dict[str, Tensor]:

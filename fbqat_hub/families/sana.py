@@ -45,6 +45,10 @@ class Sana(Family):
         embeds, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **arguments)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
+    def encode_no_prompt(self, pipeline: Any, generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Without the instruction that stands before other prompts."""
+        return super().encode_no_prompt(pipeline, {**generation, "complex_human_instruction": None})
+
     def conditioning_shapes(
         self, config: Mapping[str, Any], generation: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]]:
@@ -115,6 +119,9 @@ class SanaSprint(Sana):
         angle = torch.where(progress > 0.5, first, second) if few_step else first * logit_normal(progress)
         cosine, sine = (value[:, None, None, None] for value in (angle.cos(), angle.sin()))
         return cosine * latents + sine * noise, angle
+
+    def noisy_of_sampler(self, scheduler: Any, latents: Tensor) -> Tensor:
+        return latents / scheduler.config.sigma_data
 
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         level = timestep.sin() / (timestep.cos() + timestep.sin())

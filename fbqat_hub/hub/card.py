@@ -342,6 +342,6 @@ def _literal(value: Any) -> str:
 def _dataset_names(recipe: Mapping[str, Any]) -> list[str]:
     given = recipe.get("dataset")
     if isinstance(given, Mapping):
-        given = given.get("name") or given.get("path")
+        given = given.get("name") or given.get("path") or given.get("prompts")
     names = [public_name(str(name)) for name in (given if isinstance(given, list) else [given]) if name]
     return [PROMPT_DATA.get(name, name) for name in names]

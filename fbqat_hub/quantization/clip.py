@@ -20,7 +20,8 @@ from fbqat_hub.quantization.fake_quantize import grid, symmetric_scale
 # A zero row would give a scale of 0 and codes of 0/0.
 TINY_CLIP = 1e-8
 
-# Values searched at a time: on a CPU what fits its cache (2^18 x 4 bytes = 1 MiB), on a GPU what keeps it busy.
+# Values that are worked on at a time: on a CPU what fits its cache (2^18 x 4 bytes = 1 MiB), on a GPU what keeps it
+# busy.
 _BLOCK, _GPU_BLOCK = 2**18, 2**22
 # Values of a row that are summed at a time: torch splits a longer sum among threads, which would change its last bits.
 _PIECE = 2**14
@@ -137,10 +138,14 @@ def mse_clip(grouped: Tensor, bit_width: float) -> Tensor:
     Returns:
         [..., 1], positive, same dtype.
     """
-    rows = grouped.reshape(-1, grouped.shape[-1])
-    block = _BLOCK if rows.device.type == "cpu" else _GPU_BLOCK
-    blocks = rows.split(max(1, block // rows.shape[-1]))
+    blocks = row_blocks(grouped.reshape(-1, grouped.shape[-1]))
     return torch.cat([_search(block, bit_width) for block in blocks]).view(*grouped.shape[:-1], 1)
+
+
+def row_blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows [N, n] in the parts of which a device works on one at a time, the last perhaps smaller; views."""
+    block = _BLOCK if rows.device.type == "cpu" else _GPU_BLOCK
+    return rows.split(max(1, block // rows.shape[-1]))
 
 
 def _search(rows: Tensor, bit_width: float) -> Tensor:

@@ -103,10 +103,11 @@ def pack_int4(codes: Tensor) -> Tensor:
     [[241, 7]]
     """
     check_codes(codes, NIBBLE)
-    nibbles = codes.view(torch.uint8) & 0xF
     if codes.shape[-1] % 2:
-        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    bytes_ = codes.view(torch.uint8)
+    packed = bytes_[..., 1::2] << 4
+    return packed.bitwise_or_(bytes_[..., 0::2] & 0xF)
 
 
 def unpack_int4(packed: Tensor, in_features: int) -> Tensor:

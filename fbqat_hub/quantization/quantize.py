@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fbqat_hub.quantization.clip import CLIPS
+from fbqat_hub.quantization.clip import CLIPS, row_blocks
 from fbqat_hub.quantization.fake_quantize import grid, symmetric_scale
 from fbqat_hub.quantization.scheme import WeightScheme
 
@@ -15,6 +15,8 @@ def quantize_weight(
     weight: Tensor, scheme: WeightScheme, *, clip: Tensor | None = None, bit_width: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight; real = scale * code.
+
+    Rows are taken some at a time, so that beside the weight and its codes there is no memory of their size.
 
     Args:
         weight: [out, in], or [out, in, 1, 1] of a 1x1 convolution; any float dtype. It is not changed.
@@ -35,6 +37,25 @@ def quantize_weight(
     bit_width = scheme.bits if bit_width is None else bit_width
     if not weight.numel():
         raise ValueError(f"the weight has shape {tuple(weight.shape)}: there is nothing to quantize.")
+    weight = weight.flatten(1)
+    if scheme.granularity == "per_tensor":
+        return _quantized(weight, scheme, clip, bit_width)
+    parts = row_blocks(weight)
+    clips: list[Tensor | None] = [None] * len(parts)
+    if clip is not None:
+        groups = () if scheme.group_size is None else (group_count(scheme.group_size, weight.shape[1]),)
+        clips = list(clip.expand(len(weight), *groups, 1).split(len(parts[0])))
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = []
+    for part, own, target in zip(parts, clips, codes.split(len(parts[0])), strict=True):
+        found, scale = _quantized(part, scheme, own, bit_width)
+        target.copy_(found)
+        scales.append(scale)
+    return codes, torch.cat(scales)
+
+
+def _quantized(weight: Tensor, scheme: WeightScheme, clip: Tensor | None, bit_width: float) -> tuple[Tensor, Tensor]:
+    """`quantize_weight` of rows [N, in], all at once."""
     rows = grouped(weight, scheme)
     if not bool(torch.isfinite(rows).all()):
         raise ValueError("the weight has values that are not finite.")
@@ -43,11 +64,10 @@ def quantize_weight(
         found.on_width(rows, bit_width)
         clip = found.value(rows, bit_width)
     scales = symmetric_scale(clip, bit_width)
-    out_features, in_features = weight.shape[:2]
-    codes = quantize(rows, scales, bit_width).view(out_features, in_features)
+    codes = quantize(rows, scales, bit_width).view(weight.shape)
     if scheme.granularity == "per_group":
         return codes, scales.squeeze(-1)
-    return codes, scales.reshape(-1).expand(out_features).contiguous()
+    return codes, scales.reshape(-1).expand(len(weight)).contiguous()
 
 
 def quantize(values: Tensor, scale: Tensor, bit_width: float) -> Tensor:

@@ -1,8 +1,10 @@
 """Latents and prompt embeddings of a data set, computed once and kept on disk.
 
 A split is a folder with shards (`fbqat_hub.training.shards`) of its pictures' latents, and of the embeddings of its
-distinct captions. A run in half precision keeps both in that precision, and the embeddings without their padding; a run
-in float32 keeps what was computed. Pictures that cannot be used are left out, and listed in ``left-out.txt``.
+distinct captions. Of prompts alone the latents are those that the teacher's sampler passes through
+(`fbqat_hub.training.states`). A run in half precision keeps both in that precision, and the embeddings without their
+padding; a run in float32 keeps what was computed. Pictures that cannot be used are left out, and listed in
+``left-out.txt``.
 """
 
 from __future__ import annotations
@@ -26,18 +28,24 @@ from fbqat_hub.families import Family, get_family
 from fbqat_hub.files import whole
 from fbqat_hub.pictures import pixels
 from fbqat_hub.training.captioned import load_pictures
-from fbqat_hub.training.dataset import SKIP
+from fbqat_hub.training.dataset import SEEDS, SKIP
 from fbqat_hub.training.embeddings import Embeddings, without_padding
 from fbqat_hub.training.pictures import name_of, training_picture
+from fbqat_hub.training.prompts import training_prompts
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.shards import Rows, Shard, fill
+from fbqat_hub.training.states import sampled_states
 from fbqat_hub.training.teachers import resolve_teacher
 
 SPLITS = ("train", "validation", "test")
 # Counts the changes of what the files mean; a cache of another version is not looked at.
 _VERSION = 2
-# Encoded at a time: one picture of 1024 x 1024, which takes half a gigabyte for each layer of 128 channels.
+# Encoded, or made by the sampler, at a time: one picture of 1024 x 1024, which takes half a gigabyte for each layer of
+# 128 channels.
 _PIXELS = 2**20
+# Pictures of a shard that the sampler makes, of which each takes seconds: what an interruption costs at most.
+_SAMPLED = 256
+_OTHER_DATA = "{folder} was encoded from other data under the same name; delete it to encode it anew."
 
 
 class CachedSplit:
@@ -65,16 +73,61 @@ class CachedSplit:
         samples = [int(index) for index in indices]
         places = [_place(self._starts[0], sample) for sample in samples]
         latents = torch.stack([self._latents[shard][row] for shard, row in places])
+        return _full(latents), self._conditioning(samples)
+
+    def _conditioning(self, samples: list[int]) -> dict[str, Tensor]:
         places = [_place(self._starts[1], self._prompts[self.captions[sample]]) for sample in samples]
         rows = [self._embeddings[shard].row(row) for shard, row in places]
-        conditioning = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return _full(latents), {name: _full(value) for name, value in conditioning.items()}
+        return {name: _full(torch.stack([row[name] for row in rows])) for name in rows[0]}
 
     def first(self, count: int) -> CachedSplit:
         """The first samples alone."""
         part = copy.copy(self)
         part.captions = self.captions[:count]
         return part
+
+
+class SampledSplit(CachedSplit):
+    """One split of prompts: what the teacher's own sampler asks of the denoiser, indexable by picture.
+
+    A sample is a picture that the sampler makes, of which the noisy latents of some steps are kept, [K, C, H, W]. With
+    guidance each of them is a state twice, with the prompt and without it.
+
+    Args:
+        captions, prompts, embeddings: as `CachedSplit`.
+        pictures: shards of the rows "latents" and "timesteps".
+        unprompted: conditioning of the sampler's second call, without a batch; None where it makes one.
+    """
+
+    def __init__(
+        self,
+        captions: list[str],
+        prompts: Mapping[str, int],
+        pictures: list[Shard],
+        embeddings: list[Shard],
+        unprompted: Mapping[str, Tensor] | None,
+    ) -> None:
+        super().__init__(captions, prompts, pictures, embeddings)
+        self._timesteps = [shard.tensors["timesteps"] for shard in pictures]
+        self._unprompted = unprompted
+
+    def states(self, indices: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Noisy latents [B, C, H, W], timesteps [B] and conditioning of a state of each picture.
+
+        Args:
+            indices: int64 [B].
+            uniform: [B] from 0 to 1, which chooses the state.
+        """
+        samples = [int(index) for index in indices]
+        conditioning = self._conditioning(samples)
+        calls = 1 if self._unprompted is None else 2
+        chosen = (uniform * self._timesteps[0].shape[1] * calls).long()
+        places = [(*_place(self._starts[0], n), int(step)) for n, step in zip(samples, chosen // calls, strict=True)]
+        for name, value in (self._unprompted or {}).items():
+            conditioning[name][chosen % calls == 1] = value
+        latents = torch.stack([self._latents[shard][row, step] for shard, row, step in places])
+        timesteps = torch.stack([self._timesteps[shard][row, step] for shard, row, step in places])
+        return _full(latents), timesteps, conditioning
 
 
 def _full(value: Tensor) -> Tensor:
@@ -101,17 +154,28 @@ def _place(starts: list[int], item: int) -> tuple[int, int]:
 
 
 def cached_splits(recipe: Recipe, pipeline: Any) -> dict[str, CachedSplit]:
-    """Latents and conditioning of the recipe's data under its teacher, from disk or encoded now."""
-    data = load_pictures(recipe.dataset, max(recipe.size))
+    """Latents and conditioning of the recipe's data under its teacher, from disk or encoded now.
+
+    Args:
+        pipeline: the teacher, with its adapter merged.
+    """
     family, folder = get_family(recipe.family), cache_folder(recipe)
+    if "prompts" in recipe.dataset:
+        encoder = _Encoder(pipeline, family, recipe.size, recipe.generation, recipe.half)
+        prompts, seeds = training_prompts(recipe.dataset), recipe.dataset.get("seeds", SEEDS)
+        return {split: encoder.sampled(prompts[split], seeds, folder / split) for split in SPLITS}
+    data = load_pictures(recipe.dataset, max(recipe.size))
     options = {"dtype": recipe.half, "skip": recipe.dataset.get("skip", SKIP)}
     return build_cache(pipeline, family, data, recipe.size, recipe.generation, folder, **options)
 
 
 def cache_folder(recipe: Recipe) -> Path:
     """Where what the teacher makes of the recipe's data is kept."""
-    teacher, dtype = resolve_teacher(recipe.teacher), recipe.half
-    key = cache_key(teacher, recipe.dataset, recipe.size, recipe.generation, dtype)
+    teacher, dataset = resolve_teacher(recipe.teacher), dict(recipe.dataset)
+    if "prompts" in dataset:  # what the denoiser makes of them, its adapter too
+        dataset["prompts"] = training_prompts(dataset)
+        dataset["lora"] = [recipe.lora, recipe.lora_scale, _files(recipe.lora)]
+    key = cache_key(teacher, dataset, recipe.size, recipe.generation, recipe.half)
     return default_cache_dir() / "encoded" / f"{recipe.family}-{key}"
 
 
@@ -168,7 +232,7 @@ class _Encoder:
     size: tuple[int, int]
     generation: Mapping[str, Any]
     dtype: torch.dtype | None
-    skip: float
+    skip: float = SKIP
 
     def split(self, data: datasets.Dataset, folder: Path) -> CachedSplit:
         """From the folder, or made now."""
@@ -180,7 +244,7 @@ class _Encoder:
         _LeftOut(folder.name, len(captions), self.skip).count(notes)
         embeddings = fill(folder, "captions", len(distinct), lambda rows: self._captions(distinct, rows))
         if len(notes) != len(captions) or [note for shard in embeddings for note in shard.notes] != distinct:
-            raise ValueError(f"{folder} was encoded from other data under the same name; delete it to encode it anew.")
+            raise ValueError(_OTHER_DATA.format(folder=folder))
         said = [note for note in notes if note]
         if said:
             with whole(folder / "left-out.txt") as partial:
@@ -191,6 +255,40 @@ class _Encoder:
         if not used:
             raise ValueError(f"no picture of the split {folder.name} can be used; the last: {said[-1]}")
         return CachedSplit(used, prompts, latents, embeddings)
+
+    def sampled(self, prompts: list[str], seeds: int, folder: Path) -> SampledSplit:
+        """Of prompts alone: from the folder, or made now by the sampler, ``seeds`` pictures of each."""
+        pictures = [(prompt, number) for prompt in prompts for number in range(seeds)]
+        states = fill(folder, "states", len(pictures), lambda rows: self._states(pictures, rows), most=_SAMPLED)
+        embeddings = fill(folder, "captions", len(prompts), lambda rows: self._captions(prompts, rows))
+        notes = [note for shard in states for note in shard.notes]
+        if [note["prompt"] for note in notes] != [prompt for prompt, _ in pictures]:
+            raise ValueError(_OTHER_DATA.format(folder=folder))
+        unprompted = None
+        if notes[0]["guided"]:
+            (shard,) = fill(folder, "no-prompt", 1, lambda _: self._no_prompt())
+            unprompted = Embeddings(shard.tensors).row(0)
+        rows = {prompt: row for row, prompt in enumerate(prompts)}
+        return SampledSplit([prompt for prompt, _ in pictures], rows, states, embeddings, unprompted)
+
+    def _states(self, pictures: list[tuple[str, int]], rows: range) -> Rows:
+        batch, parts, notes = pictures[rows.start : rows.stop], [], []
+        for first in range(0, len(batch), self._at_once):
+            part = batch[first : first + self._at_once]
+            tensors, guided = sampled_states(self.pipeline, self.family, part, self.size, self.generation)
+            parts.append(tensors)
+            notes += [{"prompt": prompt, "guided": guided} for prompt, _ in part]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Rows({**found, "latents": found["latents"].to(self.dtype or found["latents"].dtype)}, notes)
+
+    @torch.no_grad()
+    def _no_prompt(self) -> Rows:
+        return Rows(without_padding(self.family.encode_no_prompt(self.pipeline, self.generation), self.dtype))
+
+    @property
+    def _at_once(self) -> int:
+        """Pictures that are encoded or made at a time."""
+        return max(1, _PIXELS // (self.size[0] * self.size[1]))
 
     @torch.no_grad()
     def _pictures(self, data: datasets.Dataset, rows: range, left_out: _LeftOut) -> Rows:
@@ -208,9 +306,9 @@ class _Encoder:
         left_out.count(notes)
         if not images:
             return Rows({}, notes)
-        at_once = max(1, _PIXELS // (self.size[0] * self.size[1]))
         parts = [
-            self.family.encode_images(self.pipeline, part.float() / 127.5 - 1) for part in pixels(images).split(at_once)
+            self.family.encode_images(self.pipeline, part.float() / 127.5 - 1)
+            for part in pixels(images).split(self._at_once)
         ]
         latents = torch.cat(parts)
         return Rows({"latents": latents.to(self.dtype or latents.dtype)}, notes)

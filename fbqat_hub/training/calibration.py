@@ -45,6 +45,6 @@ def export_data(recipe: Recipe, scheduler: Any) -> ExportData:
     return ExportData(
         calibration=list(draws.calibration(splits["train"], _CALIBRATION_SAMPLES)),
         held_out=list(itertools.islice(draws.held_out(splits["test"], 1, 1), _HELD_OUT_SAMPLES)),
-        texts=splits["train"].captions[:_CALIBRATION_SAMPLES],
-        prompts=recipe.prompts or splits["test"].captions,
+        texts=list(dict.fromkeys(splits["train"].captions))[:_CALIBRATION_SAMPLES],
+        prompts=recipe.prompts or list(dict.fromkeys(splits["test"].captions)),
     )

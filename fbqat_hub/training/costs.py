@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import inspect
 import json
 import math
 import re
@@ -19,11 +20,12 @@ from fbqat_hub.text import columns
 from fbqat_hub.training.bases import Configs, build_on_meta, configs_of, parameters
 from fbqat_hub.training.block_footprint import BlockMemory, block_memory
 from fbqat_hub.training.captioned import pictures_in
-from fbqat_hub.training.dataset import folder_of
+from fbqat_hub.training.dataset import SEEDS, folder_of
 from fbqat_hub.training.fit import other_bytes, packed_size
 from fbqat_hub.training.footprint import StepMemory, step_memory
-from fbqat_hub.training.prompts import PROMPT_SETS
+from fbqat_hub.training.prompts import PROMPT_SETS, training_prompts
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.states import STEPS
 
 # Two checkpoints are kept while the third is written.
 _CHECKPOINTS = 3
@@ -67,8 +69,9 @@ class Costs:
 
     Attributes:
         parameters: component -> number.
-        pictures: of the data; None where they cannot be counted without loading them.
-        embeddings, latents: bytes on disk of a picture, the embeddings at most.
+        captions, pictures: of the data, or prompts and what the sampler makes of them; None where they cannot be
+            counted without loading them.
+        embeddings, latents: bytes on disk of a caption, at most, and of a picture.
         packed: bytes of the quantized denoiser.
         others: bytes of the other parts of the finished pipeline.
         devices: that share each batch, end to end.
@@ -76,6 +79,7 @@ class Costs:
 
     recipe: Recipe
     parameters: Mapping[str, int]
+    captions: int | None
     pictures: int | None
     embeddings: int
     latents: int
@@ -116,12 +120,11 @@ class Costs:
 
     @property
     def largest_part(self) -> int:
-        """Bytes of the largest component but the denoiser, which alone is on the device while block-wise data is made.
-
-        In the precision of training.
-        """
-        others = [count for name, count in self.parameters.items() if name != "transformer"]
-        return _width(self.recipe) * max(others, default=0)
+        """Bytes of the largest component, which alone is on the device while block-wise data is made, in the precision
+        of training. The denoiser is there only to make pictures of prompts."""
+        sampled = "prompts" in self.recipe.dataset
+        used = [count for name, count in self.parameters.items() if sampled or name != "transformer"]
+        return _width(self.recipe) * max(used, default=0)
 
     @functools.cached_property
     def blocks(self) -> BlockMemory:
@@ -172,10 +175,12 @@ def costs(recipe: Recipe) -> Costs:
     check_trains(recipe)
     configs, counts = configs_of(recipe.teacher), parameters(recipe.teacher)
     embeddings, latents = cached_bytes(recipe, configs)
+    captions = _captions(recipe.dataset)
     return Costs(
         recipe=recipe,
         parameters=counts,
-        pictures=_pictures(recipe.dataset),
+        captions=captions,
+        pictures=None if captions is None else captions * _of_a_prompt(recipe),
         embeddings=embeddings,
         latents=latents,
         packed=packed_size(recipe).at(recipe.quantization.average_bits),
@@ -188,8 +193,8 @@ def cached_bytes(recipe: Recipe, configs: Configs) -> tuple[int, int]:
     family = get_family(recipe.family)
     whole = {name: build_on_meta(configs[name]).config for name in ("transformer", "vae")}
     shapes = family.conditioning_shapes(whole["transformer"], recipe.generation).values()
-    width = _width(recipe)
-    return width * sum(map(math.prod, shapes)), width * math.prod(family.latent_shape(whole, recipe.size))
+    width, kept = _width(recipe), min(STEPS, _sampler_steps(recipe)) if "prompts" in recipe.dataset else 1
+    return width * sum(map(math.prod, shapes)), kept * width * math.prod(family.latent_shape(whole, recipe.size))
 
 
 def check_trains(recipe: Recipe) -> None:
@@ -258,6 +263,7 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
         "Disk:",
         columns(_disk(found), numbers_from=1),
         "",
+        *(_sampling(found) if "prompts" in recipe.dataset else []),
         *([] if blockwise else _time(found, seconds_per_step)),
     ]
     fit = (_blocks_fit if blockwise else _fit)(found, gpus) if gpus else []
@@ -312,16 +318,27 @@ def _blocks_fit(found: Costs, gpus: Gpus) -> list[str]:
 
 def _disk(found: Costs) -> list[tuple[str, str]]:
     recipe, rows = found.recipe, [("the teacher, in half precision", gb(found.download))]
-    source = PROMPT_SETS.get(str(recipe.dataset["path"]))
-    if source:
-        rows.append((f"the data set {recipe.dataset['path']}", source.download))
-    if found.pictures is None:
+    sampled = "prompts" in recipe.dataset
+    if source := PROMPT_SETS.get(_source(recipe.dataset)):
+        name, pictures = source.download.split(", ")
+        rows.append((f"the data set {_source(recipe.dataset)}", name if sampled else f"{name}, {pictures}"))
+    what = "latents that the sampler passes through," if sampled else "latents of"
+    if found.captions is None or found.pictures is None:
         rows.append(("embeddings of a caption, at most", f"{found.embeddings / 1e3:,.1f} kB"))
-        rows.append(("latents of a picture", f"{found.latents / 1e3:,.1f} kB"))
+        rows.append((f"{what} a picture", f"{found.latents / 1e3:,.1f} kB"))
     else:
-        rows.append((f"embeddings of {found.pictures:,} captions, at most", gb(found.pictures * found.embeddings)))
-        rows.append((f"latents of {found.pictures:,} pictures", gb(found.pictures * found.latents)))
+        rows.append((f"embeddings of {found.captions:,} captions, at most", gb(found.captions * found.embeddings)))
+        rows.append((f"{what} {found.pictures:,} pictures", gb(found.pictures * found.latents)))
     return [*rows, ("checkpoints", gb(found.checkpoints)), ("the quantized pipeline", gb(found.output))]
+
+
+def _sampling(found: Costs) -> list[str]:
+    steps, each = _sampler_steps(found.recipe), _of_a_prompt(found.recipe)
+    calls = "" if found.pictures is None else f", {found.pictures * steps:,} calls of the denoiser"
+    return [
+        f"Before training the teacher's sampler makes {each} pictures of each prompt in {steps} steps{calls}; with "
+        "guidance each call is of two."
+    ]
 
 
 def _time(found: Costs, seconds: float | None) -> list[str]:
@@ -390,12 +407,31 @@ def _buckets(found: Costs, gpus: Gpus) -> int:
     return found.memory.student if gpus.count > 1 else 0
 
 
-def _pictures(dataset: Mapping[str, Any]) -> int | None:
-    source = PROMPT_SETS.get(str(dataset["path"]))
+def _captions(dataset: Mapping[str, Any]) -> int | None:
+    source = PROMPT_SETS.get(_source(dataset))
     if source:
         return min(source.rows, int(dataset.get("count") or source.rows))
+    if "prompts" in dataset:
+        return None if _source(dataset) in PROMPT_SETS else sum(map(len, training_prompts(dataset).values()))
     folder: Path | None = folder_of(dataset)
     return len(pictures_in(folder)) if folder else None
+
+
+def _source(dataset: Mapping[str, Any]) -> str:
+    return str(dataset.get("path", dataset.get("prompts")))
+
+
+def _of_a_prompt(recipe: Recipe) -> int:
+    """Pictures."""
+    return int(recipe.dataset.get("seeds", SEEDS)) if "prompts" in recipe.dataset else 1
+
+
+def _sampler_steps(recipe: Recipe) -> int:
+    import diffusers
+
+    name = "num_inference_steps"
+    call = getattr(diffusers, get_family(recipe.family).pipeline_class).__call__
+    return int(recipe.generation.get(name, inspect.signature(call).parameters[name].default))
 
 
 def _width(recipe: Recipe) -> int:

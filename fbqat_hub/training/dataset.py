@@ -1,4 +1,5 @@
-"""What a recipe can say of its data, checked before any of it is read; ``captioned.load_pictures`` reads it."""
+"""What a recipe can say of its data, checked before any of it is read: pictures, which ``captioned.load_pictures``
+reads, or prompts alone, which ``prompts.training_prompts`` reads."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ NAMED = {"openmoji": {"groups"}, "mjhq-30k": {"count"}, "pixart-eval-30k": {"cou
 LOADED = {"name", "data_dir", "data_files", "split", "revision", "cache_dir", "image_column", "caption_column"}
 # Of every set: the share of its pictures that may be left out because they cannot be used.
 SKIP = 0.01
+# Of prompts alone: how many pictures the teacher's sampler makes of each, every one from a noise of its own.
+SEEDS = 4
 # Builders of datasets that take local files; they are no folders and no Hub ids.
 BUILDERS = ("imagefolder", "webdataset", "parquet", "json", "csv", "arrow")
 
@@ -25,16 +28,27 @@ def check_dataset(dataset: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the key, and the nearest that is allowed.
     """
-    path = dataset.get("path")
-    if not isinstance(path, str) or not path.strip():
-        raise ValueError(f"recipe: dataset is {dict(dataset)}; it needs a path, e.g. {{path: openmoji}}.")
-    allowed = NAMED.get(path, LOADED) | {"path", "skip"}
+    given = [key for key in ("path", "prompts") if key in dataset]
+    if len(given) == 2:
+        raise ValueError(
+            "recipe: dataset has both path, of pictures, and prompts; to train on prompts alone, take path out."
+        )
+    source = dataset[given[0]] if given else None
+    if not isinstance(source, str) or not source.strip():
+        raise ValueError(
+            f"recipe: dataset is {dict(dataset)}; it needs a path, e.g. {{path: openmoji}}, or prompts, e.g. "
+            "{prompts: prompts.txt}."
+        )
+    of_source = NAMED.get(source, LOADED if given == ["path"] else set())
+    allowed = of_source | ({"path", "skip"} if given == ["path"] else {"prompts", "seeds"})
     if unknown := set(dataset) - allowed:
-        raise unknown_key_error(f"recipe.dataset ({path})", unknown, allowed)
+        raise unknown_key_error(f"recipe.dataset ({source})", unknown, allowed)
     for key, value in dataset.items():
         texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if key == "count":
             good, must = type(value) is int and value >= 3, "a whole number of at least 3"
+        elif key == "seeds":
+            good, must = type(value) is int and value >= 1, "a whole number of at least 1"
         elif key == "skip":
             good, must = type(value) in (int, float) and 0 <= value <= 1, "a share from 0 to 1, e.g. 0.01"
         elif key == "groups":
@@ -56,13 +70,19 @@ def check_local_data(dataset: Mapping[str, Any]) -> None:
     Raises:
         FileNotFoundError: ``path`` or ``data_dir`` is no folder.
         ValueError: a row of a ``metadata.jsonl`` that is not JSON, or whose caption is not text (file and row are
-            named); or an unknown group of OpenMoji.
+            named); an unknown group of OpenMoji; or as ``prompts.training_prompts`` of a file.
     """
-    path = str(dataset["path"])
+    path = str(dataset.get("path", dataset.get("prompts")))
     if path == "openmoji":
         from fbqat_hub.training.openmoji import check_groups  # needs the extra `training`
 
         check_groups(dataset.get("groups", ()))
+    if "prompts" in dataset:
+        if path not in NAMED:
+            from fbqat_hub.training.prompts import training_prompts
+
+            training_prompts(dataset)
+        return
     folder = folder_of(dataset)
     for file in sorted(folder.rglob("metadata.jsonl")) if folder else ():
         _check_captions(file, str(dataset.get("caption_column", "caption")))

@@ -1,4 +1,4 @@
-"""Prompts of an evaluation, as `datasets`: OpenMoji offline, MJHQ-30K, PixArt-Sigma's and YE-POP from the Hub.
+"""Prompts of an evaluation or of a training: OpenMoji offline, MJHQ-30K, PixArt-Sigma's and YE-POP from the Hub.
 
 Each of the sets on the Hub is one JSON table of prompts and one zip of pictures; the zip is downloaded only where the
 pictures are asked for.
@@ -7,6 +7,7 @@ pictures are asked for.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import datasets
 import torch
 
+from fbqat_hub.inputs import read_prompts
 from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.untrusted import read_json
@@ -73,6 +75,8 @@ PROMPT_SETS: dict[str, HubPrompts | None] = {
 
 _LARGEST_PICTURE = 2**28  # bytes, as unpacked
 _LARGEST_TABLE = 2**28
+# Of prompts to train on, in each of the splits that are held out.
+_HELD_OUT = 0.025
 
 
 def load_prompts(name: str, count: int | None = None, *, seed: int = 0, images: bool = False) -> datasets.Dataset:
@@ -111,6 +115,42 @@ def load_prompts(name: str, count: int | None = None, *, seed: int = 0, images: 
         features=datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image(decode=False)}),
         gen_kwargs={"archive": str(_file(source, name, source.archive)), "rows": [chosen]},
     )
+
+
+def training_prompts(dataset: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Split -> the prompts of a recipe that trains on prompts alone; each once, no split has another's.
+
+    Of a file, or of a set on the Hub, the validation and test splits have 2.5% each, at least one prompt, by a hash of
+    the text: where a prompt stands does not matter. OpenMoji's splits are its own.
+
+    Args:
+        dataset: {"prompts": a text file with a prompt on each line, or a key of `PROMPT_SETS`}, perhaps with "count"
+            of the latter, or "groups" of OpenMoji.
+
+    Raises:
+        OSError, ValueError: as `read_prompts` and `load_prompts`, or fewer than three different prompts.
+    """
+    name = str(dataset["prompts"])
+    if name == "openmoji":
+        splits = {
+            split: list(rows["caption"]) for split, rows in load_openmoji(groups=dataset.get("groups", ())).items()
+        }
+    else:
+        named = name in PROMPT_SETS
+        found = list(load_prompts(name, dataset.get("count"))["prompt"]) if named else read_prompts(Path(name))
+        by_hash = sorted(set(found), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+        if len(by_hash) < 3:
+            raise ValueError(
+                f"recipe: dataset.prompts, {name}, has {len(by_hash)} different prompts; give at least 3, to train, to "
+                "validate and to test on."
+            )
+        held = max(1, round(_HELD_OUT * len(by_hash)))
+        splits = {"test": by_hash[:held], "validation": by_hash[held : 2 * held], "train": found}
+    taken: set[str] = set()
+    for split in ("test", "validation", "train"):
+        splits[split] = [prompt for prompt in dict.fromkeys(splits[split]) if prompt not in taken]
+        taken |= set(splits[split])
+    return splits
 
 
 def _rows(source: HubPrompts, name: str) -> list[tuple[str, str]]:

@@ -114,7 +114,9 @@ class Recipe:
         method: a key of ``METHODS``.
         dataset: {"path": "openmoji"}, {"path": "ye-pop"} or another set of ``training.prompts``, or arguments of
             ``datasets.load_dataset`` with image_column, caption_column. ``skip``: the share of its pictures that may be
-            left out (default 0.01).
+            left out (default 0.01). Without pictures {"prompts": a text file with a prompt on each line, or one of
+            these sets}: training is where the teacher's own sampler asks its denoiser; ``seeds``: how many pictures it
+            makes of each prompt (default 4).
         generation: arguments of the pipeline call. Its height and width (512 if neither is said) are also those of the
             training pictures.
         prompts: drawn in the evaluation before all others; the first ten are the rows of the picture sheet.
@@ -222,6 +224,11 @@ class Recipe:
             must = "at least 1" if method.trains else "0, for it does not train"
             raise ValueError(f"recipe: steps of method {self.method} is {self.steps}; it must be {must}.")
         check_dataset(self.dataset)
+        if "prompts" in self.dataset and family.needs_pictures:
+            raise ValueError(
+                f"recipe: dataset has prompts alone, and a {family.title} needs pictures: {family.needs_pictures}. "
+                "Give dataset.path."
+            )
         self.config()  # these two check their own values
         schedule = self.bit_schedule()
         self._check_average(schedule)

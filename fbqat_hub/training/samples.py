@@ -24,7 +24,7 @@ from fbqat_hub.training.cache import CachedSplit, cache_folder, cache_key
 from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.pictures import picture_of
-from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts
+from fbqat_hub.training.prompts import PROMPT_SETS, load_prompts, training_prompts
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.teachers import resolve_teacher
 
@@ -61,6 +61,10 @@ def asked_prompts(recipe: Recipe, prompts: str | None, exactly: int | None, with
     """
     count = exactly or recipe.evaluation.images
     if prompts is None:
+        if "prompts" in recipe.dataset:
+            own = training_prompts(recipe.dataset)
+            texts = _prompts_of(recipe, count, own["train"], own["test"])
+            return Asked(texts, Path(recipe.dataset["prompts"]).name, lambda: iter(()))
         data = load_pictures(recipe.dataset, max(recipe.size))
         texts = _prompts_of(recipe, count, data["train"]["caption"], data["test"]["caption"])
         return Asked(texts, str(recipe.dataset["path"]), lambda: _real_of_recipe(data, texts))

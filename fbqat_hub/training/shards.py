@@ -51,13 +51,14 @@ class Shard(Rows):
     stop: int = 0
 
 
-def fill(folder: Path, kind: str, total: int, make: Callable[[range], Rows]) -> list[Shard]:
+def fill(folder: Path, kind: str, total: int, make: Callable[[range], Rows], *, most: int = sys.maxsize) -> list[Shard]:
     """The shards of items 0 to ``total``, in order, from ``folder``; what is missing there is made.
 
     A file that is cut, or that something else wrote, is named and made anew.
 
     Args:
         make: the rows of up to 32 items that follow each other.
+        most: items of a shard, however small they are.
 
     Raises:
         OSError: the disk is full, say; shards that were written before stay.
@@ -69,7 +70,7 @@ def fill(folder: Path, kind: str, total: int, make: Callable[[range], Rows]) -> 
         while (first := shards[-1].stop if shards else 0) < total:
             path = folder / f"{kind}-{first:09d}.safetensors"
             if path.name not in known:
-                _write(path, first, total, make, progress)
+                _write(path, first, min(total, first + most), make, progress)
             shard = known.get(path.name) or _read(path)
             assert shard  # written just now
             shards.append(shard)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, WeightScheme, quantize_weight
+from fbqat_hub.quantization import clip as clip_module
 from fbqat_hub.quantization.clip import CLIPS, mse_clip
 from fbqat_hub.quantization.quantize import grouped
+from fbqat_hub.training.footprint import Storages
 
 GRANULARITIES: dict[str, dict[str, Any]] = {
     "per_tensor": {"granularity": "per_tensor"},
@@ -70,3 +72,24 @@ def test_refused(weight: Tensor, bad: float) -> None:
     weight[2, 3] = bad
     with pytest.raises(ValueError, match="not finite"):
         quantize_weight(weight, WeightScheme())
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+def test_rows_are_taken_some_at_a_time_and_nothing_depends_on_how_many(granularity, clip, monkeypatch) -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scheme = WeightScheme(clip=clip, **GRANULARITIES[granularity])
+    given = CLIPS["mse"](grouped(weight, scheme)).value(grouped(weight, scheme), 4)
+    whole = [quantize_weight(weight, scheme), quantize_weight(weight, scheme, clip=given)]
+    monkeypatch.setattr(clip_module, "_BLOCK", 5 * 128)
+    parts = [quantize_weight(weight, scheme), quantize_weight(weight, scheme, clip=given)]
+    for mine, theirs in zip(parts, whole, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
+
+
+def test_beside_the_codes_there_is_no_memory_of_the_weights_size(monkeypatch) -> None:
+    weight = torch.randn(1024, 128).bfloat16()
+    monkeypatch.setattr(clip_module, "_BLOCK", 5 * 128)
+    with Storages() as storages:
+        quantize_weight(weight, WeightScheme(clip="max_abs"))
+    assert storages.peak < 3.5 * weight.numel()  # 2 bytes of the weight itself, one of a code
