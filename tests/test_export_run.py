@@ -19,6 +19,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"graphs": 0}, "graphs is 0; give 1 or more"),
     ({"graphs": 1.5}, "graphs is 1.5; give 1 or more"),
     ({"pictures": -1}, "pictures is -1; give 1 or more"),
+    ({"tune": -1}, "tune is -1; give a number of steps, e.g. 200, or 0 for none"),
+    ({"tune": 9, "graphs": 2}, "tune is 9 and graphs is 2; only a model in one graph can be tuned"),
     ({"precision": "w3a8"}, "unknown precision 'w3a8'; known: w4a8, w4a16, w8a8, w8a16, auto"),
 ]
 
@@ -37,6 +39,17 @@ def test_before_a_pipeline_is_loaded(
         export_run(tmp_path, tmp_path / "out", **options)
     assert str(caught.value) == says
     assert not list(tmp_path.iterdir())
+
+
+def test_tuning_needs_data_and_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_pipeline", never)
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(ExportError, match=r"tuning needs .* of a recipe, and prompts were given; .* leave out --tune"):
+        export_run(run, tmp_path / "out", tune=5, prompts=["a", "b"])
+    with pytest.raises(ExportError, match=r"there is no recipe\.yaml"):
+        export_run(run, tmp_path / "out", tune=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_output_folder_comes_first_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
