@@ -1,6 +1,6 @@
 """The tiny denoisers at W4A8 on the HTP's emulator, as calibrated and as trained with its arithmetic (`--tune`).
 
-python -m benchmarks.htp_tuning --work runs/htp-tuning                  # -> results/htp.json; go on: same command
+python -m benchmarks.htp_tuning --work runs/htp-tuning      # -> results/htp.json and a sheet; go on: same command
 python -m benchmarks.htp_tuning --work runs/htp-tuning --recipes sana-tiny --seeds 1234 1 2
 
 Denoisers alone, without decoder, text encoders and the comparison of single ops; pictures are the pipeline's with the
@@ -20,17 +20,18 @@ import onnx
 import torch
 from PIL import Image
 
+from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export.bundle.pipeline import generate, picture_psnr
 from fbqat_hub.export.htp import compiler
 from fbqat_hub.export.htp.export import quantize_transformer
 from fbqat_hub.export.htp.graph import compile_binary
 from fbqat_hub.export.htp.targets import target_for
+from fbqat_hub.export.onnx.fake_quantized import FakeQuantizedGraph
 from fbqat_hub.export.onnx.float_graph import as_feed, packed_layers
 from fbqat_hub.export.onnx.parity import compare
 from fbqat_hub.export.onnx.precision import PRESETS
-from fbqat_hub.export.onnx.reference import exact_session, run_all
-from fbqat_hub.export.onnx.tuning import Tuning, tune_graph
+from fbqat_hub.export.onnx.tuning import Tuning, computed, tune_graph
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
@@ -42,6 +43,13 @@ from fbqat_hub.training.recipe import Recipe, load_recipe
 RESULTS = Path(__file__).parent / "results"
 RECIPES = [family.tiny for family in FAMILIES.values() if family.tiny]
 METHOD, SOC, STEPS, PICTURES = "ptq-gptq", "sm8750", 100, 2
+SHEET = Path(__file__).parents[1] / "docs" / "images" / "htp-tuning.png"
+LABELS = {
+    "teacher": "float teacher",
+    "packed": "packed, in torch",
+    "before": "emulator, as calibrated",
+    "after": "emulator, tuned",
+}
 
 Pictures = Sequence[np.ndarray]
 
@@ -73,8 +81,10 @@ def measured(recipe: Recipe, folder: Path, steps: int) -> dict[str, Any]:
         held_out=data.held_out,
         packed=packed,
     )
-    found: dict[str, Any] = {"tuning": tuned.report, "packed_vs_teacher": compare(expected, packed)}
-    for name, model in (("before", untuned), ("after", tuned.model)):
+    found: dict[str, Any] = {"tuning": tuned.report}
+    as_calibrated = computed(FakeQuantizedGraph(untuned), wrapper, data.held_out)
+    sides = {"before": (untuned, as_calibrated), "after": (tuned.model, tuned.outputs["torch_tuned"])}
+    for name, (model, in_torch) in sides.items():
         onnx.save(model, folder / f"{name}.qdq.onnx")
         target, context = target_for(SOC), folder / f"{name}.onnx"
         scratch = folder / f"{name}-scratch"
@@ -89,12 +99,13 @@ def measured(recipe: Recipe, folder: Path, steps: int) -> dict[str, Any]:
                 lambda item, run=emulator.run: torch.from_numpy(run(as_feed(wrapper.host_inputs(item)))[0]),
             )
         found[name] = {
-            "emulator_vs_itself_on_the_cpu": compare(run_all(exact_session(model), quantized.held_out), emulated),
+            "emulator_vs_torch": compare(in_torch, emulated),
             "emulator_vs_torch_packed": compare(packed, emulated),
             "emulator_vs_teacher": compare(expected, emulated),
         }
     pairs = [(name, "teacher") for name in ("packed", "before", "after")] + [("before", "packed"), ("after", "packed")]
     found["pictures_psnr_db"] = {f"{name}_vs_{other}": _psnr(drawn[other], drawn[name]) for name, other in pairs}
+    (folder / "prompts.json").write_text(json.dumps(prompts))
     for name, pictures in drawn.items():
         for number, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / f"{number}-{name}.png")
@@ -108,6 +119,17 @@ def _drawn(pipeline: Any, prompts: Sequence[str], recipe: Recipe, denoise: Any =
 def _psnr(references: Pictures, pictures: Pictures) -> float:
     """The mean PSNR in dB."""
     return float(np.mean([picture_psnr(*pair) for pair in zip(references, pictures, strict=True)]))
+
+
+def sheet(folders: Sequence[Path]) -> Image.Image:
+    """The pictures that `measured` left in `folders`, a prompt a row."""
+    columns: dict[str, list[Image.Image]] = {label: [] for label in LABELS.values()}
+    prompts = []
+    for folder in folders:
+        prompts += json.loads((folder / "prompts.json").read_text())
+        for name, label in LABELS.items():
+            columns[label] += [Image.open(folder / f"{number}-{name}.png") for number in range(PICTURES)]
+    return comparison_sheet(columns, prompts, tile=128)
 
 
 def main() -> None:
@@ -142,6 +164,7 @@ def main() -> None:
                 extra={"tuned_steps": options.steps, **found},
             )
             write_records(RESULTS / "htp.json", [record])
+    sheet([options.work / f"{name}-{options.seeds[0]}" for name in options.recipes]).save(SHEET)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class FakeQuantizedGraph(nn.Module):
         self._fixed: list[bool] = []
         self._one_sided: set[int] = set()
         self._places: dict[str, _Place] = {}  # by the tensor that a pair ends in
+        self._same: set[str] = set()  # of these, whose pair changes no value: it lies on the encoding's grid already
         self._weights: dict[str, _Weight] = {}  # by the dequantized tensor
         self._biases: dict[str, onnx.NodeProto] = {}  # dequantized -> the node that adds it
         self._constant_names: list[str] = []  # dequantized, of all others
@@ -138,8 +139,10 @@ class FakeQuantizedGraph(nn.Module):
         if made is not None and viewed and made.input[0] in self._places:
             place = self._places[made.input[0]]
             self._check(node, encoding, place)
+            self._same.add(node.output[0])
         elif made is not None and made.op_type == "DequantizeLinear" and self._is_wide_form(source, encoding):
             place = _Place(self._places[source].index, widened=True)
+            self._same.add(node.output[0])
         else:
             place = _Place(len(self._encodings), widened=False)
             self._encodings.append(encoding)
@@ -250,11 +253,11 @@ class FakeQuantizedGraph(nn.Module):
                 outputs = made if isinstance(made, Sequence) else (made,)
                 values.update(zip(node.output, outputs, strict=False))
                 continue
-            place = self._places[node.output[0]]
-            step, zero, top = scales[place.index], zero_points[place.index], tops[place.index]
-            if place.widened:
-                step, zero, top = step / 256, zero * 256, 65535.0
-            values[node.output[0]] = _FakeQuantize.apply(values[self._source(node.output[0])], step, zero, top)
+            (name,) = node.output
+            index, value = self._places[name].index, values[self._source(name)]
+            if name not in self._same:
+                value = _FakeQuantize.apply(value, scales[index], zero_points[index], tops[index])
+            values[name] = value
         return {name: values[name] for name in self._output_names}
 
     def _step_of(self, tensor: str, scales: Sequence[Tensor]) -> Tensor:
@@ -345,17 +348,18 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: float) -> Tensor:
         ratio = x / scale
         codes = ratio.round()
-        shown = torch.minimum(torch.maximum(codes, -zero_point), top - zero_point)
+        shown = codes.clamp(-float(zero_point), top - float(zero_point))
         inside = shown == codes
-        # d y / d scale: of 16 bits, the difference of two sums of products would leave nothing of it
-        ctx.save_for_backward(torch.where(inside, shown - ratio, shown), inside, scale)
+        # shown - ratio, or shown where it is clipped: d y / d scale. Two sums of products, of which one is subtracted
+        # from the other, would leave nothing of it at 16 bits
+        ctx.save_for_backward(shown - ratio.mul_(inside), inside, scale)
         return shown * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         slope, inside, scale = ctx.saved_tensors
         through = grad * inside
-        return through, (grad * slope).sum(), (through - grad).sum() * scale, None
+        return through, (grad * slope).sum(), (through.sum() - grad.sum()) * scale, None
 
 
 # -- ops -----------------------------------------------------------------------------------------------------------
@@ -432,8 +436,16 @@ def _conv(attributes: dict[str, Any], whole: _Whole, outputs: int) -> _Made:
     if pads[:sides] != pads[sides:]:
         raise ExportError(f"a Conv with the pads {pads} cannot be tuned: they must be the same on both sides")
 
+    # torch has no fast way for these in float32 on a CPU
+    pointwise = attributes["kernel_shape"] == [1] * sides and set(attributes.get("strides", [1])) == {1}
+    pointwise = pointwise and not any(pads) and attributes.get("group", 1) == 1
+
     def compute(picture: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         function = {1: F.conv1d, 2: F.conv2d}[sides]
+        if pointwise:
+            made = weight[0].flatten(1) @ picture.flatten(3)
+            made = made if bias is None else made + bias[0, :, None]
+            return made.unflatten(-1, picture.shape[3:])
         made = function(
             picture.flatten(0, 1),
             weight[0],

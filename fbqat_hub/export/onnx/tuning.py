@@ -81,6 +81,12 @@ def stacked(feeds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([feed[name] for feed in feeds]) for name in feeds[0]}
 
 
+@torch.no_grad()
+def computed(module: FakeQuantizedGraph, wrapper: GraphWrapper, items: Sequence[Item]) -> list[np.ndarray]:
+    """What `module` computes of each item, as the graph has it."""
+    return [module(stacked([wrapper.host_inputs(item)]))[wrapper.output_name][0].numpy() for item in items]
+
+
 def tune_graph(
     model: onnx.ModelProto,
     *,
@@ -106,15 +112,10 @@ def tune_graph(
     module = FakeQuantizedGraph(model, {_codes(name): layer.weight_bits for name, layer in layers.items()})
     codes_before = [codes.detach().clone() for codes in module.codes]
 
-    def computed() -> list[np.ndarray]:
-        with torch.no_grad():
-            outputs = [module(stacked([wrapper.host_inputs(item)]))[wrapper.output_name][0] for item in held_out]
-        return [output.numpy() for output in outputs]
-
     teacher = [tuning.predicted(item).numpy() for item in held_out]
-    untuned = computed()
+    untuned = computed(module, wrapper, held_out)
     report = train(module, tuning, wrapper, progress)
-    tuned = computed()
+    tuned = computed(module, wrapper, held_out)
     moved = sum(
         int((module.rounded_codes(number) != before).sum()) for number, before in enumerate(codes_before)
     ) / sum(codes.numel() for codes in codes_before)

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -27,7 +26,7 @@ from fbqat_hub.export.onnx.precision import Precision
 from fbqat_hub.export.onnx.qdq import insert_qdq
 from fbqat_hub.export.onnx.reference import exact_session
 from fbqat_hub.export.onnx.rewrite import traced
-from fbqat_hub.export.onnx.tuning import Tuning, stacked, train, tune_graph
+from fbqat_hub.export.onnx.tuning import Tuning, computed, stacked, train, tune_graph
 from fbqat_hub.families import FAMILIES, family_of_denoiser
 from fbqat_hub.families.graph import GraphWrapper
 from fbqat_hub.pipelines import load_pipeline
@@ -54,12 +53,6 @@ def sana(packed_sana: nn.Module, calibration: list[Item]) -> Quantized:
     return quantized(packed_sana, calibration)
 
 
-def outputs(graph: FakeQuantizedGraph, wrapper: GraphWrapper, items: list[Item]) -> list[np.ndarray]:
-    with torch.no_grad():
-        made = graph(stacked([wrapper.host_inputs(item) for item in items]))[wrapper.output_name]
-    return [each.numpy() for each in made]
-
-
 def agreement(graph: FakeQuantizedGraph, model: onnx.ModelProto, wrapper: GraphWrapper, items: list[Item]) -> float:
     """The best SQNR in dB, of all items, of the graph in torch to the exact CPU reference of `model`.
 
@@ -68,7 +61,7 @@ def agreement(graph: FakeQuantizedGraph, model: onnx.ModelProto, wrapper: GraphW
     """
     session = exact_session(model)
     expected = [session.run(None, as_feed(wrapper.host_inputs(item)))[0] for item in items]
-    return max(sqnr_db([a], [b]) for a, b in zip(expected, outputs(graph, wrapper, items), strict=True))
+    return max(sqnr_db([a], [b]) for a, b in zip(expected, computed(graph, wrapper, items), strict=True))
 
 
 def shaken(model: onnx.ModelProto) -> FakeQuantizedGraph:
