@@ -597,7 +597,7 @@ def htp_tuning_table() -> str:
     head = (
         "family, seed", "emulator to torch, same graph (dB)", "emulator to the packed model (dB)",
         "emulator to the teacher (dB)", "packed model to the teacher (dB)", "pictures to the teacher's (dB)",
-        "the packed model's (dB)", "codes changed",
+        "the packed model's (dB)",
     )  # fmt: skip
     rows = []
     for record in [record for record in read_records(RESULTS / "htp.json") if "tuned_steps" in record.extra]:
@@ -615,7 +615,6 @@ def htp_tuning_table() -> str:
             f"{found['tuning']['torch_packed_vs_teacher']['sqnr_db']:.1f}",
             f"{pictures['before_vs_teacher']:.1f} → {pictures['after_vs_teacher']:.1f}",
             f"{pictures['packed_vs_teacher']:.1f}",
-            f"{found['tuning']['codes_changed']:.1%}",
         )
         rows.append(cells)
     return markdown(head, rows)

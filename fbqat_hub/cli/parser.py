@@ -334,7 +334,7 @@ def _export(commands: Any) -> None:
         type=_number(0, 10**6),
         default=0,
         metavar="STEPS",
-        help="train scales, ranges, biases and codes as the NPU computes with them, towards the run's teacher, before "
+        help="train scales, ranges and biases as the NPU computes with them, towards the run's teacher, before "
         "compiling, e.g. 200 (default: 0, as they are)",
     )
     of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune")

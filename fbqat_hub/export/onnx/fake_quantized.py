@@ -1,4 +1,4 @@
-"""A QDQ graph as a torch module: the same arithmetic, with gradients to every scale, zero point, bias and code.
+"""A QDQ graph as a torch module: the same arithmetic, with gradients to every scale, zero point and bias.
 
 A QuantizeLinear / DequantizeLinear pair becomes fake quantization: rounding has the straight-through gradient, the
 scale that of learned step sizes (LSQ, arXiv 1902.08153, equation 3), the zero point that of LSQ+ (arXiv 2004.09576).
@@ -23,11 +23,8 @@ from torch import Tensor, nn
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.onnx.encoding import Encoding
-from fbqat_hub.export.onnx.float_graph import codes_tensor
 from fbqat_hub.export.onnx.precision import VIEW_OPS
-from fbqat_hub.quantization.fake_quantize import grid
 
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
 _BITS = {np.dtype(np.uint8): 8, np.dtype(np.uint16): 16}
 _UNSIGNED: dict[int, type[np.unsignedinteger]] = {8: np.uint8, 16: np.uint16}
 
@@ -42,11 +39,10 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight of one scale a row: names of its constants, bits it is stored in, its dimensions."""
+    """A weight of one scale a row: names of its constants, its dimensions."""
 
     codes: str
     scale: str
-    bits: int
     dims: tuple[int, ...]
 
 
@@ -58,12 +54,12 @@ class FakeQuantizedGraph(nn.Module):
         scales [encodings]        log of the factor on each activation's scale
         zero_points [encodings]   shift of each zero point, in widths of the range
         row_scales.<i> [out]      log of the factor on each scale of a weight
-        codes.<i> [out, ...]      a weight's codes, before rounding
         biases.<i> [out]          shift of a bias, in 1/64 of its output's range
+
+    A weight's codes stay as they are.
 
     Args:
         model: the QDQ graph.
-        code_bits: name of a weight's codes in the graph -> their bits, where they are fewer than it is stored in.
 
     Raises:
         ExportError: an op that is not known here.
@@ -75,7 +71,7 @@ class FakeQuantizedGraph(nn.Module):
     _scale_moves: Tensor
     _zero_point_moves: Tensor
 
-    def __init__(self, model: onnx.ModelProto, code_bits: Mapping[str, int] | None = None) -> None:
+    def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
         self._model = model
         graph = model.graph
@@ -104,7 +100,7 @@ class FakeQuantizedGraph(nn.Module):
                 self._steps.append((node, None))
             elif node.op_type != "QuantizeLinear":
                 self._steps.append((node, _op(node, self._constants)))
-        self._add_parameters(dict(code_bits or {}))
+        self._add_parameters()
 
     # -- reading the graph ---------------------------------------------------------------------------------------
     def _array(self, name: str) -> np.ndarray:
@@ -117,8 +113,7 @@ class FakeQuantizedGraph(nn.Module):
     def _add_constant(self, node: onnx.NodeProto, reader: onnx.NodeProto) -> None:
         name, stored = node.output[0], self._constants[node.input[0]]
         if stored.data_type in (TensorProto.INT4, TensorProto.INT8):
-            bits = 4 if stored.data_type == TensorProto.INT4 else 8
-            self._weights[name] = _Weight(node.input[0], node.input[1], bits, tuple(stored.dims))
+            self._weights[name] = _Weight(node.input[0], node.input[1], tuple(stored.dims))
         elif stored.data_type == TensorProto.INT32:
             self._biases[name] = reader
         else:
@@ -168,7 +163,7 @@ class FakeQuantizedGraph(nn.Module):
         if encoding != self._encoding_at(place):
             raise ExportError(f"{node.output[0]!r} has the encoding {encoding}, its input another: not one of ours")
 
-    def _add_parameters(self, code_bits: dict[str, int]) -> None:
+    def _add_parameters(self) -> None:
         count = len(self._encodings)
         self.scales, self.zero_points = nn.Parameter(torch.zeros(count)), nn.Parameter(torch.zeros(count))
         self.register_buffer("_scale", torch.tensor([each.scale for each in self._encodings]))
@@ -178,13 +173,10 @@ class FakeQuantizedGraph(nn.Module):
         one_sided = torch.tensor([index in self._one_sided for index in range(count)])
         self.register_buffer("_scale_moves", (~fixed).float())
         self.register_buffer("_zero_point_moves", (~fixed & ~one_sided).float())
-        self.row_scales, self.codes, self.biases = (nn.ParameterList() for _ in range(3))
-        self._grids = []
+        self.row_scales, self.biases = nn.ParameterList(), nn.ParameterList()
         for number, weight in enumerate(self._weights.values()):
-            low, high = grid(code_bits.get(weight.codes, weight.bits))
             codes = torch.tensor(self._array(weight.codes).astype(np.float32)).reshape(weight.dims)
-            self._grids.append((min(low, float(codes.min())), high))
-            self.codes.append(nn.Parameter(codes))
+            self.register_buffer(f"_codes_{number}", codes)
             self.row_scales.append(nn.Parameter(torch.zeros(weight.dims[0])))
             self.register_buffer(f"_row_scale_{number}", torch.tensor(self._array(weight.scale)))
         ends = {self._source(end): end for end in self._places}
@@ -211,20 +203,14 @@ class FakeQuantizedGraph(nn.Module):
         scale: Tensor = getattr(self, f"_row_scale_{number}") * torch.exp(self.row_scales[number])
         return scale
 
-    def rounded_codes(self, number: int) -> Tensor:
-        """The codes of the `number`-th weight, whole numbers, float32."""
-        free = self.codes[number]
-        return _straight_through(free, free.round().clamp(*self._grids[number]))
-
     def bias(self, number: int) -> Tensor:
         """The `number`-th bias before it is rounded, float32 [out]."""
         value: Tensor = getattr(self, f"_bias_{number}") + self.biases[number] * getattr(self, f"_bias_unit_{number}")
         return value
 
-    def weight(self, codes: str) -> tuple[Tensor, Tensor]:
-        """Codes, int8 [out, ...], and scales, float32 [out], of the weight whose codes the graph calls so."""
-        number = next(number for number, each in enumerate(self._weights.values()) if each.codes == codes)
-        return self.rounded_codes(number).to(torch.int8), self.row_scale(number)
+    def scale_of(self, codes: str) -> Tensor:
+        """The scales, float32 [out], of the weight whose codes the graph calls so."""
+        return self.row_scale(next(number for number, each in enumerate(self._weights.values()) if each.codes == codes))
 
     def input_encoding(self, codes: str) -> Encoding:
         """The encoding, before it is widened, in which the layer of that weight reads its input."""
@@ -269,7 +255,7 @@ class FakeQuantizedGraph(nn.Module):
         row_scales = {}
         for number, name in enumerate(self._weights):
             row_scales[name] = self.row_scale(number)
-            codes = self.rounded_codes(number)
+            codes = getattr(self, f"_codes_{number}")
             values[name] = (codes * row_scales[name].reshape(-1, *[1] * (codes.dim() - 1)))[None]
         for number, (name, reader) in enumerate(self._biases.items()):
             unit = (self._step_of(reader.input[0], scales) * row_scales[reader.input[1]]).detach()
@@ -309,8 +295,6 @@ class FakeQuantizedGraph(nn.Module):
         for number, (name, weight) in enumerate(self._weights.items()):
             row_scales[name] = self.row_scale(number)
             store(weight.scale, row_scales[name].numpy())
-            codes = self.rounded_codes(number).to(torch.int8)
-            changed[weight.codes] = codes_tensor(weight.codes, codes, weight.dims, weight.bits)
         for number, (name, reader) in enumerate(self._biases.items()):
             unit = self._step_of(reader.input[0], scale.unbind()) * row_scales[reader.input[1]]
             bias = (self.bias(number) / unit).round().double().numpy()

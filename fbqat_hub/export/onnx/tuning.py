@@ -1,4 +1,4 @@
-"""Train a QDQ graph as it is deployed: its static ranges, scales, biases and codes, towards a teacher's output.
+"""Train a QDQ graph as it is deployed: its static ranges, scales and biases, towards a teacher's output.
 
 The graph is computed in torch with the arithmetic that ships (`fake_quantized`), the loss is the squared distance to
 what the float teacher predicts for the same inputs, and the result is the same graph with other numbers in it: what was
@@ -24,14 +24,13 @@ from fbqat_hub.export.onnx.parity import compare
 from fbqat_hub.families.graph import TWIN, GraphWrapper, Item
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization.packed import PackedLayer
-from fbqat_hub.quantization.packing import pack
 
 #: Samples a step.
 BATCH = 8
 #: Samples on which the loss before and after is measured: those behind the samples of all steps.
 APART = 32
 #: Adam's learning rates of the parameters of `FakeQuantizedGraph`; they fall to 0 by a cosine.
-LEARNING_RATES = {"scales": 1e-2, "zero_points": 1e-3, "row_scales": 1e-3, "codes": 1e-2, "biases": 1e-2}
+LEARNING_RATES = {"scales": 1e-2, "zero_points": 1e-3, "row_scales": 1e-3, "biases": 1e-2}
 _WARM_UP = 10
 
 
@@ -64,7 +63,7 @@ class Tuned:
 
     Attributes:
         model: the QDQ graph with what was learned.
-        layers: copies of the packed layers with the codes, scales and static ranges that were learned, by module name.
+        layers: copies of the packed layers with the scales and static ranges that were learned, by module name.
         outputs: for each held-out input, what torch computes of the tuned graph (`torch_tuned`) and what the teacher
             predicts (`teacher`).
         report: for the certificate.
@@ -109,18 +108,13 @@ def tune_graph(
     Raises:
         ExportError: an op that has no form in torch, or a loss that is not finite.
     """
-    module = FakeQuantizedGraph(model, {_codes(name): layer.weight_bits for name, layer in layers.items()})
-    codes_before = [codes.detach().clone() for codes in module.codes]
+    module = FakeQuantizedGraph(model)
 
     teacher = [tuning.predicted(item).numpy() for item in held_out]
     untuned = computed(module, wrapper, held_out)
     report = train(module, tuning, wrapper, progress)
     tuned = computed(module, wrapper, held_out)
-    moved = sum(
-        int((module.rounded_codes(number) != before).sum()) for number, before in enumerate(codes_before)
-    ) / sum(codes.numel() for codes in codes_before)
     report |= {
-        "codes_changed": round(moved, 5),
         "torch_is": "the tuned graph, computed in torch as it was trained; the packed model is what it started from",
         "untuned_vs_teacher": compare(teacher, untuned),
         "tuned_vs_teacher": compare(teacher, tuned),
@@ -191,9 +185,7 @@ def _codes(layer: str) -> str:
 def _learned(module: FakeQuantizedGraph, name: str, layer: PackedLayer) -> PackedLayer:
     """A copy of `layer` with what `module` learned for it."""
     learned = copy.deepcopy(layer)
-    codes, scale = module.weight(_codes(name))
-    learned.weight_packed.copy_(pack(codes.flatten(1), layer.weight_bits))
-    learned.weight_scale.copy_(scale)
+    learned.weight_scale.copy_(module.scale_of(_codes(name)))
     if learned.input_scale is not None and learned.input_zero_point is not None:
         encoding = module.input_encoding(_codes(name))
         learned.input_scale.fill_(encoding.scale)

@@ -69,9 +69,8 @@ def shaken(model: onnx.ModelProto) -> FakeQuantizedGraph:
     graph = FakeQuantizedGraph(model)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in graph.named_parameters():
-            size = 0.4 if name.startswith("codes") else 0.02
-            parameter += size * torch.randn(parameter.shape, generator=random)
+        for parameter in graph.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=random)
     return graph
 
 
@@ -87,18 +86,10 @@ def test_of_every_family(family: str, tmp_path: Path) -> None:
     pipeline = load_pipeline(packed)
     call: dict[str, Any] = call_of(family, pipeline) | {"height": 64, "width": 64, "num_inference_steps": 4}
     items = record_inputs(pipeline, ["red heart", "pouting cat", "hot face"], call)
-    wrapper, model, layers = quantized(pipeline.transformer, items)
+    wrapper, model, _ = quantized(pipeline.transformer, items)
     assert agreement(FakeQuantizedGraph(model), model, wrapper, items) > 60
     graph = shaken(model)
     assert agreement(graph, graph.to_onnx(), wrapper, items) > 60
-    assert len(layers) == sum(each.startswith("codes.") for each in dict(graph.named_parameters())) - _floats(model)
-
-
-def _floats(model: onnx.ModelProto) -> int:
-    """Weights that no packed layer has: INT8 beside INT4."""
-    return sum(
-        item.name.endswith("/codes") and item.data_type == onnx.TensorProto.INT8 for item in model.graph.initializer
-    )
 
 
 def test_untrained_it_is_the_same_file(sana: Quantized) -> None:
@@ -106,7 +97,7 @@ def test_untrained_it_is_the_same_file(sana: Quantized) -> None:
     assert FakeQuantizedGraph(model).to_onnx().SerializeToString() == model.SerializeToString()
 
 
-def test_a_gradient_reaches_every_range_scale_bias_and_code(sana: Quantized, calibration: list[Item]) -> None:
+def test_a_gradient_reaches_every_range_scale_and_bias(sana: Quantized, calibration: list[Item]) -> None:
     wrapper, model, _ = sana
     graph = FakeQuantizedGraph(model)
     made = graph(stacked([wrapper.host_inputs(item) for item in calibration]))[wrapper.output_name]
@@ -121,6 +112,11 @@ def test_a_gradient_reaches_every_range_scale_bias_and_code(sana: Quantized, cal
         assert name == "zero_points" or bool(parameter.grad.any()), name
 
 
+def fixed_scales(graph: FakeQuantizedGraph) -> set[str]:
+    """Names of the scales that must stay: of softmax and sigmoid."""
+    return {f"{name}/scale" for name, place in graph._places.items() if graph._fixed[place.index]}
+
+
 def test_the_graph_that_is_written_holds_exactly_what_was_learned(sana: Quantized, held_out: list[Item]) -> None:
     wrapper, model, _ = sana
     graph = shaken(model)
@@ -131,8 +127,9 @@ def test_the_graph_that_is_written_holds_exactly_what_was_learned(sana: Quantize
     assert agreement(graph, written, wrapper, held_out) > 60
     constants = {item.name: item for item in written.graph.initializer}
     before = {item.name: item for item in model.graph.initializer}
-    changed = [name for name in constants if constants[name] != before[name]]
-    assert any(name.endswith("/codes") for name in changed)
+    changed = {name for name in constants if constants[name] != before[name]}
+    assert {f"{name}/scale" for name in graph._places} - changed == fixed_scales(graph)
+    assert all(name.endswith(("/scale", "/zero_point", "/bias/codes", "/floor/codes")) for name in changed)
     scale, zero_point = (values.detach() for values in graph.encodings())
     for node in written.graph.node:
         if node.op_type == "QuantizeLinear":
