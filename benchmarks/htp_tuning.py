@@ -31,6 +31,7 @@ from fbqat_hub.export.onnx.fake_quantized import FakeQuantizedGraph
 from fbqat_hub.export.onnx.float_graph import as_feed, packed_layers
 from fbqat_hub.export.onnx.parity import compare
 from fbqat_hub.export.onnx.precision import PRESETS
+from fbqat_hub.export.onnx.reference import exact_session, run_all
 from fbqat_hub.export.onnx.tuning import Tuning, computed, tune_graph
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families import FAMILIES
@@ -42,7 +43,7 @@ from fbqat_hub.training.recipe import Recipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = [family.tiny for family in FAMILIES.values() if family.tiny]
-METHOD, SOC, STEPS, PICTURES = "ptq-gptq", "sm8750", 100, 2
+METHOD, SOC, STEPS, PICTURES = "ptq-gptq", "sm8750", 100, 1
 SHEET = Path(__file__).parents[1] / "docs" / "images" / "htp-tuning.png"
 LABELS = {
     "teacher": "float teacher",
@@ -99,6 +100,7 @@ def measured(recipe: Recipe, folder: Path, steps: int) -> dict[str, Any]:
                 lambda item, run=emulator.run: torch.from_numpy(run(as_feed(wrapper.host_inputs(item)))[0]),
             )
         found[name] = {
+            "torch_vs_cpu_reference": compare(run_all(exact_session(model), quantized.held_out), in_torch),
             "emulator_vs_torch": compare(in_torch, emulated),
             "emulator_vs_torch_packed": compare(packed, emulated),
             "emulator_vs_teacher": compare(expected, emulated),

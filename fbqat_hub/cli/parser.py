@@ -335,7 +335,7 @@ def _export(commands: Any) -> None:
         default=0,
         metavar="STEPS",
         help="train scales, ranges and biases as the NPU computes with them, towards the run's teacher, before "
-        "compiling, e.g. 200 (default: 0, as they are)",
+        "compiling, e.g. 100 (default: 0, as they are)",
     )
     of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune")
     sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})

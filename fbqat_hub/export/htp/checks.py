@@ -43,7 +43,7 @@ def check_tuning(steps: int, graphs: int) -> None:
         graphs: into how many the model is to be split.
     """
     if type(steps) is not int or steps < 0:
-        raise ExportError(f"tune is {steps!r}; give a number of steps, e.g. 200, or 0 for none")
+        raise ExportError(f"tune is {steps!r}; give a number of steps, e.g. 100, or 0 for none")
     if steps and graphs != 1:
         raise ExportError(f"tune is {steps} and graphs is {graphs}; only a model in one graph can be tuned")
 
