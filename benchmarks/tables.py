@@ -595,9 +595,9 @@ def htp_gain_table() -> str:
 def htp_tuning_table() -> str:
     """Denoisers before and after `--tune`, a family and seed a row, of `benchmarks.htp_tuning`."""
     head = (
-        "family, seed", "emulator to torch, same graph (dB)", "emulator to the packed model (dB)",
-        "emulator to the teacher (dB)", "packed model to the teacher (dB)", "pictures to the teacher's (dB)",
-        "the packed model's (dB)",
+        "family, seed", "torch to the CPU, same graph (dB)", "emulator to torch, same graph (dB)",
+        "emulator to the packed model (dB)", "emulator to the teacher (dB)", "packed model to the teacher (dB)",
+        "picture to the teacher's (dB)", "the packed model's (dB)",
     )  # fmt: skip
     rows = []
     for record in [record for record in read_records(RESULTS / "htp.json") if "tuned_steps" in record.extra]:
@@ -609,6 +609,7 @@ def htp_tuning_table() -> str:
 
         cells = (
             f"{FAMILIES[record.family].title}, {record.seed}",
+            both("torch_vs_cpu_reference"),
             both("emulator_vs_torch"),
             both("emulator_vs_torch_packed"),
             both("emulator_vs_teacher"),

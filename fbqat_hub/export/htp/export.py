@@ -65,7 +65,7 @@ def export_htp(
             The certificate's `parity` is then that of the whole chain on the emulator against torch (against the CPU
             reference: of the last graph); `parts` has each graph's own.
         probe_blocks: see `compile_graph`.
-        tuning: train the QDQ graph before it is compiled (`tuning.tune`); not with several `graphs`.
+        tuning: train the QDQ graph before it is compiled (`tuning.tune_graph`); not with several `graphs`.
         progress: show a bar.
 
     Returns:
@@ -166,14 +166,14 @@ def quantize_transformer(
     if tuning is not None:
         from fbqat_hub.export.onnx.tuning import tune_graph
 
-        packed = [each[wrapper.output_name] for each in expected]
         tune = partial(
             tune_graph,
             layers={graph.module_names[key]: layer for key, layer in graph.layers.items()},
             tuning=tuning,
             wrapper=wrapper,
             held_out=held_out,
-            packed=packed,
+            packed=[each[wrapper.output_name] for each in expected],
+            progress=progress.shown,
         )
     sources = (
         GraphSource(

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from fbqat_hub.evaluation.metrics import sqnr_db
-from fbqat_hub.export import ExportError
+from fbqat_hub.export import ExportError, export_htp
 from fbqat_hub.export.bundle.pipeline import record_inputs
 from fbqat_hub.export.htp.audit import audit_qdq
 from fbqat_hub.export.htp.checks import check_tuning
@@ -190,3 +190,24 @@ def test_steps_that_cannot_be(steps: Any, graphs: int, says: str) -> None:
     with pytest.raises(ExportError, match=says):
         check_tuning(steps, graphs)
     check_tuning(0, graphs)
+
+
+@pytest.mark.slow
+def test_what_was_learned_is_what_is_compiled_and_certified(
+    packed_sana: nn.Module, calibration: list[Item], held_out: list[Item], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime_qnn")
+    tuning = Tuning(steps=3, seed=5, draw=lambda number: make_items(1, seed=100 + number)[0], teacher=float_sana())
+    certificate = export_htp(packed_sana, calibration, held_out, tmp_path / "out", tuning=tuning, progress=False)
+    report, parity = certificate["tuning"], certificate["parity"]
+    assert (report["steps"], report["seed"]) == (3, 5)
+    assert report["loss_after"] < report["loss_before"]
+    assert parity["emulator_vs_torch_tuned"]["sqnr_db"] > 25
+    assert parity["emulator_vs_teacher"]["sqnr_db"] > 10
+    assert "The graph was tuned: 3 steps of 8 samples, seed 5" in (tmp_path / "out" / "certificate.md").read_text()
+    shipped = onnx.load(tmp_path / "out" / "transformer.qdq.onnx")
+    again = FakeQuantizedGraph(shipped)
+    wrapper = family_of_denoiser(type(packed_sana).__name__).graph(packed_sana, held_out[0])
+    expected = report["tuned_vs_teacher"]["sqnr_db"]
+    teacher = [tuning.predicted(item).numpy() for item in held_out]
+    assert sqnr_db(teacher, computed(again, wrapper, held_out)) == pytest.approx(expected, abs=0.5)
