@@ -592,6 +592,35 @@ def htp_gain_table() -> str:
     return markdown(head, rows)
 
 
+def htp_tuning_table() -> str:
+    """Denoisers before and after `--tune`, a family and seed a row, of `benchmarks.htp_tuning`."""
+    head = (
+        "family, seed", "torch to the CPU, same graph (dB)", "emulator to torch, same graph (dB)",
+        "emulator to the packed model (dB)", "emulator to the teacher (dB)", "packed model to the teacher (dB)",
+        "picture to the teacher's (dB)", "the packed model's (dB)",
+    )  # fmt: skip
+    rows = []
+    for record in [record for record in read_records(RESULTS / "htp.json") if "tuned_steps" in record.extra]:
+        found = record.extra
+        pictures = found["pictures_psnr_db"]
+
+        def both(name: str, found: dict[str, Any] = found) -> str:
+            return " → ".join(f"{found[when][name]['sqnr_db']:.1f}" for when in ("before", "after"))
+
+        cells = (
+            f"{FAMILIES[record.family].title}, {record.seed}",
+            both("torch_vs_cpu_reference"),
+            both("emulator_vs_torch"),
+            both("emulator_vs_torch_packed"),
+            both("emulator_vs_teacher"),
+            f"{found['tuning']['torch_packed_vs_teacher']['sqnr_db']:.1f}",
+            f"{pictures['before_vs_teacher']:.1f} → {pictures['after_vs_teacher']:.1f}",
+            f"{pictures['packed_vs_teacher']:.1f}",
+        )
+        rows.append(cells)
+    return markdown(head, rows)
+
+
 def families_table() -> str:
     """What the package supports: a family a row, with the recipes that ship for it."""
     recipes: dict[str, list[str]] = defaultdict(list)
@@ -732,6 +761,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "htp-ops": htp_ops_table,
     "htp-text": htp_text_table,
     "htp-gain": htp_gain_table,
+    "htp-tuning": htp_tuning_table,
 }
 
 

@@ -14,11 +14,11 @@ import torch
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
-from fbqat_hub.export.htp.checks import check_asked, check_bundle
+from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.families import component_configs
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training.calibration import export_data
+from fbqat_hub.training.calibration import export_data, teacher_draws
 from fbqat_hub.training.recipe import recipe_of_run
 
 
@@ -32,6 +32,7 @@ def export_run(
     graphs: int = 1,
     prompts: Sequence[str] = (),
     pictures: int = 2,
+    tune: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compile a packed pipeline for a Snapdragon's NPU; returns what ``export_bundle`` returns.
@@ -47,13 +48,16 @@ def export_run(
         output: must not exist, or be empty.
         soc, precision, a16, graphs: as ``export_bundle``.
         prompts: to calibrate on and to generate; the recipe's if there are none.
+        tune: steps of training the QDQ graph towards the recipe's teacher on training samples, before it is compiled.
         pictures: generated with the emulator in the loop, of the first prompts.
 
     Raises:
-        ExportError: no recipe and fewer than two prompts, or what ``export_bundle`` raises.
+        ExportError: no recipe and fewer than two prompts, or steps to ``tune`` without a recipe's data; what
+            ``export_bundle`` raises.
         FileNotFoundError, ValueError: ``run`` is no pipeline that can be loaded.
     """
     check_asked(output, soc, graphs=graphs, pictures=pictures)
+    check_tuning(tune, graphs)
     precision_named(precision)
     saved = Path(run) / "recipe.yaml"
     recipe = recipe_of_run(saved) if saved.is_file() else None
@@ -62,10 +66,22 @@ def export_run(
             f"{run}: {'one prompt was given' if prompts else 'there is no recipe.yaml'}; calibration needs at least "
             "two prompts, of which the last is held out: --prompts FILE, one a line"
         )
+    if tune and (prompts or recipe is None):
+        raise ExportError(
+            f"{run}: tuning needs the training data and the teacher of a recipe, and "
+            f"{'prompts were given' if prompts else 'there is no recipe.yaml'}; export a run that fbqat train made, "
+            "without --prompts, or leave out --tune"
+        )
     pipeline = load_pipeline(run, torch.float32)
     family = check_bundle(pipeline, a16, graphs)
     data = export_data(recipe, pipeline.scheduler) if recipe and not prompts else None
     shown = data.prompts if data else list(prompts)
+    tuning = None
+    if tune and recipe:
+        from fbqat_hub.export.onnx.tuning import Tuning
+
+        draw, teacher = teacher_draws(recipe, pipeline.scheduler)
+        tuning = Tuning(steps=tune, seed=recipe.seed, draw=draw, teacher=teacher)
     return export_bundle(
         pipeline,
         output,
@@ -79,5 +95,6 @@ def export_run(
         graphs=graphs,
         pictures=min(pictures, len(shown)),
         texts=data.texts if data else (),
+        tuning=tuning,
         progress=progress,
     )

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fbqat_hub import export_run as module
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.export.htp.targets import TARGETS
 from fbqat_hub.export_run import export_run
+from fbqat_hub.quantization.packed import PackedLayer
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"soc": "sm9999"}, f"unknown soc 'sm9999'; known: {', '.join(sorted(TARGETS))}"),
@@ -19,6 +21,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"graphs": 0}, "graphs is 0; give 1 or more"),
     ({"graphs": 1.5}, "graphs is 1.5; give 1 or more"),
     ({"pictures": -1}, "pictures is -1; give 1 or more"),
+    ({"tune": -1}, "tune is -1; give a number of steps, e.g. 100, or 0 for none"),
+    ({"tune": 9, "graphs": 2}, "tune is 9 and graphs is 2; only a model in one graph can be tuned"),
     ({"precision": "w3a8"}, "unknown precision 'w3a8'; known: w4a8, w4a16, w8a8, w8a16, auto"),
 ]
 
@@ -37,6 +41,37 @@ def test_before_a_pipeline_is_loaded(
         export_run(tmp_path, tmp_path / "out", **options)
     assert str(caught.value) == says
     assert not list(tmp_path.iterdir())
+
+
+def test_tuning_needs_data_and_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_pipeline", never)
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(ExportError, match=r"tuning needs .* of a recipe, and prompts were given; .* leave out --tune"):
+        export_run(run, tmp_path / "out", tune=5, prompts=["a", "b"])
+    with pytest.raises(ExportError, match=r"there is no recipe\.yaml"):
+        export_run(run, tmp_path / "out", tune=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_tuning_draws_of_the_training_split_towards_the_float_teacher(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime_qnn")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(module, "export_bundle", lambda _pipeline, _output, **options: given.update(options))
+    export_run(run_folder, tmp_path / "out", pictures=1)
+    assert given["tuning"] is None
+    export_run(run_folder, tmp_path / "out", pictures=1, tune=7)
+    tuning = given["tuning"]
+    assert (tuning.steps, tuning.seed) == (7, module.recipe_of_run(run_folder / "recipe.yaml").seed)
+    assert not any(isinstance(layer, PackedLayer) for layer in tuning.teacher.modules())
+    first, again, other = (tuning.draw(number)["hidden_states"] for number in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    held_out = [item["hidden_states"] for item in given["held_out"]]
+    assert not any(torch.equal(tuning.draw(number)["hidden_states"], item) for number in range(9) for item in held_out)
+    assert tuning.predicted(tuning.draw(0)).shape == first.shape
 
 
 def test_the_output_folder_comes_first_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

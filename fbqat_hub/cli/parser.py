@@ -333,7 +333,15 @@ def _export(commands: Any) -> None:
         metavar="N",
         help="how many pictures to generate with the emulator (default: 2)",
     )
-    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images")
+    sub.add_argument(
+        "--tune",
+        type=_number(0, 10**6),
+        default=0,
+        metavar="STEPS",
+        help="train scales, ranges and biases as the NPU computes with them, towards the run's teacher, before "
+        "compiling, e.g. 100 (default: 0, as they are)",
+    )
+    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune")
     sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})
 
 

@@ -205,6 +205,7 @@ def export(options: argparse.Namespace) -> None:
         graphs=options.graphs,
         prompts=prompts,
         pictures=options.images,
+        tune=options.tune,
     )
     if len(options.soc) > 1:
         from fbqat_hub.export.bundle.targets_table import targets_table
@@ -214,6 +215,9 @@ def export(options: argparse.Namespace) -> None:
         return
     for name in ("emulator_vs_cpu_qdq", "emulator_vs_torch_packed", "cpu_qdq_vs_torch_packed"):
         print(f"{name.replace('_', ' '):26s} SQNR {made['parity'][name]['sqnr_db']:.1f} dB")
+    if made["tuning"]:
+        for name in ("emulator_vs_torch_tuned", "emulator_vs_teacher"):
+            print(f"{name.replace('_', ' '):26s} SQNR {made['parity'][name]['sqnr_db']:.1f} dB")
     print(f"{'pictures vs torch':26s} PSNR {made['pictures']['mean_psnr_db']:.1f} dB")
     print(f"saved {output}. Ran on: {made['ran_on']}. Never ran on: {made['never_ran_on']}.")
 

@@ -19,6 +19,7 @@ class Progress(progress.Progress):
 
     def __init__(self, steps: int, shown: bool) -> None:
         super().__init__("export", steps, "step", shown=shown)
+        self.shown = shown
         self.seconds: dict[str, float] = {}
 
     @contextmanager

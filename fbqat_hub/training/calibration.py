@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fbqat_hub.families import get_family
 from fbqat_hub.training.cache import cached_splits
@@ -48,3 +49,18 @@ def export_data(recipe: Recipe, scheduler: Any) -> ExportData:
         texts=list(dict.fromkeys(splits["train"].captions))[:_CALIBRATION_SAMPLES],
         prompts=recipe.prompts or list(dict.fromkeys(splits["test"].captions)),
     )
+
+
+def teacher_draws(recipe: Recipe, scheduler: Any) -> tuple[Callable[[int], dict[str, Tensor]], nn.Module]:
+    """What ``recipe`` trains on, and its teacher.
+
+    Args:
+        scheduler: of the pipeline that is trained.
+
+    Returns:
+        number -> a random sample of the training split, batch 1, the same for the same number; and the float denoiser.
+    """
+    pipeline = float_pipeline(recipe)
+    split = cached_splits(recipe, pipeline)["train"]
+    draws = Draws(get_family(recipe.family), scheduler, recipe.seed)
+    return lambda number: draws.training(split, number, 1), pipeline.transformer

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fbqat_hub.export.bundle.text_bundle import PROBE, QuantizedText, compile_te
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, recorded_tokens
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import staging
-from fbqat_hub.export.htp.checks import check_asked, check_bundle
+from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
 from fbqat_hub.export.htp.export import QuantizedTransformer, compile_transformer, quantize_transformer
 from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.export.htp.runtime import qnn_session
@@ -34,6 +34,9 @@ from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families import Family
 from fbqat_hub.families.graph import GraphWrapper, Item
+
+if TYPE_CHECKING:
+    from fbqat_hub.export.onnx.tuning import Tuning
 
 _RUNTIME = Path(__file__).parent / "runtime"
 #: Scripts that travel with every bundle; none of them imports this package.
@@ -59,6 +62,7 @@ def export_bundle(
     graphs: int = 1,
     pictures: int = 2,
     texts: Sequence[str] = (),
+    tuning: Tuning | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Export a packed pipeline: transformer and decoder as context binaries, and all that a phone needs beside them.
@@ -83,6 +87,7 @@ def export_bundle(
         graphs: as `export_htp`; the runner runs them in the manifest's order (`denoiser`).
         pictures: how many, at least 1.
         texts: to calibrate the text encoders on; `prompts` if there are none.
+        tuning: as `export_htp`.
 
     Returns:
         The certificate; of several targets, their certificates by `soc`.
@@ -93,6 +98,7 @@ def export_bundle(
             `output_dir`.
     """
     targets = check_asked(output_dir, soc, graphs=graphs, pictures=pictures)
+    check_tuning(tuning.steps if tuning else 0, graphs)
     chosen, target_db = precision_named(precision, a16)
     if pictures > len(prompts):
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
@@ -102,7 +108,7 @@ def export_bundle(
     encoders = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
     # generating and recording; tracing, calibrating and quantizing each part; compiling each graph, and pictures
     parts = 2 + len(encoders)
-    steps = 2 + 3 * parts + graphs - 1 + len(targets) * ((graphs - 1 + parts) * len(STEPS) + 1)
+    steps = 2 + 3 * parts + graphs - 1 + bool(tuning) + len(targets) * ((graphs - 1 + parts) * len(STEPS) + 1)
     with (
         staging(output_dir) as folder,
         tempfile.TemporaryDirectory(prefix=".quantized.", dir=folder.parent) as scratch,
@@ -129,6 +135,7 @@ def export_bundle(
             bar,
             target_db=target_db,
             graphs=graphs,
+            tuning=tuning,
         )
         host, settings = host_parts(generated, pipeline, transformer.wrapper, call)
         decoder = _quantize_decoder(pipeline, family, generated, settings, shared, bar)

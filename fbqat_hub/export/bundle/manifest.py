@@ -57,6 +57,7 @@ def write_manifest(
         "sampler": dict(settings),
         "prompts": list(prompts),
         "text": list(text),
+        "tuning": certificate["tuning"],
         "text_left_out": certificate["text_left_out"],
         "files": listing(folder),
         "ran_on": certificate["ran_on"],

@@ -36,6 +36,18 @@ def check_asked(output_dir: str | os.PathLike[str], soc: str | Sequence[str], **
     return targets
 
 
+def check_tuning(steps: int, graphs: int) -> None:
+    """ExportError unless the graph can be tuned for so many steps; 0 is none.
+
+    Args:
+        graphs: into how many the model is to be split.
+    """
+    if type(steps) is not int or steps < 0:
+        raise ExportError(f"tune is {steps!r}; give a number of steps, e.g. 100, or 0 for none")
+    if steps and graphs != 1:
+        raise ExportError(f"tune is {steps} and graphs is {graphs}; only a model in one graph can be tuned")
+
+
 def check_model(denoiser: Any, a16: Sequence[str] = (), graphs: int = 1) -> Family:
     """The family of a packed denoiser that can be exported.
 

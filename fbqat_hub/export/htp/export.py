@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fbqat_hub.export.folder import staging
-from fbqat_hub.export.htp.checks import check_asked, check_model
+from fbqat_hub.export.htp.checks import check_asked, check_model, check_tuning
 from fbqat_hub.export.htp.graph import STEPS, GraphSource, QuantizedGraph, compile_chain, quantize_graph
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph, as_feed, packed_layers, runnable
@@ -20,6 +21,9 @@ from fbqat_hub.export.onnx.precision import LOWEST, Precision
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families import Family
 from fbqat_hub.families.graph import GraphWrapper, Item
+
+if TYPE_CHECKING:
+    from fbqat_hub.export.onnx.tuning import Tuning
 
 #: Calibration inputs that are kept apart for `allocate`.
 ALLOCATION_INPUTS = 4
@@ -36,6 +40,7 @@ def export_htp(
     target_db: float | None = None,
     graphs: int = 1,
     probe_blocks: int | None = None,
+    tuning: Tuning | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Export a packed transformer to a QNN HTP context binary, and prove on the x86 emulator that it computes it.
@@ -60,6 +65,7 @@ def export_htp(
             The certificate's `parity` is then that of the whole chain on the emulator against torch (against the CPU
             reference: of the last graph); `parts` has each graph's own.
         probe_blocks: see `compile_graph`.
+        tuning: train the QDQ graph before it is compiled (`tuning.tune_graph`); not with several `graphs`.
         progress: show a bar.
 
     Returns:
@@ -71,15 +77,25 @@ def export_htp(
             `output_dir`.
     """
     (target,) = check_asked(output_dir, soc, graphs=graphs, probe_blocks=probe_blocks)
+    check_tuning(tuning.steps if tuning else 0, graphs)
     precision = precision or Precision()
     family = check_model(transformer, precision.a16_layers, graphs)
     check_items("calibration", calibration, family.constant_inputs)
     check_items("held_out", held_out, family.constant_inputs)
     from fbqat_hub.export.htp import certificate
 
-    with staging(output_dir) as folder, Progress(2 + graphs * (1 + len(STEPS)), progress) as bar:
+    with staging(output_dir) as folder, Progress(2 + graphs * (1 + len(STEPS)) + bool(tuning), progress) as bar:
         quantized = quantize_transformer(
-            transformer, family, calibration, held_out, folder, precision, bar, target_db=target_db, graphs=graphs
+            transformer,
+            family,
+            calibration,
+            held_out,
+            folder,
+            precision,
+            bar,
+            target_db=target_db,
+            graphs=graphs,
+            tuning=tuning,
         )
         section = compile_transformer(quantized, folder, target, bar, probe_blocks=probe_blocks)
         return certificate.write(folder, target, section, bar.seconds)
@@ -128,6 +144,7 @@ def quantize_transformer(
     *,
     target_db: float | None = None,
     graphs: int = 1,
+    tuning: Tuning | None = None,
 ) -> QuantizedTransformer:
     """The transformer as QDQ graphs, in `folder`.
 
@@ -145,6 +162,19 @@ def quantize_transformer(
             parts = {f"transformer_{index}": part for index, part in enumerate(split_graph(graph, graphs))}
     chosen = _quantization(transformer, graph, wrapper, calibration, precision, target_db, progress)
     expected = torch_outputs(transformer, held_out, family.blocks(transformer))
+    tune = None
+    if tuning is not None:
+        from fbqat_hub.export.onnx.tuning import tune_graph
+
+        tune = partial(
+            tune_graph,
+            layers={graph.module_names[key]: layer for key, layer in graph.layers.items()},
+            tuning=tuning,
+            wrapper=wrapper,
+            held_out=held_out,
+            packed=[each[wrapper.output_name] for each in expected],
+            progress=progress.shown,
+        )
     sources = (
         GraphSource(
             name=name,
@@ -156,14 +186,16 @@ def quantize_transformer(
         )
         for name, part in parts.items()
     )
+    quantized = [quantize_graph(source, folder, chosen.precision, progress, tune) for source in sources]
     return QuantizedTransformer(
-        graphs=[quantize_graph(source, folder, chosen.precision, progress) for source in sources],
+        graphs=quantized,
         held_out=[as_feed(wrapper.host_inputs(item)) for item in held_out],
         wrapper=wrapper,
         facts={
             "model": {"class": type(transformer).__name__, "packed_layers": len(graph.layers)},
             "allocation": chosen.report,
             "calibration_inputs": chosen.inputs,
+            "tuning": quantized[0].tuning,
         },
         rewrites=rewrites,
         timesteps=[round(float(item["timestep"].reshape(-1)[0]), 4) for item in held_out],

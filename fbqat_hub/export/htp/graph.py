@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from fbqat_hub.quantization.packed import PackedLayer
 
 if TYPE_CHECKING:
     import onnx
+
+    from fbqat_hub.export.onnx.tuning import Tuned
 
 #: Held-out inputs on which blocks and ops are compared; the output is compared on all. The probe, whose every tensor
 #: is an output, runs several times slower than the graph that ships.
@@ -63,6 +65,8 @@ class QuantizedGraph:
         block_outputs: as the float graph's.
         expected: as `GraphSource`'s.
         audited: what `audit.audit_qdq` found.
+        others: what else the output is compared with, by name, for each held-out input.
+        tuning: `Tuned.report` of a graph that was trained.
     """
 
     name: str
@@ -73,6 +77,8 @@ class QuantizedGraph:
     block_outputs: Sequence[str]
     expected: Sequence[Feed]
     audited: dict[str, Any]
+    others: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    tuning: dict[str, Any] | None = None
     _given: Sequence[Feed] | None = field(default=None, init=False)
     _reference: Sequence[Feed] = field(default=(), init=False)
 
@@ -91,8 +97,17 @@ class QuantizedGraph:
         return self._reference
 
 
-def quantize_graph(source: GraphSource, folder: Path, precision: Precision, progress: Progress) -> QuantizedGraph:
+def quantize_graph(
+    source: GraphSource,
+    folder: Path,
+    precision: Precision,
+    progress: Progress,
+    tune: Callable[[onnx.ModelProto], Tuned] | None = None,
+) -> QuantizedGraph:
     """`source` as a QDQ graph, `<name>.qdq.onnx` in `folder`, audited.
+
+    Args:
+        tune: what trains the graph; it is then audited against what was learned, not against the packed layers.
 
     Raises:
         ExportError: a failed step or audit.
@@ -105,8 +120,13 @@ def quantize_graph(source: GraphSource, folder: Path, precision: Precision, prog
     path = folder / f"{source.name}.qdq.onnx"
     with progress.step(f"{source.name}: quantize"):
         qdq = insert_qdq(source.graph, source.ranges, precision, clipped=source.clipped)
-        audited = audit.audit_qdq(qdq, source.layers, precision)
-        onnx.save(qdq, path)
+    layers, others, report = source.layers, {}, None
+    if tune is not None:
+        with progress.step(f"{source.name}: tune"):
+            tuned = tune(qdq)
+        qdq, layers, others, report = tuned.model, tuned.layers, tuned.outputs, tuned.report
+    audited = audit.audit_qdq(qdq, layers, precision)
+    onnx.save(qdq, path)
     return QuantizedGraph(
         name=source.name,
         path=path,
@@ -116,6 +136,8 @@ def quantize_graph(source: GraphSource, folder: Path, precision: Precision, prog
         block_outputs=source.graph.block_outputs,
         expected=source.expected,
         audited=audited,
+        others=others,
+        tuning=report,
     )
 
 
@@ -170,6 +192,7 @@ def compile_graph(
     import onnx
 
     from fbqat_hub.export.htp import certificate, compiler, cost, op_parity
+    from fbqat_hub.export.onnx.parity import compare as compared_outputs
 
     name = graph.name
     qdq_path, context = folder / graph.path.name, folder / f"{name}.onnx"
@@ -197,6 +220,10 @@ def compile_graph(
             *([each[tensor] for each in run[: len(runs)]] for run in (runs, cpu, graph.expected))
         )
 
+    others = {
+        f"emulator_vs_{name}": compared_outputs(values, [each[output] for each in emulated])
+        for name, values in graph.others.items()
+    }
     blocks = {block: compare(block, probed) for block in graph.block_outputs if block in probed[0]}
     code_bits = {str(bits): count for bits, count in sorted(Counter(graph.code_bits.values()).items())}
     section = {
@@ -205,7 +232,7 @@ def compile_graph(
         "tensors": cost.describe_tensors(qdq),
         "audit": {"qdq": graph.audited, **compiled["audit"]},
         "cost": cost.cost(qdq) | compiled["cost"],
-        "parity": {"held_out_inputs": len(emulated), **compare(output, emulated)},
+        "parity": {"held_out_inputs": len(emulated), **compare(output, emulated), **others},
         "blocks": blocks,
         "op_parity": op_parity.summarize(errors),
         "probed_blocks": {

@@ -57,6 +57,8 @@ def markdown(certificate: Mapping[str, Any]) -> str:
             f"| `{each['name']}` | {each['cost']:.3f} | {each['alone_db']:.1f} | {each['bits']} |"
             for each in allocation["candidates"]
         ]
+    if tuning := certificate.get("tuning"):
+        lines += ["", *_tuning(tuning, certificate["parity"])]
     if reason := certificate.get("text_left_out"):
         lines += ["", f"Text encoders are left out: {reason}"]
     lines += [
@@ -68,6 +70,24 @@ def markdown(certificate: Mapping[str, Any]) -> str:
         "buffer. No latency is given: the emulator's time says nothing of a device's.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tuning(tuning: Mapping[str, Any], parity: Mapping[str, Any]) -> list[str]:
+    """What was trained before the graph was compiled, and what that did."""
+    return [
+        f"The graph was tuned: {tuning['steps']} steps of {tuning['batch']} samples, seed {tuning['seed']}, towards "
+        f"the float teacher. Its squared distance on {tuning['loss_samples']} samples kept apart went from "
+        f"{tuning['loss_before']:.3g} to {tuning['loss_after']:.3g}. Codes are the checkpoint's; "
+        "the audit compares scales and ranges with the tuned ones. SQNR in dB of the output:",
+        "",
+        "| compared | with | dB |",
+        "|---|---|---|",
+        f"| emulator | torch, the tuned graph | {parity['emulator_vs_torch_tuned']['sqnr_db']:.1f} |",
+        f"| emulator | the float teacher | {parity['emulator_vs_teacher']['sqnr_db']:.1f} |",
+        f"| torch, the graph before | the float teacher | {tuning['untuned_vs_teacher']['sqnr_db']:.1f} |",
+        f"| torch, the tuned graph | the float teacher | {tuning['tuned_vs_teacher']['sqnr_db']:.1f} |",
+        f"| torch, the packed model | the float teacher | {tuning['torch_packed_vs_teacher']['sqnr_db']:.1f} |",
+    ]
 
 
 def _bits(precision: Mapping[str, Any]) -> str:
