@@ -108,7 +108,7 @@ _BLOCKWISE = {
 def blockwise_table() -> str:
     """Block-wise training beside GPTQ and the default, end to end."""
     results, rows = Results.load(), []
-    families = [name for name, family in FAMILIES.items() if family.tiny]
+    families = [name for name in FAMILIES if results.of(track="uniform-4", family=name)]
     for title, (track, method, steps) in _BLOCKWISE.items():
         cells = []
         for family in families:
@@ -505,7 +505,7 @@ def _bundles() -> list[Record]:
 
 
 def htp_table() -> str:
-    """Parity, pictures and cost of the four tiny bundles."""
+    """Parity, pictures and cost of the tiny bundles."""
     head = (
         "family", "precision", "emulator to torch (dB)", "to the CPU (dB)", "CPU to torch (dB)", "pictures (dB)",
         "runner's, from text (dB)", "activations (KB)", "at A16, of M MACs", "binary (MB)", "seconds",
