@@ -32,6 +32,7 @@ def export_run(
     graphs: int = 1,
     prompts: Sequence[str] = (),
     pictures: int = 2,
+    decoder_tile: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compile a packed pipeline for a Snapdragon's NPU; returns what ``export_bundle`` returns.
@@ -48,12 +49,13 @@ def export_run(
         soc, precision, a16, graphs: as ``export_bundle``.
         prompts: to calibrate on and to generate; the recipe's if there are none.
         pictures: generated with the emulator in the loop, of the first prompts.
+        decoder_tile: as ``export_bundle``.
 
     Raises:
         ExportError: no recipe and fewer than two prompts, or what ``export_bundle`` raises.
         FileNotFoundError, ValueError: ``run`` is no pipeline that can be loaded.
     """
-    check_asked(output, soc, graphs=graphs, pictures=pictures)
+    check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile)
     precision_named(precision)
     saved = Path(run) / "recipe.yaml"
     recipe = recipe_of_run(saved) if saved.is_file() else None
@@ -79,5 +81,6 @@ def export_run(
         graphs=graphs,
         pictures=min(pictures, len(shown)),
         texts=data.texts if data else (),
+        decoder_tile=decoder_tile,
         progress=progress,
     )

@@ -329,7 +329,13 @@ def _export(commands: Any) -> None:
         metavar="N",
         help="how many pictures to generate with the emulator (default: 2)",
     )
-    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images")
+    sub.add_argument(
+        "--decoder-tile",
+        type=_number(1, 100_000),
+        metavar="PIXELS",
+        help="decode larger pictures in overlapping tiles of this side (default: at most 128, for 8 GB of memory)",
+    )
+    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "decoder_tile")
     sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})
 
 

@@ -204,6 +204,7 @@ def export(options: argparse.Namespace) -> None:
         graphs=options.graphs,
         prompts=prompts,
         pictures=options.images,
+        decoder_tile=options.decoder_tile,
     )
     if len(options.soc) > 1:
         from fbqat_hub.export.bundle.targets_table import targets_table
@@ -219,8 +220,9 @@ def export(options: argparse.Namespace) -> None:
 
 def _export_files(options: argparse.Namespace) -> None:
     """In another library's format; that library is not needed."""
-    if given := [f"--{name}" for name, default in options.of_htp.items() if getattr(options, name) != default]:
-        raise ValueError(f"{given[0]} is for a phone (--to htp); with --to {options.to} give --output only.")
+    if given := [name for name, default in options.of_htp.items() if getattr(options, name) != default]:
+        option = f"--{given[0].replace('_', '-')}"
+        raise ValueError(f"{option} is for a phone (--to htp); with --to {options.to} give --output only.")
     output = options.output or Path(options.run_folder) / options.to
     if options.to == "encodings":
         from fbqat_hub.integrations.encodings import FILE, export_encodings
