@@ -39,7 +39,7 @@ from fbqat_hub.training.sampled import open_sampler, sampled_inputs
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.training.trajectories import predictions, trajectories, trajectory_loss
 
-TRAINED = [name for name, family in FAMILIES.items() if family.tiny]
+TRAINED = [name for name, family in FAMILIES.items() if family.tiny and family.takes_tensors]
 SAMPLES, AVERAGE = 64, 4.5
 
 

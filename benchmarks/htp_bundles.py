@@ -1,4 +1,4 @@
-"""The four tiny teachers, quantized without training, as bundles for a Snapdragon: parity, pictures, bytes, operations.
+"""The tiny teachers that have a graph, quantized without training, as bundles for a Snapdragon: parity, pictures, cost.
 
 python -m benchmarks.htp_bundles --work runs/htp                       # -> benchmarks/results; go on: same command
 python -m benchmarks.htp_bundles --work runs/htp --recipes sana-tiny --precisions auto
@@ -29,7 +29,7 @@ from fbqat_hub.training.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 CERTIFICATES = RESULTS / "certificates"
-RECIPES = [family.tiny for family in FAMILIES.values() if family.tiny]
+RECIPES = [family.tiny for family in FAMILIES.values() if family.tiny and not family.without_graph]
 PRECISIONS = ("w4a8", "auto")
 METHOD = "ptq-gptq"
 

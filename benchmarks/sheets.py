@@ -1,4 +1,4 @@
-"""Picture sheets of the four tiny families: teacher, PTQ and this project's default, from the same prompts and seeds.
+"""Picture sheets of the tiny families: teacher, PTQ and this project's default, from the same prompts and seeds.
 
     python -m benchmarks.sheets                    # docs/images/sheet-FAMILY.png, about two minutes a family
     python -m benchmarks.sheets --families flux
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.method.runs import RECIPES
 from fbqat_hub.evaluation.pictures import comparison_sheet
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.pictures import as_image
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.distill import train
@@ -23,6 +23,7 @@ from fbqat_hub.training.samples import generate_samples
 from fbqat_hub.training.teachers import resolve_teacher
 
 ROOT = Path(__file__).parents[1]
+RECIPES = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
 METHODS = {"ptq-mse": "PTQ W4A8", "ptq-gptq": "PTQ W4A8, GPTQ", "fbqat": "FB-QAT W4A8 (ours)"}
 
 

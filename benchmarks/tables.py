@@ -108,7 +108,7 @@ _BLOCKWISE = {
 def blockwise_table() -> str:
     """Block-wise training beside GPTQ and the default, end to end."""
     results, rows = Results.load(), []
-    families = [name for name, family in FAMILIES.items() if family.tiny]
+    families = [name for name in FAMILIES if results.of(track="uniform-4", family=name)]
     for title, (track, method, steps) in _BLOCKWISE.items():
         cells = []
         for family in families:
@@ -474,6 +474,31 @@ def htp_parts_table() -> str:
     )
 
 
+def htp_tiles_table() -> str:
+    """Pictures decoded in tiles against whole ones, by `benchmarks.decoder_tiles`."""
+    found = [record for record in read_records(RESULTS / "htp.json") if "tiles_to_original_db" in record.extra]
+    rows = [
+        (
+            record.extra["autoencoder"],
+            record.extra["part"],
+            str(record.extra["count"]),
+            f"{record.value:.1f}, lowest {record.extra['lowest_db']:.1f}",
+            f"{record.extra['tiles_to_original_db']:.1f}",
+            f"{record.extra['whole_to_original_db']:.1f}",
+        )
+        for record in found
+    ]
+    head = (
+        "decoder",
+        "picture",
+        "tiles",
+        "tiles to whole (dB)",
+        "tiles to original (dB)",
+        "whole to original (dB)",
+    )
+    return f"{markdown(head, rows)}\n\nMean PSNR of {found[0].n} pictures. By `{found[0].command}`."
+
+
 def htp_targets_table() -> str:
     """Chips that a bundle can be made for, and what was compiled and emulated, by `benchmarks.htp_targets`."""
     measured = {record.extra["soc"]: record for record in read_records(RESULTS / "htp.json") if "soc" in record.extra}
@@ -505,7 +530,7 @@ def _bundles() -> list[Record]:
 
 
 def htp_table() -> str:
-    """Parity, pictures and cost of the four tiny bundles."""
+    """Parity, pictures and cost of the tiny bundles."""
     head = (
         "family", "precision", "emulator to torch (dB)", "to the CPU (dB)", "CPU to torch (dB)", "pictures (dB)",
         "runner's, from text (dB)", "activations (KB)", "at A16, of M MACs", "binary (MB)", "seconds",
@@ -757,6 +782,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
     "htp-targets": htp_targets_table,
+    "htp-tiles": htp_tiles_table,
     "htp": htp_table,
     "htp-ops": htp_ops_table,
     "htp-text": htp_text_table,

@@ -33,6 +33,7 @@ def export_run(
     prompts: Sequence[str] = (),
     pictures: int = 2,
     tune: int = 0,
+    decoder_tile: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compile a packed pipeline for a Snapdragon's NPU; returns what ``export_bundle`` returns.
@@ -50,13 +51,14 @@ def export_run(
         prompts: to calibrate on and to generate; the recipe's if there are none.
         tune: steps of training the QDQ graph towards the recipe's teacher on training samples, before it is compiled.
         pictures: generated with the emulator in the loop, of the first prompts.
+        decoder_tile: as ``export_bundle``.
 
     Raises:
         ExportError: no recipe and fewer than two prompts, or steps to ``tune`` without a recipe's data; what
             ``export_bundle`` raises.
         FileNotFoundError, ValueError: ``run`` is no pipeline that can be loaded.
     """
-    check_asked(output, soc, graphs=graphs, pictures=pictures)
+    check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile)
     check_tuning(tune, graphs)
     precision_named(precision)
     saved = Path(run) / "recipe.yaml"
@@ -96,5 +98,6 @@ def export_run(
         pictures=min(pictures, len(shown)),
         texts=data.texts if data else (),
         tuning=tuning,
+        decoder_tile=decoder_tile,
         progress=progress,
     )

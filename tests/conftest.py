@@ -51,6 +51,13 @@ CALL = {
     "use_resolution_binning": False,
 }
 _CLIP = {"hidden_size": 8, "intermediate_size": 16, "projection_dim": 8, "num_hidden_layers": 1}
+_QWEN = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
 # class -> what it has less of than in the teachers' recipes
 SMALL: dict[str, dict[str, Any]] = {
     "AutoencoderDC": {
@@ -111,31 +118,17 @@ SMALL: dict[str, dict[str, Any]] = {
         "pooled_projection_dim": 8,
         "axes_dims_rope": [4, 6, 6],
     },
+    "Qwen3Model": {**_QWEN, "head_dim": 8},
+    "ZImageTransformer2DModel": {
+        "dim": 48,  # 48 / 3 * 8 = 128, an even width of the feed-forward
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 8,
+    },
 }
 
-_QWEN3 = {
-    "class": "Qwen3ForCausalLM",
-    "tokenizer": "Qwen2Tokenizer",
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
-_QWEN2 = {name: value for name, value in _QWEN3.items() if name not in ("class", "tokenizer", "head_dim")}
 _FLOW = {"class": "FlowMatchEulerDiscreteScheduler"}
-_OF_FLUX = (
-    "patch_size",
-    "num_layers",
-    "num_single_layers",
-    "attention_head_dim",
-    "num_attention_heads",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "guidance_embeds",
-    "axes_dims_rope",
-)
 _OF_KL = (
     "down_block_types",
     "up_block_types",
@@ -180,7 +173,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "pipeline": {"is_distilled": True},
             "centre_latents": False,
             "autoencoder": {"class": "AutoencoderKLFlux2", "shift_factor": ..., "scaling_factor": ...},
-            "text_encoders": {"text_encoder": _QWEN3},
+            "text_encoders": {
+                "text_encoder": {
+                    "class": "Qwen3ForCausalLM",
+                    "tokenizer": "Qwen2Tokenizer",
+                    **SMALL["Qwen3Model"],
+                },
+            },
             "transformer": {
                 "class": "Flux2Transformer2DModel",
                 "joint_attention_dim": 24,
@@ -188,29 +187,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "pooled_projection_dim": ...,
             },
             "scheduler": {**_FLOW, "shift": 3.0, "use_dynamic_shifting": True},
-        },
-    ),
-    "z-image": (
-        "flux",
-        {
-            "family": "z-image",
-            "max_tokens": 24,
-            "generation": {"max_sequence_length": 24, "guidance_scale": 0.0},
-            "text_encoders": {"text_encoder": {**_QWEN3, "class": "Qwen3Model"}},
-            "transformer": {
-                "class": "ZImageTransformer2DModel",
-                **dict.fromkeys(_OF_FLUX, ...),
-                "in_channels": 4,
-                "dim": 48,  # 48 / 3 * 8 = 128, an even width of the feed-forward
-                "n_layers": 1,
-                "n_refiner_layers": 1,
-                "n_heads": 2,
-                "n_kv_heads": 2,
-                "cap_feat_dim": 8,
-                "axes_dims": [8, 8, 8],
-                "axes_lens": [128, 32, 32],
-            },
-            "scheduler": {**_FLOW, "shift": 3.0},
         },
     ),
     "qwen-image": (
@@ -235,7 +211,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                     "class": "Qwen2_5_VLForConditionalGeneration",
                     "tokenizer": "Qwen2Tokenizer",
                     "text_config": {
-                        **_QWEN2,
+                        **_QWEN,
                         "max_window_layers": 3,
                         "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]},
                     },

@@ -41,7 +41,8 @@ from fbqat_hub.training.student import prepare_student
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.training.trajectories import VERSION, Trajectories, predictions, trajectories, trajectory_loss
 
-RECIPES = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
+# The judge keeps the inputs of a denoiser, which must be tensors for that.
+RECIPES = {name: family.tiny for name, family in FAMILIES.items() if family.tiny and family.takes_tensors}
 LOW_RANK = 4
 # A bit width whose grid is finer than what fp32 activations show of a weight.
 _FLOAT = 16

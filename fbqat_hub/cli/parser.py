@@ -341,7 +341,13 @@ def _export(commands: Any) -> None:
         help="train scales, ranges and biases as the NPU computes with them, towards the run's teacher, before "
         "compiling, e.g. 100 (default: 0, as they are)",
     )
-    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune")
+    sub.add_argument(
+        "--decoder-tile",
+        type=_number(1, 100_000),
+        metavar="PIXELS",
+        help="decode larger pictures in overlapping tiles of this side (default: at most 128, for 8 GB of memory)",
+    )
+    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune", "decoder_tile")
     sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fbqat_hub.cache_dir import default_cache_dir
-from fbqat_hub.families import Family, get_family
+from fbqat_hub.families import Family, component_configs, get_family
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.pictures import pixels
 from fbqat_hub.pipelines import save_pipeline
@@ -282,7 +282,7 @@ def _focused(recipe: dict[str, Any], captions: list[str], groups: list[str | Non
     return [caption for caption, group in zip(captions, groups, strict=True) if group in last]
 
 
-def _distil_few_steps(recipe: dict[str, Any], family: Any, pipeline: Any, captions: list[str], work: Path) -> None:
+def _distil_few_steps(recipe: dict[str, Any], family: Family, pipeline: Any, captions: list[str], work: Path) -> None:
     """Stage 3. One step of the result goes where ``substeps`` guided Euler steps of stage 2's denoiser went.
 
     The guided trajectories of ``noises`` noises a caption are drawn once; the denoiser then learns the mean velocity
@@ -291,7 +291,7 @@ def _distil_few_steps(recipe: dict[str, Any], family: Any, pipeline: Any, captio
     """
     settings = recipe["few_step"]
     texts = captions * settings["noises"]
-    path = _trajectories(recipe, pipeline, texts, settings)
+    path = _trajectories(recipe, family, pipeline, texts, settings)
     with torch.no_grad():
         encoded = family.encode_prompts(pipeline, captions, recipe["generation"])
     side, transformer = recipe["size"] // pipeline.vae_scale_factor, pipeline.transformer.requires_grad_(True)
@@ -311,9 +311,12 @@ def _distil_few_steps(recipe: dict[str, Any], family: Any, pipeline: Any, captio
 
 
 @torch.no_grad()
-def _trajectories(recipe: dict[str, Any], pipeline: Any, texts: list[str], settings: dict[str, Any]) -> Tensor:
-    """Latents [N, segments + 1, tokens, channels] at the segments' ends, from noise to picture."""
+def _trajectories(
+    recipe: dict[str, Any], family: Family, pipeline: Any, texts: list[str], settings: dict[str, Any]
+) -> Tensor:
+    """Latents [N, segments + 1, ...] as the sampler has them, at the segments' ends, from noise to picture."""
     pipeline.set_progress_bar_config(disable=True)
+    shape = family.latent_shape(component_configs(pipeline), (recipe["size"],) * 2)
     parts = []
     for first in each(range(0, len(texts), 64), "guided trajectories", "batch"):
         batch = texts[first : first + 64]
@@ -325,20 +328,16 @@ def _trajectories(recipe: dict[str, Any], pipeline: Any, texts: list[str], setti
             return {}
 
         random = generator(recipe["seed"], "trajectories", first)
-        side = recipe["size"] // pipeline.vae_scale_factor
-        channels = pipeline.transformer.config.in_channels
-        noise = torch.randn(len(batch), (side // 2) ** 2, channels, generator=random)
+        noise = family.pack_latents(torch.randn(len(batch), *shape, generator=random))
         pipeline(
             batch,
-            negative_prompt="",
-            true_cfg_scale=settings["guidance_scale"],
             height=recipe["size"],
             width=recipe["size"],
             num_inference_steps=settings["segments"] * settings["substeps"],
             latents=noise,
             output_type="latent",
             callback_on_step_end=keep,
-            **recipe["generation"],
+            **{**recipe["generation"], **settings["guided"]},
         )
         parts.append(torch.stack([noise, *kept], dim=1))
     return torch.cat(parts)

@@ -5,6 +5,7 @@
 // Every graph runs on QNN's HTP backend, or the program ends with an error: nothing falls back to the CPU.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <iostream>
@@ -262,6 +263,70 @@ std::vector<float> unpack_tokens(const std::vector<float>& tokens, std::size_t h
   return latents;
 }
 
+struct Size {
+  std::size_t height, width;
+};
+
+Size size_of(const Json& pair) {
+  return {static_cast<std::size_t>(pair.list[0].number), static_cast<std::size_t>(pair.list[1].number)};
+}
+
+// The first `overlap` rows (or columns) of a tile [3, H, W] go over linearly from the last of `before`.
+void blend(const std::vector<float>& before, std::vector<float>& pixels, Size tile, std::size_t overlap, bool rows) {
+  const Size part = rows ? Size{overlap, tile.width} : Size{tile.height, overlap};
+  for (std::size_t plane = 0; plane < 3; ++plane) {
+    for (std::size_t y = 0; y < part.height; ++y) {
+      for (std::size_t x = 0; x < part.width; ++x) {
+        const double share = static_cast<double>(rows ? y : x) / static_cast<double>(overlap);
+        const std::size_t to = (plane * tile.height + y) * tile.width + x;
+        const std::size_t from = to + (rows ? (tile.height - overlap) * tile.width : tile.width - overlap);
+        pixels[to] = before[from] * static_cast<float>(1 - share) + pixels[to] * static_cast<float>(share);
+      }
+    }
+  }
+}
+
+// Latents [1, C, h, w] as the picture [3, H, W]; in tiles that overlap where the manifest has them, as tiles.py does it.
+std::vector<float> decode(const Graph& decoder, std::vector<float> latents, const Json& manifest) {
+  Values values;
+  std::vector<float>& part = values["latents"].values;
+  const Json& tiles = manifest.at("decoder_tiles");
+  if (tiles.kind != Json::Kind::object) {
+    part = std::move(latents);
+    return decoder.run(values).values;
+  }
+  const Size whole = size_of(manifest.at("sampler").at("picture_size")), tile = size_of(tiles.at("size")),
+             overlap = size_of(tiles.at("overlap"));
+  const std::vector<Json>& shape = manifest.at("graphs").at("decoder").at("inputs").list[0].at("shape").list;
+  const auto channels = static_cast<std::size_t>(shape[1].number), rows = static_cast<std::size_t>(shape[2].number),
+             columns = static_cast<std::size_t>(shape[3].number);
+  const std::size_t factor = tile.height / rows, width = whole.width / factor;
+  std::vector<float> picture(3 * whole.height * whole.width);
+  std::vector<std::vector<float>> above, row;
+  for (std::size_t top = 0; top + tile.height <= whole.height; top += tile.height - overlap.height) {
+    for (std::size_t left = 0; left + tile.width <= whole.width; left += tile.width - overlap.width) {
+      part.clear();
+      for (std::size_t line = 0; line < channels * rows; ++line) {
+        const std::size_t y = line / rows * (whole.height / factor) + top / factor + line % rows;
+        const auto first = latents.begin() + static_cast<std::ptrdiff_t>(y * width + left / factor);
+        part.insert(part.end(), first, first + static_cast<std::ptrdiff_t>(columns));
+      }
+      std::vector<float> pixels = decoder.run(values).values;
+      if (!above.empty()) blend(above[row.size()], pixels, tile, overlap.height, true);
+      if (!row.empty()) blend(row.back(), pixels, tile, overlap.width, false);
+      for (std::size_t line = 0; line < 3 * tile.height; ++line) {  // what the next tiles cover is written again
+        const std::size_t y = line / tile.height * whole.height + top + line % tile.height;
+        std::copy_n(pixels.begin() + static_cast<std::ptrdiff_t>(line * tile.width), tile.width,
+                    picture.begin() + static_cast<std::ptrdiff_t>(y * whole.width + left));
+      }
+      row.push_back(std::move(pixels));
+    }
+    above = std::move(row);
+    row.clear();
+  }
+  return picture;
+}
+
 // Planes [3, H, W] of values in [-1, 1] as a PPM file (P6).
 void write_picture(const std::string& path, const std::vector<float>& planes, std::size_t height, std::size_t width) {
   std::vector<char> pixels(3 * height * width);
@@ -297,18 +362,16 @@ void run(const std::string& folder, std::map<std::string, std::string>& options)
   for (const Json& part : manifest.at("denoiser").list) {
     denoiser.push_back(std::make_unique<Graph>(runtime, folder, manifest, part.at("graph").text));
   }
-  Values values;
-  Tensor& latents = values["latents"];
-  latents.values = sample(settings, host, denoiser, given, noise);
+  std::vector<float> latents = sample(settings, host, denoiser, given, noise);
   denoiser.clear();  // its memory is the decoder's
   if (const Json& grid = settings.at("token_grid"); grid.kind == Json::Kind::list) {
-    latents.values = unpack_tokens(latents.values, static_cast<std::size_t>(grid.list[0].number),
-                                   static_cast<std::size_t>(grid.list[1].number));
+    const Size size = size_of(grid);
+    latents = unpack_tokens(latents, size.height, size.width);
   }
-  const std::vector<Json>& size = settings.at("picture_size").list;
+  const Size size = size_of(settings.at("picture_size"));
   const Graph decoder(runtime, folder, manifest, "decoder");
-  write_picture(options["--output"], decoder.run(values).values, static_cast<std::size_t>(size[0].number),
-                static_cast<std::size_t>(size[1].number));
+  const std::vector<float> picture = decode(decoder, std::move(latents), manifest);
+  write_picture(options["--output"], picture, size.height, size.width);
   std::cout << "saved " << options["--output"] << "\n";
 }
 

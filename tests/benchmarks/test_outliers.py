@@ -25,10 +25,10 @@ def test_predictions_keep_every_bit_and_the_weights_come_back(family: str, teach
     conditioning = rules.encode_prompts(pipeline, ["red", "dark blue"], call_of(family, pipeline))
     noisy, timestep = rules.noisy(pipeline.scheduler, latents, torch.randn_like(latents), torch.tensor([0.25, 0.75]))
     inputs = rules.denoiser_inputs(noisy, timestep, conditioning)
-    before, expected = copy.deepcopy(model.state_dict()), model(**inputs, return_dict=False)[0]
+    before, expected = copy.deepcopy(model.state_dict()), rules.predict(model, inputs)
     with outlier_channels(model):
         inside = model.state_dict()
-        assert torch.equal(model(**inputs, return_dict=False)[0], expected)
+        assert torch.equal(rules.predict(model, inputs), expected)
         ratios = torch.cat(
             [
                 (weight.norm(dim=0) / before[name].norm(dim=0))

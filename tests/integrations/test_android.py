@@ -42,14 +42,25 @@ def run(runner: Path, bundle: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run([runner, bundle, *libraries, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("family", "graphs"), [("sana", 2), ("flux", 1)])
-def test_the_picture_is_the_python_runner_s(family: str, graphs: int, runner: Path, teacher_of, tmp_path: Path) -> None:
-    """Two branches and two graphs (Sana), and tokens of 2 x 2 latents (FLUX.1); of a prompt, and of embeddings."""
+@pytest.mark.parametrize(("family", "graphs", "size"), [("sana", 2, (96, 64)), ("flux", 1, (32, 32))])
+def test_the_picture_is_the_python_runner_s(
+    family: str, graphs: int, size: tuple[int, int], runner: Path, teacher_of, tmp_path: Path
+) -> None:
+    """Two branches, two graphs and a decoder in tiles (Sana), and tokens of 2 x 2 latents (FLUX.1); of a prompt, and of
+    embeddings."""
     pytest.importorskip("onnxruntime_qnn")
     pipeline = load_pipeline(convert_pipeline(str(teacher_of(family)), tmp_path / "packed"))
-    bundle, call = tmp_path / "bundle", call_of(family, pipeline)
+    bundle, call = tmp_path / "bundle", call_of(family, pipeline) | {"height": size[0], "width": size[1]}
     export_bundle(
-        pipeline, bundle, prompts=CAPTIONS[:3], call=call, precision="w8a16", graphs=graphs, pictures=2, progress=False
+        pipeline,
+        bundle,
+        prompts=CAPTIONS[:3],
+        call=call,
+        precision="w8a16",
+        graphs=graphs,
+        pictures=2,
+        decoder_tile=32,
+        progress=False,
     )
     save_embeddings(pipeline, CAPTIONS[2], call, tmp_path / "text.safetensors")
     pictures = []

@@ -87,7 +87,7 @@ def test_every_stage_trains(trained) -> None:
             not torch.equal(weights[f"{part}.{name}"], value.half())
             for name, value in getattr(start, part).named_parameters()
         ]
-        assert sum(moved) > 0.7 * len(moved), part
+        assert sum(moved) > 0.6 * len(moved), part  # Z-Image takes the last layer but one of three
 
 
 @torch.no_grad()

@@ -18,9 +18,11 @@ from fbqat_hub.export.bundle.float_part import QuantizedPart, compile_part, quan
 from fbqat_hub.export.bundle.host import host_parts
 from fbqat_hub.export.bundle.manifest import denoiser_sections, write_manifest
 from fbqat_hub.export.bundle.pipeline import Generated, generate, picture_psnr, record_inputs
+from fbqat_hub.export.bundle.runtime.tiles import as_pixels, decode_tiled
 from fbqat_hub.export.bundle.targets_table import write_targets
 from fbqat_hub.export.bundle.text_bundle import PROBE, QuantizedText, compile_text, quantize_text
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, recorded_tokens
+from fbqat_hub.export.bundle.tiles import tiles_of
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import staging
 from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
@@ -32,7 +34,7 @@ from fbqat_hub.export.onnx.float_graph import Feed, as_feed
 from fbqat_hub.export.onnx.items import check_items
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.export.progress import Progress
-from fbqat_hub.families import Family
+from fbqat_hub.families import Family, component_configs
 from fbqat_hub.families.graph import GraphWrapper, Item
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 _RUNTIME = Path(__file__).parent / "runtime"
 #: Scripts that travel with every bundle; none of them imports this package.
-_SCRIPTS = (_RUNTIME / "generate.py", _RUNTIME / "text.py", Path(qnn_session.__file__))
+_SCRIPTS = (*(_RUNTIME / name for name in ("generate.py", "text.py", "tiles.py")), Path(qnn_session.__file__))
 
 #: Pictures generated with the emulator in the loop against those of the packed pipeline in torch, the mean of their
 #: PSNR. A wrong graph leaves noise or another picture: under 10 dB. Rounding that 20 steps amplify costs more than one
@@ -63,6 +65,7 @@ def export_bundle(
     pictures: int = 2,
     texts: Sequence[str] = (),
     tuning: Tuning | None = None,
+    decoder_tile: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Export a packed pipeline: transformer and decoder as context binaries, and all that a phone needs beside them.
@@ -88,6 +91,8 @@ def export_bundle(
         pictures: how many, at least 1.
         texts: to calibrate the text encoders on; `prompts` if there are none.
         tuning: as `export_htp`.
+        decoder_tile: side in pixels of the tiles that a larger picture is decoded in, overlapping and blended
+            (`tiles.tiles_of`); at most `tiles.DEFAULT_TILE` if None.
 
     Returns:
         The certificate; of several targets, their certificates by `soc`.
@@ -97,7 +102,7 @@ def export_bundle(
         ValueError, ExportError: bad input, a failed step, a failed audit or a gate not met; nothing is left at
             `output_dir`.
     """
-    targets = check_asked(output_dir, soc, graphs=graphs, pictures=pictures)
+    targets = check_asked(output_dir, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile)
     check_tuning(tuning.steps if tuning else 0, graphs)
     chosen, target_db = precision_named(precision, a16)
     if pictures > len(prompts):
@@ -105,6 +110,7 @@ def export_bundle(
     if len(prompts) < 2 and (calibration is None or held_out is None):
         raise ExportError("calibration needs at least 2 prompts: the last one is held out")
     family = check_bundle(pipeline, a16, graphs)
+    tiles = tiles_of(_picture_size(pipeline, family, call), pipeline.vae_scale_factor, decoder_tile)
     encoders = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
     # generating and recording; tracing, calibrating and quantizing each part; compiling each graph, and pictures
     parts = 2 + len(encoders)
@@ -138,12 +144,14 @@ def export_bundle(
             tuning=tuning,
         )
         host, settings = host_parts(generated, pipeline, transformer.wrapper, call)
-        decoder = _quantize_decoder(pipeline, family, generated, settings, shared, bar)
+        decoder, in_tiles = _quantize_decoder(pipeline, family, generated, settings, tiles, shared, bar)
         # the last of a picture's items is of its last step, with the prompt
         given = [(each.prompt, transformer.wrapper.host_inputs(each.items[-1])) for each in generated]
         instruction, bias = family.instruction(pipeline, call), settings["mask_bias"]
         text = quantize_text(pipeline, tokens, texts or prompts, given, instruction, bias, shared, bar)
-        made = _Quantized(transformer=transformer, decoder=decoder, text=text, host=host, settings=settings)
+        made = _Quantized(
+            transformer=transformer, decoder=decoder, tiles=in_tiles, text=text, host=host, settings=settings
+        )
         if isinstance(soc, str):
             certificates = _compile(made, pipeline, call, generated, folder, targets[0], bar)
         else:
@@ -157,10 +165,12 @@ def export_bundle(
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantized:
-    """What bundles for all targets are made of; host and settings as `host.host_parts` has them."""
+    """What bundles for all targets are made of; host and settings as `host.host_parts` has them, the tiles as the
+    certificate does."""
 
     transformer: QuantizedTransformer
     decoder: QuantizedPart
+    tiles: Mapping[str, Any] | None
     text: QuantizedText
     host: Mapping[str, Tensor]
     settings: Mapping[str, Any]
@@ -184,6 +194,7 @@ def _compile(
     text, sections = compile_text(made.text, folder, target, bar)
     section["graphs"] |= sections
     section["text_left_out"] = text.left_out
+    section["decoder_tiles"] = made.tiles
     chain = {name: part["tensors"] for name, part in denoiser_sections(section).items()}
     with bar.step("pictures"), compiler.EmulatorChain(folder, chain, target) as emulator:
         section["pictures"] = _pictures(pipeline, generated, call, transformer.wrapper, folder, emulator)
@@ -194,27 +205,61 @@ def _compile(
     return written
 
 
+def _picture_size(pipeline: Any, family: Family, call: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels that the call is asked for, or the model's own."""
+    size = call if {"height", "width"} <= call.keys() else family.native_size(component_configs(pipeline))
+    return size["height"], size["width"]
+
+
 def _quantize_decoder(
     pipeline: Any,
     family: Family,
     generated: Sequence[Generated],
     settings: Mapping[str, Any],
+    tiles: Mapping[str, list[int]] | None,
     folder: Path,
     bar: Progress,
-) -> QuantizedPart:
-    """The decoder's graph at W8A16, calibrated on and compared for the latents of the pictures generated."""
-    sides = [side // pipeline.vae_scale_factor for side in settings["picture_size"]]
-    items = [{"latents": family.unpack_latents(each.latents, *sides)} for each in generated]
+) -> tuple[QuantizedPart, dict[str, Any] | None]:
+    """The decoder's graph at W8A16, calibrated on the latents of the pictures generated and compared for them.
+
+    In tiles: calibrated on all of them, compared for the middle one of each picture; and the certificate's
+    `decoder_tiles`: `size` and `overlap` as the manifest has them, `count` in a picture, `psnr_db` of the picture in
+    tiles to the whole one in torch, the mean.
+    """
+    size = settings["picture_size"]
     wrapper = family.decoder_graph(pipeline.vae)
-    with torch.no_grad():
-        expected = [wrapper.module(*wrapper.host_inputs(item).values())[0] for item in items]
+    cut = tiles or {"size": size, "overlap": [0, 0]}
+    items: list[Item] = []
+    compared: list[Item] = []
+    psnr: list[float] = []
+
+    def decode(latents: np.ndarray) -> np.ndarray:
+        items.append({"latents": torch.from_numpy(latents)})
+        picture: np.ndarray = _decoded(wrapper, items[-1]).numpy()
+        return picture.reshape(3, *cut["size"])
+
+    for each in generated:
+        latents = family.unpack_latents(each.latents, *(side // pipeline.vae_scale_factor for side in size))
+        before = len(items)
+        picture = decode_tiled(decode, latents.float().numpy(), cut, size)
+        compared.append(items[(before + len(items)) // 2])
+        psnr.append(picture_psnr(each.picture, as_pixels(picture)))
+    expected = [_decoded(wrapper, item) for item in compared]
     graph, rewrites = quantize_part("decoder", wrapper, items, expected, folder, bar)
-    return QuantizedPart(
+    part = QuantizedPart(
         model_class=type(pipeline.vae).__name__,
         graphs=[graph],
         rewrites=[rewrites],
-        held_out=[as_feed(wrapper.host_inputs(item)) for item in items],
+        held_out=[as_feed(wrapper.host_inputs(item)) for item in compared],
     )
+    count, mean = len(items) // len(generated), sum(psnr) / len(psnr)
+    return part, {**tiles, "count": count, "psnr_db": round(mean, 3)} if tiles else None
+
+
+@torch.no_grad()
+def _decoded(wrapper: GraphWrapper, item: Item) -> Tensor:
+    output: Tensor = wrapper.module(*wrapper.host_inputs(item).values())[0]
+    return output
 
 
 def _pictures(

@@ -43,7 +43,7 @@ def write_manifest(
         readme = readme.replace(f"@{key}@", str(certificate["asked"][key]))
     readme = readme.replace("@sdk@", certificate["read_back"]["qnn_sdk_build"])
     (folder / "README.md").write_text(readme, encoding="utf-8")
-    denoiser = denoiser_sections(certificate)
+    denoiser, tiles = denoiser_sections(certificate), certificate["decoder_tiles"]
     manifest = {
         "format_version": FORMAT_VERSION,
         "target": certificate["asked"],
@@ -55,6 +55,7 @@ def write_manifest(
         },
         "denoiser": describe_chain({name: section["tensors"] for name, section in denoiser.items()}),
         "sampler": dict(settings),
+        "decoder_tiles": tiles and {name: tiles[name] for name in ("size", "overlap")},
         "prompts": list(prompts),
         "text": list(text),
         "tuning": certificate["tuning"],

@@ -43,6 +43,14 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     if pictures := certificate.get("pictures"):
         lines += ["", "| picture, emulator in the loop against torch | PSNR (dB) |", "|---|---|"]
         lines += [f"| {item['prompt']} | {item['psnr_db']:.1f} |" for item in pictures["each"]]
+    if tiles := certificate.get("decoder_tiles"):
+        (height, width), overlap = tiles["size"], " and ".join(str(each) for each in dict.fromkeys(tiles["overlap"]))
+        lines += [
+            "",
+            f"A picture is decoded in {tiles['count']} tiles of {width} x {height} pixels that overlap by {overlap}; "
+            f"`decoder` above is one of them. In torch the picture in tiles has {tiles['psnr_db']:.1f} dB PSNR to the "
+            "whole one.",
+        ]
     if allocation := certificate.get("allocation"):
         lines += [
             "",

@@ -167,14 +167,22 @@ def test_a_bundle_without_text_encoders_says_what_to_do_and_takes_embeddings(
 
 
 @pytest.mark.slow
-def test_the_runner_generates_with_two_graphs(tmp_path: Path) -> None:
+def test_the_runner_generates_with_two_graphs_and_decodes_in_tiles(tmp_path: Path) -> None:
     """The picture of the bundle's own runner, without torch, near torch's; the manifest names the tensor at the cut."""
     pytest.importorskip("onnxruntime_qnn")
     packed = convert_pipeline("fbqat-hub/sana-tiny-openmoji", tmp_path / "packed")
-    call = call_of("sana", pipeline := load_pipeline(packed)) | {"num_inference_steps": 2}
+    call = call_of("sana", pipeline := load_pipeline(packed)) | {"height": 64, "width": 64}
     bundle = tmp_path / "out"
-    export_bundle(pipeline, bundle, prompts=CAPTIONS[:3], call=call, pictures=1, graphs=2, progress=False)
-    chain = json.loads((bundle / "manifest.json").read_text())["denoiser"]
+    certificate = export_bundle(
+        pipeline, bundle, prompts=CAPTIONS[:3], call=call, pictures=1, graphs=2, decoder_tile=32, progress=False
+    )
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["graphs"]["decoder"]["inputs"][0]["shape"][2:] == [4, 4]
+    assert manifest["decoder_tiles"] == {"size": [32, 32], "overlap": [16, 16]}
+    assert certificate["decoder_tiles"]["count"] == 9
+    assert 20 < certificate["decoder_tiles"]["psnr_db"] < 60
+    assert "9 tiles of 32 x 32 pixels that overlap by 16;" in (bundle / "certificate.md").read_text()
+    chain = manifest["denoiser"]
     assert [part["graph"] for part in chain] == ["transformer_0", "transformer_1"]
     assert set(chain[0]["reads"].values()) == {"host"}
     assert set(chain[1]["reads"].values()) == {"transformer_0"}

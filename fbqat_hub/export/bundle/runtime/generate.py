@@ -22,6 +22,7 @@ sys.dont_write_bytecode = True  # the folder stays what its manifest lists; the 
 
 from qnn_session import qnn_session  # type: ignore[import-not-found]  # noqa: E402
 from text import TEXT_INPUTS, denoiser_inputs, encoder_feed, tokenize  # type: ignore[import-not-found]  # noqa: E402
+from tiles import as_pixels, decode_tiled  # type: ignore[import-not-found]  # noqa: E402
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
@@ -106,6 +107,17 @@ def unpack_tokens(tokens: Any, grid: list[int]) -> Any:
     return np.ascontiguousarray(squares.reshape(1, -1, height, width))
 
 
+def decode(decoder: Any, latents: Any, manifest: dict[str, Any]) -> Any:
+    """The picture [3, H, W] of latents [1, C, h, w], in tiles where the manifest has them."""
+    size = manifest["sampler"]["picture_size"]
+    tiles = manifest["decoder_tiles"] or {"size": size, "overlap": [0, 0]}
+
+    def pixels(part: Any) -> Any:
+        return decoder.run(None, {"latents": part})[0].reshape(3, *tiles["size"])
+
+    return decode_tiled(pixels, latents, tiles, size)
+
+
 def generate(
     folder: Path, prompt: int, seed: int | None = None, text: str | None = None, embeddings: Path | None = None
 ) -> Image.Image:
@@ -135,10 +147,8 @@ def generate(
     latents = sample(manifest, host, denoiser, given, noise)
     if manifest["sampler"]["token_grid"]:
         latents = unpack_tokens(latents, manifest["sampler"]["token_grid"])
-    picture = open_graph(folder, manifest, "decoder").run(None, {"latents": latents})[0]
-    picture = picture.reshape(3, *manifest["sampler"]["picture_size"])
-    pixels = np.clip(127.5 * picture.transpose(1, 2, 0) + 127.5, 0, 255).round().astype(np.uint8)
-    return Image.fromarray(pixels)
+    picture = decode(open_graph(folder, manifest, "decoder"), latents, manifest)
+    return Image.fromarray(as_pixels(picture))
 
 
 def main() -> None:

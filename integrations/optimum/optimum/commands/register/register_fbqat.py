@@ -30,6 +30,9 @@ class QNNExportCommand(BaseOptimumCLICommand):
         )
         parser.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
         parser.add_argument("--graphs", default="1", metavar="N", help="split the model into N graphs")
+        parser.add_argument(
+            "--decoder-tile", metavar="PIXELS", help="side of the tiles that larger pictures are decoded in"
+        )
         parser.add_argument("--prompts", help="text file to calibrate on and generate (default: the recipe's data)")
         parser.add_argument("--images", default="2", metavar="N", help="generated on the emulator (default: 2)")
 
@@ -43,6 +46,7 @@ class QNNExportCommand(BaseOptimumCLICommand):
         command += ["--soc", *given.soc] if given.soc else []
         command += ["--a16", *given.a16] if given.a16 else []
         command += ["--prompts", given.prompts] if given.prompts else []
+        command += ["--decoder-tile", given.decoder_tile] if given.decoder_tile else []
         if status := main(command):
             sys.exit(status)
 

@@ -1,0 +1,66 @@
+"""Into which tiles a picture is cut where its decoder is too large to be compiled for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fbqat_hub.export.errors import ExportError
+
+#: Largest side in pixels that is decoded whole: what Sana's decoder is compiled for within 8 GB (7.78, docs/htp.md).
+DEFAULT_TILE = 128
+#: Shares of a tile that may overlap its neighbour.
+_SHARES = (0.25, 0.5)
+
+
+def tiles_of(picture: Sequence[int], factor: int, side: int | None = None) -> dict[str, list[int]] | None:
+    """`size` and `overlap` of the tiles, each [height, width] in pixels; None where the picture is one tile.
+
+    The overlap is the smallest from a quarter to a half of the tile with which the last tile ends at the edge.
+
+    Args:
+        picture: (height, width) in pixels, multiples of `factor`.
+        factor: pixels a side of one latent.
+        side: of a tile in pixels; the largest of at most `DEFAULT_TILE` that there are tiles of if None.
+
+    Raises:
+        ExportError: no such overlap, or a side that is no multiple of `factor` of at least 4 latents.
+
+    >>> tiles_of((512, 768), 8)
+    {'size': [128, 128], 'overlap': [32, 48]}
+    >>> tiles_of((64, 64), 8)
+    """
+    longest, smallest = max(picture), 4 * factor
+    if longest <= (DEFAULT_TILE if side is None else side):
+        return None
+    possible = [each for each in range(smallest, longest, factor) if None not in _overlaps(picture, each, factor)]
+    if side is None:
+        side = max((each for each in possible if each <= DEFAULT_TILE), default=DEFAULT_TILE)
+    if side < smallest or side % factor:
+        raise ExportError(
+            f"decoder_tile is {side}; a latent of this decoder is {factor} pixels, so give a multiple of {factor} from "
+            f"{smallest} on"
+        )
+    overlaps = _overlaps(picture, side, factor)
+    if None in overlaps:
+        nearest = sorted(sorted(possible, key=lambda each: abs(each - side))[:5])
+        raise ExportError(
+            f"a picture of {picture[1]} x {picture[0]} pixels has no tiles of {side} that overlap by a quarter to a "
+            f"half and end at its edges; decoder_tile can be {', '.join(map(str, nearest))}, or {longest} to "
+            "decode it whole"
+        )
+    return {"size": [min(side, whole) for whole in picture], "overlap": [each or 0 for each in overlaps]}
+
+
+def _overlaps(picture: Sequence[int], side: int, factor: int) -> list[int | None]:
+    return [_overlap(whole, side, factor) for whole in picture]
+
+
+def _overlap(whole: int, side: int, factor: int) -> int | None:
+    """In pixels; 0 of a side that is one tile, None where there is none."""
+    if whole <= side:
+        return 0
+    latents, tile = whole // factor, side // factor
+    least, most = (int(tile * share) for share in _SHARES)
+    fits = (each for each in range(max(least, 1), most + 1) if (latents - tile) % (tile - each) == 0)
+    found = next(fits, None)
+    return None if found is None else found * factor

@@ -1,0 +1,134 @@
+"""Tiles of a decoder: diffusers' own, where they end at the picture's edge; a size without tiles is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+
+from fbqat_hub.export.bundle.runtime.tiles import decode_tiled
+from fbqat_hub.export.bundle.tiles import tiles_of
+from fbqat_hub.export.errors import ExportError
+
+# pixels: picture, tile, overlap
+CUTS = [((112, 80), 32, 16), ((80, 104), 32, 8), ((40, 72), 40, 8)]
+
+
+def kl() -> Any:
+    """With attention in the middle, so that a tile does not see what is outside."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+
+
+def dc() -> Any:
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+    )
+
+
+@pytest.mark.parametrize("make", [kl, dc])
+@pytest.mark.parametrize(("picture", "side", "overlap"), CUTS)
+@torch.no_grad()
+def test_is_the_tiled_decode_of_diffusers(make: Any, picture: tuple[int, int], side: int, overlap: int) -> None:
+    """To the bit, but for the last strip of an overlap's width, which diffusers blends with tiles of that size."""
+    torch.manual_seed(0)
+    vae = make().eval()
+    latents = torch.randn(1, 4, *(each // 4 for each in picture))
+    if make is kl:
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size, vae.tile_overlap_factor = side, side // 4, overlap / side
+    else:
+        vae.enable_tiling(side, side, side - overlap, side - overlap)
+    expected = vae.decode(latents).sample[0].numpy()
+    vae.disable_tiling()
+    overlaps = [0 if each == side else overlap for each in picture]
+    tiles = {"size": [side, side], "overlap": overlaps}
+    sizes = []
+
+    def decode(part: np.ndarray) -> np.ndarray:
+        sizes.append(part.shape)
+        return vae.decode(torch.from_numpy(part)).sample[0].numpy()
+
+    found = decode_tiled(decode, latents.numpy(), tiles, picture)
+    assert set(sizes) == {(1, 4, side // 4, side // 4)}
+    assert found.shape == expected.shape == (3, *picture)
+    height, width = (each - overlap for each in picture)
+    assert np.array_equal(found[:, :height, :width], expected[:, :height, :width])
+    whole = vae.decode(latents).sample[0].numpy()
+    assert not np.allclose(found, whole, atol=1e-4)
+
+
+def test_one_tile_is_the_picture() -> None:
+    latents = np.arange(32, dtype=np.float32).reshape(1, 2, 4, 4)
+    found = decode_tiled(
+        lambda part: np.repeat(part[0, :1], 3, 0), latents, {"size": [4, 4], "overlap": [0, 0]}, (4, 4)
+    )
+    assert np.array_equal(found, np.repeat(latents[0, :1], 3, 0))
+
+
+def test_a_ramp_survives() -> None:
+    """Equal values on both sides of a blend stay; nothing is shifted."""
+    y, x = np.meshgrid(np.arange(28, dtype=np.float32), np.arange(20, dtype=np.float32), indexing="ij")
+    latents = (100 * y + x)[None, None]
+    tiles = {"size": [16, 8], "overlap": [4, 2]}
+    found = decode_tiled(lambda part: np.repeat(part[0], 3, 0), latents, tiles, (28, 20))
+    assert np.allclose(found, latents[0])
+
+
+@pytest.mark.parametrize(
+    ("picture", "factor", "side", "tiles"),
+    [
+        ((512, 512), 8, None, ([128, 128], [32, 32])),
+        ((512, 512), 32, None, ([128, 128], [32, 32])),
+        ((512, 512), 8, 256, ([256, 256], [128, 128])),
+        ((512, 1024), 8, 128, ([128, 128], [32, 64])),
+        ((64, 128), 4, 64, ([64, 64], [0, 32])),
+        ((520, 520), 8, None, ([120, 120], [40, 40])),  # none of 128
+        ((128, 128), 8, None, None),
+        ((512, 512), 8, 512, None),
+    ],
+)
+def test_the_smallest_overlap_of_a_quarter_to_a_half_that_fits(picture, factor, side, tiles) -> None:
+    found = tiles_of(picture, factor, side)
+    assert found == (None if tiles is None else {"size": tiles[0], "overlap": tiles[1]})
+    for whole, size, overlap in zip(picture, *tiles, strict=True) if tiles else ():
+        assert (whole - size) % (size - overlap) == 0
+
+
+@pytest.mark.parametrize(
+    ("picture", "factor", "side", "says"),
+    [
+        (
+            (512, 512),
+            32,
+            64,
+            "decoder_tile is 64; a latent of this decoder is 32 pixels, so give a multiple of 32 from ",
+        ),
+        ((512, 512), 8, 100, "decoder_tile is 100; .* a multiple of 8 from 32 on"),
+        (
+            (520, 512),
+            8,
+            128,
+            r"a picture of 512 x 520 pixels has no tiles of 128 .* decoder_tile can be \d+, .* or 520",
+        ),
+    ],
+)
+def test_a_size_without_tiles_names_those_there_are(picture, factor, side, says: str) -> None:
+    with pytest.raises(ExportError, match=says):
+        tiles_of(picture, factor, side)
