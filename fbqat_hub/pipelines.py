@@ -30,6 +30,19 @@ PARTIAL = ".partial"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
 
+def is_folder(source: str | Path) -> bool:
+    """Whether a model's source is a folder here; else it is a Hub id, owner/name, of which only the form is checked.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if Path(source).is_dir():
+        return True
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"{source} is no folder, nor a Hub id such as owner/name.")
+    return False
+
+
 def check_source(source: str | Path, variant: str | None = None) -> None:
     """Refuse what cannot be a pipeline, and a local one that is damaged or hostile, before anything is loaded.
 
@@ -42,16 +55,14 @@ def check_source(source: str | Path, variant: str | None = None) -> None:
         ValueError: a single file; a folder without ``model_index.json``, one with a file of another size than published
             (``fbqat.json``), or as ``check_pipeline``.
     """
-    folder, text = Path(source), str(source)
+    folder = Path(source)
     if folder.is_file() and folder.suffix in _SINGLE_FILES:
         raise ValueError(
             f"{source} is a single file of weights; give a pipeline's folder or Hub id. To make a folder of it, load "
             "the file with from_single_file of its class in diffusers, and the rest from the model that it was made "
             "from, then save_pretrained: docs/real-models.md has the lines."
         )
-    if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-            raise FileNotFoundError(f"{source} is no folder, nor a Hub id such as owner/name.")
+    if not is_folder(source):
         return
     if not (folder / INDEX).is_file():
         raise ValueError(f"{source} is not a diffusers pipeline: it has no {INDEX}. Give a pipeline's folder.")

@@ -26,10 +26,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from fbqat_hub.components import INDEX
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.files import whole
-from fbqat_hub.inputs import check_new, checked_device, read_prompts
+from fbqat_hub.inputs import check_new, checked_device, model_source, read_prompts
 from fbqat_hub.integrations.transformers import attach, tied_layers
+from fbqat_hub.pipelines import is_folder
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import BitSchedule, FakeQuantizedLinear, convert, gptq_initialize, named_layers, prepare
 from fbqat_hub.training.loop import optimizer_of, set_step
@@ -38,6 +40,8 @@ from fbqat_hub.training.seeding import generator
 
 # One line of so many is held out.
 HELD_OUT = 10
+# What holds a tokenizer's vocabulary; without it transformers makes an empty one up.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 Example = dict[str, Tensor]
 
@@ -184,10 +188,13 @@ def quantize(
 
     Raises:
         FileExistsError: ``output`` has content.
-        ValueError: too few texts, or a model that is quantized already.
+        FileNotFoundError: ``source`` is neither a folder nor in the form of a Hub id.
+        ValueError: too few texts, or a folder of something else, without a tokenizer, or of a quantized model.
         FloatingPointError: as `distil`.
     """
     check_new(output)
+    if is_folder(source):
+        _check_folder(Path(source))
     place = torch.device(checked_device(device))
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
     teacher: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -212,6 +219,15 @@ def quantize(
     return before, after
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for a folder that is not that of a model with its tokenizer."""
+    if (folder / INDEX).is_file():
+        raise ValueError(f"{folder} is a diffusers pipeline; give the folder of a language model.")
+    for what, names in (("config", ("config.json",)), ("tokenizer", _TOKENIZERS)):
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(f"{folder} has no {what}: none of {', '.join(names)}.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(
@@ -220,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = Distillation()
-    parser.add_argument("model", help="folder or Hub id of a causal language model")
+    parser.add_argument("model", type=model_source, help="folder or Hub id of a causal language model")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="text file, a sample on each line")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the packed model")
     trained = [name for name, method in METHODS.items() if method.trains]
@@ -235,9 +251,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps or xpu (default: a GPU if any)")
     parser.add_argument("--revision", help="of the Hub's repository")
     options = parser.parse_args(arguments)
-    for name in ("steps", "batch_size", "tokens", "learning_rate"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0.")
+    for name, least in (("steps", 1), ("batch_size", 1), ("tokens", 2)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
+    if not 0 < options.learning_rate < math.inf:
+        parser.error(f"--learning-rate is {options.learning_rate}; it must be above 0.")
     how = Distillation(
         method=METHODS[options.method],
         steps=options.steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training import language_model
 from fbqat_hub.training.language_model import Distillation, encode, held_out_divergence, joined, quantize, started
 from fbqat_hub.training.method import METHODS, Quantization
+from fbqat_hub.training.teachers import SHIPPED
 from fbqat_hub.training.tokenizers import train_tokenizer
 
 _CONFIG = {
@@ -140,6 +142,21 @@ def test_what_is_wrong_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_language_model_is_refused(gemma: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(gemma, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    for source, message in (
+        (folder, "model has no tokenizer: none of tokenizer.json"),  # transformers would make an empty one up
+        (SHIPPED["fbqat-hub/sana-tiny-openmoji"], "is a diffusers pipeline; give the folder of a language model"),
+        (tmp_path, "has no config: none of config.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize(str(source), ["a b"] * 10, tmp_path / "out", Distillation())
+    with pytest.raises(FileNotFoundError, match="nosuch/ is no folder, nor a Hub id"):
+        quantize("nosuch/", ["a b"] * 10, tmp_path / "out", Distillation())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_it(gemma: Path, texts: list[str], tmp_path: Path) -> None:
     how = Distillation(steps=5, learning_rate=math.inf)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2; lower --learning-rate"):
@@ -157,6 +174,6 @@ def test_command(gemma: Path, texts: list[str], tmp_path: Path, capsys: pytest.C
         language_model.main(command)
     with pytest.raises(SystemExit):
         language_model.main([*command, "--steps", "0"])
-    assert "--steps is 0; it must be above 0" in capsys.readouterr().err
+    assert "--steps is 0; it must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"error: .*nosuch\.txt"):
         language_model.main([str(gemma), "--texts", "nosuch.txt", "--output", str(tmp_path / "other")])
