@@ -138,12 +138,12 @@ def _psnr(references: Pictures, pictures: Pictures) -> float:
     return float(np.mean([picture_psnr(*pair) for pair in zip(references, pictures, strict=True)]))
 
 
-def sheet(folders: Sequence[Path]) -> Image.Image:
-    """The pictures that `measured` left in `folders`, a prompt a row."""
+def sheet(folders: Mapping[str, Path]) -> Image.Image:
+    """The pictures that `measured` left in folders, by the family's title; a prompt a row."""
     columns: dict[str, list[Image.Image]] = {label: [] for label in LABELS.values()}
     prompts = []
-    for folder in folders:
-        prompts += json.loads((folder / "prompts.json").read_text())
+    for title, folder in folders.items():
+        prompts += [f"{title}: {prompt}" for prompt in json.loads((folder / "prompts.json").read_text())]
         for name, label in LABELS.items():
             columns[label] += [Image.open(folder / f"{number}-{name}.png") for number in range(PICTURES)]
     return comparison_sheet(columns, prompts, tile=128)
@@ -180,7 +180,8 @@ def main() -> None:
                 extra={"tuned_steps": options.steps, **found},
             )
             write_records(RESULTS / "htp.json", [record])
-    sheet([options.work / f"{name}-{options.seeds[0]}" for name in options.recipes]).save(SHEET)
+    shown = {name: options.work / f"{name}-{options.seeds[0]}" for name in options.recipes}
+    sheet({FAMILIES[load_recipe(name).family].title: folder for name, folder in shown.items()}).save(SHEET)
 
 
 if __name__ == "__main__":
