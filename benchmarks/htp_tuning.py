@@ -10,8 +10,10 @@ emulator in its denoiser's place. A recipe and seed that is done is not made aga
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import onnx
 import torch
 from PIL import Image
 
+from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.evaluation.results import Record, write_records
-from fbqat_hub.export.bundle.pipeline import generate, picture_psnr
+from fbqat_hub.export.bundle.pipeline import EQUAL_DB, generate, picture_psnr
 from fbqat_hub.export.htp import compiler
 from fbqat_hub.export.htp.export import quantize_transformer
 from fbqat_hub.export.htp.graph import compile_binary
@@ -82,16 +85,11 @@ def measured(recipe: Recipe, folder: Path, steps: int) -> dict[str, Any]:
         held_out=data.held_out,
         packed=packed,
     )
-    found: dict[str, Any] = {"tuning": tuned.report}
+    found: dict[str, Any] = {"inputs": len(packed), "tuning": tuned.report}
     as_calibrated = computed(FakeQuantizedGraph(untuned), wrapper, data.held_out)
     sides = {"before": (untuned, as_calibrated), "after": (tuned.model, tuned.outputs["torch_tuned"])}
     for name, (model, in_torch) in sides.items():
-        onnx.save(model, folder / f"{name}.qdq.onnx")
-        target, context = target_for(SOC), folder / f"{name}.onnx"
-        scratch = folder / f"{name}-scratch"
-        if not context.exists():
-            compile_binary(folder / f"{name}.qdq.onnx", context, target, scratch, graph.stored_bits)
-        with compiler.emulator(context, target) as emulator:
+        with _emulator(model, graph.stored_bits) as emulator:
             emulated = [emulator.run(feed)[0] for feed in quantized.held_out]
             drawn[name] = _drawn(
                 pipeline,
@@ -100,7 +98,7 @@ def measured(recipe: Recipe, folder: Path, steps: int) -> dict[str, Any]:
                 lambda item, run=emulator.run: torch.from_numpy(run(as_feed(wrapper.host_inputs(item)))[0]),
             )
         found[name] = {
-            "torch_vs_cpu_reference": compare(run_all(exact_session(model), quantized.held_out), in_torch),
+            "torch_vs_cpu_reference": {"sqnr_db": _sqnr(run_all(exact_session(model), quantized.held_out), in_torch)},
             "emulator_vs_torch": compare(in_torch, emulated),
             "emulator_vs_torch_packed": compare(packed, emulated),
             "emulator_vs_teacher": compare(expected, emulated),
@@ -114,8 +112,25 @@ def measured(recipe: Recipe, folder: Path, steps: int) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def _emulator(model: onnx.ModelProto, stored_bits: Mapping[str, int]) -> Iterator[compiler.Worker]:
+    """The emulator with `model`, a QDQ graph, compiled and audited."""
+    target = target_for(SOC)
+    with tempfile.TemporaryDirectory() as folder:
+        graph, context = Path(folder) / "graph.qdq.onnx", Path(folder) / "graph.onnx"
+        onnx.save(model, graph)
+        compile_binary(graph, context, target, Path(folder) / "scratch", stored_bits)
+        with compiler.emulator(context, target) as emulator:
+            yield emulator
+
+
 def _drawn(pipeline: Any, prompts: Sequence[str], recipe: Recipe, denoise: Any = None) -> Pictures:
     return [generate(pipeline, prompt, recipe.generation, seed, denoise).picture for seed, prompt in enumerate(prompts)]
+
+
+def _sqnr(reference: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
+    """In dB, at most `EQUAL_DB`: JSON has no infinity."""
+    return min(round(sqnr_db(reference, other), 3), EQUAL_DB)
 
 
 def _psnr(references: Pictures, pictures: Pictures) -> float:
@@ -123,12 +138,12 @@ def _psnr(references: Pictures, pictures: Pictures) -> float:
     return float(np.mean([picture_psnr(*pair) for pair in zip(references, pictures, strict=True)]))
 
 
-def sheet(folders: Sequence[Path]) -> Image.Image:
-    """The pictures that `measured` left in `folders`, a prompt a row."""
+def sheet(folders: Mapping[str, Path]) -> Image.Image:
+    """The pictures that `measured` left in folders, by the family's title; a prompt a row."""
     columns: dict[str, list[Image.Image]] = {label: [] for label in LABELS.values()}
     prompts = []
-    for folder in folders:
-        prompts += json.loads((folder / "prompts.json").read_text())
+    for title, folder in folders.items():
+        prompts += [f"{title}: {prompt}" for prompt in json.loads((folder / "prompts.json").read_text())]
         for name, label in LABELS.items():
             columns[label] += [Image.open(folder / f"{number}-{name}.png") for number in range(PICTURES)]
     return comparison_sheet(columns, prompts, tile=128)
@@ -154,19 +169,19 @@ def main() -> None:
                 found = measured(recipe, folder, options.steps)
                 done.write_text(json.dumps(found, indent=1))
             found = json.loads(done.read_text())
-            after = found["after"]["emulator_vs_teacher"]
             record = Record(
                 suite="htp",
                 family=recipe.family,
                 method=METHOD,
                 metric="sqnr_db",
-                value=after["sqnr_db"],
-                n=len(after["sqnr_db_of_each"]),
+                value=found["after"]["emulator_vs_teacher"]["sqnr_db"],
+                n=found["inputs"],
                 seed=seed,
                 extra={"tuned_steps": options.steps, **found},
             )
             write_records(RESULTS / "htp.json", [record])
-    sheet([options.work / f"{name}-{options.seeds[0]}" for name in options.recipes]).save(SHEET)
+    shown = {name: options.work / f"{name}-{options.seeds[0]}" for name in options.recipes}
+    sheet({FAMILIES[load_recipe(name).family].title: folder for name, folder in shown.items()}).save(SHEET)
 
 
 if __name__ == "__main__":
