@@ -36,6 +36,7 @@ class ZImage(Family):
     timestep_input: ClassVar[str] = "t"
     stacks: ClassVar[tuple[str, ...]] = ("noise_refiner", "context_refiner", "layers")
     takes_tensors: ClassVar[bool] = False
+    tiny: ClassVar[str | None] = "z-image-tiny"
     without_graph: ClassVar[str] = "its denoiser takes lists of pictures and texts of any length, a graph has one size"
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:

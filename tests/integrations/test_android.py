@@ -42,7 +42,7 @@ def run(runner: Path, bundle: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run([runner, bundle, *libraries, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("family", "graphs", "size"), [("sana", 2, (96, 64)), ("flux", 1, (32, 32))])
+@pytest.mark.parametrize(("family", "graphs", "size"), [("sana", 2, (64, 64)), ("flux", 1, (32, 32))])
 def test_the_picture_is_the_python_runner_s(
     family: str, graphs: int, size: tuple[int, int], runner: Path, teacher_of, tmp_path: Path
 ) -> None:
