@@ -70,7 +70,8 @@ JUDGED = (
     Finding("4.5 bits on average, GPTQ not trained: against trained 4", GPTQ_HALF_A_BIT, DEFAULT),
     Finding("at 4.7 stored bits: against torchao's QAT at 5.0 to 5.1", HALF_A_BIT, Side(UNIFORM, "torchao-qat")),
     Finding("training, 4.5 bits on average: against GPTQ", HALF_A_BIT, GPTQ_HALF_A_BIT),
-    Finding("prompts alone, no pictures, 4.5 bits on average", PROMPTED, HALF_A_BIT),
+    Finding("prompts alone, 4.5 bits on average: against pictures", PROMPTED, HALF_A_BIT),
+    Finding("the same, over noised pictures of the test split", PROMPTED, HALF_A_BIT, "test"),
     Finding("the soft staircase, 4 bits (left the code)", Side(UNIFORM, OURS), DEFAULT),
 )
 CHOICES = (
