@@ -75,7 +75,8 @@ JUDGED = (
     Finding(
         "a teacher with outlier channels: against LSQ", Side("hard-outliers", "fbqat"), Side("hard-outliers", "lsq-qat")
     ),
-    Finding("prompts alone, no pictures, 4.5 bits on average", PROMPTED, HALF_A_BIT),
+    Finding("prompts alone, 4.5 bits on average: against pictures", PROMPTED, HALF_A_BIT),
+    Finding("the same, over noised pictures of the test split", PROMPTED, HALF_A_BIT, "test"),
     Finding("the soft staircase, 4 bits (left the code)", Side(UNIFORM, OURS), DEFAULT),
 )
 CHOICES = (

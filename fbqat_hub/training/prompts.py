@@ -128,7 +128,8 @@ def training_prompts(dataset: Mapping[str, Any]) -> dict[str, list[str]]:
             of the latter, or "groups" of OpenMoji.
 
     Raises:
-        OSError, ValueError: as `read_prompts` and `load_prompts`, or fewer than three different prompts.
+        OSError, ValueError: as `read_prompts` and `load_prompts`, fewer than three different prompts, or a split that
+            none are left for.
     """
     name = str(dataset["prompts"])
     if name == "openmoji":
@@ -150,6 +151,8 @@ def training_prompts(dataset: Mapping[str, Any]) -> dict[str, list[str]]:
     for split in ("test", "validation", "train"):
         splits[split] = [prompt for prompt in dict.fromkeys(splits[split]) if prompt not in taken]
         taken |= set(splits[split])
+        if not splits[split]:
+            raise ValueError(f"recipe: dataset.prompts, {name}, leaves no prompt for the split {split}; give more.")
     return splits
 
 

@@ -182,6 +182,16 @@ def test_splits_share_no_prompt_and_do_not_depend_on_the_order(prompts: Path, tm
     }
 
 
+def test_a_split_without_prompts_is_refused(monkeypatch) -> None:
+    captions = {"train": ["red", "blue"], "validation": ["grey"], "test": []}
+    data = {split: {"caption": found} for split, found in captions.items()}
+    monkeypatch.setattr("fbqat_hub.training.prompts.load_openmoji", lambda groups: data)
+    with pytest.raises(ValueError, match="openmoji, leaves no prompt for the split test; give more"):
+        training_prompts({"prompts": "openmoji"})
+    captions["test"].append("blue")  # which is then not trained on
+    assert training_prompts({"prompts": "openmoji"})["train"] == ["red"]
+
+
 def test_the_cache_depends_on_the_prompts_and_on_what_makes_the_pictures(prompted, prompts: Path) -> None:
     recipe = prompted()
     names = {
