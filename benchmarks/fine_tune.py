@@ -4,12 +4,12 @@
     python -m benchmarks.fine_tune --families sd3 --seeds 0
     python -m benchmarks.fine_tune --memory   # peak memory at Sana-600M's width, of the same file
 
-The style is OpenMoji in gold lines on dark blue; the held-out pictures are of emojis that no teacher was trained on. An
-adapter (LoRA) is trained on the style and shipped beside a 4-bit base; merged into the float base and quantized again
-(GPTQ); or merged and trained by this project's default method. Loss is the mean squared error against the held-out
-pictures, from the same noises for all; PSNR and SSIM are to pictures of the float base with its adapter, from the same
-seeds. Seconds are those of the processor, one thread with OMP_NUM_THREADS=1. What was made is kept in runs/fine-tune/,
-and taken from there.
+The style is OpenMoji in blue ink. The held-out pictures are of emojis that the float base was trained on, and that no
+way has seen in the style. An adapter (LoRA) is trained on the style and shipped beside a 4-bit base; merged into the
+float base and quantized again (GPTQ); or merged and trained by this project's default method. Loss is the mean squared
+error against the held-out pictures, from the same noises for all; PSNR and SSIM are to pictures of the float base with
+its adapter, from the same seeds. Seconds are those of the processor, one thread with OMP_NUM_THREADS=1. What was made
+is kept in runs/fine-tune/, and taken from there.
 
 Memory: each base in a fresh process, float32 against packed, random weights, the same steps; loading is part of it.
 """
@@ -60,7 +60,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "fine_tune.json"
 SHEET = ROOT / "docs" / "images" / "fine-tune.png"
 #: Families that diffusers can merge an adapter of.
 FAMILIES = ("sana", "sd3", "flux")
-_DARK, _GOLD = "#14213d", "#ffd166"
+# Lines, areas and paper of the style: colours that the tiny autoencoders, trained on emojis on white, can decode.
+_INK = ("#1d3557", "#5fa8e0", "#ffffff")
+_HELD_OUT = 10  # one emoji of so many
 _ADAPTER = {"rank": 16, "steps": 200, "batch_size": 16, "learning_rate": 3e-3}
 _TRAINING_STEPS = 200
 _BATCH = 32
@@ -86,23 +88,24 @@ class Shipped:
 
 
 def in_style(picture: Image.Image) -> Image.Image:
-    """Gold lines on dark blue."""
-    return ImageOps.colorize(ImageOps.invert(picture.convert("L")), _DARK, _GOLD)
+    """In blue ink."""
+    lines, areas, paper = _INK
+    return ImageOps.colorize(picture.convert("L"), lines, paper, mid=areas)
 
 
 def write_pictures(recipe: Recipe, folder: Path) -> tuple[dict[str, Image.Image], list[str]]:
-    """The recipe's emojis in the style, as a folder for ``fbqat lora train``; by caption, and which are held out."""
+    """The teacher's emojis in the style, as a folder for ``fbqat lora train``; by caption, and which are held out."""
     pictures, held_out = {}, []
-    for split, rows in load_openmoji(max(recipe.size), recipe.dataset["groups"]).items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            picture, path = in_style(row["image"]), folder / split / f"{row['hexcode']}.png"
-            if not path.exists():
-                picture.save(path)
-                path.with_suffix(".txt").write_text(row["caption"], encoding="utf-8")
-            pictures[row["caption"]] = picture
-            if split != "train":
-                held_out.append(row["caption"])
+    for number, row in enumerate(load_openmoji(max(recipe.size), recipe.dataset["groups"])["train"]):
+        split = {0: "validation", _HELD_OUT: "test"}.get(number % (2 * _HELD_OUT), "train")
+        picture, path = in_style(row["image"]), folder / split / f"{row['hexcode']}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            picture.save(path)
+            path.with_suffix(".txt").write_text(row["caption"], encoding="utf-8")
+        pictures[row["caption"]] = picture
+        if split != "train":
+            held_out.append(row["caption"])
     return pictures, held_out
 
 
@@ -196,6 +199,7 @@ def measure(study: Study, seed: int) -> None:
             pair = [drawn[name].float() / 255 for name in (way, "float-adapter")]
             row |= {"psnr": float(psnr(*pair).mean()), "ssim": float(ssim(*pair).mean())}
         row |= {"n": len(drawn[way]), "pictures": len(study.splits["train"]), "training_steps": _TRAINING_STEPS}
+        row["average_bits"] = study.recipe.quantization.average_bits
         _keep([{**row, **_origin(study.recipe.family)}])
         print(json.dumps(row), flush=True)
 
@@ -210,8 +214,9 @@ _COLUMNS = {
 
 
 def sheet(study: Study, seed: int) -> None:
-    """The first held-out captions, which no teacher knows: a picture of the style, and what each way draws."""
-    captions = study.held_out[:8]
+    """Held-out faces, which the tiny teachers draw best: a picture of the style, and what each way draws."""
+    faces = set(load_openmoji(max(study.recipe.size), ["Smileys & Emotion"])["train"]["caption"])
+    captions = [caption for caption in study.held_out if caption in faces][:8]
     columns = {"held-out picture": [study.pictures[caption] for caption in captions]}
     for way, shipped in study.ways(seed):
         if way in _COLUMNS:

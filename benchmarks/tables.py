@@ -390,10 +390,10 @@ def fine_tune_table() -> str:
     adapter, plural = one["adapter"], "s" if len(seeds) > 1 else ", so no spread"
     return (
         f"{markdown(head, cells)}\n\n"
-        f"Tiny pipelines of 64 pixels, W4A8; {one['pictures']} pictures of the style, {one['n']} held out; LoRA of "
-        f"rank {adapter['rank']}, {adapter['steps']} steps of {adapter['batch_size']}; {len(seeds)} seed{plural}. PSNR "
-        f"and SSIM are to pictures of the float base with its adapter, from equal seeds. Minutes of one thread's "
-        f"processor time, adapter included. By `{one['command']}`."
+        f"Tiny pipelines of 64 pixels, weights of {one['average_bits']:g} bits on average; {one['pictures']} pictures "
+        f"of the style, {one['n']} held out; LoRA of rank {adapter['rank']}, {adapter['steps']} steps of "
+        f"{adapter['batch_size']}; {len(seeds)} seed{plural}. PSNR and SSIM are to pictures of the float base with its "
+        f"adapter, from equal seeds. Minutes of one thread's processor time, adapter included. By `{one['command']}`."
     )
 
 
