@@ -14,6 +14,7 @@ import torch
 
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
+from fbqat_hub.export.bundle.tiles import decoder_tiles
 from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.families import component_configs
@@ -76,6 +77,8 @@ def export_run(
         )
     pipeline = load_pipeline(run, torch.float32)
     family = check_bundle(pipeline, a16, graphs)
+    call = recipe.generation if recipe else family.native_size(component_configs(pipeline))
+    decoder_tiles(pipeline, family, call, decoder_tile)
     data = export_data(recipe, pipeline.scheduler) if recipe and not prompts else None
     shown = data.prompts if data else list(prompts)
     tuning = None
@@ -88,7 +91,7 @@ def export_run(
         pipeline,
         output,
         prompts=shown,
-        call=recipe.generation if recipe else family.native_size(component_configs(pipeline)),
+        call=call,
         calibration=data.calibration if data else None,
         held_out=data.held_out if data else None,
         soc=soc,

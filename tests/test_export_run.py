@@ -101,3 +101,12 @@ def test_what_needs_the_model_before_data_is_encoded_or_anything_is_traced(
     with pytest.raises(ExportError, match=says):
         export_bundle(pipeline, tmp_path / "out", prompts=["a", "b"], call={}, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tile_that_does_not_suit_the_picture_before_data_is_encoded(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "export_data", never)
+    with pytest.raises(ExportError, match="decoder_tile is 7; a latent of this decoder is 8 pixels, so give a multiple"):
+        export_run(run_folder, tmp_path / "out", decoder_tile=7)
+    assert not list(tmp_path.iterdir())

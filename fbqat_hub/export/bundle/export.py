@@ -22,7 +22,7 @@ from fbqat_hub.export.bundle.runtime.tiles import as_pixels, decode_tiled
 from fbqat_hub.export.bundle.targets_table import write_targets
 from fbqat_hub.export.bundle.text_bundle import PROBE, QuantizedText, compile_text, quantize_text
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, recorded_tokens
-from fbqat_hub.export.bundle.tiles import tiles_of
+from fbqat_hub.export.bundle.tiles import decoder_tiles
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import staging
 from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
@@ -34,7 +34,7 @@ from fbqat_hub.export.onnx.float_graph import Feed, as_feed
 from fbqat_hub.export.onnx.items import check_items
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.export.progress import Progress
-from fbqat_hub.families import Family, component_configs
+from fbqat_hub.families import Family
 from fbqat_hub.families.graph import GraphWrapper, Item
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def export_bundle(
     if len(prompts) < 2 and (calibration is None or held_out is None):
         raise ExportError("calibration needs at least 2 prompts: the last one is held out")
     family = check_bundle(pipeline, a16, graphs)
-    tiles = tiles_of(_picture_size(pipeline, family, call), pipeline.vae_scale_factor, decoder_tile)
+    tiles = decoder_tiles(pipeline, family, call, decoder_tile)
     encoders = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
     # generating and recording; tracing, calibrating and quantizing each part; compiling each graph, and pictures
     parts = 2 + len(encoders)
@@ -203,12 +203,6 @@ def _compile(
     written = certificate.write(folder, target, section, bar.seconds)
     write_manifest(folder, written, made.settings, [each.prompt for each in generated], text.described, target)
     return written
-
-
-def _picture_size(pipeline: Any, family: Family, call: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) in pixels that the call is asked for, or the model's own."""
-    size = call if {"height", "width"} <= call.keys() else family.native_size(component_configs(pipeline))
-    return size["height"], size["width"]
 
 
 def _quantize_decoder(

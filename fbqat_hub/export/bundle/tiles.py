@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fbqat_hub.export.errors import ExportError
+from fbqat_hub.families import Family, component_configs
 
 #: Largest side in pixels that is decoded whole: what Sana's decoder is compiled for within 8 GB (7.78, docs/htp.md).
 DEFAULT_TILE = 128
 #: Shares of a tile that may overlap its neighbour.
 _SHARES = (0.25, 0.5)
+
+
+def decoder_tiles(
+    pipeline: Any, family: Family, call: Mapping[str, Any], side: int | None = None
+) -> dict[str, list[int]] | None:
+    """``tiles_of`` the picture that a call of the pipeline is asked for, or of the model's own size."""
+    size = call if {"height", "width"} <= call.keys() else family.native_size(component_configs(pipeline))
+    return tiles_of((size["height"], size["width"]), pipeline.vae_scale_factor, side)
 
 
 def tiles_of(picture: Sequence[int], factor: int, side: int | None = None) -> dict[str, list[int]] | None:
