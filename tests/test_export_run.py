@@ -106,7 +106,8 @@ def test_what_needs_the_model_before_data_is_encoded_or_anything_is_traced(
 def test_a_tile_that_does_not_suit_the_picture_before_data_is_encoded(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("onnxruntime_qnn")
     monkeypatch.setattr(module, "export_data", never)
-    with pytest.raises(ExportError, match="decoder_tile is 7; a latent of this decoder is 8 pixels, so give a multiple"):
+    with pytest.raises(ExportError, match="decoder_tile is 7; a latent of this decoder is 8 pixels"):
         export_run(run_folder, tmp_path / "out", decoder_tile=7)
     assert not list(tmp_path.iterdir())
