@@ -183,7 +183,6 @@ PARTS = {
     "dc-ae": Part(family="sana", shape="the decoder, 128 px", build=dc_ae, layers=1, of=1, size=4, channels=32),
     "kl-16": Part(family="flux", shape="the decoder, 64 px", build=kl, layers=1, of=1, size=8, channels=16),
     "kl-16-tile": Part(family="flux", shape="the decoder, 128 px", build=kl, layers=1, of=1, size=16, channels=16),
-    "kl-16-tile-256": Part(family="flux", shape="the decoder, 256 px", build=kl, layers=1, of=1, size=32, channels=16),
 }
 
 
