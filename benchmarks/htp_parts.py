@@ -1,6 +1,7 @@
 """Text encoders and decoders at their checkpoints' width as W8A16 graphs on the HTP. Random weights.
 
 python -m benchmarks.htp_parts --part dc-ae --output runs/dc-ae   # -> benchmarks/results/htp.json
+python -m benchmarks.htp_parts --part kl-16-tile --compile-only --output runs/kl-16   # not emulated, which takes hours
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export.bundle.float_part import QuantizedPart, compile_part, quantize_part
 from fbqat_hub.export.bundle.text_bundle import quantize_encoder
 from fbqat_hub.export.bundle.text_encoder import wrap_text_encoder
+from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import staging
 from fbqat_hub.export.htp import certificate
-from fbqat_hub.export.htp.graph import STEPS
+from fbqat_hub.export.htp.graph import STEPS, compile_binary
 from fbqat_hub.export.htp.targets import target_for
 from fbqat_hub.export.onnx.float_graph import as_feed
 from fbqat_hub.export.progress import Progress
@@ -79,6 +81,21 @@ class Part:
             del wrapper
         del module
         return compile_part(part, folder, target, bar)
+
+    def compiled(self, name: str, folder: Path, bar: Progress) -> dict[str, Any]:
+        """What compiling the decoder alone takes, its ranges from two inputs: `compile_seconds`, `cost`."""
+        torch.manual_seed(0)
+        wrapper = get_family(self.family).decoder_graph(self.build(self.layers).eval())
+        graph, _ = quantize_part(name, wrapper, self.items()[:2], [], folder, bar)
+        del wrapper
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        with bar.step(f"{name}: compile"):
+            began = time.perf_counter()
+            made = compile_binary(graph.path, folder / f"{name}.onnx", target_for("sm8750"), scratch, graph.stored_bits)
+        if not made["coverage"]["all_on_qnn"]:
+            raise ExportError(f"{name} is not all on QNN: {made['coverage']}")
+        return {"compile_seconds": round(time.perf_counter() - began, 1), "cost": made["cost"]}
 
     def items(self) -> list[dict[str, Tensor]]:
         """Random inputs; of a text encoder from a quarter to all of the tokens are no padding."""
@@ -174,11 +191,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--output", type=Path, required=True, help="new folder for the export")
+    parser.add_argument("--compile-only", action="store_true", help="of a decoder: quantize and compile, run nothing")
     parser.add_argument("--dry-run", action="store_true", help="leave benchmarks/results as it is")
     options = parser.parse_args()
     part, memory = PARTS[options.part], PeakMemory()
+    if options.compile_only and not part.channels:
+        parser.error("--compile-only is for decoders")
     memory.start()
     began = time.perf_counter()
+    common: dict[str, Any] = {"suite": "htp", "family": part.family, "method": "ptq-maxabs", "seed": 0, "n": 1}
+    if options.compile_only:
+        with staging(options.output) as folder, Progress(4, shown=True) as bar:
+            extra = part.compiled(options.part, folder, bar)
+        extra |= {"part": options.part, "shape": part.shape, "parameters_of_all_layers": part.whole()}
+        print(json.dumps(extra | {"peak_rss_mib": memory.mib}, indent=2))
+        if not options.dry_run:
+            write_records(RESULTS, [Record(**common, extra=extra, metric="peak_rss_mib", value=memory.mib)])
+        return
     with staging(options.output) as folder, Progress(3 + len(STEPS), shown=True) as bar:
         sections = part.sections(options.part, folder, bar)
         section = certificate.joined(sections) | {"model": next(iter(sections.values()))["model"]}
@@ -197,11 +226,10 @@ def main() -> None:
     print(json.dumps(extra | {"peak_rss_mib": memory.mib, "parity": parity}, indent=2))
     if options.dry_run:
         return
-    common = {"suite": "htp", "family": part.family, "method": "ptq-maxabs", "seed": 0, "n": 1, "extra": extra}
     sqnr = parity["emulator_vs_torch_packed"]["sqnr_db"]
     records = [
-        Record(**common, metric="peak_rss_mib", value=memory.mib),
-        Record(**common, metric="sqnr_db", value=sqnr),
+        Record(**common, extra=extra, metric="peak_rss_mib", value=memory.mib),
+        Record(**common, extra=extra, metric="sqnr_db", value=sqnr),
     ]
     print(f"saved {write_records(RESULTS, records).name}")
 

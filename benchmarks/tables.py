@@ -460,6 +460,18 @@ def htp_parts_table() -> str:
             f"{record.value:.1f} dB",
         )
         for record, peak in measured_at_true_size("part")
+    ] + [
+        (
+            f"`{record.extra['part']}`: {record.extra['shape']}",
+            f"{record.extra['parameters_of_all_layers'] / 1e9:.2f} G",
+            f"{record.extra['cost']['binary_bytes'] / 1e6:.0f} MB",
+            f"{record.extra['compile_seconds']:.0f} s",
+            f"{record.value * 2**20 / 1e9:.2f} GB",
+            "not run",
+            "not run",
+        )
+        for record in read_records(RESULTS / "htp.json")
+        if record.metric == "peak_rss_mib" and "part" in record.extra and "emulator_vs_cpu_qdq_db" not in record.extra
     ]
     encoders = [
         (record.extra["cost"]["constant_bytes"] / 1e9, peak)

@@ -8,7 +8,8 @@ from typing import Any
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.families import Family, component_configs
 
-#: Largest side in pixels that is decoded whole: what Sana's decoder is compiled for within 8 GB (7.78, docs/htp.md).
+#: Largest side in pixels that is decoded whole, and of the tiles otherwise: what Sana's decoder is compiled for within
+#: 8 GB (7.78; the 16-channel one takes 2.45: docs/htp.md).
 DEFAULT_TILE = 128
 #: Shares of a tile that may overlap its neighbour.
 _SHARES = (0.25, 0.5)
