@@ -180,6 +180,8 @@ def main() -> None:
                 extra={"tuned_steps": options.steps, **found},
             )
             write_records(RESULTS / "htp.json", [record])
+    if options.recipes != RECIPES:
+        return  # the sheet has all of them
     shown = {name: options.work / f"{name}-{options.seeds[0]}" for name in options.recipes}
     sheet({FAMILIES[load_recipe(name).family].title: folder for name, folder in shown.items()}).save(SHEET)
 

@@ -637,7 +637,8 @@ def htp_tuning_table() -> str:
         "picture to the teacher's (dB)", "the packed model's (dB)",
     )  # fmt: skip
     rows = []
-    for record in [record for record in read_records(RESULTS / "htp.json") if "tuned_steps" in record.extra]:
+    records = [record for record in read_records(RESULTS / "htp.json") if "tuned_steps" in record.extra]
+    for record in sorted(records, key=lambda record: list(FAMILIES).index(record.family)):
         found = record.extra
         pictures = found["pictures_psnr_db"]
 
