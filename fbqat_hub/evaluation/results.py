@@ -139,13 +139,15 @@ def peak_rss_mib(pid: int | None = None) -> float | None:
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
-    """The running command as one pasteable line, absolute paths cut to their last part.
+    """The running command as one pasteable line, absolute paths cut to their last part; a module as ``python -m``.
 
     >>> command_line(["/opt/bin/fbqat", "evaluate", "/data/runs/a b"])
     "fbqat evaluate 'a b'"
     """
     words = list(sys.argv if argv is None else argv)
-    return shlex.join([Path(words[0]).name] + [Path(w).name if Path(w).is_absolute() else w for w in words[1:]])
+    module = getattr(sys.modules["__main__"], "__spec__", None) if argv is None else None
+    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(words[0]).name]
+    return shlex.join(program + [Path(w).name if Path(w).is_absolute() else w for w in words[1:]])
 
 
 def now() -> str:

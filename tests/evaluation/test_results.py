@@ -4,6 +4,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from fbqat_hub.evaluation.results import (
     versions,
     write_records,
 )
+from tests.conftest import subprocess_environment
 
 
 def record(**changes) -> Record:
@@ -144,6 +147,17 @@ def test_a_broken_record_is_named_by_position(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="record 1: Unknown metric 'fid'"):
         read_records(tmp_path / "results.json")
+
+
+def test_a_module_is_named_as_python_runs_it(tmp_path: Path) -> None:
+    (tmp_path / "measured").mkdir()
+    code = "from fbqat_hub.evaluation.results import command_line; print(command_line())"
+    for name in ("__init__.py", "__main__.py", "part.py"):
+        (tmp_path / "measured" / name).write_text(code if name != "__init__.py" else "")
+    for module in ("measured", "measured.part"):
+        command = [sys.executable, "-m", module, "--to", str(tmp_path / "x"), "a b"]
+        done = subprocess.run(command, cwd=tmp_path, env=subprocess_environment(), capture_output=True, text=True)
+        assert done.stdout == f"python -m {module} --to x 'a b'\n", done.stderr
 
 
 def test_nothing_of_this_machine_beyond_its_hardware_is_written() -> None:
