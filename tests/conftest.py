@@ -252,6 +252,8 @@ def most_families(wanted: Callable[[Family], bool] = lambda _: True) -> list[Any
 MOST_FAMILIES = most_families()
 #: Families with a trained tiny teacher.
 TRAINED = [name for name, family in FAMILIES.items() if family.tiny]
+#: Of these, those whose denoiser can be exported.
+EXPORTED = [name for name in TRAINED if not FAMILIES[name].without_graph]
 #: Every family, as parameters of a test that takes very long: those beside Sana run in the slow tests only.
 SANA_FIRST = [name if name == "sana" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 #: Every family, and every model of one that has other parts.

@@ -148,6 +148,11 @@ _TRACKS: dict[str, dict[str, Any]] = {
     # hard cases, in the form of uniform-4
     "hard-w3a8": {"quantization": {"weight_bits": 3}, **_IN_BLOCKS},
     "hard-static": {"quantization": {"activation_range": "static"}, **_IN_BLOCKS},  # by the rule of recipes
+    "hard-static-min-max": {
+        "quantization": {"activation_range": "static"},
+        "calibration": {"rule": "min_max"},
+        **_IN_BLOCKS,
+    },
     "hard-outliers": _IN_BLOCKS,
     # the average of the recipes, trained on prompts alone: the captions of the pictures that the others have
     "prompts-4.5": {

@@ -12,7 +12,7 @@ from fbqat_hub.export.bundle.pipeline import record_inputs
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import TRAINED, call_of
+from tests.conftest import EXPORTED, call_of
 
 #: Lowest SQNR in dB of the emulator against torch, W4A8 without training; measured 22 to 28 on trained codes.
 LOWEST_DB = 15
@@ -20,7 +20,7 @@ LOWEST_DB = 15
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["w4a8", "w8a16"])
-@pytest.mark.parametrize("family", [name for name in TRAINED if not FAMILIES[name].without_graph])
+@pytest.mark.parametrize("family", EXPORTED)
 def test_the_emulator_computes_the_tiny_teacher(family: str, preset: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_qnn")
     packed = convert_pipeline(f"fbqat-hub/{FAMILIES[family].tiny}-openmoji", tmp_path / "packed")

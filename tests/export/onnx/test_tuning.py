@@ -31,7 +31,7 @@ from fbqat_hub.families import FAMILIES, family_of_denoiser
 from fbqat_hub.families.graph import GraphWrapper
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
-from tests.conftest import TRAINED, call_of
+from tests.conftest import EXPORTED, call_of
 from tests.export.conftest import Item, float_sana, make_items
 from tests.export.graphs import one_op
 
@@ -80,7 +80,7 @@ def test_the_graph_in_torch_computes_what_the_reference_computes(sana: Quantized
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.parametrize("family", EXPORTED)
 def test_of_every_family(family: str, tmp_path: Path) -> None:
     packed = convert_pipeline(f"fbqat-hub/{FAMILIES[family].tiny}-openmoji", tmp_path / "packed")
     pipeline = load_pipeline(packed)
