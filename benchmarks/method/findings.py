@@ -71,7 +71,16 @@ JUDGED = (
     Finding("at 4.7 stored bits: against torchao's QAT at 5.0 to 5.1", HALF_A_BIT, Side(UNIFORM, "torchao-qat")),
     Finding("training, 4.5 bits on average: against GPTQ", HALF_A_BIT, GPTQ_HALF_A_BIT),
     Finding("W3A8: against LSQ", Side("hard-w3a8", "fbqat"), Side("hard-w3a8", "lsq-qat")),
-    Finding("one static range a layer: against LSQ", Side("hard-static", "fbqat"), Side("hard-static", "lsq-qat")),
+    Finding(
+        "one static range a layer, GPTQ: what was seen against mean ± 3 sigma",
+        Side("hard-static-min-max", "ptq-gptq", 0),
+        Side("hard-static", "ptq-gptq", 0),
+    ),
+    Finding(
+        "one static range a layer by mean ± 3 sigma: against LSQ",
+        Side("hard-static", "fbqat"),
+        Side("hard-static", "lsq-qat"),
+    ),
     Finding(
         "a teacher with outlier channels: against LSQ", Side("hard-outliers", "fbqat"), Side("hard-outliers", "lsq-qat")
     ),

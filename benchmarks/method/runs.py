@@ -130,12 +130,13 @@ for _name, _choice in CHOICES.items():
 AVERAGES = (4.25, 4.5, 5.0, 6.0, 8.0)
 
 _GROUPS = {"quantization": {"group_size": 32}}
+_STATIC = {"quantization": {"activation_range": "static"}}
 # The layers and the loss that the shipped recipes train with.
 _IN_BLOCKS = {"train_layers": "blocks", "loss_weighting": "sampler"}
 _TRACKS: dict[str, dict[str, Any]] = {
     "w4a8": {},
     "constant": {"optimizer": {"learning_rate_schedule": "constant"}},
-    "static": {"quantization": {"activation_range": "static"}, "calibration": {"rule": "min_max"}},
+    "static": {**_STATIC, "calibration": {"rule": "min_max"}},
     "w3a8": {"quantization": {"weight_bits": 3}},
     "groups": _GROUPS,
     "all-emoji": {"dataset": {"path": "openmoji", "groups": []}},  # to train on; what is held out stays
@@ -147,12 +148,8 @@ _TRACKS: dict[str, dict[str, Any]] = {
     **{f"mixed-{average:g}": {"quantization": {"average_bits": average}, **_IN_BLOCKS} for average in AVERAGES},
     # hard cases, in the form of uniform-4
     "hard-w3a8": {"quantization": {"weight_bits": 3}, **_IN_BLOCKS},
-    "hard-static": {"quantization": {"activation_range": "static"}, **_IN_BLOCKS},  # by the rule of recipes
-    "hard-static-min-max": {
-        "quantization": {"activation_range": "static"},
-        "calibration": {"rule": "min_max"},
-        **_IN_BLOCKS,
-    },
+    "hard-static": {**_STATIC, "calibration": {"rule": "mean_3sigma"}, **_IN_BLOCKS},  # the paper's rule
+    "hard-static-min-max": {**_STATIC, "calibration": {"rule": "min_max"}, **_IN_BLOCKS},
     "hard-outliers": _IN_BLOCKS,
     # the average of the recipes, trained on prompts alone: the captions of the pictures that the others have
     "prompts-4.5": {

@@ -235,7 +235,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    rule: RangeRule = "mean_3sigma",
+    rule: RangeRule = "min_max",
     percentile: float = 99.9,
     run: Callable[[nn.Module, Iterable[Any]], None] = run_batches,
 ) -> dict[str, tuple[float, float]]:

@@ -65,7 +65,7 @@ class RangeObserver:
             self._per_batch //= 2
             self._samples = [sample[: self._per_batch] for sample in self._samples]
 
-    def range(self, rule: RangeRule = "mean_3sigma", percentile: float = 99.9) -> tuple[float, float]:
+    def range(self, rule: RangeRule = "min_max", percentile: float = 99.9) -> tuple[float, float]:
         """The range (low, high) of real values, always containing 0.
 
         Args:

@@ -49,6 +49,8 @@ def migrated(recipe: Mapping[str, Any], *, finished: bool = False) -> dict[str, 
         if isinstance(given, Mapping) and not {"softness", "soft_until"} & set(given):
             recipe = {**recipe, "schedule": {**given, "softness": 0.1, "soft_until": 0.9}}  # the default then
     new = without_removed(recipe, finished=finished)
+    if finished and isinstance(new.get("calibration", {}), Mapping):  # the default rule then
+        new["calibration"] = {"rule": "mean_3sigma", **new.get("calibration", {})}
     for name in CARD_FIELDS:
         new.pop(name, None)
     for name in ("start", "loss_weighting"):

@@ -51,14 +51,15 @@ class Calibration:
 
     Attributes:
         samples: of the training split.
-        rule: "mean_3sigma" (arXiv 2510.14823), "min_max" or "percentile".
+        rule: "min_max", "mean_3sigma" (arXiv 2510.14823; it cuts off outliers that some layers live by, docs/method.md)
+            or "percentile".
         percentile: for rule "percentile".
     """
 
     samples: Count = 100
     rule: Annotated[
         Literal["mean_3sigma", "min_max", "percentile"], Field(description="mean_3sigma, min_max or percentile")
-    ] = "mean_3sigma"
+    ] = "min_max"
     percentile: Annotated[Amount, Field(le=100, description="a number from 0 to 100")] = 99.9
 
 

@@ -94,9 +94,9 @@ def test_with_a_version_a_recipe_is_complete(missing: str, tmp_path: Path) -> No
 
 def test_a_recipe_of_the_version_before_there_were_versions() -> None:
     """Its default had the soft staircase, which is gone: a run of it is read, and not trained."""
-    uniform: Any = {"quantization": {"average_bits": None}}
+    defaults: Any = {"quantization": {"average_bits": None}, "calibration": {"rule": "mean_3sigma"}}
     assert yaml.safe_load(OLD.read_text())["start"] == ""
-    assert recipe_of_run(OLD) == load_recipe("sana-tiny", **uniform)
+    assert recipe_of_run(OLD) == load_recipe("sana-tiny", **defaults)
     with pytest.raises(ValueError, match=r"schedule.softness is 0\.1; it was removed .* use fbqat_hub 0\.1"):
         load_recipe(OLD)
 
