@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.convert_true_size import RESULTS, save
+from benchmarks.method.runs import RECIPES
 from fbqat_hub.components import read_index
 from fbqat_hub.evaluation.results import machine, now, versions
 from fbqat_hub.families import FAMILIES
@@ -39,13 +40,13 @@ from fbqat_hub.training.sampled import open_sampler, sampled_inputs
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.training.trajectories import predictions, trajectories, trajectory_loss
 
-TRAINED = [name for name, family in FAMILIES.items() if family.tiny and family.takes_tensors]
+TRAINED = list(RECIPES)
 SAMPLES, AVERAGE = 64, 4.5
 
 
 def measure(name: str) -> dict[str, Any]:
     """The losses of one family's tiny teacher: all layers of 4 bits, and both ways to choose those of 8."""
-    family, recipe = FAMILIES[name], load_recipe(f"{FAMILIES[name].tiny}")
+    family, recipe = FAMILIES[name], load_recipe(RECIPES[name])
     folder = Path(resolve_teacher(recipe.teacher))
     data = load_openmoji(max(recipe.size))
     prompts = list(dict.fromkeys(data["train"]["caption"]))[:: len(data["train"]) // SAMPLES][:SAMPLES]

@@ -22,6 +22,7 @@ import onnx
 import torch
 from PIL import Image
 
+from benchmarks.htp_bundles import RECIPES
 from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.evaluation.results import Record, write_records
@@ -45,7 +46,6 @@ from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results"
-RECIPES = [family.tiny for family in FAMILIES.values() if family.tiny]
 METHOD, SOC, STEPS, PICTURES = "ptq-gptq", "sm8750", 100, 1
 SHEET = Path(__file__).parents[1] / "docs" / "images" / "htp-tuning.png"
 LABELS = {

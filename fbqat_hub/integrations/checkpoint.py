@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,6 +50,33 @@ def packed_layers(model: nn.Module, config: FBQATConfig) -> dict[str, PackedLaye
             ) from error
         packed |= dict.fromkeys(shared, empty)
     return packed
+
+
+def attach_quantizer(model: Any, quantizer: Any) -> None:
+    """Make a model that was just converted one that ``save_pretrained`` writes as a packed checkpoint.
+
+    What it writes as ``modules_to_not_convert`` are the sorted names of the quantizable layers that are not packed, and
+    as ``weight_bits_by_module`` the widths of those that have not ``weight_bits``.
+
+    Args:
+        quantizer: of the model's library, with the config.
+
+    Raises:
+        ValueError: a layer was packed at another width than the config's.
+    """
+    config: FBQATConfig = quantizer.quantization_config
+    for name, layer in named_layers(model, PackedLayer):
+        shared = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
+        own = [bits for pattern, bits in config.weight_bits_by_module.items() if fnmatch.filter(shared, pattern)]
+        if layer.weight_bits != (bits := [config.weight_bits, *own][-1]):
+            raise ValueError(
+                f"{name} is packed at {layer.weight_bits} bits, and the config has {bits}; move the model there with "
+                "set_bit_width before convert, or give the config its width in weight_bits_by_module."
+            )
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    quantizer.write_config(model)
 
 
 def described(model: nn.Module, config: FBQATConfig) -> FBQATConfig:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from fbqat_hub.config import FBQATConfig, is_packed
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.integrations.checkpoint import (
+    attach_quantizer,
     check_shape,
     described,
     packed_layers,
@@ -52,26 +52,8 @@ def register_single_file() -> None:
 
 
 def attach(model: Any, config: FBQATConfig) -> None:
-    """Make a model that was just converted one that ``save_pretrained`` writes as a packed checkpoint.
-
-    What it writes as ``modules_to_not_convert`` are the sorted names of the quantizable layers that are not packed, and
-    as ``weight_bits_by_module`` the widths of those that have not ``weight_bits``.
-
-    Raises:
-        ValueError: a layer was packed at another width than the config's.
-    """
-    for name, layer in named_layers(model, PackedLayer):
-        shared = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
-        own = [bits for pattern, bits in config.weight_bits_by_module.items() if fnmatch.filter(shared, pattern)]
-        if layer.weight_bits != (bits := [config.weight_bits, *own][-1]):
-            raise ValueError(
-                f"{name} is packed at {layer.weight_bits} bits, and the config has {bits}; move the model there with "
-                "set_bit_width before convert, or give the config its width in weight_bits_by_module."
-            )
-    model.hf_quantizer = FBQATDiffusersQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    model.hf_quantizer.write_config(model)
+    """As `attach_quantizer`, of a model of diffusers."""
+    attach_quantizer(model, FBQATDiffusersQuantizer(config, pre_quantized=True))
 
 
 class _StoredConfig(FBQATConfig):

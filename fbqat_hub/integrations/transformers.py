@@ -30,6 +30,7 @@ from fbqat_hub.components import Component, quiet, read_index
 from fbqat_hub.config import FBQATConfig, is_packed
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.integrations.checkpoint import (
+    attach_quantizer,
     check_shape,
     described,
     packed_layers,
@@ -125,11 +126,8 @@ def text_encoder_config(part: Component, precision: str, variant: str | None = N
 
 
 def attach(model: Any, config: FBQATConfig) -> None:
-    """Make a model that was just converted one that ``save_pretrained`` writes as a packed checkpoint."""
-    model.hf_quantizer = FBQATHfQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    model.hf_quantizer.write_config(model)
+    """As `attach_quantizer`, of a model of transformers."""
+    attach_quantizer(model, FBQATHfQuantizer(config, pre_quantized=True))
 
 
 class FBQATHfQuantizer(HfQuantizer):

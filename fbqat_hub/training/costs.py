@@ -20,7 +20,7 @@ from fbqat_hub.text import columns
 from fbqat_hub.training.bases import Configs, build_on_meta, configs_of, parameters
 from fbqat_hub.training.block_footprint import BlockMemory, block_memory
 from fbqat_hub.training.captioned import pictures_in
-from fbqat_hub.training.dataset import SEEDS, folder_of
+from fbqat_hub.training.dataset import SEEDS, folder_of, source_of
 from fbqat_hub.training.fit import other_bytes, packed_size
 from fbqat_hub.training.footprint import StepMemory, step_memory
 from fbqat_hub.training.prompts import PROMPT_SETS, training_prompts
@@ -319,9 +319,9 @@ def _blocks_fit(found: Costs, gpus: Gpus) -> list[str]:
 def _disk(found: Costs) -> list[tuple[str, str]]:
     recipe, rows = found.recipe, [("the teacher, in half precision", gb(found.download))]
     sampled = "prompts" in recipe.dataset
-    if source := PROMPT_SETS.get(_source(recipe.dataset)):
+    if source := PROMPT_SETS.get(source_of(recipe.dataset)):
         name, pictures = source.download.split(", ")
-        rows.append((f"the data set {_source(recipe.dataset)}", name if sampled else f"{name}, {pictures}"))
+        rows.append((f"the data set {source_of(recipe.dataset)}", name if sampled else f"{name}, {pictures}"))
     what = "latents that the sampler passes through," if sampled else "latents of"
     if found.captions is None or found.pictures is None:
         rows.append(("embeddings of a caption, at most", f"{found.embeddings / 1e3:,.1f} kB"))
@@ -408,17 +408,13 @@ def _buckets(found: Costs, gpus: Gpus) -> int:
 
 
 def _captions(dataset: Mapping[str, Any]) -> int | None:
-    source = PROMPT_SETS.get(_source(dataset))
+    source = PROMPT_SETS.get(source_of(dataset))
     if source:
         return min(source.rows, int(dataset.get("count") or source.rows))
     if "prompts" in dataset:
-        return None if _source(dataset) in PROMPT_SETS else sum(map(len, training_prompts(dataset).values()))
+        return None if source_of(dataset) in PROMPT_SETS else sum(map(len, training_prompts(dataset).values()))
     folder: Path | None = folder_of(dataset)
     return len(pictures_in(folder)) if folder else None
-
-
-def _source(dataset: Mapping[str, Any]) -> str:
-    return str(dataset.get("path", dataset.get("prompts")))
 
 
 def _of_a_prompt(recipe: Recipe) -> int:

@@ -64,6 +64,11 @@ def check_dataset(dataset: Mapping[str, Any]) -> None:
             raise ValueError(f"recipe: dataset.{key} is {value!r:.80}; it must be {must}.")
 
 
+def source_of(dataset: Mapping[str, Any]) -> str:
+    """Its pictures' path, or where its prompts alone are from."""
+    return str(dataset.get("path", dataset.get("prompts")))
+
+
 def check_local_data(dataset: Mapping[str, Any]) -> None:
     """Refuse data that is not on this machine though its recipe says so, and captions that are no text.
 
@@ -72,7 +77,7 @@ def check_local_data(dataset: Mapping[str, Any]) -> None:
         ValueError: a row of a ``metadata.jsonl`` that is not JSON, or whose caption is not text (file and row are
             named); an unknown group of OpenMoji; or as ``prompts.training_prompts`` of a file.
     """
-    path = str(dataset.get("path", dataset.get("prompts")))
+    path = source_of(dataset)
     if path == "openmoji":
         from fbqat_hub.training.openmoji import check_groups  # needs the extra `training`
 

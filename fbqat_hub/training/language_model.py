@@ -36,6 +36,7 @@ from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import BitSchedule, FakeQuantizedLinear, convert, gptq_initialize, named_layers, prepare
 from fbqat_hub.training.loop import optimizer_of, set_step
 from fbqat_hub.training.method import METHODS, Method, Optimizer
+from fbqat_hub.training.recipe import config_of
 from fbqat_hub.training.seeding import generator
 
 # One line of so many is held out.
@@ -111,31 +112,21 @@ def started(teacher: Any, method: Method, examples: Sequence[Example]) -> Any:
     scheme = method.quantization
     if scheme.average_bits is not None or scheme.activation_range == "static":
         raise ValueError("average_bits and static ranges are for denoisers; leave them out for a language model.")
-    config = config_of(teacher, method)
+    config = _config(teacher, method)
     student = copy.deepcopy(teacher).requires_grad_(False)
     prepare(student, config.weight_scheme(), **config.layer_options())
     if method.initialization == "gptq":
         options = asdict(method.gptq)
-        gptq_initialize(
-            student, lambda: examples[: options["samples"]], damping=options["damping"], margin=options["margin"]
-        )
+        chosen = examples[: options.pop("samples")]
+        gptq_initialize(student, lambda: chosen, **options)
     for _, layer in named_layers(student, FakeQuantizedLinear):
         layer.requires_grad_(True)
     return student
 
 
-def config_of(model: Any, method: Method) -> FBQATConfig:
-    """What is written of a method: the grid; an output head that is tied to the embedding stays in float."""
-    scheme = method.quantization
-    return FBQATConfig(
-        weight_bits=scheme.weight_bits,
-        weight_granularity="per_group" if scheme.group_size else "per_channel",
-        group_size=scheme.group_size,
-        weight_clip=scheme.weight_clip,
-        activation_bits=scheme.activation_bits,
-        activation_range=scheme.activation_range,
-        modules_to_not_convert=[*scheme.modules_to_not_convert, *tied_layers(model)],
-    )
+def _config(model: Any, method: Method) -> FBQATConfig:
+    """What is written of a method: its grid; an output head that is tied to the embedding stays in float."""
+    return config_of(method.quantization, left_out=tied_layers(model))
 
 
 def distil(
@@ -210,9 +201,8 @@ def quantize(
     before = held_out_divergence(student, teacher, held_out)
     distil(student, teacher, examples, how, shown=shown)
     after = held_out_divergence(student, teacher, held_out)
-    config = config_of(teacher, how.method)
     convert(student)
-    attach(student, config)
+    attach(student, _config(teacher, how.method))
     with whole(output) as partial:
         student.cpu().save_pretrained(partial)
         tokenizer.save_pretrained(partial)

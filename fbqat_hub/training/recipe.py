@@ -7,7 +7,7 @@ such a file loads to exactly itself, whatever the methods of the version that re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -252,9 +252,7 @@ class Recipe:
 
     def config(self) -> FBQATConfig:
         """The quantization this recipe trains for."""
-        granularity: Any = "per_channel" if self.quantization.group_size is None else "per_group"
-        given = {name: value for name, value in asdict(self.quantization).items() if name != "average_bits"}
-        return FBQATConfig(weight_granularity=granularity, **given)
+        return config_of(self.quantization)
 
     def bit_schedule(self) -> BitSchedule:
         """The bit schedule; it ends at the stored width."""
@@ -331,6 +329,18 @@ class Recipe:
         plain: dict[str, Any] = asdict(self)
         plain["schedule"]["stages"] = [list(stage) for stage in plain["schedule"]["stages"]]
         return plain
+
+
+def config_of(quantization: Quantization, left_out: Sequence[str] = ()) -> FBQATConfig:
+    """What is written of a method's quantization.
+
+    Args:
+        left_out: names of further modules that stay in float.
+    """
+    granularity: Any = "per_channel" if quantization.group_size is None else "per_group"
+    given = {name: value for name, value in asdict(quantization).items() if name != "average_bits"}
+    given["modules_to_not_convert"] = [*given["modules_to_not_convert"], *left_out]
+    return FBQATConfig(weight_granularity=granularity, **given)
 
 
 def load_recipe(source: str | Path, **changes: Any) -> Recipe:

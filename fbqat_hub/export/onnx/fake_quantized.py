@@ -235,7 +235,7 @@ class FakeQuantizedGraph(nn.Module):
             if op is not None:
                 made = op(*(values[name] for name in op.tensors))
                 outputs = made if isinstance(made, Sequence) else (made,)
-                values.update(zip(node.output, outputs, strict=False))
+                values.update(zip(node.output, outputs, strict=True))
                 continue
             (name,) = node.output
             index, value = self._places[name].index, values[self._source(name)]
