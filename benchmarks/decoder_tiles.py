@@ -49,11 +49,10 @@ def measure(family: str) -> list[Record]:
 
     def decoded(part: Any) -> Any:
         output: Tensor = decoder.module(*decoder.host_inputs({"latents": torch.from_numpy(part)}).values())[0]
-        side = round((output.numel() / 3) ** 0.5)
-        return output.reshape(3, side, side).numpy()
+        return output.numpy()
 
     def pictures(overlap: int | None) -> Tensor:
-        tiles = {"size": [TILE] * 2, "overlap": [overlap] * 2} if overlap else {"size": [SIDE] * 2, "overlap": [0, 0]}
+        tiles = {"size": [TILE] * 2, "overlap": [overlap] * 2} if overlap else None
         made = [torch.from_numpy(decode_tiled(decoded, each[None].numpy(), tiles, [SIDE] * 2)) for each in latents]
         return (torch.stack(made) / 2 + 0.5).clamp(0, 1)
 

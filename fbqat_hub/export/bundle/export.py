@@ -222,7 +222,6 @@ def _quantize_decoder(
     """
     size = settings["picture_size"]
     wrapper = family.decoder_graph(pipeline.vae)
-    cut = tiles or {"size": size, "overlap": [0, 0]}
     items: list[Item] = []
     compared: list[Item] = []
     psnr: list[float] = []
@@ -230,12 +229,12 @@ def _quantize_decoder(
     def decode(latents: np.ndarray) -> np.ndarray:
         items.append({"latents": torch.from_numpy(latents)})
         picture: np.ndarray = _decoded(wrapper, items[-1]).numpy()
-        return picture.reshape(3, *cut["size"])
+        return picture
 
     for each in generated:
         latents = family.unpack_latents(each.latents, *(side // pipeline.vae_scale_factor for side in size))
         before = len(items)
-        picture = decode_tiled(decode, latents.float().numpy(), cut, size)
+        picture = decode_tiled(decode, latents.float().numpy(), tiles, size)
         compared.append(items[(before + len(items)) // 2])
         psnr.append(picture_psnr(each.picture, as_pixels(picture)))
     expected = [_decoded(wrapper, item) for item in compared]

@@ -107,17 +107,6 @@ def unpack_tokens(tokens: Any, grid: list[int]) -> Any:
     return np.ascontiguousarray(squares.reshape(1, -1, height, width))
 
 
-def decode(decoder: Any, latents: Any, manifest: dict[str, Any]) -> Any:
-    """The picture [3, H, W] of latents [1, C, h, w], in tiles where the manifest has them."""
-    size = manifest["sampler"]["picture_size"]
-    tiles = manifest["decoder_tiles"] or {"size": size, "overlap": [0, 0]}
-
-    def pixels(part: Any) -> Any:
-        return decoder.run(None, {"latents": part})[0].reshape(3, *tiles["size"])
-
-    return decode_tiled(pixels, latents, tiles, size)
-
-
 def generate(
     folder: Path, prompt: int, seed: int | None = None, text: str | None = None, embeddings: Path | None = None
 ) -> Image.Image:
@@ -147,7 +136,13 @@ def generate(
     latents = sample(manifest, host, denoiser, given, noise)
     if manifest["sampler"]["token_grid"]:
         latents = unpack_tokens(latents, manifest["sampler"]["token_grid"])
-    picture = decode(open_graph(folder, manifest, "decoder"), latents, manifest)
+    decoder = open_graph(folder, manifest, "decoder")
+    picture = decode_tiled(
+        lambda part: decoder.run(None, {"latents": part})[0],
+        latents,
+        manifest["decoder_tiles"],
+        manifest["sampler"]["picture_size"],
+    )
     return Image.fromarray(as_pixels(picture))
 
 

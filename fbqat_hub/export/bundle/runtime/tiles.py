@@ -11,7 +11,7 @@ import numpy as np
 def decode_tiled(
     decode: Callable[[np.ndarray], np.ndarray],
     latents: np.ndarray,
-    tiles: Mapping[str, Sequence[int]],
+    tiles: Mapping[str, Sequence[int]] | None,
     picture: Sequence[int],
 ) -> np.ndarray:
     """The picture [3, H, W] of latents [1, C, H / f, W / f].
@@ -20,10 +20,12 @@ def decode_tiled(
     whole one, which is as small as the overlap, is left out: a graph has one size, and the picture is complete.
 
     Args:
-        decode: latents of a tile [1, C, h, w], contiguous -> its pixels [3, h f, w f].
-        tiles: `size` and `overlap` in pixels, each (height, width); the tiles end at the picture's edges.
+        decode: latents of a tile [1, C, h, w], contiguous -> its pixels, 3 h f w f in the order [3, h f, w f].
+        tiles: `size` and `overlap` in pixels, each (height, width); the tiles end at the picture's edges. None where
+            the picture is decoded whole.
         picture: (H, W).
     """
+    tiles = tiles or {"size": picture, "overlap": (0, 0)}
     tops, lefts = (
         range(0, whole - size + 1, size - overlap)
         for whole, size, overlap in zip(picture, tiles["size"], tiles["overlap"], strict=True)
@@ -36,7 +38,8 @@ def decode_tiled(
         row: list[np.ndarray] = []
         for place, left in enumerate(lefts):
             y, x = top // factor, left // factor
-            pixels = decode(np.ascontiguousarray(latents[:, :, y : y + height, x : x + width]))
+            part = np.ascontiguousarray(latents[:, :, y : y + height, x : x + width])
+            pixels = decode(part).reshape(3, *tiles["size"])
             if above:
                 pixels = blend(above[place], pixels, tiles["overlap"][0], axis=1)
             if row:
