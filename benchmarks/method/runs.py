@@ -28,7 +28,13 @@ from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
 from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width, stored_bits_per_weight
+from fbqat_hub.quantization import (
+    ActivationScheme,
+    FakeQuantizedLinear,
+    named_layers,
+    set_bit_width,
+    stored_bits_per_weight,
+)
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cache_key, cached_splits
 from fbqat_hub.training.draws import Draws
@@ -151,6 +157,7 @@ _TRACKS: dict[str, dict[str, Any]] = {
     "hard-static": {**_STATIC, "calibration": {"rule": "mean_3sigma"}, **_IN_BLOCKS},  # the paper's rule
     "hard-static-min-max": {**_STATIC, "calibration": {"rule": "min_max"}, **_IN_BLOCKS},
     "hard-outliers": _IN_BLOCKS,
+    "hard-w4a4": _IN_BLOCKS,  # the inputs of all layers have 4 bits
     # the average of the recipes, trained on prompts alone: the captions of the pictures that the others have
     "prompts-4.5": {
         "quantization": {"average_bits": 4.5},
@@ -182,6 +189,20 @@ def method_of(name: str) -> Method:
     if name not in known:
         raise ValueError(f"method is {name!r}; there are: {', '.join(known)}.")
     return known[name]
+
+
+class FourBits(ActivationScheme):
+    """Inputs of 4 bits: what W4A4 is compared by. Nothing that this project ships has them."""
+
+    def __post_init__(self) -> None:
+        """Allow what the base does not."""
+
+
+def narrow_inputs(student: nn.Module) -> None:
+    """Give every layer of a student whose inputs have 8 bits inputs of 4, of the same kind of range."""
+    for _, layer in named_layers(student, FakeQuantizedLinear):
+        if layer.activation_scheme.bits == 8:
+            layer.activation_scheme = FourBits(bits=4, range=layer.activation_scheme.range)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +297,8 @@ class Bench:
             return self._measured_blocks(setting, recipe, splits, draws, pictures)
         with outlier_channels(self.teacher) if setting.track in ("outliers", "hard-outliers") else nullcontext():
             student = method.prepare(recipe, self.teacher, splits["train"], draws)
+        if setting.track == "hard-w4a4":
+            narrow_inputs(student)
         bits = recipe.config().weight_bits
         row: dict[str, Any] = {**vars(setting), "batch_size": recipe.batch_size}
         dynamics = Dynamics(student, bits, recipe.steps)
