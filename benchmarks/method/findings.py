@@ -107,6 +107,7 @@ CHOICES = (
     ),
     Finding("8 bits by learned widths, GPTQ", Side(MIXED, "ptq-gptq learned widths", 0), GPTQ_HALF_A_BIT),
     Finding("8 bits by learned widths, trained", Side(MIXED, "fbqat learned widths"), HALF_A_BIT),
+    Finding("layers fall one by one from 8 bits, as many steps in all", Side(MIXED, "fbqat falling"), HALF_A_BIT),
 )
 _LSQ, _VQAT = "lsq-qat", "vqat"
 OLDER = (
