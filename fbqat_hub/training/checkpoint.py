@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fbqat_hub.training.adam import joined_tensors, plain_tensors
 from fbqat_hub.training.migration import without_removed
 
 _KEEP = 2
@@ -38,7 +39,8 @@ def save_checkpoint(
     """
     tensors = {f"model.{name}": value.detach().clone() for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
+        for name, value in state.items():
+            tensors |= plain_tensors(f"optimizer.{index}.{name}", value)
     for name, number in (scaler.state_dict() if scaler else {}).items():
         tensors[f"scaler.{name}"] = torch.tensor(number, dtype=torch.float64)  # holds its floats and counts exactly
     partial, final = folder / f"step-{step:08d}.partial", folder / f"step-{step:08d}"
@@ -89,7 +91,8 @@ def load_checkpoint(
             optimizer_state.setdefault(int(index), {})[name] = value
     model.load_state_dict(model_state)
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+    state = {index: joined_tensors(stored) for index, stored in optimizer_state.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     if scaler:
         scaler.load_state_dict(scaler_state)
     return int(newest.name.removeprefix("step-"))

@@ -37,6 +37,8 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"mixed_precision": "bf16"},
     {"micro_batch_size": None},
+    {"optimizer.moment_bits": 8},
+    {"micro_batch_size": None},
     {"train_layers": "attention", "micro_batch_size": 1},
 )
 
@@ -218,12 +220,20 @@ def advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
             break
         if change == {"micro_batch_size": None}:
             change = {"micro_batch_size": found.largest_micro_batch(budget - _buckets(found, gpus))}
-        is_news = any(getattr(found.recipe, name) != value for name, value in change.items())
-        if not is_news or change.get("micro_batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
+        if change.get("micro_batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
             continue
-        found = replace(costs(replace(found.recipe, **change)), devices=gpus.count)
+        changed = _changed(found.recipe, change)
+        if changed == found.recipe:
+            continue
+        found = replace(costs(changed), devices=gpus.count)
         tried.append((" ".join(f"{name}={_yaml(value)}" for name, value in change.items()), found))
     return tried
+
+
+def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
+    given = dict(change)
+    bits = given.pop("optimizer.moment_bits", recipe.optimizer.moment_bits)
+    return replace(recipe, **given, optimizer=replace(recipe.optimizer, moment_bits=bits))
 
 
 def on_device(found: Costs, gpus: Gpus) -> int:
@@ -246,7 +256,7 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
         ("teacher, float32", memory.teacher),
         ("student, masters in float32", memory.student),
         ("student, what is not trained", memory.frozen),
-        ("Adam's moments", memory.optimizer),
+        (f"Adam's moments, {recipe.optimizer.moment_bits} bits", memory.optimizer),
         ("gradients at the peak", memory.gradients),
         ("activations at the peak", memory.activations),
     ]

@@ -13,6 +13,7 @@ from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import downloaded, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
+from fbqat_hub.training.adam import check_optimizer
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.checkpoint import differences
@@ -46,12 +47,14 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         FileNotFoundError, ValueError: data that is not there.
         ValueError: ``output`` was started with another recipe, the teacher is not a float pipeline of the family, or
             the batch cannot be shared out equally to the processes.
+        ImportError: 8-bit moments of Adam without torchao.
     """
     if recipe.calibration_prompts:
         raise ValueError(
             f"recipe: calibration_prompts is {recipe.calibration_prompts}: the codes are those of fbqat convert "
             "--method gptq --prompts FILE, not of a data set. Convert again, or set calibration_prompts=0."
         )
+    check_optimizer(recipe.optimizer)
     finished = is_finished(recipe, output, resume)
     accelerator = accelerator_of(recipe)
     if recipe.steps:  # an error here comes before the hours of encoding

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -33,27 +33,16 @@ from fbqat_hub.pipelines import save_stage
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import BitSchedule, Rounding, converted, set_bit_width
 from fbqat_hub.stages import stage_folder
+from fbqat_hub.training.adam import Rates, optimizer_of, set_rate
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loss import held_out_loss, mean_squared
-from fbqat_hub.training.method import Optimizer
 from fbqat_hub.training.recipe import Recipe
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # A line a step, in the folder of a run.
 LOG = "training_log.jsonl"
-
-
-class Rates(Protocol):
-    """What of a recipe says how its optimizer runs."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
 
 
 def accelerator_of(recipe: Recipe) -> Accelerator:
@@ -167,6 +156,8 @@ class Loop:
             FileNotFoundError: a stage that the checkpoint is past was taken away.
             ValueError: as ``load_checkpoint``.
         """
+        # prepared first: accelerate moves all of an optimizer's state to the device, also what stays on the CPU there
+        self._wrapped, self._stepping = self.accelerator.prepare(self.student, self.optimizer)
         checkpoints, first = self.output / "checkpoints", 0
         if resume:
             first = load_checkpoint(checkpoints, self.student, self.optimizer, self._text, self.accelerator.scaler)
@@ -176,7 +167,6 @@ class Loop:
                     f"{stage_folder(self.output, bits)} is missing, and the newest checkpoint is past it; put it back, "
                     f"or delete {checkpoints} to start again."
                 )
-        self._wrapped, self._stepping = self.accelerator.prepare(self.student, self.optimizer)
         self._wrapped.train()
         return first
 
@@ -297,8 +287,7 @@ def set_step(
     for clip in set_bit_width(student, width, Rounding(recipe.optimizer.ewgs)):
         optimizer.state.pop(clip, None)  # moments of the clip at another width
     rate = recipe.learning_rate * learning_rate_factor(recipe, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+    set_rate(optimizer, rate)
     return LogLine(step + 1, math.nan, width, rate)
 
 
@@ -319,20 +308,6 @@ def learning_rate_factor(recipe: Rates, step: int) -> float:
     if rule.learning_rate_schedule == "constant":
         return warm
     return warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-
-
-def optimizer_of(recipe: Rates, student: nn.Module) -> torch.optim.Optimizer:
-    """Adam of what is trainable: weights and biases, and clips at a rate of their own."""
-    clips: list[nn.Parameter] = []
-    weights: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            (clips if name.endswith(".log_clip") else weights).append(parameter)
-    rule = recipe.optimizer
-    groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0, "weight_decay": rule.weight_decay}]
-    if clips:
-        groups.append({"params": clips, "factor": rule.clip_learning_rate, "weight_decay": 0.0})
-    return torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
 
 
 def open_log(path: Path, steps_done: int) -> io.TextIOBase:

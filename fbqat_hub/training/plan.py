@@ -15,6 +15,7 @@ from fbqat_hub.evaluation.results import command_line, machine, versions
 from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
 from fbqat_hub.text import columns
+from fbqat_hub.training.adam import check_optimizer
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.costs import check_trains
 from fbqat_hub.training.dataset import check_local_data
@@ -153,8 +154,10 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
 
     Raises:
         ValueError: a method that does not train, or a teacher that is not a float pipeline of the recipe's family.
+        ImportError: 8-bit moments of Adam without torchao.
     """
     check_trains(recipe)
+    check_optimizer(recipe.optimizer)
     accelerator = accelerator_of(recipe)
     check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)
