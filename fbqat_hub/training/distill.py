@@ -22,7 +22,8 @@ from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of, distill, own_parts
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
-from fbqat_hub.training.student import prepare_student
+from fbqat_hub.training.sharding import is_sharded
+from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_yaml
 
@@ -71,10 +72,16 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         writers = text_encoder_writers(source, recipe.text_encoders)  # refuses them before the training
         pipeline = load_teacher(recipe)
         splits = _encoded(recipe, pipeline, accelerator.device)
-    teacher, blockwise = pipeline.transformer, recipe.training == "blockwise"
-    device = "cpu" if blockwise else accelerator.device  # where inputs of blocks are kept
+    blockwise, sharded = recipe.training == "blockwise", is_sharded(accelerator)
+    device = "cpu" if blockwise or sharded else accelerator.device  # where inputs of blocks are kept
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
-    student: Any = None if blockwise else prepare_student(recipe, teacher, splits["train"], draws)
+    teacher = pipeline.transformer.to(device)
+    student: Any = None
+    if sharded:
+        student = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, accelerator.device)
+        draws.device = accelerator.device
+    elif not blockwise:
+        student = prepare_student(recipe, teacher, splits["train"], draws)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
         recipe.save(output / "recipe.yaml")
@@ -82,7 +89,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     if blockwise:
         student = train_blockwise(recipe, teacher, splits, draws, output, accelerator, **options)
     elif recipe.steps:
-        distill(recipe, student, teacher, splits, draws, output, accelerator, **options)
+        student = distill(recipe, student, teacher, splits, draws, output, accelerator, **options)
 
     if accelerator.is_main_process:
         if not blockwise:

@@ -33,6 +33,7 @@ from fbqat_hub.training.probe import (
     widths_to,
 )
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.sharding import is_sharded
 from fbqat_hub.training.student import prepare_student
 
 PROBE_STEPS = 40
@@ -159,6 +160,8 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
     check_trains(recipe)
     check_optimizer(recipe.optimizer)
     accelerator = accelerator_of(recipe)
+    if is_sharded(accelerator):
+        raise ValueError("fbqat plan --measure does not share out layers (FSDP2); start it in one process.")
     check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)
     pipeline = load_teacher(recipe)
