@@ -59,7 +59,7 @@ REPEATS = 4
 HELD_OUT = ("validation", "test")
 # The judge: draws of the teacher's own sampler, at least this many, of captions that nothing was trained on.
 JUDGED, STEPS_OF_A_PICTURE = 2000, 4
-TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[benchmark]'"
+TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[torchao]'"
 
 Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]
 

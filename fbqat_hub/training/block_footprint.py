@@ -15,10 +15,10 @@ from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear
 from fbqat_hub.quantization.blocks import BlockWalk, Call, moved_tensors
 from fbqat_hub.quantization.clip import Clip
+from fbqat_hub.training.adam import optimizer_bytes
 from fbqat_hub.training.bases import Configs, build
 from fbqat_hub.training.blockwise import block_loss, forward_arguments
 from fbqat_hub.training.footprint import Storages, denoiser_arguments, fake_student
-from fbqat_hub.training.loop import optimizer_of
 from fbqat_hub.training.recipe import Recipe
 
 
@@ -82,9 +82,7 @@ def _step(recipe: Recipe, block: nn.Module, call: Call, wanted: Any, storages: S
     storages.peak = before = storages.bytes
     block_loss(call.run(block), wanted).backward() if trained else call.run(block)
     peak = storages.peak - before
-    before = storages.bytes
-    optimizer_of(recipe, block).step()
-    moments = storages.bytes - before
+    moments = optimizer_bytes((each for each in trained if each.grad is not None), recipe.optimizer.moment_bits)
     block.zero_grad()
     return weights + peak + moments + _bytes(call) + _bytes(wanted)
 

@@ -25,6 +25,7 @@ from fbqat_hub.training.fit import other_bytes, packed_size
 from fbqat_hub.training.footprint import StepMemory, step_memory
 from fbqat_hub.training.prompts import PROMPT_SETS, training_prompts
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.sharding import needs_whole_layers
 from fbqat_hub.training.states import STEPS
 
 # Two checkpoints are kept while the third is written.
@@ -37,8 +38,17 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"mixed_precision": "bf16"},
     {"micro_batch_size": None},
+    {"optimizer.moment_bits": 8},
+    {"micro_batch_size": None},
     {"train_layers": "attention", "micro_batch_size": 1},
 )
+
+
+# With layers shared out to several GPUs (FSDP2).
+_SHARED_OUT = {"gradient_checkpointing": True, "mixed_precision": "bf16", "micro_batch_size": 1}
+# Of the largest block there are at once: its weights, the buffer they came in and the next one's; its gradients, and
+# the buffer they leave in. What is in no block stays whole, of teacher and student.
+_WHOLE_BLOCKS, _WHOLE_OUTSIDE = 5, 2
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,17 @@ class Costs:
     def memory_of_one(self) -> StepMemory:
         """The same with a batch of one."""
         return step_memory(self.recipe, configs_of(self.recipe.teacher), 1)
+
+    @functools.cached_property
+    def shared_out(self) -> int:
+        """Bytes of an end-to-end step on each of the devices that share out every layer (FSDP2), about."""
+        memory, denoiser = self.memory, build_on_meta(configs_of(self.recipe.teacher)["transformer"])
+        names = get_family(self.recipe.family).blocks(denoiser)
+        blocks = [sum(each.numel() for each in denoiser.get_submodule(name).parameters()) for name in names]
+        outside = sum(each.numel() for each in denoiser.parameters()) - sum(blocks)
+        kept = memory.teacher + 2 * memory.student + memory.frozen + memory.optimizer  # gradients are as the masters
+        whole = 4 * (_WHOLE_BLOCKS * max(blocks) + _WHOLE_OUTSIDE * outside)
+        return -(-kept // self.devices) + whole + memory.activations
 
     @property
     def output(self) -> int:
@@ -218,12 +239,20 @@ def advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
             break
         if change == {"micro_batch_size": None}:
             change = {"micro_batch_size": found.largest_micro_batch(budget - _buckets(found, gpus))}
-        is_news = any(getattr(found.recipe, name) != value for name, value in change.items())
-        if not is_news or change.get("micro_batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
+        if change.get("micro_batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
             continue
-        found = replace(costs(replace(found.recipe, **change)), devices=gpus.count)
+        changed = _changed(found.recipe, change)
+        if changed == found.recipe:
+            continue
+        found = replace(costs(changed), devices=gpus.count)
         tried.append((" ".join(f"{name}={_yaml(value)}" for name, value in change.items()), found))
     return tried
+
+
+def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
+    given = dict(change)
+    bits = given.pop("optimizer.moment_bits", recipe.optimizer.moment_bits)
+    return replace(recipe, **given, optimizer=replace(recipe.optimizer, moment_bits=bits))
 
 
 def on_device(found: Costs, gpus: Gpus) -> int:
@@ -246,7 +275,7 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
         ("teacher, float32", memory.teacher),
         ("student, masters in float32", memory.student),
         ("student, what is not trained", memory.frozen),
-        ("Adam's moments", memory.optimizer),
+        (f"Adam's moments, {recipe.optimizer.moment_bits} bits", memory.optimizer),
         ("gradients at the peak", memory.gradients),
         ("activations at the peak", memory.activations),
     ]
@@ -382,7 +411,12 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
     if last.encoding > budget:
         lines.append(f"The whole pipeline takes {gib(last.encoding)} in float32 while the data is encoded.")
-    lines.append("End to end no setting makes it fit: more GPUs do not help, for each holds the whole model.")
+    changed = replace(costs(_changed(found.recipe, _SHARED_OUT)), devices=gpus.count)
+    if gpus.count > 1 and not needs_whole_layers(changed.recipe):
+        lines += _shared_out(changed, gpus)
+        if _on_each(changed) <= budget:
+            return lines
+    lines.append("End to end no setting makes it fit.")
     change: dict[str, Any] = {
         "training": "blockwise",
         "mixed_precision": "bf16",
@@ -395,6 +429,24 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         *(f"  {line}" for line in [*"\n".join(_blocks(blocks)).splitlines(), *_blocks_fit(blocks, gpus)]),
         "Without training:",
         f"  fbqat convert {found.recipe.teacher} --output {found.recipe.name}",
+    ]
+
+
+def _on_each(found: Costs) -> int:
+    """Bytes on each GPU with FSDP2."""
+    return max(found.shared_out, found.encoding)
+
+
+def _shared_out(found: Costs, gpus: Gpus) -> list[str]:
+    needs = _on_each(found)
+    fits = "fits" if needs <= _budget(gpus) else "does not fit"
+    settings = " ".join(f"{name}={_yaml(value)}" for name, value in _SHARED_OUT.items())
+    launched = f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {gpus.count} -m fbqat_hub.cli train"
+    return [
+        f"With every layer shared out to the {gpus.count}, by FSDP2, it {fits}. On each, it needs about {gib(needs)}; "
+        "this was computed, and never measured on GPUs:",
+        f"  {launched} ... --set {settings}",
+        f"  Each process first takes {gib(2 * found.memory.teacher)} of the host's memory, for teacher and student.",
     ]
 
 

@@ -281,7 +281,7 @@ def test_torchao_is_left_out_where_it_is_missing(
     for name in ("torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "benchmarks.method.torchao_qat", raising=False)
-    hint = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[benchmark]'"
+    hint = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[torchao]'"
     assert installed(["vqat", "torchao-qat", "fbqat"]) == ["vqat", "fbqat"]
     assert capsys.readouterr().err == f"Left out: {hint}\n"
     assert installed(["vqat"]) == ["vqat"]

@@ -47,6 +47,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, 
 def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
     found = costs(Recipe(**recipe_fields))
     text = report(found, Gpus(8, RESERVE + found.memory.teacher), None)
+    assert "\n  --set optimizer.moment_bits=8: " in text
     assert "\nEnd to end no setting makes it fit" in text
     assert "\nWith --set training=blockwise mixed_precision=bf16 batch_size=4:\n" in text
     assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
