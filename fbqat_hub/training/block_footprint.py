@@ -29,6 +29,7 @@ class BlockMemory:
     Attributes:
         block: on the device, of the largest block: its weights, gradients, optimizer and activations.
         name: of that block.
+        count: how many blocks there are.
         kept: in the host's memory, of all samples: what goes into a block of the teacher and of the student, and what
             comes out.
         teacher: in the host's memory, its denoiser in the precision of training.
@@ -37,6 +38,7 @@ class BlockMemory:
 
     block: int
     name: str
+    count: int
     kept: int
     teacher: int
     tuning: int
@@ -72,7 +74,9 @@ def block_memory(recipe: Recipe, configs: Configs) -> BlockMemory:
             teacher.enable_gradient_checkpointing()
         tuning = weights + _tuned(teacher.train(), inputs, storages) if recipe.blockwise.tuning_steps else 0
     batches = -(-recipe.blockwise.samples // recipe.batch_size)
-    return BlockMemory(block=largest[0], name=largest[1], kept=batches * kept, teacher=weights, tuning=tuning)
+    return BlockMemory(
+        block=largest[0], name=largest[1], count=len(names), kept=batches * kept, teacher=weights, tuning=tuning
+    )
 
 
 def _step(recipe: Recipe, block: nn.Module, call: Call, wanted: Any, storages: Storages) -> int:

@@ -293,7 +293,7 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
         columns(_disk(found), numbers_from=1),
         "",
         *(_sampling(found) if "prompts" in recipe.dataset else []),
-        *([] if blockwise else _time(found, seconds_per_step)),
+        *(_blocks_time if blockwise else _time)(found, seconds_per_step),
     ]
     fit = (_blocks_fit if blockwise else _fit)(found, gpus) if gpus else []
     return "\n".join(lines + (["", *fit] if fit else []))
@@ -379,20 +379,54 @@ def _time(found: Costs, seconds: float | None) -> list[str]:
     for row in _measured_steps(found):
         hours = row["seconds_per_step"] * recipe.batch_size * recipe.steps / 3600
         lines.append(
-            f"Measured: {row['seconds_per_step']:g} s for a step of one sample on {row['machine']['cpu']}, "
-            f"{row['threads']} thread, {row['date'][:10]}, gradient_checkpointing="
-            f"{_yaml(row['gradient_checkpointing'])}; all samples of the run at that pace are {hours:,.0f} hours."
+            f"Measured: {row['seconds_per_step']:g} s for a step of one sample on {_where(row)}, "
+            f"gradient_checkpointing={_yaml(row['gradient_checkpointing'])}; all samples of the run at that pace are "
+            f"{hours:,.0f} hours."
+        )
+    return lines
+
+
+_BESIDE_BLOCKS = "without encoding, the codes to start from and the tuning of scales"
+
+
+def _blocks_time(found: Costs, seconds: float | None) -> list[str]:
+    """Of all blocks; not of what is made before their steps, nor of the tuning."""
+    recipe, count, steps = found.recipe, found.blocks.count, found.recipe.blockwise.steps
+    if seconds is not None:
+        took = datetime.timedelta(seconds=round(seconds * steps * count))
+        return [f"Time: {steps} steps of {seconds:g} s for each of {count} blocks are {took}, {_BESIDE_BLOCKS}."]
+    lines = [
+        f"Time: {steps} steps of {recipe.batch_size} for each of {count} blocks; give --seconds-per-step, of one "
+        "block, for the hours."
+    ]
+    for row in _measured(found):
+        if "share" not in row:
+            continue
+        hours = row["seconds_per_step"] * row["share"] * recipe.batch_size * steps / 3600
+        lines.append(
+            f"Measured: {row['seconds_per_step']:g} s for a step of one sample of {1 / row['share']:.1%} of the blocks "
+            f"on {_where(row)}; all samples of all blocks at that pace are {hours:,.0f} hours, {_BESIDE_BLOCKS}."
         )
     return lines
 
 
 def _measured_steps(found: Costs) -> list[dict[str, Any]]:
-    """Rows of benchmarks/results/training.json that are of this teacher, whole, at this size."""
+    """Rows that train the whole teacher end to end."""
+    return [row for row in _measured(found) if row["bytes"].get("trained") == found.memory.trained]
+
+
+def _measured(found: Costs) -> list[dict[str, Any]]:
+    """Rows of benchmarks/results/training.json that are of this teacher, or of some of its blocks, at this size."""
     rows: list[dict[str, Any]] = json.loads(shipped("benchmarks/results/training.json").read_text(encoding="utf-8"))
-    like = [
-        row for row in rows if (row["bytes"]["trained"], row["size"]) == (found.memory.trained, [*found.recipe.size])
+    return [
+        row
+        for row in rows
+        if row["size"] == [*found.recipe.size] and load_recipe(row["recipe"]).teacher == found.recipe.teacher
     ]
-    return [row for row in like if load_recipe(row["recipe"]).teacher == found.recipe.teacher]
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    return f"{row['machine']['cpu']}, {row['threads']} thread, {row['date'][:10]}"
 
 
 def _fit(found: Costs, gpus: Gpus) -> list[str]:

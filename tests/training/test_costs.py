@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from benchmarks.training_memory import RESULTS
 from fbqat_hub.training import costs as module
 from fbqat_hub.training.costs import RESERVE, Gpus, advice, costs, on_device, report
 from fbqat_hub.training.recipe import Recipe, load_recipe
@@ -53,6 +55,15 @@ def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
     assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
 
 
+def test_measured_steps_of_some_blocks_stand_for_all() -> None:
+    (row,) = (row for row in json.loads(RESULTS.read_text()) if row["name"] == "flux-blockwise")
+    recipe = load_recipe("flux-schnell", training="blockwise", batch_size=4)
+    found = costs(recipe)
+    assert found.blocks.count == row["share"] * 3 == 57
+    hours = row["seconds_per_step"] * row["share"] * 4 * recipe.blockwise.steps / 3600
+    assert f"all samples of all blocks at that pace are {hours:,.0f} hours" in report(found, None, None)
+
+
 def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any]) -> None:
     recipe = Recipe(**recipe_fields | {"training": "blockwise", "blockwise": {"samples": 64, "tuning_steps": 0}})
     found, more = costs(recipe), costs(replace(recipe, blockwise=replace(recipe.blockwise, samples=128)))
@@ -69,6 +80,8 @@ def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any
     assert "the tuning of scales" not in text
     assert text.endswith("1x24GB: block by block it fits one of them.")
     mixed = costs(replace(recipe, quantization=replace(recipe.quantization, average_bits=4.5)))
+    assert "Time: 100 steps of 4 for each of 2 blocks; give --seconds-per-step, of one block, for the hours." in text
+    assert "Time: 100 steps of 9 s for each of 2 blocks are 0:30:00, without encoding" in report(found, None, 9.0)
     line = "a whole student in float32, to choose widths (average_bits)"
     assert line in report(mixed, None, None)
     assert line not in report(found, None, None)
