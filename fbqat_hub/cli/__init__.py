@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore", module="diffusers|transformers|torch.onnx")
+    warnings.filterwarnings("ignore", module="diffusers|transformers|torch.onnx|torch.distributed.fsdp")
     try:
         with only_ours():
             options.run(options)

@@ -53,6 +53,20 @@ def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
     assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
 
 
+def test_devices_that_share_out_layers_keep_their_part_and_some_blocks(recipe_fields: dict[str, Any]) -> None:
+    found = costs(Recipe(**recipe_fields | {"batch_size": 8, "micro_batch_size": 1}))
+    memory = found.memory
+    kept = memory.teacher + 2 * memory.student + memory.frozen + memory.optimizer
+    one, four = (replace(found, devices=devices).shared_out for devices in (1, 4))
+    assert one - four == kept - -(-kept // 4)
+    assert memory.activations < one - kept < memory.activations + 5 * memory.teacher
+    text = report(found, Gpus(4, RESERVE + found.encoding), None)
+    assert "\nWith every layer shared out to the 4, by FSDP2, it " in text
+    assert "--num_processes 4 -m fbqat_hub.cli train ... --set gradient_checkpointing=true mixed_precision=bf16" in text
+    average = replace(found.recipe, quantization=replace(found.recipe.quantization, average_bits=4.5))
+    assert "FSDP2" not in report(costs(average), Gpus(4, RESERVE + found.encoding), None)
+
+
 def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any]) -> None:
     recipe = Recipe(**recipe_fields | {"training": "blockwise", "blockwise": {"samples": 64, "tuning_steps": 0}})
     found, more = costs(recipe), costs(replace(recipe, blockwise=replace(recipe.blockwise, samples=128)))
