@@ -44,10 +44,21 @@ def test_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, 
     assert "it fits. On each, it needs" in report(tried[-1][1], gpus, None)
 
 
+def test_all_that_there_is_to_change_is_tried(recipe_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Costs, "encoding", 0)  # nothing is advised where not even that fits
+    tried = advice(costs(Recipe(**recipe_fields)), Gpus(1, RESERVE + 1))
+    assert [change for change, _ in tried] == [
+        "gradient_checkpointing=true",
+        "mixed_precision=bf16",
+        "optimizer.moment_bits=8",
+        "train_layers=attention micro_batch_size=1",
+    ]
+    assert [found.recipe.optimizer.moment_bits for _, found in tried] == [32, 32, 8, 8]
+
+
 def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
     found = costs(Recipe(**recipe_fields))
     text = report(found, Gpus(8, RESERVE + found.memory.teacher), None)
-    assert "\n  --set optimizer.moment_bits=8: " in text
     assert "\nEnd to end no setting makes it fit" in text
     assert "\nWith --set training=blockwise mixed_precision=bf16 batch_size=4:\n" in text
     assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
