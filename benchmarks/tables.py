@@ -704,6 +704,48 @@ def training_memory_table() -> str:
     return f"{markdown(head, cells)}\n\nProcessor time of a step on {'; '.join(sorted(machines))}."
 
 
+def adam_table() -> str:
+    """Adam's moments in 32 and 8 bits, by `benchmarks.adam`."""
+    found = json.loads((RESULTS / "adam.json").read_text(encoding="utf-8"))
+    head = (
+        "loss ×1e-3",
+        "before training",
+        "32 bits",
+        "8 bits",
+        "change, seed by seed",
+        "bytes a weight, 32 bits",
+        "8 bits",
+    )
+    rows = []
+    for family in dict.fromkeys(row["family"] for row in found):
+        exact, coded = (
+            [row for row in found if (row["family"], row["moment_bits"]) == (family, bits)] for bits in (32, 8)
+        )
+        change = (
+            f"{100 * (ours['loss'] / theirs['loss'] - 1):+.2f}%" for ours, theirs in zip(coded, exact, strict=True)
+        )
+        rows.append(
+            (
+                FAMILIES[family].title,
+                *(_spread(each, key) for each, key in ((exact, "loss_before"), (exact, "loss"), (coded, "loss"))),
+                ", ".join(change),
+                *(f"{each[0]['optimizer_bytes'] / each[0]['trained']:.2f}" for each in (exact, coded)),
+            )
+        )
+    some, seeds = found[0], len({row["seed"] for row in found})
+    draws = ", ".join(map(str, sorted({row["draws"] for row in found})))
+    return (
+        f"{markdown(head, rows)}\n\nTiny teachers, {some['steps']} steps of {some['batch_size']}, {seeds} seeds, ± "
+        f"standard deviation; the loss is that of the test split, {draws} draws. Of tensors with fewer than 4096 "
+        "numbers the moments stay in 32 bits. By `python -m benchmarks.adam`."
+    )
+
+
+def _spread(rows: list[dict[str, Any]], key: str) -> str:
+    values = [1e3 * row[key] for row in rows]
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
 def convert_table() -> str:
     """Memory of conversions, by `benchmarks.convert_true_size` and `benchmarks.convert_gptq`."""
     found = json.loads((RESULTS / "convert.json").read_text(encoding="utf-8"))
@@ -784,6 +826,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-gpu": speed_gpu_table,
     "triton-code": triton_code_table,
     "training-memory": training_memory_table,
+    "adam": adam_table,
     "convert": convert_table,
     "convert-widths": convert_widths_table,
     "text-encoders": text_encoders_table,

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run a verb that was parsed: the exit status of `main`."""
-    warnings.filterwarnings("ignore", module="diffusers|transformers|torch.onnx")
+    warnings.filterwarnings("ignore", module="diffusers|transformers|torch.onnx|torch.distributed.fsdp")
     try:
         with only_ours():
             options.run(options)

@@ -445,8 +445,9 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
     if last.encoding > budget:
         lines.append(f"The whole pipeline takes {gib(last.encoding)} in float32 while the data is encoded.")
-    changed = replace(costs(_changed(found.recipe, _SHARED_OUT)), devices=gpus.count)
-    if gpus.count > 1 and not needs_whole_layers(changed.recipe):
+    in_parts = _changed(found.recipe, _SHARED_OUT)
+    if gpus.count > 1 and not needs_whole_layers(in_parts):
+        changed = replace(costs(in_parts), devices=gpus.count)
         lines += _shared_out(changed, gpus)
         if _on_each(changed) <= budget:
             return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training import loop
 from fbqat_hub.training.adam import optimizer_bytes, optimizer_of, plain_tensors, set_rate
 from fbqat_hub.training.distill import train
-from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.recipe import Recipe, load_recipe
 from tests.conftest import call_of, write_recipe
 
 LOG = "training_log.jsonl"
@@ -77,6 +78,28 @@ def test_eight_bits_step_as_32_do(recipe_of: Any) -> None:
     assert ends[0][-1].abs().max() > 2 * ends[0][0].abs().max()  # the clip, at three times the rate
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_step_gives_the_codes_of_an_uncompiled_one() -> None:
+    """As GPUs take it; here it is compiled for the CPU, for half a minute."""
+    torchao()
+    from torchao.optim import Adam8bit
+
+    states, weights = [], []
+    for stance in ("force_eager", "default"):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(64, 64))
+        optimizer = Adam8bit([weight])
+        with torch.compiler.set_stance(stance):
+            for _ in range(3):
+                weight.grad = torch.randn_like(weight)
+                optimizer.step()
+        states.append(plain_tensors("moment", optimizer.state[weight]["exp_avg"]))
+        weights.append(weight.detach())
+    assert torch.equal(states[0]["moment.codes"], states[1]["moment.codes"])
+    assert torch.allclose(*weights, atol=1e-6)
+
+
 def test_without_torchao_it_is_said_before_anything_is_read(
     recipe_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +111,12 @@ def test_without_torchao_it_is_said_before_anything_is_read(
         "fbqat: error: fbqat train needs torchao, which is not installed: pip install 'fbqat-hub[torchao]'\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_was_saved_before_has_32_bits(recipe_of: Any, tmp_path: Path) -> None:
+    saved = recipe_of().to_dict()
+    del saved["optimizer"]["moment_bits"]
+    assert load_recipe(write_recipe(tmp_path / "recipe.yaml", saved)) == recipe_of()
 
 
 def test_other_widths_of_moments_are_refused(recipe_fields: dict[str, Any]) -> None:

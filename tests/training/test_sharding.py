@@ -41,8 +41,9 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from fbqat_hub.cli import main
 from fbqat_hub.training import loop
+from fbqat_hub.training.sharding import gathered
 
-init, step = AcceleratorState.__init__, loop.Loop.step
+init, step, norms = AcceleratorState.__init__, loop.Loop.step, []
 
 def on_cpus(self, *args, fsdp_plugin=None, **options):
     init(self, *args, fsdp_plugin=fsdp_plugin, **options)
@@ -57,13 +58,15 @@ def stepping(self, number):
     if number == 4 and self.accelerator.process_index == int(sys.argv[1]):
         raise OSError(28, "No space left on device")
     line = step(self, number)
+    moments = [state["exp_avg"] for state in self.optimizer.state.values()]
+    if number == 0:
+        norms.append(sum(float(gathered(each).square().sum()) for each in moments) ** 0.5)
     if self.accelerator.is_main_process:
-        moments = [state["exp_avg"] for state in self.optimizer.state.values()]
         blocks = [self.teacher.get_submodule(name) for name in self.draws.family.blocks(self.teacher)]
         of_teacher = [each for block in blocks for each in block.parameters()]  # its root stays whole between steps
         parts = {"student": self.student.parameters(), "teacher": of_teacher, "moments": moments}
         with open(sys.argv[2], "w") as file:
-            json.dump({name: held(values) for name, values in parts.items()}, file)
+            json.dump({"norm": norms, **{name: held(values) for name, values in parts.items()}}, file)
     return line
 
 AcceleratorState.__init__, loop.Loop.step = on_cpus, stepping
@@ -105,11 +108,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("sana", {"validate_every": 3}),
+        ("sana", {"validate_every": 3, "optimizer": {"max_grad_norm": 1e-3, "warmup_steps": 2}}),
         ("flux", {"gradient_checkpointing": True, "micro_batch_size": 1}),
-        ("sd3", {"optimizer": {"max_grad_norm": 1e-3, "warmup_steps": 2}}),  # its last block trains what has no effect
+        ("sd3", {}),  # its last block trains what has no effect
     ],
-    ids=["validated", "checkpointed, in parts of a batch", "clipped, without gradients of some"],
+    ids=["clipped and validated", "checkpointed, in parts of a batch", "without gradients of some"],
 )
 def test_two_processes_in_parts_train_as_one(
     family: str,
@@ -130,7 +133,11 @@ def test_two_processes_in_parts_train_as_one(
     assert len(validation[0]) == (2 if "validate_every" in changes else 0)
     same_up_to_rounding(one, two)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
-    for name, sizes in json.loads((tmp_path / "held.json").read_text()).items():
+    held = json.loads((tmp_path / "held.json").read_text())
+    norms = held.pop("norm")  # of the first moments after a step: 1 - beta_1 of the gradient's
+    if "optimizer" in changes:
+        assert norms == [pytest.approx(0.1 * changes["optimizer"]["max_grad_norm"], rel=1e-3)]
+    for name, sizes in held.items():
         whole, part = map(sum, zip(*sizes, strict=True))
         assert 0.5 <= part / whole < 0.52, name  # rows of an odd number are more in one
 
@@ -157,7 +164,6 @@ def test_two_go_on_with_parts_of_what_one_saved(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-
     recipe, run, step = write_recipe(tmp_path / "recipe.yaml", recipe_fields), tmp_path / "run", loop.Loop.step
 
     def stopping(self: Any, number: int) -> Any:
