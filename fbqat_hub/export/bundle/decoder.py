@@ -23,8 +23,9 @@ from fbqat_hub.families import Family
 from fbqat_hub.families.decoder import DecoderStage
 from fbqat_hub.families.graph import GraphWrapper, Item
 
-#: Of the picture by stages to the whole one, both in torch: the same arithmetic but for float rounding.
-MIN_STAGES_PSNR_DB = 50.0
+#: Of the picture by stages to the whole one, both in torch: the same arithmetic but for rounding, which is that of
+#: bfloat16 where the pipeline decodes so. A decoder that computes something else is below 30 dB.
+MIN_STAGES_PSNR_DB = 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
