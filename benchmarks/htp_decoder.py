@@ -3,8 +3,8 @@
 python -m benchmarks.htp_decoder --output runs/kl-16-512              # -> benchmarks/results/htp.json
 
 Every graph is compiled, and the whole picture decoded with the exact CPU reference of all of them. Then the emulator
-runs the middle tile of one graph after the other, from the picture backwards, for an hour or more: stop it at any time,
-and the same command goes on. Random weights, random latents.
+runs the middle tile of one graph after the other, from the picture backwards, for an hour or more. Stopped at any time,
+the same command goes on, and with `--compile-only` records what there is. Random weights, random latents.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def record(known: list[dict[str, Any]], peak: float) -> Record:
         value=known[-1]["picture_psnr_db"],
         n=1,
         seed=0,
+        command="python -m benchmarks.htp_decoder --output runs/kl-16-512",
         extra={
             "part": "kl-16-512",
             "picture": PICTURE,
@@ -125,6 +126,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the graphs, and to go on in")
+    parser.add_argument("--graphs", nargs="+", default=[], metavar="NAME", help="emulate these; all if there are none")
     parser.add_argument("--compile-only", action="store_true", help="emulate nothing")
     parser.add_argument("--dry-run", action="store_true", help="leave benchmarks/results as it is")
     options = parser.parse_args()
@@ -137,16 +139,19 @@ def main() -> None:
             known = compile_all(options.output, bar)
         state.write_text(json.dumps({"known": known, "peak": memory.mib}, indent=2))
     found = json.loads(state.read_text())
-    for each in reversed(found["known"]):
-        if not options.dry_run:
-            write_records(RESULTS, [record(found["known"], found["peak"])])
-        if options.compile_only or "emulate_seconds" in each:
-            continue
-        each |= emulate(each["stage"]["graph"], options.output)
-        print(json.dumps(each), flush=True)
-        state.write_text(json.dumps(found, indent=2))
+    known = {each["stage"]["graph"]: each for each in found["known"]}
+    if unknown := set(options.graphs) - set(known):
+        parser.error(f"--graphs {' '.join(sorted(unknown))}: there are {', '.join(known)}")
+    for name in options.graphs or reversed(known):
+        done = options.output / f"{name}.emulated.json"
+        if not (options.compile_only or done.exists() or "emulate_seconds" in known[name]):
+            done.write_text(json.dumps(emulate(name, options.output)))
+            print(name, done.read_text(), flush=True)
+    for name, each in known.items():
+        if (done := options.output / f"{name}.emulated.json").exists():
+            each |= json.loads(done.read_text())
     if not options.dry_run:
-        write_records(RESULTS, [record(found["known"], found["peak"])])
+        print(f"saved {write_records(RESULTS, [record(found['known'], found['peak'])]).name}")
 
 
 if __name__ == "__main__":
