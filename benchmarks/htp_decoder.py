@@ -53,7 +53,7 @@ def compile_all(folder: Path, bar: Progress) -> list[dict[str, Any]]:
         described = describe_stage(f"decoder_{number:02}", stage, exact, [DEFAULT_TILE] * 2)
         name = described["graph"]
         norms |= stage_norm(name, stage)
-        part = quantize_stage(stage, described, [exact], norms, folder, bar)
+        part = quantize_stage(stage, described, [exact], norms, "AutoencoderKL", folder, bar)
         (graph,), (feed,) = part.graphs, part.held_out
         session = exact_session(str(graph.path))
         with bar.step(f"{name}: reference"):
@@ -69,7 +69,7 @@ def compile_all(folder: Path, bar: Progress) -> list[dict[str, Any]]:
         known.append(
             {
                 "stage": described,
-                "kind": part.model_class.strip("_").lower(),
+                "kind": type(stage.wrapper.module).__name__.strip("_").lower(),
                 "calls": calls(described),
                 "compile_seconds": round(time.perf_counter() - began, 1),
                 "binary_bytes": made["cost"]["binary_bytes"],

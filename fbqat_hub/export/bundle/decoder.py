@@ -24,7 +24,7 @@ from fbqat_hub.families.decoder import DecoderStage
 from fbqat_hub.families.graph import GraphWrapper, Item
 
 #: Of the picture by stages to the whole one, both in torch: the same arithmetic but for rounding, which is that of
-#: bfloat16 where the pipeline decodes so. A decoder that computes something else is below 30 dB.
+#: bfloat16 where the pipeline decodes so.
 MIN_STAGES_PSNR_DB = 40.0
 
 
@@ -78,7 +78,7 @@ def quantize_decoder(
     for stage in family.decoder_stages(pipeline.vae):
         described = describe_stage(f"decoder_{len(stages):02}", stage, maps[0], tiles["size"])
         norms |= stage_norm(described["graph"], stage)
-        parts.append(quantize_stage(stage, described, maps, norms, folder, bar))
+        parts.append(quantize_stage(stage, described, maps, norms, type(pipeline.vae).__name__, folder, bar))
         stages.append(described)
     psnr = [
         picture_psnr(each.picture, as_pixels(made["picture"][0])) for each, made in zip(generated, maps, strict=True)
@@ -140,10 +140,18 @@ def quantize_stage(
     described: Mapping[str, Any],
     maps: Sequence[dict[str, np.ndarray]],
     norms: Mapping[str, np.ndarray],
+    model_class: str,
     folder: Path,
     bar: Progress,
 ) -> QuantizedPart:
-    """The graph of a stage, calibrated on all tiles of all pictures; what it makes is added to the `maps` of each."""
+    """The graph of a stage, calibrated on all tiles of all pictures; what it makes is added to the `maps` of each.
+
+    Args:
+        described: it, by `describe_stage`.
+        maps: of each picture, by name.
+        norms: `stage_norm`'s.
+        model_class: of the autoencoder.
+    """
     items: list[Item] = []
 
     def run(feed: dict[str, np.ndarray]) -> np.ndarray:
@@ -154,15 +162,7 @@ def quantize_stage(
     for each in maps:
         each[described["makes"]] = stage_map(run, described, each, norms)
     count = calls(described)
-    return _part(
-        described["graph"],
-        type(stage.wrapper.module).__name__,
-        stage.wrapper,
-        items,
-        items[count // 2 :: count],
-        folder,
-        bar,
-    )
+    return _part(described["graph"], model_class, stage.wrapper, items, items[count // 2 :: count], folder, bar)
 
 
 def _in_one_graph(
