@@ -13,6 +13,7 @@ from PIL import Image
 
 from fbqat_hub.export.bundle.embeddings import save_embeddings
 from fbqat_hub.export.bundle.export import export_bundle
+from fbqat_hub.export.bundle.pipeline import picture_psnr
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import CAPTIONS, ROOT, call_of
@@ -51,7 +52,7 @@ def test_the_picture_is_the_python_runner_s(
     pytest.importorskip("onnxruntime_qnn")
     pipeline = load_pipeline(convert_pipeline(str(teacher_of(family)), tmp_path / "packed"))
     bundle, call = tmp_path / "bundle", call_of(family, pipeline) | {"height": size[0], "width": size[1]}
-    export_bundle(
+    certificate = export_bundle(
         pipeline,
         bundle,
         prompts=CAPTIONS[:3],
@@ -62,6 +63,8 @@ def test_the_picture_is_the_python_runner_s(
         decoder_tile=32,
         progress=False,
     )
+    # between group norms it is the whole picture, blended it is near
+    assert certificate["decoder_tiles"]["psnr_db"] > (90 if family == "flux" else 20)
     save_embeddings(pipeline, CAPTIONS[2], call, tmp_path / "text.safetensors")
     pictures = []
     for options in (["--prompt", "1"], ["--embeddings", str(tmp_path / "text.safetensors")]):
@@ -73,6 +76,8 @@ def test_the_picture_is_the_python_runner_s(
         pictures.append(np.asarray(Image.open(ours)))
         assert np.array_equal(pictures[-1], np.asarray(Image.open(reference)))
     assert not np.array_equal(*pictures)
+    near_torch = picture_psnr(np.asarray(Image.open(bundle / "pictures" / "1-torch.png")), pictures[0])
+    assert near_torch > 25, near_torch
 
     assert "the bundle has 2 prompts, counted from 0" in run(runner, bundle, "--prompt", "2").stderr
     decoder = max(bundle.glob("decoder*.bin"))
