@@ -493,7 +493,7 @@ def htp_tiles_table() -> str:
         (
             record.extra["autoencoder"],
             record.extra["part"],
-            str(record.extra["count"]),
+            str(record.extra["calls"]),
             f"{record.value:.1f}, lowest {record.extra['lowest_db']:.1f}",
             f"{record.extra['tiles_to_original_db']:.1f}",
             f"{record.extra['whole_to_original_db']:.1f}",
@@ -503,12 +503,55 @@ def htp_tiles_table() -> str:
     head = (
         "decoder",
         "picture",
-        "tiles",
+        "calls of a graph",
         "tiles to whole (dB)",
         "tiles to original (dB)",
         "whole to original (dB)",
     )
     return f"{markdown(head, rows)}\n\nMean PSNR of {found[0].n} pictures. By `{found[0].command}`."
+
+
+def htp_decoder_table() -> str:
+    """The 16-channel decoder between its group norms at true width, by `benchmarks.htp_decoder`."""
+    (found,) = (record for record in read_records(RESULTS / "htp.json") if "picture_sqnr_db" in record.extra)
+    stages = found.extra["stages"]
+    by_map: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for each in stages:
+        rows, columns = (each["stage"]["factor"] * side for side in each["stage"]["map"])
+        by_map[f"{rows} x {columns}"].append(each)
+    head = (
+        "makes", "graphs", "calls of them", "binaries", "compile", "largest spill/fill", "emulated", "a call in",
+        "emulator to CPU, lowest", "to torch, lowest",
+    )  # fmt: skip
+    lines = []
+    for size, each in by_map.items():
+        ran = [stage for stage in each if "emulate_seconds" in stage]
+        took = [stage["emulate_seconds"] for stage in ran]
+        lines.append(
+            (
+                size,
+                str(len(each)),
+                str(sum(stage["calls"] for stage in each)),
+                f"{sum(stage['binary_bytes'] for stage in each) / 1e6:.1f} MB",
+                f"{sum(stage['compile_seconds'] for stage in each):.0f} s",
+                f"{max(stage['spill_fill_bytes'] for stage in each) / 1e6:.1f} MB",
+                f"{len(ran)} of {len(each)}",
+                *(
+                    (
+                        f"{min(took):.0f} to {max(took):.0f} s",
+                        f"{min(stage['emulator_vs_cpu_qdq_db'] for stage in ran):.1f} dB",
+                        f"{min(stage['emulator_vs_torch_db'] for stage in ran):.1f} dB",
+                    )
+                    if ran
+                    else ("not run",) * 3
+                ),
+            )
+        )
+    return (
+        f"{markdown(head, lines)}\n\nThe picture of {found.extra['picture']} px by the exact CPU reference of all "
+        f"{len(stages)} graphs is {found.extra['picture_sqnr_db']:.1f} dB (PSNR {found.value:.1f}) from torch's. Peak "
+        f"RAM {found.extra['peak_rss_mib'] * 2**20 / 1e9:.2f} GB. By `{found.command}`."
+    )
 
 
 def htp_targets_table() -> str:
@@ -839,6 +882,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "htp-parts": htp_parts_table,
     "htp-targets": htp_targets_table,
     "htp-tiles": htp_tiles_table,
+    "htp-decoder": htp_decoder_table,
     "htp": htp_table,
     "htp-ops": htp_ops_table,
     "htp-text": htp_text_table,
