@@ -382,7 +382,7 @@ def _doctor(commands: Any) -> None:
 def _lora(commands: Any) -> None:
     whole: argparse.ArgumentParser = commands.add_parser(
         "lora",
-        help="adapters (LoRA) on a 4-bit base: train one, check one",
+        help="adapters (LoRA) on a 4-bit base: train, check, publish one",
         epilog="example:\n  fbqat lora check style/ --base runs/tiny --float training/teachers/sana-tiny",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -436,6 +436,17 @@ def _lora(commands: Any) -> None:
     sub.add_argument("--learning-rate", type=float, default=1e-3, metavar="RATE", help="of Adam (default: 1e-3)")
     sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of first values and draws (default: 0)")
     _device(sub)
+    sub = _verb(
+        actions,
+        verbs.lora_publish,
+        "publish an adapter on the Hub, for a base that is there: checked first, one commit, verified after",
+        "publish style/ --repo me/style --base me/Sana-tiny-FBQAT-W4A8 --dry-run",
+    )
+    sub.add_argument("adapter", metavar="FOLDER", type=_checked(local_path), help="of an adapter with its card")
+    sub.add_argument("--repo", required=True, help="Hub id, owner/name")
+    sub.add_argument("--base", metavar="REPO", help="Hub id of the 4-bit pipeline (default: the one in the card)")
+    sub.add_argument("--private", action="store_true", help="make a private repository")
+    sub.add_argument("--dry-run", action="store_true", help="do everything but the upload")
 
 
 def _publish(commands: Any) -> None:

@@ -318,6 +318,13 @@ def lora_train(options: argparse.Namespace) -> None:
     print(f"saved {done.output}. Next: fbqat lora check {adapter} --base {base} --card")
 
 
+def lora_publish(options: argparse.Namespace) -> None:
+    """``fbqat lora publish``."""
+    from fbqat_hub.hub.adapter import publish_adapter
+
+    publish_adapter(options.adapter, options.repo, base=options.base, private=options.private, dry_run=options.dry_run)
+
+
 def publish(options: argparse.Namespace) -> None:
     """``fbqat publish``."""
     from fbqat_hub.hub.publish import publish

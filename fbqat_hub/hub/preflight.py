@@ -103,25 +103,41 @@ def remote_problems(
     Raises:
         HubError: the Hub cannot be reached or fails.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        return [f"--repo {repo}: {error}"], None
-    if repo.count("/") != 1:
-        return [f"--repo {repo}: give owner/name, e.g. me/{repo}."], None
-    if not get_token():
-        return ["no token: log in with `hf auth login`, or set HF_TOKEN, with a token that may write."], None
-    user = whoami(api)
-    problems = list(_scope_problems(user, repo))
+    problems, is_answered = account_problems(api, repo)
+    if not is_answered:
+        return problems, None
     problems += _base_problems(api, recipe, licence, paths)
     state = remote_state(api, repo)
     if state is not None:
         if state.files - {GIT_ATTRIBUTES, CARD} and MANIFEST not in state.files:
             held = names(sorted(state.files))
             problems.append(f"{repo} exists and was not published by fbqat ({held}); choose another name.")
-        if private and not state.private:
-            problems.append(f"{repo} is public already; make it private in its settings first, or leave --private out.")
+        problems += privacy_problems(repo, state, private)
     return problems, state
+
+
+def account_problems(api: HfApi, repo: str) -> tuple[list[str], bool]:
+    """Why this token may not publish as ``repo``, and whether the Hub could be asked.
+
+    Raises:
+        HubError: the Hub cannot be reached or fails.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        return [f"--repo {repo}: {error}"], False
+    if repo.count("/") != 1:
+        return [f"--repo {repo}: give owner/name, e.g. me/{repo}."], False
+    if not get_token():
+        return ["no token: log in with `hf auth login`, or set HF_TOKEN, with a token that may write."], False
+    return list(_scope_problems(whoami(api), repo)), True
+
+
+def privacy_problems(repo: str, state: Remote, private: bool) -> list[str]:
+    """Why a repository that is there cannot become private."""
+    if private and not state.private:
+        return [f"{repo} is public already; make it private in its settings first, or leave --private out."]
+    return []
 
 
 def _component_problems(run: Path, folder: Path) -> Iterator[str]:

@@ -300,7 +300,7 @@ def _plan(
     with step(f"list the files of {target}"):
         there = remote_files(api, target.repo, remote.commit)
     remove = [path for path in _published_before(target.repo, remote) if path in there and path not in ours]
-    return Plan(target, items, manifest, remote, remove, set(_differing(items, manifest, there)), leftover)
+    return Plan(target, items, manifest, remote, remove, set(differing(items, manifest.files, there)), leftover)
 
 
 def _published_before(repo: str, remote: Remote) -> list[str]:
@@ -316,8 +316,13 @@ def _published_before(repo: str, remote: Remote) -> list[str]:
             return []
 
 
-def _differing(items: list[Item], manifest: Manifest, there: dict[str, RemoteFile]) -> list[str]:
-    """Paths of the items that a repository does not hold with this content."""
+def differing(items: list[Item], hashes: Mapping[str, FileEntry], there: dict[str, RemoteFile]) -> list[str]:
+    """Paths of the items that a repository does not hold with this content.
+
+    Args:
+        hashes: path -> of files that need not be read again.
+        there: the repository.
+    """
     differing = []
     for item in items:
         remote = there.get(item.path)
@@ -328,7 +333,7 @@ def _differing(items: list[Item], manifest: Manifest, there: dict[str, RemoteFil
             if remote.sha256 is None:  # a small file, kept by git
                 same = git_sha1(file.read()) == remote.sha1
             else:
-                same = (manifest.files.get(item.path) or hash_file(file)).sha256 == remote.sha256
+                same = (hashes.get(item.path) or hash_file(file)).sha256 == remote.sha256
         if not same:
             differing.append(item.path)
     return differing
@@ -382,25 +387,57 @@ def _upload_branch(api: HfApi, plan: Plan, main: str, say: Callable[[str], None]
 
 def _commit(api: HfApi, plan: Plan, branch: str, parent: str, say: Callable[[str], None]) -> str:
     """One commit on a branch whose newest is ``parent``, if anything changed, verified; the branch's newest then."""
-    target, commit = plan.target, parent
-    operations: list[Any] = [
-        CommitOperationAdd(item.path, item.source) for item in plan.items if item.path in plan.changed
-    ]
-    operations += [CommitOperationDelete(path) for path in plan.remove]
-    if operations:
-        with step(f"upload to {target}"):
-            message = f"{plan.manifest.name} by fbqat_hub"
-            commit = api.create_commit(
-                target.repo, operations, commit_message=message, revision=branch, parent_commit=parent
-            ).oid
-    elif plan.remote is not None:
-        say(f"{target}: nothing changed, nothing uploaded")
-    with step(f"verify {target}"):
-        there = remote_files(api, target.repo, commit)
-    if wrong := _differing(plan.items, plan.manifest, there):
-        raise HubError(f"verify {target}: the Hub does not hold {names(wrong)} as sent; run the same command again.")
-    say(f"verified: {len(plan.items)} files of {api.endpoint}/{target} at {commit[:8]} are as they are here")
+    changed = [item for item in plan.items if item.path in plan.changed]
+    if plan.remote is not None and not changed and not plan.remove:
+        say(f"{plan.target}: nothing changed, nothing uploaded")
+    name, hashes = plan.manifest.name, plan.manifest.files
+    commit = commit_files(api, plan.target.repo, branch, parent, changed, plan.remove, name, str(plan.target))
+    verify(api, plan.target.repo, commit, plan.items, hashes, str(plan.target), say)
     return commit
+
+
+def commit_files(
+    api: HfApi,
+    repo: str,
+    branch: str,
+    parent: str,
+    changed: list[Item],
+    remove: list[str],
+    name: str,
+    place: str,
+) -> str:
+    """Files added and removed in one commit, if there are any; the newest commit then.
+
+    Args:
+        parent: the newest commit; another one there now is an error.
+        name: of what is published, for the message.
+        place: repository and branch, in words.
+    """
+    operations: list[Any] = [CommitOperationAdd(item.path, item.source) for item in changed]
+    operations += [CommitOperationDelete(path) for path in remove]
+    if not operations:
+        return parent
+    with step(f"upload to {place}"):
+        message = f"{name} by fbqat_hub"
+        made = api.create_commit(repo, operations, commit_message=message, revision=branch, parent_commit=parent)
+        return str(made.oid)
+
+
+def verify(
+    api: HfApi,
+    repo: str,
+    commit: str,
+    items: list[Item],
+    hashes: Mapping[str, FileEntry],
+    place: str,
+    say: Callable[[str], None],
+) -> None:
+    """Compare what the Hub lists at a commit with what was sent; raises HubError where it differs."""
+    with step(f"verify {place}"):
+        there = remote_files(api, repo, commit)
+    if wrong := differing(items, hashes, there):
+        raise HubError(f"verify {place}: the Hub does not hold {names(wrong)} as sent; run the same command again.")
+    say(f"verified: {len(items)} files of {api.endpoint}/{place} at {commit[:8]} are as they are here")
 
 
 def _collect(api: HfApi, repos: list[str], collection: str, private: bool) -> str:

@@ -18,6 +18,7 @@ from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.families import Family, component_configs, family_of
 from fbqat_hub.files import whole
 from fbqat_hub.generation import generate_pictures
+from fbqat_hub.hub.adapter import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from fbqat_hub.hub.client import step
 from fbqat_hub.inputs import seeds
 from fbqat_hub.pictures import as_image
@@ -30,11 +31,6 @@ from fbqat_hub.version import __version__
 from fbqat_hub.weights import check_finite
 
 # the names that diffusers and peft give an adapter's file
-DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)
 _ADAPTER = "checked"
 # beside the card, and around what the card has of it
 _CARD_OUTPUT, _CARD_START, _CARD_END = "lora-check.json", "<!-- fbqat lora check -->", "<!-- /fbqat lora check -->"

@@ -16,6 +16,7 @@ from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.components import read_index
 from fbqat_hub.families import family_of
 from fbqat_hub.files import whole
+from fbqat_hub.hub.adapter import PEFT_FILE
 from fbqat_hub.inputs import check_new, checked_device
 from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.progress import Progress
@@ -23,7 +24,7 @@ from fbqat_hub.training.cache import CachedSplit, build_cache, cache_key
 from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.draws import Draws, Pair
 from fbqat_hub.training.generate import generation_of
-from fbqat_hub.training.lora_check import PEFT_FILE, card_head, shown_name
+from fbqat_hub.training.lora_check import card_head, shown_name
 from fbqat_hub.training.teachers import resolve_teacher
 
 _ADAPTER = "default"
