@@ -1,7 +1,8 @@
 """Publish an adapter (LoRA) for a base that is on the Hub: checked first, one commit, verified after.
 
 What `fbqat lora train` leaves and `fbqat lora check --card` adds to: the weights, peft's configuration where it has
-one, the card, the check's figures and its pictures. The card names the base by its Hub id, and its code loads from the repository.
+one, the card, the check's figures and its pictures. The card names the base by its Hub id, and its code loads both from
+the Hub.
 """
 
 from __future__ import annotations
