@@ -45,7 +45,15 @@ _RECIPE = "YAML file, or the name of a recipe that ships, e.g. sana-tiny"
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line."""
+    """argparse's, with errors of one line; what a verb is given may stand after its options too."""
+
+    _verb_read = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers or self._verb_read:  # of a verb argparse's own way calls this method
+            return super().parse_known_args(args, namespace)
+        self._verb_read = True
+        return self.parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"fbqat: error: {message} (see {self.prog} --help)")
