@@ -39,6 +39,7 @@ def read_json(path: Path, largest: int = _LARGEST_JSON) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """A YAML file of plain data, of at most 1 MiB, without aliases: a few of them can stand for any amount of data.
+    A key that stands twice is refused, since YAML would take the last one without a word.
 
     Raises:
         ValueError: larger, nested too deep, or not such a file; the file is named.
@@ -59,6 +60,15 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"an alias ({self.peek_event().anchor}); write out what it stands for.")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.YAMLError(f"{name} stands twice, again on line {key.start_mark.line + 1}; give it once.")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def check_links(folder: Path) -> None:

@@ -13,6 +13,7 @@ from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import downloaded, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
+from fbqat_hub.quantization.convert import targets
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.checkpoint import differences
@@ -67,6 +68,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         source = downloaded(resolve_teacher(recipe.teacher))
         writers = text_encoder_writers(source, recipe.text_encoders)  # refuses them before the training
         pipeline = load_teacher(recipe)
+        targets(pipeline.transformer, **recipe.config().layer_options())  # so does a pattern that matches no layer
         splits = _encoded(recipe, pipeline, accelerator.device)
     teacher, blockwise = pipeline.transformer, recipe.training == "blockwise"
     device = "cpu" if blockwise else accelerator.device  # where inputs of blocks are kept

@@ -257,6 +257,8 @@ def test_a_zip_of_pictures_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) 
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "is not YAML: an alias"),
         ("!!python/object/apply:os.system ['echo this ran']\n", "is not YAML: could not determine a constructor"),
         (DEEP, "nested too deep"),
+        ("steps: 1\nname: x\nsteps: 2\n", "is not YAML: steps stands twice, again on line 3; give it once"),
+        ("generation: {height: 64, height: 32}\n", "height stands twice, again on line 1"),
         ("#" * 2**20 + "\nname: x\n", "has 1048585 bytes"),
         ("name: 2001-99-99\n", "is not YAML: month must be"),
         ("{name: x, family: sana, teacher: t, generation: {height: 1000000}}", "generation.height is 1000000"),
