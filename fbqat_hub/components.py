@@ -371,13 +371,13 @@ def refusing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and warnings of other libraries: what they would warn of is an error here."""
+    """No bars and messages of other libraries: what they would warn of is an error here, and their errors are raised."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
     before = [(each, each.get_verbosity(), each.is_progress_bar_enabled()) for each in (of_diffusers, of_transformers)]
     for each, _, _ in before:
-        each.set_verbosity_error()
+        each.set_verbosity(each.CRITICAL)
         each.disable_progress_bar()
     try:
         yield
