@@ -371,7 +371,7 @@ def refusing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and messages of other libraries: what they would warn of is an error here, and their errors are raised."""
+    """No bars and messages of other libraries: what they would warn of is an error here, and so is what they raise."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
