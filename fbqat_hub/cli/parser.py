@@ -149,13 +149,16 @@ def _convert(commands: Any) -> None:
         "of the model for --prompts, one block in memory at a time (default: nearest)",
     )
     sub.add_argument(
-        "--prompts", type=_checked(local_path), metavar="FILE", help="of gptq: text file with a prompt on each line"
+        "--prompts",
+        type=_checked(local_path),
+        metavar="FILE",
+        help="with --method gptq: text file with a prompt on each line",
     )
     sub.add_argument(
         "--samples",
         type=_number(1, 10_000),
         metavar="N",
-        help="of gptq: inputs of the model to calibrate on, all in memory at each block (default: 100)",
+        help="with --method gptq: inputs of the model to calibrate on, all in memory at each block (default: 100)",
     )
     sub.add_argument(
         "--average-bits",
@@ -185,7 +188,9 @@ def _convert(commands: Any) -> None:
         help="merge this adapter first: safetensors file, folder or Hub id; of diffusers' or peft's layout",
     )
     sub.add_argument("--lora-scale", type=float, metavar="SCALE", help="of the adapter's change (default: 1)")
-    sub.add_argument("--device", help="of gptq: cpu, cuda, cuda:1, mps or xpu, for one block (default: a GPU if any)")
+    sub.add_argument(
+        "--device", help="with --method gptq: cpu, cuda, cuda:1, mps or xpu, for one block (default: a GPU if any)"
+    )
     _settings(
         sub,
         "arguments of the pipeline call (its recipe keeps them, gptq samples with them)",
@@ -401,7 +406,7 @@ def _lora(commands: Any) -> None:
     sub.add_argument(
         "--float", dest="float_base", metavar="BASE", type=_checked(model_source), help="the full-precision pipeline"
     )
-    _list_option(sub, "--prompt", "TEXT", "draw these without and with the adapter (with --output)")
+    _list_option(sub, "--prompt", "TEXT", "generate these without and with the adapter (with --output)")
     sub.add_argument(
         "--output",
         metavar="FILE",
