@@ -136,8 +136,8 @@ def is_finished(recipe: Recipe, output: Path, resume: bool) -> bool:
     finished, started = (output / "model_index.json").exists(), (output / "recipe.yaml").exists()
     if started and resume and (other := _other_recipe(recipe, output / "recipe.yaml")):
         raise ValueError(
-            f"{output} was started with another recipe, so it cannot be continued with this one: {other}. Give another "
-            "--output, or the recipe it was started with."
+            f"{output} was started with another recipe, so it cannot be continued with this one: {other.rstrip('.')}. "
+            "Give another --output, or the recipe it was started with."
         )
     if not (started and resume):
         hint = "use --resume to continue it" if started and not finished else "give another --output"
