@@ -118,7 +118,7 @@ def _check_number(path: Path, key: str, value: Any, tensors: int | None) -> None
     number = len(value) if isinstance(value, list) else value
     if not isinstance(number, int | float):
         return
-    if math.isnan(number):
+    if isinstance(number, float) and math.isnan(number):
         raise ValueError(f"{path}: {key} is NaN, no number. Download or convert it again.")
     if tensors is not None and (isinstance(value, list) or "layers" in key):
         largest, why = tensors, f", since the weights are {tensors} tensors"

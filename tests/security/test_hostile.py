@@ -144,6 +144,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "large config": (text("vae/config.json", " " * 2**22 + "{}"), "vae/config.json has 4194306 bytes; .* at most"),
     "config is a list": (text("vae/config.json", "[]"), "vae/config.json holds no object"),
     "a thousand million layers": (config(num_layers=10**9), r"num_layers is 1000000000; at most \d+ is .* tensors"),
+    "layers beyond any float": (config(num_layers=10**400), "num_layers is 10{400}; at most"),
     "a million blocks": (config("vae", encoder_block_out_channels=[8] * 9999), "the length of .* is 9999; at most"),
     "wide latents": (config(sample_size=3000), "config.json: sample_size is 3000; at most 512"),
     "wide encoder": (config("text_encoder", hidden_size=10**7), "hidden_size is 10000000; at most 1048576"),
