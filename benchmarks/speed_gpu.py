@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import fbqat_hub
 from benchmarks.markdown import markdown
 
 RESULTS = Path(__file__).parent / "results" / "speed-gpu.json"
@@ -47,12 +48,14 @@ class Way:
         setting: what was chosen of the library's options.
         package: that it needs, beside torch; "" for none.
         apply: changes a bf16 model that lies on its device, given the recipe.
+        memory: of ours, what ``fbqat_hub.set_memory`` is given.
     """
 
     name: str
     setting: str
     package: str
     apply: Callable[[Any, Any], Any]
+    memory: Literal["fast", "large"] = "fast"
 
 
 def _ours(model: Any, recipe: Any) -> Any:
@@ -129,6 +132,7 @@ def _gguf(model: Any, recipe: Any) -> Any:
 WAYS = (
     Way("bf16", "torch", "", lambda model, recipe: model),
     Way("this project", "W4A8, dynamic per-token ranges", "", _ours),
+    Way("this project, int8 kept", "the same, memory is large", "", _ours, "large"),
     Way("torchao int8", "dynamic W8A8", "torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
     Way("torchao int4", "weights only, groups of 128", "torchao", _torchao("Int4WeightOnlyConfig", group_size=128)),
     Way("SDNQ", "uint4, int8 matmul", "sdnq", _sdnq),
@@ -241,6 +245,7 @@ class Harness:
         if way.package and not installed(way.package):
             yield {**common, "skipped": f"{way.package} is not installed"}
             return
+        fbqat_hub.set_memory(way.memory)
         try:
             recipe, configs, model = self.model(name)
             shapes = self.shapes(recipe, configs, model, sizes) if "gemm" in parts else set()

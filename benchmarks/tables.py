@@ -493,7 +493,7 @@ def htp_tiles_table() -> str:
         (
             record.extra["autoencoder"],
             record.extra["part"],
-            str(record.extra["count"]),
+            str(record.extra["calls"]),
             f"{record.value:.1f}, lowest {record.extra['lowest_db']:.1f}",
             f"{record.extra['tiles_to_original_db']:.1f}",
             f"{record.extra['whole_to_original_db']:.1f}",
@@ -503,12 +503,55 @@ def htp_tiles_table() -> str:
     head = (
         "decoder",
         "picture",
-        "tiles",
+        "calls of a graph",
         "tiles to whole (dB)",
         "tiles to original (dB)",
         "whole to original (dB)",
     )
     return f"{markdown(head, rows)}\n\nMean PSNR of {found[0].n} pictures. By `{found[0].command}`."
+
+
+def htp_decoder_table() -> str:
+    """The 16-channel decoder between its group norms at true width, by `benchmarks.htp_decoder`."""
+    (found,) = (record for record in read_records(RESULTS / "htp.json") if "picture_sqnr_db" in record.extra)
+    stages = found.extra["stages"]
+    by_map: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for each in stages:
+        rows, columns = (each["stage"]["factor"] * side for side in each["stage"]["map"])
+        by_map[f"{rows} x {columns}"].append(each)
+    head = (
+        "makes", "graphs", "calls of them", "binaries", "compile", "largest spill/fill", "emulated", "a call in",
+        "emulator to CPU, lowest", "to torch, lowest",
+    )  # fmt: skip
+    lines = []
+    for size, each in by_map.items():
+        ran = [stage for stage in each if "emulate_seconds" in stage]
+        took = [stage["emulate_seconds"] for stage in ran]
+        lines.append(
+            (
+                size,
+                str(len(each)),
+                str(sum(stage["calls"] for stage in each)),
+                f"{sum(stage['binary_bytes'] for stage in each) / 1e6:.1f} MB",
+                f"{sum(stage['compile_seconds'] for stage in each):.0f} s",
+                f"{max(stage['spill_fill_bytes'] for stage in each) / 1e6:.1f} MB",
+                f"{len(ran)} of {len(each)}",
+                *(
+                    (
+                        f"{min(took):.0f} to {max(took):.0f} s",
+                        f"{min(stage['emulator_vs_cpu_qdq_db'] for stage in ran):.1f} dB",
+                        f"{min(stage['emulator_vs_torch_db'] for stage in ran):.1f} dB",
+                    )
+                    if ran
+                    else ("not run",) * 3
+                ),
+            )
+        )
+    return (
+        f"{markdown(head, lines)}\n\nThe picture of {found.extra['picture']} px by the exact CPU reference of all "
+        f"{len(stages)} graphs is {found.extra['picture_sqnr_db']:.1f} dB (PSNR {found.value:.1f}) from torch's. Peak "
+        f"RAM {found.extra['peak_rss_mib'] * 2**20 / 1e9:.2f} GB. By `{found.command}`."
+    )
 
 
 def htp_targets_table() -> str:
@@ -704,6 +747,48 @@ def training_memory_table() -> str:
     return f"{markdown(head, cells)}\n\nProcessor time of a step on {'; '.join(sorted(machines))}."
 
 
+def adam_table() -> str:
+    """Adam's moments in 32 and 8 bits, by `benchmarks.adam`."""
+    found = json.loads((RESULTS / "adam.json").read_text(encoding="utf-8"))
+    head = (
+        "loss ×1e-3",
+        "before training",
+        "32 bits",
+        "8 bits",
+        "change, seed by seed",
+        "bytes a weight, 32 bits",
+        "8 bits",
+    )
+    rows = []
+    for family in dict.fromkeys(row["family"] for row in found):
+        exact, coded = (
+            [row for row in found if (row["family"], row["moment_bits"]) == (family, bits)] for bits in (32, 8)
+        )
+        change = (
+            f"{100 * (ours['loss'] / theirs['loss'] - 1):+.2f}%" for ours, theirs in zip(coded, exact, strict=True)
+        )
+        rows.append(
+            (
+                FAMILIES[family].title,
+                *(_spread(each, key) for each, key in ((exact, "loss_before"), (exact, "loss"), (coded, "loss"))),
+                ", ".join(change),
+                *(f"{each[0]['optimizer_bytes'] / each[0]['trained']:.2f}" for each in (exact, coded)),
+            )
+        )
+    some, seeds = found[0], len({row["seed"] for row in found})
+    draws = ", ".join(map(str, sorted({row["draws"] for row in found})))
+    return (
+        f"{markdown(head, rows)}\n\nTiny teachers, {some['steps']} steps of {some['batch_size']}, {seeds} seeds, ± "
+        f"standard deviation; the loss is that of the test split, {draws} draws. Of tensors with fewer than 4096 "
+        "numbers the moments stay in 32 bits. By `python -m benchmarks.adam`."
+    )
+
+
+def _spread(rows: list[dict[str, Any]], key: str) -> str:
+    values = [1e3 * row[key] for row in rows]
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
 def convert_table() -> str:
     """Memory of conversions, by `benchmarks.convert_true_size` and `benchmarks.convert_gptq`."""
     found = json.loads((RESULTS / "convert.json").read_text(encoding="utf-8"))
@@ -784,6 +869,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-gpu": speed_gpu_table,
     "triton-code": triton_code_table,
     "training-memory": training_memory_table,
+    "adam": adam_table,
     "convert": convert_table,
     "convert-widths": convert_widths_table,
     "text-encoders": text_encoders_table,
@@ -796,6 +882,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "htp-parts": htp_parts_table,
     "htp-targets": htp_targets_table,
     "htp-tiles": htp_tiles_table,
+    "htp-decoder": htp_decoder_table,
     "htp": htp_table,
     "htp-ops": htp_ops_table,
     "htp-text": htp_text_table,

@@ -4,7 +4,8 @@
     python -m benchmarks.training_memory --rows flux-blocks   # one of them
 
 Each row is a fresh process: the recipe's teacher in float32 with random numbers, its student, and steps of the real
-loop on random inputs. Clips are searched, GPTQ is left out. The estimate is of the tensors; the memory of the program
+loop on random inputs. Clips are searched, GPTQ is left out. A block-wise row trains its blocks twice, with one step and
+with more: what one more takes is a step of all of them. The estimate is of the tensors; the memory of the program
 before the teacher is made is added to it. glibc keeps much of what a program frees, so a row is measured with a limit
 on that, and where it does not take too long also with glibc's defaults. Seconds are those of the processor, of one
 thread with OMP_NUM_THREADS=1.
@@ -25,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from fbqat_hub.evaluation.results import machine, now, peak_rss_mib, versions
 from fbqat_hub.families import get_family, moved
 from fbqat_hub.files import whole
 from fbqat_hub.training.bases import Configs, build, configs_of
+from fbqat_hub.training.block_footprint import block_memory
+from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.footprint import denoiser_arguments, step_memory
 from fbqat_hub.training.loop import accelerator_of, distill
@@ -53,6 +57,7 @@ class Row:
         config: of its denoiser, where it is cut.
         changes: of the recipe.
         twice: also with glibc's defaults.
+        share: how often all blocks of the row make those of the model; 0 where they do not.
     """
 
     recipe: str
@@ -60,6 +65,7 @@ class Row:
     config: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     twice: bool = True
+    share: int = 0
 
     def resolved(self) -> Recipe:
         """The recipe of a few steps from nearest codes."""
@@ -87,6 +93,16 @@ ROWS = {
         "flux-schnell", "one of 19 double and one of 38 single blocks, 512 px",
         {"num_layers": 1, "num_single_layers": 1}, {"gradient_checkpointing": False},
     ),
+    "flux-blockwise": Row(
+        "flux-schnell", "block by block, one of 19 double and two of 38 single blocks, 512 px",
+        {"num_layers": 1, "num_single_layers": 2},
+        {
+            "training": "blockwise",
+            "quantization": {"average_bits": None},
+            "blockwise": {"samples": 2, "steps": 5, "tuning_steps": 0},
+        },
+        twice=False, share=19,
+    ),
 }  # fmt: skip
 
 
@@ -111,6 +127,8 @@ def measure(row: Row) -> dict[str, float]:
     draws, accelerator = RandomDraws(recipe, configs), accelerator_of(recipe)
     program = peak_rss_mib() or 0.0
     teacher = build(configs["transformer"])
+    if recipe.training == "blockwise":
+        return {"program_mib": program, **_blockwise(recipe, teacher, draws, accelerator)}
     student = prepare_student(recipe, teacher, None, draws)  # type: ignore[arg-type]
     times = [time.process_time()]
     with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +140,34 @@ def measure(row: Row) -> dict[str, float]:
     return {"program_mib": program, "measured_mib": peak_rss_mib() or 0.0, "seconds_per_step": seconds[-1]}
 
 
+def _blockwise(recipe: Recipe, teacher: nn.Module, draws: Draws, accelerator: Accelerator) -> dict[str, float]:
+    """A step of all blocks of the teacher, one after the other."""
+    times = []
+    for steps in (1, recipe.blockwise.steps):
+        began = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            train_blockwise(
+                replace(recipe, blockwise=replace(recipe.blockwise, steps=steps)),
+                teacher, {"train": None}, draws, Path(folder), accelerator, progress=False,  # type: ignore[dict-item]
+            )  # fmt: skip
+        times.append(time.process_time() - began)
+    seconds = (times[1] - times[0]) / (recipe.blockwise.steps - 1)
+    return {
+        "measured_mib": peak_rss_mib() or 0.0,
+        "seconds_per_step": seconds,
+        "seconds_beside_steps": times[0] - seconds,
+    }
+
+
+def estimate(recipe: Recipe, configs: Configs) -> tuple[int, dict[str, Any]]:
+    """Bytes at the peak of a step on one device that is the host, and what they are of."""
+    if recipe.training == "blockwise":
+        blocks = block_memory(recipe, configs)
+        return blocks.teacher + blocks.kept + blocks.block, asdict(blocks)
+    step = step_memory(recipe, configs)
+    return step.peak, asdict(step)
+
+
 def result(name: str) -> dict[str, Any]:
     """The row of the results file, measured in a process of its own."""
     row = ROWS[name]
@@ -129,8 +175,8 @@ def result(name: str) -> dict[str, Any]:
     if row.twice:
         measured["measured_with_glibc_defaults_mib"] = _fresh(name, {})["measured_mib"]
     recipe = row.resolved()
-    memory = step_memory(recipe, row.configs())
-    estimate = memory.peak / 2**20 + measured["program_mib"]
+    peak, parts = estimate(recipe, row.configs())
+    estimated = peak / 2**20 + measured["program_mib"]
     return {
         "name": name,
         "recipe": row.recipe,
@@ -139,10 +185,11 @@ def result(name: str) -> dict[str, Any]:
         "batch_size": recipe.batch_size,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "mixed_precision": recipe.mixed_precision,
-        "bytes": asdict(memory),
-        "estimated_mib": round(estimate),
+        "bytes": parts,
+        "estimated_mib": round(estimated),
+        **({"share": row.share} if row.share else {}),
         **{key: round(value, 1) for key, value in measured.items()},
-        "estimated_over_measured": round(estimate / measured["measured_mib"], 3),
+        "estimated_over_measured": round(estimated / measured["measured_mib"], 3),
         "threads": torch.get_num_threads(),
         "command": f"python -m benchmarks.training_memory --rows {name}",
         "machine": machine(),

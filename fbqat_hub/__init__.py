@@ -15,7 +15,7 @@ from fbqat_hub.version import __version__
 if TYPE_CHECKING:
     from fbqat_hub.config import FBQATConfig
     from fbqat_hub.integrations.optimum import FBQATQuantizer as FBQATQuantizer
-    from fbqat_hub.quantization.kernels.cpu import set_memory
+    from fbqat_hub.quantization.kernels.memory import set_memory
 
 _register()
 
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return FBQATConfig
     if name == "set_memory":
-        from fbqat_hub.quantization.kernels.cpu import set_memory
+        from fbqat_hub.quantization.kernels.memory import set_memory
 
         return set_memory
     if name == "FBQATQuantizer":

@@ -9,7 +9,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "optimum": ("optimum",),
     "evaluate": ("evaluate",),
     "metrics": ("cleanfid", "lpips", "piq"),
-    "benchmark": ("torchao",),
+    "torchao": ("torchao",),
     "space": ("gradio",),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.method.baselines import targets_of
 from fbqat_hub.families import get_family
-from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
+from fbqat_hub.quantization import FakeQuantizedLinear, gptq_initialize, named_layers
 from fbqat_hub.quantization.convert import matches
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
 from fbqat_hub.quantization.widths import average_width, widths_of_average
@@ -25,12 +25,14 @@ from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.student import started_student
-from fbqat_hub.training.widths import chosen_widths
+from fbqat_hub.training.widths import chosen_widths, layer_scores
 
 # Name of a layer -> its bits.
 Widths = dict[str, int]
 Chooser = Callable[[Recipe, nn.Module, CachedSplit, Draws], Widths]
 
+# Of these, before as many of the common training, layers fall.
+FALLING_STEPS = 200
 # Of learned widths: steps, the rate of the weights, Adam's rate in bits, the share of the steps after which the budget
 # is reached, and how fast the multiplier of the budget follows.
 LEARNING_STEPS, RATE, RATE_OF_WIDTHS, FALLEN, FOLLOWING = 300, 1e-4, 0.05, 0.7, 0.5
@@ -119,11 +121,7 @@ def learned(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws
                 layer.clip.on_width(layer.grouped_weight(), quarter)
                 clips[name] = quarter
             layer.bit_width = width  # type: ignore[assignment]  # a tensor, so that it gets a gradient
-        inputs = draws.training(split, step, recipe.batch_size)
-        with torch.no_grad():
-            target = draws.predict(teacher, inputs)
-        weight = draws.error_weight(inputs) if recipe.loss_weighting == "sampler" else None
-        loss = mean_squared(draws.predict(student, inputs).float(), target.float(), weight)
+        loss = _step(recipe, student, teacher, split, draws, step)
         loss.backward()
         assert widths.grad is not None
         # of the logarithm of the loss, for each weight's bit
@@ -137,6 +135,49 @@ def learned(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws
             log_price += FOLLOWING * (float((shares * widths).sum()) - budget)
     final = dict(zip(layers, widths.tolist(), strict=True))
     return _filled(sorted(final, key=final.__getitem__, reverse=True), sizes, average)
+
+
+def prepare_falling(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws) -> Any:
+    """As `prepare_student`, but layers fall one by one from 8 bits to 4, those that lose least first.
+
+    A layer that falls gets GPTQ's codes for the inputs that it has by then, and all layers are trained for some steps
+    before the next one does. In the end the same layers have 8 bits as by default.
+    """
+    uniform = replace(recipe, quantization=replace(recipe.quantization, average_bits=None))
+    scores = layer_scores(recipe, started_student(uniform, teacher, split, draws), teacher, split, draws)
+    student = started_student(uniform, teacher, split, draws, dict.fromkeys(scores, 8))
+    patterns, layers = get_family(recipe.family).layer_groups[recipe.train_layers], {}
+    for name, layer in named_layers(student, FakeQuantizedLinear):
+        layers[name] = layer.requires_grad_(matches(name, patterns))
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    final = widths_of_average(scores, sizes, _average(recipe))
+    falling = [name for name in layers if final[name] == 4]
+    falling.sort(key=lambda name: (scores[name][4] - scores[name][8]) / sizes[name])
+    optimizer = torch.optim.Adam([each for each in student.parameters() if each.requires_grad], lr=RATE)
+    options = asdict(recipe.gptq)
+    samples, step = options.pop("samples"), 0
+    for number, name in enumerate(falling):
+        layers[name].weight_scheme = replace(layers[name].weight_scheme, bits=4.0)
+        for parameter in layers[name].set_bit_width(4):
+            optimizer.state.pop(parameter, None)
+        gptq_initialize(student, lambda: draws.calibration(split, samples), only=[name], **options)
+        while step < FALLING_STEPS * (number + 1) // len(falling):
+            _step(recipe, student, teacher, split, draws, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    return student
+
+
+def _step(
+    recipe: Recipe, student: nn.Module, teacher: nn.Module, split: CachedSplit, draws: Draws, step: int
+) -> Tensor:
+    """The loss of a training step."""
+    inputs = draws.training(split, step, recipe.batch_size)
+    with torch.no_grad():
+        target = draws.predict(teacher, inputs)
+    weight = draws.error_weight(inputs) if recipe.loss_weighting == "sampler" else None
+    return mean_squared(draws.predict(student, inputs).float(), target.float(), weight)
 
 
 def _filled(order: Iterable[str], sizes: Mapping[str, int], average: float) -> Widths:

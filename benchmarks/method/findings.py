@@ -58,6 +58,7 @@ class Finding(NamedTuple):
 
 DEFAULT = Side(UNIFORM, "fbqat")
 HALF_A_BIT = Side(MIXED, "fbqat")
+GROUPS = Side("train-blocks-groups-weighted", "fbqat")
 PROMPTED = Side("prompts-4.5", "fbqat")
 GPTQ_HALF_A_BIT = Side(MIXED, "ptq-gptq", 0)
 JUDGED = (
@@ -69,8 +70,16 @@ JUDGED = (
     Finding("4.5 bits on average: against 4", HALF_A_BIT, DEFAULT),
     Finding("4.5 bits on average, GPTQ not trained: against trained 4", GPTQ_HALF_A_BIT, DEFAULT),
     Finding("at 4.7 stored bits: against torchao's QAT at 5.0 to 5.1", HALF_A_BIT, Side(UNIFORM, "torchao-qat")),
+    Finding("at 4.7 stored bits: against the default in groups of 32, at 5.0 to 5.1", HALF_A_BIT, GROUPS),
+    Finding("groups of 32: against torchao's QAT, which has them", GROUPS, Side(UNIFORM, "torchao-qat")),
     Finding("training, 4.5 bits on average: against GPTQ", HALF_A_BIT, GPTQ_HALF_A_BIT),
     Finding("W3A8: against LSQ", Side("hard-w3a8", "fbqat"), Side("hard-w3a8", "lsq-qat")),
+    Finding("W4A4: against LSQ", Side("hard-w4a4", "fbqat"), Side("hard-w4a4", "lsq-qat")),
+    Finding(
+        "one static range a layer, of what was seen: against LSQ",
+        Side("hard-static-min-max", "fbqat"),
+        Side("hard-static-min-max", "lsq-qat"),
+    ),
     Finding(
         "one static range a layer, GPTQ: what was seen against mean ± 3 sigma",
         Side("hard-static-min-max", "ptq-gptq", 0),
@@ -98,6 +107,7 @@ CHOICES = (
     ),
     Finding("8 bits by learned widths, GPTQ", Side(MIXED, "ptq-gptq learned widths", 0), GPTQ_HALF_A_BIT),
     Finding("8 bits by learned widths, trained", Side(MIXED, "fbqat learned widths"), HALF_A_BIT),
+    Finding("layers fall one by one from 8 bits, as many steps in all", Side(MIXED, "fbqat falling"), HALF_A_BIT),
 )
 _LSQ, _VQAT = "lsq-qat", "vqat"
 OLDER = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.method.findings import CHOICES, JUDGED, MIXED, UNIFORM, Side, findings
+from benchmarks.method.findings import CHOICES, GROUPS, JUDGED, MIXED, UNIFORM, Side, findings
 from benchmarks.method.rows import FAMILIES, TITLES, Results, by_family
 from fbqat_hub.evaluation.pictures import widths_picture
 
@@ -20,6 +20,7 @@ SHOWN: dict[str, tuple[str, str]] = {
     TITLES["lsq-qat"]: (UNIFORM, "lsq-qat"),
     TITLES["torchao-qat"]: (UNIFORM, "torchao-qat"),
     "default, 4 bits": (UNIFORM, "fbqat"),
+    "default, 4 bits, groups of 32": (GROUPS.track, "fbqat"),
     f"{TITLES['ptq-gptq']}, 4.5 bits on average": (MIXED, "ptq-gptq"),
     "default, 4.5 bits on average": (MIXED, "fbqat"),
     "float weights, 8-bit activations": (UNIFORM, "activations alone"),

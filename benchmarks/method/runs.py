@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
-from benchmarks.method.choices import CHOICES, prepare_by
+from benchmarks.method.choices import CHOICES, FALLING_STEPS, prepare_by, prepare_falling
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.outliers import outlier_channels
 from fbqat_hub.cache_dir import default_cache_dir
@@ -28,7 +28,13 @@ from fbqat_hub.evaluation.metrics import frechet_distance, psnr
 from fbqat_hub.evaluation.results import command_line, machine, now, versions
 from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.quantization import FakeQuantizedLinear, named_layers, set_bit_width, stored_bits_per_weight
+from fbqat_hub.quantization import (
+    ActivationScheme,
+    FakeQuantizedLinear,
+    named_layers,
+    set_bit_width,
+    stored_bits_per_weight,
+)
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cache_key, cached_splits
 from fbqat_hub.training.draws import Draws
@@ -53,7 +59,7 @@ REPEATS = 4
 HELD_OUT = ("validation", "test")
 # The judge: draws of the teacher's own sampler, at least this many, of captions that nothing was trained on.
 JUDGED, STEPS_OF_A_PICTURE = 2000, 4
-TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[benchmark]'"
+TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[torchao]'"
 
 Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]
 
@@ -125,6 +131,8 @@ VARIANTS: dict[str, Method] = {
 for _name, _choice in CHOICES.items():
     VARIANTS[f"ptq-gptq {_name}"] = Method("ptq-gptq", prepare=prepare_by(_choice), trained=False)
     VARIANTS[f"fbqat {_name}"] = Method("fbqat", prepare=prepare_by(_choice))
+# Half of a run's 400 steps are those in which layers fall.
+VARIANTS["fbqat falling"] = Method("fbqat", {"steps": 400 - FALLING_STEPS}, prepare=prepare_falling)
 
 # Bits a weight on average, of the curve of size against loss; 8 is uniform 8 bits.
 AVERAGES = (4.25, 4.5, 5.0, 6.0, 8.0)
@@ -151,6 +159,7 @@ _TRACKS: dict[str, dict[str, Any]] = {
     "hard-static": {**_STATIC, "calibration": {"rule": "mean_3sigma"}, **_IN_BLOCKS},  # the paper's rule
     "hard-static-min-max": {**_STATIC, "calibration": {"rule": "min_max"}, **_IN_BLOCKS},
     "hard-outliers": _IN_BLOCKS,
+    "hard-w4a4": _IN_BLOCKS,  # the inputs of all layers have 4 bits
     # the average of the recipes, trained on prompts alone: the captions of the pictures that the others have
     "prompts-4.5": {
         "quantization": {"average_bits": 4.5},
@@ -182,6 +191,20 @@ def method_of(name: str) -> Method:
     if name not in known:
         raise ValueError(f"method is {name!r}; there are: {', '.join(known)}.")
     return known[name]
+
+
+class FourBits(ActivationScheme):
+    """Inputs of 4 bits: what W4A4 is compared by. Nothing that this project ships has them."""
+
+    def __post_init__(self) -> None:
+        """Allow what the base does not."""
+
+
+def narrow_inputs(student: nn.Module) -> None:
+    """Give every layer of a student whose inputs have 8 bits inputs of 4, of the same kind of range."""
+    for _, layer in named_layers(student, FakeQuantizedLinear):
+        if layer.activation_scheme.bits == 8:
+            layer.activation_scheme = FourBits(bits=4, range=layer.activation_scheme.range)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,43 +287,61 @@ class Bench:
         was not trained on), every sample with the same noises and timesteps for every method. The Fréchet distance
         and PSNR are to the teacher's own pictures from the same seeds.
         """
-        recipe, method = setting.recipe(), method_of(setting.method)
-        draws = self._draws.get(setting.seed)
-        if draws is None:  # of one seed at a time, or memory grows
-            draws = Remembered(self.teacher, get_family(recipe.family), self.pipeline.scheduler, setting.seed)
-            self._draws = {setting.seed: draws}
-        splits = self._splits_of(recipe)
+        recipe, splits, draws = self._given(setting)
         began = time.monotonic()
-        torch.manual_seed(setting.seed)
         if recipe.training == "blockwise":
             return self._measured_blocks(setting, recipe, splits, draws, pictures)
-        with outlier_channels(self.teacher) if setting.track in ("outliers", "hard-outliers") else nullcontext():
-            student = method.prepare(recipe, self.teacher, splits["train"], draws)
-        bits = recipe.config().weight_bits
+        student, dynamics = self.student(setting)
         row: dict[str, Any] = {**vars(setting), "batch_size": recipe.batch_size}
-        dynamics = Dynamics(student, bits, recipe.steps)
-        if recipe.steps:
-            self._train(recipe, student, splits, draws, dynamics)
         trained = time.monotonic() - began
-        set_bit_width(student, _FLOAT if method.float_weights else bits)
         if setting.method not in FLOORS:
             row["bits_per_weight"] = bits_per_weight(student)
         if recipe.quantization.average_bits is not None:
             layers = named_layers(student, FakeQuantizedLinear)
             row["widths"] = {name: round(layer.bit_width) for name, layer in layers}
-        if recipe.steps:
-            row |= dynamics.summary()
-        row |= self._losses(student, splits, draws)
+        row |= {**dynamics, **self._losses(student, splits, draws)}
         if pictures:
-            row |= self._pictures(recipe, student.eval())
+            row |= self._pictures(recipe, student)
         row |= {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
         return {**row, "command": command_line(), "versions": versions(), "machine": machine(), "date": now()}
+
+    def student(self, setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
+        """What a setting that trains end to end makes of the teacher, and what a row says of its training."""
+        recipe, splits, draws = self._given(setting)
+        method, bits = method_of(setting.method), recipe.config().weight_bits
+        torch.manual_seed(setting.seed)
+        with outlier_channels(self.teacher) if setting.track in ("outliers", "hard-outliers") else nullcontext():
+            student = method.prepare(recipe, self.teacher, splits["train"], draws)
+        if setting.track == "hard-w4a4":
+            narrow_inputs(student)
+        dynamics = Dynamics(student, bits, recipe.steps)
+        if recipe.steps:
+            self._train(recipe, student, splits, draws, dynamics)
+        set_bit_width(student, _FLOAT if method.float_weights else bits)
+        return student.eval(), dynamics.summary() if recipe.steps else {}
+
+    def draw(self, denoiser: nn.Module, prompts: list[str], recipe: Recipe) -> Tensor:
+        """Pictures of the family's pipeline with that denoiser: uint8 [N, 3, height, width]."""
+        self.pipeline.transformer = denoiser
+        try:
+            return generate_samples(self.pipeline, prompts, recipe, progress=False)
+        finally:
+            self.pipeline.transformer = self.teacher
+
+    def _given(self, setting: Setting) -> tuple[Recipe, dict[str, CachedSplit], Remembered]:
+        """A setting's recipe, data and draws; the draws of one seed at a time are kept, or memory would grow."""
+        recipe = setting.recipe()
+        if setting.seed not in self._draws:
+            draws = Remembered(self.teacher, get_family(recipe.family), self.pipeline.scheduler, setting.seed)
+            self._draws = {setting.seed: draws}
+        return recipe, self._splits_of(recipe), self._draws[setting.seed]
 
     def _measured_blocks(
         self, setting: Setting, recipe: Recipe, splits: dict[str, CachedSplit], draws: Remembered, pictures: bool
     ) -> dict[str, Any]:
         """``measure`` of block-wise training, whose steps and rates are its own: the recipe's ``blockwise``."""
         began = time.monotonic()
+        torch.manual_seed(setting.seed)
         with tempfile.TemporaryDirectory() as folder:
             student = train_blockwise(
                 recipe, self.teacher, splits, draws, Path(folder), Accelerator(), resume=False, progress=False
@@ -373,14 +414,10 @@ class Bench:
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, batch_size=64))
         prompts = self._prompts()
         if self._original is None:
-            original = generate_samples(self.pipeline, prompts, recipe, progress=False).float() / 255
+            original = self.draw(self.teacher, prompts, recipe).float() / 255
             self._original = original, extract(self.extractor, original)
         original, features = self._original
-        self.pipeline.transformer = student
-        try:
-            drawn = generate_samples(self.pipeline, prompts, recipe, progress=False).float() / 255
-        finally:
-            self.pipeline.transformer = self.teacher
+        drawn = self.draw(student, prompts, recipe).float() / 255
         distance = frechet_distance(features, extract(self.extractor, drawn))
         ratios = psnr(original, drawn)
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -13,7 +14,7 @@ from fbqat_hub.cli.errors import FAULT, UsageError, line_of
 from fbqat_hub.cli.parser import parser
 from fbqat_hub.progress import only_ours
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore", module="diffusers|transformers|torch.onnx")
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a verb that was parsed: the exit status of `main`."""
+    warnings.filterwarnings("ignore", module="diffusers|transformers|torch.onnx|torch.distributed.fsdp")
     try:
         with only_ours():
             options.run(options)

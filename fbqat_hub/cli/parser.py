@@ -120,7 +120,7 @@ def _plan(commands: Any) -> None:
         "--seconds-per-step",
         type=_checked(_seconds),
         metavar="S",
-        help="of your device, for the hours (default: a table of measured steps)",
+        help="of your device, for the hours; of one block where training is blockwise (default: measured steps)",
     )
     sub.add_argument(
         "--measure",
@@ -141,6 +141,11 @@ def _convert(commands: Any) -> None:
     )
     sub.add_argument("pipeline", type=_checked(model_source), help="folder or Hub id of a diffusers pipeline")
     sub.add_argument("--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline")
+    quantizing(sub)
+
+
+def quantizing(sub: argparse.ArgumentParser) -> None:
+    """The options of ``fbqat convert`` but what it reads and writes."""
     sub.add_argument(
         "--method",
         choices=("nearest", "gptq"),
@@ -320,8 +325,13 @@ def _export(commands: Any) -> None:
         type=_checked(model_source),
         help="folder of a run, or of a packed pipeline, or the Hub id of one",
     )
-    _list_option(sub, "--soc", "SOC", "target; of several a bundle each, OUTPUT/SOC (default: sm8750, 8 Elite)")
     sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp, RUN/sdnq, ...)")
+    compiling(sub)
+
+
+def compiling(sub: argparse.ArgumentParser) -> None:
+    """The options of ``fbqat export`` for a Snapdragon but what it reads and writes."""
+    _list_option(sub, "--soc", "SOC", "target; of several a bundle each, OUTPUT/SOC (default: sm8750, 8 Elite)")
     sub.add_argument(
         "--precision",
         default="w4a8",
@@ -564,3 +574,7 @@ def _seconds(text: str) -> float:
 
 def _folder(text: str) -> Path:
     return output_folder(local_path(text))
+
+
+# As types of arguments: what a verb reads and what it makes.
+SOURCE, NEW_FOLDER = _checked(model_source), _checked(_folder)

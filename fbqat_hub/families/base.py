@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.families.decoder import decoder_graph
+from fbqat_hub.families.decoder import DecoderStage, decoder_graph, decoder_stages
 from fbqat_hub.families.graph import GraphWrapper, Item
 
 
@@ -286,12 +286,24 @@ class Family(ABC):
         Raises:
             ValueError: an autoencoder of another class than the family's.
         """
+        self._check_autoencoder(vae)
+        return decoder_graph(vae)
+
+    def decoder_stages(self, vae: Any) -> list[DecoderStage]:
+        """The decoder cut at its group norms, see `families.decoder.decoder_stages`.
+
+        Raises:
+            ValueError: an autoencoder of another class than the family's.
+        """
+        self._check_autoencoder(vae)
+        return decoder_stages(vae)
+
+    def _check_autoencoder(self, vae: Any) -> None:
         if type(vae).__name__ != self.autoencoder_class:
             raise ValueError(
                 f"the decoder of {type(vae).__name__} cannot be exported; a {self.title} has an "
                 f"{self.autoencoder_class}."
             )
-        return decoder_graph(vae)
 
 
 def moved(inputs: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

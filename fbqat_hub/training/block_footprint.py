@@ -15,10 +15,10 @@ from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear
 from fbqat_hub.quantization.blocks import BlockWalk, Call, moved_tensors
 from fbqat_hub.quantization.clip import Clip
+from fbqat_hub.training.adam import optimizer_bytes
 from fbqat_hub.training.bases import Configs, build
 from fbqat_hub.training.blockwise import block_loss, forward_arguments
 from fbqat_hub.training.footprint import Storages, denoiser_arguments, fake_student
-from fbqat_hub.training.loop import optimizer_of
 from fbqat_hub.training.recipe import Recipe
 
 
@@ -29,6 +29,7 @@ class BlockMemory:
     Attributes:
         block: on the device, of the largest block: its weights, gradients, optimizer and activations.
         name: of that block.
+        count: how many blocks there are.
         kept: in the host's memory, of all samples: what goes into a block of the teacher and of the student, and what
             comes out.
         teacher: in the host's memory, its denoiser in the precision of training.
@@ -37,6 +38,7 @@ class BlockMemory:
 
     block: int
     name: str
+    count: int
     kept: int
     teacher: int
     tuning: int
@@ -72,7 +74,9 @@ def block_memory(recipe: Recipe, configs: Configs) -> BlockMemory:
             teacher.enable_gradient_checkpointing()
         tuning = weights + _tuned(teacher.train(), inputs, storages) if recipe.blockwise.tuning_steps else 0
     batches = -(-recipe.blockwise.samples // recipe.batch_size)
-    return BlockMemory(block=largest[0], name=largest[1], kept=batches * kept, teacher=weights, tuning=tuning)
+    return BlockMemory(
+        block=largest[0], name=largest[1], count=len(names), kept=batches * kept, teacher=weights, tuning=tuning
+    )
 
 
 def _step(recipe: Recipe, block: nn.Module, call: Call, wanted: Any, storages: Storages) -> int:
@@ -82,9 +86,7 @@ def _step(recipe: Recipe, block: nn.Module, call: Call, wanted: Any, storages: S
     storages.peak = before = storages.bytes
     block_loss(call.run(block), wanted).backward() if trained else call.run(block)
     peak = storages.peak - before
-    before = storages.bytes
-    optimizer_of(recipe, block).step()
-    moments = storages.bytes - before
+    moments = optimizer_bytes((each for each in trained if each.grad is not None), recipe.optimizer.moment_bits)
     block.zero_grad()
     return weights + peak + moments + _bytes(call) + _bytes(wanted)
 

@@ -33,10 +33,11 @@ from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, convert, na
 from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, moved_tensors
 from fbqat_hub.quantization.convert import matches, prepare_layers
 from fbqat_hub.quantization.tuning import scales_tuned
+from fbqat_hub.training.adam import optimizer_of
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.checkpoint import check_same_recipe, read_tensors
 from fbqat_hub.training.draws import Draws
-from fbqat_hub.training.loop import LOG, LogLine, check_finite, distill, open_log, optimizer_of, set_step
+from fbqat_hub.training.loop import LOG, LogLine, check_finite, distill, open_log, set_step
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator

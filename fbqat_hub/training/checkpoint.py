@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fbqat_hub.training.adam import joined_tensors, plain_tensors
 from fbqat_hub.training.migration import without_removed
+from fbqat_hub.training.sharding import gathered, shared_like
 
 _KEEP = 2
 # of a scaler's state, what is a whole number
@@ -28,17 +30,31 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     recipe: str,
     scaler: torch.amp.GradScaler | None = None,
+    *,
+    writes: bool = True,
 ) -> None:
     """Write ``folder/step-<step>`` with the model's, the optimizer's and the scaler's tensors, and keep the newest two.
+
+    Tensors of which each process holds a part are stored whole; all processes must call this, and one writes.
 
     Args:
         step: optimizer steps done.
         recipe: the recipe as YAML, kept to refuse a resume with another one.
         scaler: of the loss in float16, if there is one.
+        writes: False in the processes that only give their parts.
     """
-    tensors = {f"model.{name}": value.detach().clone() for name, value in model.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        whole = gathered(value.detach())
+        if writes:
+            tensors[f"model.{name}"] = whole.clone() if whole is value else whole
     for index, state in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
+        for name, value in state.items():
+            whole = gathered(value)
+            if writes:
+                tensors |= plain_tensors(f"optimizer.{index}.{name}", whole)
+    if not writes:
+        return
     for name, number in (scaler.state_dict() if scaler else {}).items():
         tensors[f"scaler.{name}"] = torch.tensor(number, dtype=torch.float64)  # holds its floats and counts exactly
     partial, final = folder / f"step-{step:08d}.partial", folder / f"step-{step:08d}"
@@ -87,9 +103,15 @@ def load_checkpoint(
         else:
             index, _, name = rest.partition(".")
             optimizer_state.setdefault(int(index), {})[name] = value
-    model.load_state_dict(model_state)
+    own = model.state_dict()
+    model.load_state_dict({name: shared_like(value, own.get(name)) for name, value in model_state.items()})
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {name: shared_like(value, parameters[index]) for name, value in joined_tensors(stored).items()}
+        for index, stored in optimizer_state.items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     if scaler:
         scaler.load_state_dict(scaler_state)
     return int(newest.name.removeprefix("step-"))

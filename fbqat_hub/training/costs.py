@@ -25,6 +25,7 @@ from fbqat_hub.training.fit import other_bytes, packed_size
 from fbqat_hub.training.footprint import StepMemory, step_memory
 from fbqat_hub.training.prompts import PROMPT_SETS, training_prompts
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.sharding import needs_whole_layers
 from fbqat_hub.training.states import STEPS
 
 # Two checkpoints are kept while the third is written.
@@ -37,8 +38,17 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"mixed_precision": "bf16"},
     {"micro_batch_size": None},
+    {"optimizer.moment_bits": 8},
+    {"micro_batch_size": None},
     {"train_layers": "attention", "micro_batch_size": 1},
 )
+
+
+# With layers shared out to several GPUs (FSDP2).
+_SHARED_OUT = {"gradient_checkpointing": True, "mixed_precision": "bf16", "micro_batch_size": 1}
+# Of the largest block there are at once: its weights, the buffer they came in and the next one's; its gradients, and
+# the buffer they leave in. What is in no block stays whole, of teacher and student.
+_WHOLE_BLOCKS, _WHOLE_OUTSIDE = 5, 2
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,17 @@ class Costs:
     def memory_of_one(self) -> StepMemory:
         """The same with a batch of one."""
         return step_memory(self.recipe, configs_of(self.recipe.teacher), 1)
+
+    @functools.cached_property
+    def shared_out(self) -> int:
+        """Bytes of an end-to-end step on each of the devices that share out every layer (FSDP2), about."""
+        memory, denoiser = self.memory, build_on_meta(configs_of(self.recipe.teacher)["transformer"])
+        names = get_family(self.recipe.family).blocks(denoiser)
+        blocks = [sum(each.numel() for each in denoiser.get_submodule(name).parameters()) for name in names]
+        outside = sum(each.numel() for each in denoiser.parameters()) - sum(blocks)
+        kept = memory.teacher + 2 * memory.student + memory.frozen + memory.optimizer  # gradients are as the masters
+        whole = 4 * (_WHOLE_BLOCKS * max(blocks) + _WHOLE_OUTSIDE * outside)
+        return -(-kept // self.devices) + whole + memory.activations
 
     @property
     def output(self) -> int:
@@ -218,12 +239,20 @@ def advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
             break
         if change == {"micro_batch_size": None}:
             change = {"micro_batch_size": found.largest_micro_batch(budget - _buckets(found, gpus))}
-        is_news = any(getattr(found.recipe, name) != value for name, value in change.items())
-        if not is_news or change.get("micro_batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
+        if change.get("micro_batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
             continue
-        found = replace(costs(replace(found.recipe, **change)), devices=gpus.count)
+        changed = _changed(found.recipe, change)
+        if changed == found.recipe:
+            continue
+        found = replace(costs(changed), devices=gpus.count)
         tried.append((" ".join(f"{name}={_yaml(value)}" for name, value in change.items()), found))
     return tried
+
+
+def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
+    given = dict(change)
+    bits = given.pop("optimizer.moment_bits", recipe.optimizer.moment_bits)
+    return replace(recipe, **given, optimizer=replace(recipe.optimizer, moment_bits=bits))
 
 
 def on_device(found: Costs, gpus: Gpus) -> int:
@@ -246,7 +275,7 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
         ("teacher, float32", memory.teacher),
         ("student, masters in float32", memory.student),
         ("student, what is not trained", memory.frozen),
-        ("Adam's moments", memory.optimizer),
+        (f"Adam's moments, {recipe.optimizer.moment_bits} bits", memory.optimizer),
         ("gradients at the peak", memory.gradients),
         ("activations at the peak", memory.activations),
     ]
@@ -264,7 +293,7 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
         columns(_disk(found), numbers_from=1),
         "",
         *(_sampling(found) if "prompts" in recipe.dataset else []),
-        *([] if blockwise else _time(found, seconds_per_step)),
+        *(_blocks_time if blockwise else _time)(found, seconds_per_step),
     ]
     fit = (_blocks_fit if blockwise else _fit)(found, gpus) if gpus else []
     return "\n".join(lines + (["", *fit] if fit else []))
@@ -350,20 +379,54 @@ def _time(found: Costs, seconds: float | None) -> list[str]:
     for row in _measured_steps(found):
         hours = row["seconds_per_step"] * recipe.batch_size * recipe.steps / 3600
         lines.append(
-            f"Measured: {row['seconds_per_step']:g} s for a step of one sample on {row['machine']['cpu']}, "
-            f"{row['threads']} thread, {row['date'][:10]}, gradient_checkpointing="
-            f"{_yaml(row['gradient_checkpointing'])}; all samples of the run at that pace are {hours:,.0f} hours."
+            f"Measured: {row['seconds_per_step']:g} s for a step of one sample on {_where(row)}, "
+            f"gradient_checkpointing={_yaml(row['gradient_checkpointing'])}; all samples of the run at that pace are "
+            f"{hours:,.0f} hours."
+        )
+    return lines
+
+
+_BESIDE_BLOCKS = "without encoding, the codes to start from and the tuning of scales"
+
+
+def _blocks_time(found: Costs, seconds: float | None) -> list[str]:
+    """Of all blocks; not of what is made before their steps, nor of the tuning."""
+    recipe, count, steps = found.recipe, found.blocks.count, found.recipe.blockwise.steps
+    if seconds is not None:
+        took = datetime.timedelta(seconds=round(seconds * steps * count))
+        return [f"Time: {steps} steps of {seconds:g} s for each of {count} blocks are {took}, {_BESIDE_BLOCKS}."]
+    lines = [
+        f"Time: {steps} steps of {recipe.batch_size} for each of {count} blocks; give --seconds-per-step, of one "
+        "block, for the hours."
+    ]
+    for row in _measured(found):
+        if "share" not in row:
+            continue
+        hours = row["seconds_per_step"] * row["share"] * recipe.batch_size * steps / 3600
+        lines.append(
+            f"Measured: {row['seconds_per_step']:g} s for a step of one sample of {1 / row['share']:.1%} of the blocks "
+            f"on {_where(row)}; all samples of all blocks at that pace are {hours:,.0f} hours, {_BESIDE_BLOCKS}."
         )
     return lines
 
 
 def _measured_steps(found: Costs) -> list[dict[str, Any]]:
-    """Rows of benchmarks/results/training.json that are of this teacher, whole, at this size."""
+    """Rows that train the whole teacher end to end."""
+    return [row for row in _measured(found) if row["bytes"].get("trained") == found.memory.trained]
+
+
+def _measured(found: Costs) -> list[dict[str, Any]]:
+    """Rows of benchmarks/results/training.json that are of this teacher, or of some of its blocks, at this size."""
     rows: list[dict[str, Any]] = json.loads(shipped("benchmarks/results/training.json").read_text(encoding="utf-8"))
-    like = [
-        row for row in rows if (row["bytes"]["trained"], row["size"]) == (found.memory.trained, [*found.recipe.size])
+    return [
+        row
+        for row in rows
+        if row["size"] == [*found.recipe.size] and load_recipe(row["recipe"]).teacher == found.recipe.teacher
     ]
-    return [row for row in like if load_recipe(row["recipe"]).teacher == found.recipe.teacher]
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    return f"{row['machine']['cpu']}, {row['threads']} thread, {row['date'][:10]}"
 
 
 def _fit(found: Costs, gpus: Gpus) -> list[str]:
@@ -382,7 +445,13 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
     if last.encoding > budget:
         lines.append(f"The whole pipeline takes {gib(last.encoding)} in float32 while the data is encoded.")
-    lines.append("End to end no setting makes it fit: more GPUs do not help, for each holds the whole model.")
+    in_parts = _changed(found.recipe, _SHARED_OUT)
+    if gpus.count > 1 and not needs_whole_layers(in_parts):
+        changed = replace(costs(in_parts), devices=gpus.count)
+        lines += _shared_out(changed, gpus)
+        if _on_each(changed) <= budget:
+            return lines
+    lines.append("End to end no setting makes it fit.")
     change: dict[str, Any] = {
         "training": "blockwise",
         "mixed_precision": "bf16",
@@ -395,6 +464,24 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         *(f"  {line}" for line in [*"\n".join(_blocks(blocks)).splitlines(), *_blocks_fit(blocks, gpus)]),
         "Without training:",
         f"  fbqat convert {found.recipe.teacher} --output {found.recipe.name}",
+    ]
+
+
+def _on_each(found: Costs) -> int:
+    """Bytes on each GPU with FSDP2."""
+    return max(found.shared_out, found.encoding)
+
+
+def _shared_out(found: Costs, gpus: Gpus) -> list[str]:
+    needs = _on_each(found)
+    fits = "fits" if needs <= _budget(gpus) else "does not fit"
+    settings = " ".join(f"{name}={_yaml(value)}" for name, value in _SHARED_OUT.items())
+    launched = f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {gpus.count} -m fbqat_hub.cli train"
+    return [
+        f"With every layer shared out to the {gpus.count}, by FSDP2, it {fits}. On each, it needs about {gib(needs)}; "
+        "this was computed, and never measured on GPUs:",
+        f"  {launched} ... --set {settings}",
+        f"  Each process first takes {gib(2 * found.memory.teacher)} of the host's memory, for teacher and student.",
     ]
 
 

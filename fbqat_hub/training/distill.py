@@ -14,6 +14,7 @@ from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import downloaded, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
 from fbqat_hub.quantization.convert import targets
+from fbqat_hub.training.adam import check_optimizer
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
 from fbqat_hub.training.checkpoint import differences
@@ -22,7 +23,8 @@ from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of, distill, own_parts
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
-from fbqat_hub.training.student import prepare_student
+from fbqat_hub.training.sharding import is_sharded
+from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_yaml
 
@@ -47,12 +49,14 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         FileNotFoundError, ValueError: data that is not there.
         ValueError: ``output`` was started with another recipe, the teacher is not a float pipeline of the family, or
             the batch cannot be shared out equally to the processes.
+        ImportError: 8-bit moments of Adam without torchao.
     """
     if recipe.calibration_prompts:
         raise ValueError(
             f"recipe: calibration_prompts is {recipe.calibration_prompts}: the codes are those of fbqat convert "
             "--method gptq --prompts FILE, not of a data set. Convert again, or set calibration_prompts=0."
         )
+    check_optimizer(recipe.optimizer)
     finished = is_finished(recipe, output, resume)
     accelerator = accelerator_of(recipe)
     if recipe.steps:  # an error here comes before the hours of encoding
@@ -70,10 +74,16 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         pipeline = load_teacher(recipe)
         targets(pipeline.transformer, **recipe.config().layer_options())  # so does a pattern that matches no layer
         splits = _encoded(recipe, pipeline, accelerator.device)
-    teacher, blockwise = pipeline.transformer, recipe.training == "blockwise"
-    device = "cpu" if blockwise else accelerator.device  # where inputs of blocks are kept
+    blockwise, sharded = recipe.training == "blockwise", is_sharded(accelerator)
+    device = "cpu" if blockwise or sharded else accelerator.device  # where inputs of blocks are kept
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
-    student: Any = None if blockwise else prepare_student(recipe, teacher, splits["train"], draws)
+    teacher = pipeline.transformer.to(device)
+    student: Any = None
+    if sharded:
+        student = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, accelerator.device)
+        draws.device = accelerator.device
+    elif not blockwise:
+        student = prepare_student(recipe, teacher, splits["train"], draws)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
         recipe.save(output / "recipe.yaml")
@@ -81,7 +91,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     if blockwise:
         student = train_blockwise(recipe, teacher, splits, draws, output, accelerator, **options)
     elif recipe.steps:
-        distill(recipe, student, teacher, splits, draws, output, accelerator, **options)
+        student = distill(recipe, student, teacher, splits, draws, output, accelerator, **options)
 
     if accelerator.is_main_process:
         if not blockwise:

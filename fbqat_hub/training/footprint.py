@@ -23,8 +23,8 @@ from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear, Rounding, named_layers, prepare
 from fbqat_hub.quantization.clip import CLIPS
 from fbqat_hub.quantization.convert import matches
+from fbqat_hub.training.adam import optimizer_bytes
 from fbqat_hub.training.bases import Configs, build, build_on_meta
-from fbqat_hub.training.loop import optimizer_of
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 
@@ -38,7 +38,7 @@ class StepMemory:
         student: what is trained, in float32, with the scales.
         frozen: the student's own copy of what is not trained.
         gradients: those that are there at that moment.
-        optimizer: Adam's two moments.
+        optimizer: Adam's two moments, in 32 bits or 8.
         activations: of teacher and student, what autograd keeps and what operators leave on the way, and the batch.
         trained: how many numbers are trained.
     """
@@ -72,7 +72,6 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
         of_teacher = storages.bytes
         student = fake_student(recipe, configs).train()
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        optimizer = optimizer_of(recipe, student)
         weights, trained_bytes = storages.bytes, sum(parameter.nbytes for parameter in trained)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(storages.gradient)
@@ -84,15 +83,14 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
                     target = family.prediction(teacher(**inputs, return_dict=False)[0])
                 made = family.prediction(student(**inputs, return_dict=False)[0])
             mean_squared(made.float(), target.float(), None).backward()
-        peak, gradients, before = storages.peak, storages.gradients_at_peak, storages.bytes
-        optimizer.step()  # in place, and the moments stay
-        moments = storages.bytes - before
+        peak, gradients = storages.peak, storages.gradients_at_peak
+        stepped = [parameter for parameter in trained if parameter.grad is not None]
     return StepMemory(
         teacher=of_teacher,
         student=trained_bytes,
         frozen=weights - of_teacher - trained_bytes,
         gradients=gradients,
-        optimizer=moments,
+        optimizer=optimizer_bytes(stepped, recipe.optimizer.moment_bits),
         activations=peak - weights - gradients,
         trained=sum(parameter.numel() for parameter in trained),
     )

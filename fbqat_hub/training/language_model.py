@@ -34,7 +34,8 @@ from fbqat_hub.integrations.transformers import attach, tied_layers
 from fbqat_hub.pipelines import is_folder
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import BitSchedule, FakeQuantizedLinear, convert, gptq_initialize, named_layers, prepare
-from fbqat_hub.training.loop import optimizer_of, set_step
+from fbqat_hub.training.adam import optimizer_of
+from fbqat_hub.training.loop import set_step
 from fbqat_hub.training.method import METHODS, Method, Optimizer
 from fbqat_hub.training.recipe import config_of
 from fbqat_hub.training.seeding import generator

@@ -19,12 +19,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, fsdp2_prepare_model
 from torch import Tensor, nn
 
 from fbqat_hub.config import FBQATConfig
@@ -33,34 +33,30 @@ from fbqat_hub.pipelines import save_stage
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import BitSchedule, Rounding, converted, set_bit_width
 from fbqat_hub.stages import stage_folder
+from fbqat_hub.training.adam import Rates, optimizer_of, set_rate
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.checkpoint import load_checkpoint, save_checkpoint
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loss import held_out_loss, mean_squared
-from fbqat_hub.training.method import Optimizer
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.sharding import (
+    check_sharding,
+    fsdp_plugin,
+    is_sharded,
+    share_out_blocks,
+    skeleton_of,
+    whole_student,
+)
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # A line a step, in the folder of a run.
 LOG = "training_log.jsonl"
-
-
-class Rates(Protocol):
-    """What of a recipe says how its optimizer runs."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
 
 
 def accelerator_of(recipe: Recipe) -> Accelerator:
     """The accelerator of a run: of this process alone, or of those that ``accelerate launch`` started.
 
     Raises:
-        ValueError: as `check_whole`.
+        ValueError: as `check_sharding`.
     """
     # While the first process encodes the data, which takes hours, the others wait.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=2))
@@ -68,19 +64,11 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # without it several processes on CPUs would not know of each other
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=cpu, kwargs_handlers=[patience, unused])
-    check_whole(accelerator)
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision, cpu=cpu, kwargs_handlers=[patience, unused], fsdp_plugin=fsdp_plugin()
+    )
+    check_sharding(recipe, accelerator)
     return accelerator
-
-
-def check_whole(accelerator: Accelerator) -> None:
-    """Raise ValueError where accelerate would share out the layers themselves."""
-    if (kind := accelerator.distributed_type) in _SHARDED:
-        raise ValueError(
-            f"accelerate is set up for {kind.value}, which holds parts of layers in each process; scales, checkpoints, "
-            "validation and packing need them whole. Use accelerate launch --multi_gpu (DDP), or, where one device "
-            "does not hold the model, one process and training=blockwise."
-        )
 
 
 def own_parts(recipe: Recipe, process: int, processes: int) -> list[slice]:
@@ -149,7 +137,14 @@ class Loop:
     ) -> None:
         self.recipe, self.student, self.splits, self.draws = recipe, student, splits, draws
         self.output, self.accelerator = output, accelerator
-        self.teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+        self.teacher: Any = teacher.eval().requires_grad_(False)
+        self._skeleton: nn.Module | None = None  # of a student that is trained in parts
+        if is_sharded(accelerator):
+            share_out_blocks(accelerator, draws.family, teacher)
+            self.teacher = fsdp2_prepare_model(accelerator, self.teacher)
+            self._skeleton = skeleton_of(student)
+        else:
+            self.teacher.to(accelerator.device)
         if recipe.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.optimizer = optimizer_of(recipe, student)
@@ -167,6 +162,8 @@ class Loop:
             FileNotFoundError: a stage that the checkpoint is past was taken away.
             ValueError: as ``load_checkpoint``.
         """
+        # prepared first: accelerate moves all of an optimizer's state to the device, also what stays on the CPU there
+        self._wrapped, self._stepping = self.accelerator.prepare(self.student, self.optimizer)
         checkpoints, first = self.output / "checkpoints", 0
         if resume:
             first = load_checkpoint(checkpoints, self.student, self.optimizer, self._text, self.accelerator.scaler)
@@ -176,7 +173,6 @@ class Loop:
                     f"{stage_folder(self.output, bits)} is missing, and the newest checkpoint is past it; put it back, "
                     f"or delete {checkpoints} to start again."
                 )
-        self._wrapped, self._stepping = self.accelerator.prepare(self.student, self.optimizer)
         self._wrapped.train()
         return first
 
@@ -191,7 +187,8 @@ class Loop:
         loss = torch.zeros((), device=accelerator.device)
         for part in self._parts:
             last = part is self._parts[-1]  # with which the processes' gradients are averaged
-            with nullcontext() if last else accelerator.no_sync(self._wrapped):
+            together = last or self._skeleton is not None  # which keeps only its parts of gradients
+            with nullcontext() if together else accelerator.no_sync(self._wrapped):
                 own = self._loss(step, part)
                 accelerator.backward(own)
             loss += own.detach()
@@ -210,7 +207,9 @@ class Loop:
         with torch.no_grad(), self.accelerator.autocast():
             target = self.draws.predict(self.teacher, inputs)
         weight = self.draws.error_weight(inputs) if recipe.loss_weighting == "sampler" else None
-        loss = mean_squared(self.draws.predict(self._wrapped, inputs).float(), target.float(), weight)
+        with self.accelerator.autocast():
+            made = self.draws.predict(self._wrapped, inputs)
+        loss = mean_squared(made.float(), target.float(), weight)
         return loss * ((part.stop - part.start) / share)
 
     def validation_loss(self) -> float:
@@ -226,12 +225,20 @@ class Loop:
             self._keep_stage(self._stages[done])
         if self.recipe.save_every and done % self.recipe.save_every == 0 and done < self.recipe.steps:
             folder, scaler = self.output / "checkpoints", self.accelerator.scaler
-            save_checkpoint(folder, done, self.student, self.optimizer, self._text, scaler)
+            writes = self.accelerator.is_main_process
+            save_checkpoint(folder, done, self.student, self.optimizer, self._text, scaler, writes=writes)
 
-    def finish(self) -> None:
-        """Undo what the accelerator wrapped: the student computes in its own precision again."""
-        self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+    def finish(self) -> Any:
+        """The student as it was before the accelerator wrapped it, to compute in its own precision again.
+
+        One that was trained in parts is whole on the CPU of the first process, and None in the others.
+        """
+        if self._skeleton is not None:
+            self.student = whole_student(self.student, self._skeleton, self.accelerator)
+        else:
+            self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
+        return self.student
 
     def _keep_stage(self, bits: int) -> None:
         """Save a packed copy of the student at the width that its schedule leaves now."""
@@ -253,7 +260,7 @@ def distill(
     progress: bool,
     after_step: Callable[[int], None] | None = None,
     stage: str = "",
-) -> None:
+) -> Any:
     """Run the recipe's steps on a prepared student; writes ``output/training_log.jsonl``, stages and checkpoints.
 
     Args:
@@ -262,6 +269,9 @@ def distill(
         progress: show a progress bar.
         after_step: called with the number of each step, from 0, when its update is done.
         stage: what the progress is called; "train" and the method if empty.
+
+    Returns:
+        As `Loop.finish`.
 
     Raises:
         FileNotFoundError, FloatingPointError, ValueError: as `Loop.start` and `Loop.step`.
@@ -275,14 +285,14 @@ def distill(
             line = loop.step(step)
             if after_step:
                 after_step(step)
-            if writes:
+            if writes or is_sharded(accelerator):  # where all have a part of what is computed and kept
                 if recipe.validate_every and line.step % recipe.validate_every == 0:
                     line.validation_loss = loop.validation_loss()
                 log.write(line.json())
                 log.flush()
                 loop.keep(line.step)
             bar.update(loss=f"{line.loss:.2e}", bits=f"{line.bit_width:g}")
-    loop.finish()
+    return loop.finish()
 
 
 def set_step(
@@ -297,8 +307,7 @@ def set_step(
     for clip in set_bit_width(student, width, Rounding(recipe.optimizer.ewgs)):
         optimizer.state.pop(clip, None)  # moments of the clip at another width
     rate = recipe.learning_rate * learning_rate_factor(recipe, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+    set_rate(optimizer, rate)
     return LogLine(step + 1, math.nan, width, rate)
 
 
@@ -319,20 +328,6 @@ def learning_rate_factor(recipe: Rates, step: int) -> float:
     if rule.learning_rate_schedule == "constant":
         return warm
     return warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-
-
-def optimizer_of(recipe: Rates, student: nn.Module) -> torch.optim.Optimizer:
-    """Adam of what is trainable: weights and biases, and clips at a rate of their own."""
-    clips: list[nn.Parameter] = []
-    weights: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            (clips if name.endswith(".log_clip") else weights).append(parameter)
-    rule = recipe.optimizer
-    groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0, "weight_decay": rule.weight_decay}]
-    if clips:
-        groups.append({"params": clips, "factor": rule.clip_learning_rate, "weight_decay": 0.0})
-    return torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
 
 
 def open_log(path: Path, steps_done: int) -> io.TextIOBase:

@@ -15,6 +15,7 @@ from fbqat_hub.evaluation.results import command_line, machine, versions
 from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
 from fbqat_hub.text import columns
+from fbqat_hub.training.adam import check_optimizer
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.costs import check_trains
 from fbqat_hub.training.dataset import check_local_data
@@ -32,6 +33,7 @@ from fbqat_hub.training.probe import (
     widths_to,
 )
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.sharding import is_sharded
 from fbqat_hub.training.student import prepare_student
 
 PROBE_STEPS = 40
@@ -153,9 +155,13 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
 
     Raises:
         ValueError: a method that does not train, or a teacher that is not a float pipeline of the recipe's family.
+        ImportError: 8-bit moments of Adam without torchao.
     """
     check_trains(recipe)
+    check_optimizer(recipe.optimizer)
     accelerator = accelerator_of(recipe)
+    if is_sharded(accelerator):
+        raise ValueError("fbqat plan --measure does not share out layers (FSDP2); start it in one process.")
     check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)
     pipeline = load_teacher(recipe)

@@ -407,6 +407,8 @@ def _checked_version(path: Path, data: dict[str, Any]) -> dict[str, Any]:
             f"{RECIPE_VERSION}. Update with: pip install -U fbqat-hub"
         )
     data = {**_LATER, **data}
+    if isinstance(data.get("optimizer"), Mapping):
+        data["optimizer"] = {**_LATER_OF_OPTIMIZER, **data["optimizer"]}
     missing = [name for name in _FIELDS if name not in data]
     for section, kind in _SECTIONS.items():
         if isinstance(data.get(section), Mapping):
@@ -465,6 +467,7 @@ _LATER: dict[str, Any] = {
     "lora": None,
     "lora_scale": 1.0,
 }
+_LATER_OF_OPTIMIZER: dict[str, Any] = {"moment_bits": 32}
 _FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))
 _SECTIONS: dict[str, Any] = {
     "evaluation": Evaluation,

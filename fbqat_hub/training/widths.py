@@ -40,6 +40,14 @@ def chosen_widths(
     average = recipe.quantization.average_bits
     if average is None:
         raise ValueError("quantization.average_bits is not given; every layer has weight_bits.")
+    sizes = {name: layer.weight.numel() for name, layer in named_layers(student, FakeQuantizedLinear)}
+    return widths_of_average(layer_scores(recipe, student, teacher, split, draws), sizes, average)
+
+
+def layer_scores(
+    recipe: Recipe, student: nn.Module, teacher: nn.Module, split: CachedSplit, draws: Draws
+) -> dict[str, dict[int, float]]:
+    """Name -> bits, 4 and 8 -> what the layer's error at these bits does to the prediction. As `chosen_widths`."""
     layers = dict(named_layers(student, FakeQuantizedLinear))
     at_8 = replace(recipe.config().weight_scheme(), clip="mse")
 
@@ -53,7 +61,7 @@ def chosen_widths(
 
         return errors
 
-    scores = output_sensitivity(
+    return output_sensitivity(
         teacher,
         {name: errors_of(name) for name in layers},
         lambda: draws.calibration(split, _SAMPLES),
@@ -61,5 +69,3 @@ def chosen_widths(
         signs=_SIGNS,
         seed=recipe.seed,
     )
-    sizes = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
-    return widths_of_average(scores, sizes, average)

@@ -14,6 +14,7 @@
 #include "files.h"
 #include "json.h"
 #include "ort_api.h"
+#include "tiles.h"
 
 namespace {
 
@@ -263,30 +264,44 @@ std::vector<float> unpack_tokens(const std::vector<float>& tokens, std::size_t h
   return latents;
 }
 
-struct Size {
-  std::size_t height, width;
-};
-
-Size size_of(const Json& pair) {
-  return {static_cast<std::size_t>(pair.list[0].number), static_cast<std::size_t>(pair.list[1].number)};
-}
-
-// The first `overlap` rows (or columns) of a tile [3, H, W] go over linearly from the last of `before`.
-void blend(const std::vector<float>& before, std::vector<float>& pixels, Size tile, std::size_t overlap, bool rows) {
-  const Size part = rows ? Size{overlap, tile.width} : Size{tile.height, overlap};
-  for (std::size_t plane = 0; plane < 3; ++plane) {
-    for (std::size_t y = 0; y < part.height; ++y) {
-      for (std::size_t x = 0; x < part.width; ++x) {
-        const double share = static_cast<double>(rows ? y : x) / static_cast<double>(overlap);
-        const std::size_t to = (plane * tile.height + y) * tile.width + x;
-        const std::size_t from = to + (rows ? (tile.height - overlap) * tile.width : tile.width - overlap);
-        pixels[to] = before[from] * static_cast<float>(1 - share) + pixels[to] * static_cast<float>(share);
+// The picture [3, H, W] of latents [1, C, h, w], by the graphs of a decoder that is cut at its group norms.
+std::vector<float> decode_stages(const Runtime& runtime, const std::string& folder, const Json& manifest,
+                                 Safetensors& host, std::vector<float> latents) {
+  const std::vector<Json>& stages = manifest.at("decoder_stages").list;
+  std::map<std::string, Map> maps;
+  maps["latents"] = {size_of(stages.front().at("map")), std::move(latents)};
+  for (const Json& stage : stages) {
+    const std::string& name = stage.at("graph").text;
+    const Graph graph(runtime, folder, manifest, name);
+    const Map& source = maps.at(stage.at("source").text);
+    const Map* skip = stage.at("skip").kind == Json::Kind::text ? &maps.at(stage.at("skip").text) : nullptr;
+    Norm norm;
+    if (const Json& described = stage.at("norm"); described.kind == Json::Kind::object) {
+      norm = norm_of(source, described, host.read(name + ".weight").values, host.read(name + ".bias").values);
+    }
+    const Size tile = size_of(stage.at("tile"));
+    const auto factor = static_cast<std::size_t>(stage.at("factor").number);
+    const Size made_tile{factor * tile.height, factor * tile.width};
+    Map made{{factor * source.size.height, factor * source.size.width}, {}};
+    for (std::size_t top : starts(source.size.height, tile.height)) {
+      for (std::size_t left : starts(source.size.width, tile.width)) {
+        Values values;
+        values["source"].values = cut(source, tile, top, left, norm);
+        if (skip) values["skip"].values = cut(*skip, tile, top, left, {});
+        const std::vector<float>& part = graph.run(values).values;
+        if (made.values.empty()) {
+          const std::size_t channels = part.size() / (made_tile.height * made_tile.width);
+          made.values.resize(channels * made.size.height * made.size.width);
+        }
+        paste(made, part, made_tile, top, left, factor);
       }
     }
+    maps[stage.at("makes").text] = std::move(made);
   }
+  return std::move(maps.at("picture").values);
 }
 
-// Latents [1, C, h, w] as the picture [3, H, W]; in tiles that overlap where the manifest has them, as tiles.py does it.
+// The same by one graph; in tiles that overlap where the manifest has them, as tiles.py does it.
 std::vector<float> decode(const Graph& decoder, std::vector<float> latents, const Json& manifest) {
   Values values;
   std::vector<float>& part = values["latents"].values;
@@ -369,8 +384,10 @@ void run(const std::string& folder, std::map<std::string, std::string>& options)
     latents = unpack_tokens(latents, size.height, size.width);
   }
   const Size size = size_of(settings.at("picture_size"));
-  const Graph decoder(runtime, folder, manifest, "decoder");
-  const std::vector<float> picture = decode(decoder, std::move(latents), manifest);
+  const bool in_stages = manifest.at("decoder_stages").kind == Json::Kind::list;
+  const std::vector<float> picture =
+      in_stages ? decode_stages(runtime, folder, manifest, host, std::move(latents))
+                : decode(Graph(runtime, folder, manifest, "decoder"), std::move(latents), manifest);
   write_picture(options["--output"], picture, size.height, size.width);
   std::cout << "saved " << options["--output"] << "\n";
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.method import choices
-from benchmarks.method.choices import by_threshold, by_weights, first_and_last, learned
+from benchmarks.method.choices import by_threshold, by_weights, first_and_last, learned, prepare_falling
 from fbqat_hub.quantization.widths import average_width
 from fbqat_hub.training.recipe import Recipe
 
@@ -64,14 +64,42 @@ class Inputs:
 
     device = "cpu"
 
-    def training(self, split: Any, step: int, batch_size: int) -> Tensor:
-        return torch.randn(batch_size, SIDE, generator=torch.Generator().manual_seed(step))
+    def calibration(self, split: Any, samples: int) -> list[dict[str, Tensor]]:
+        return [self.training(split, number, 8) for number in range(samples // 8)]
 
-    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        return model(inputs)
+    def training(self, split: Any, step: int, batch_size: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(batch_size, SIDE, generator=torch.Generator().manual_seed(step))}
 
-    def error_weight(self, inputs: Tensor) -> None:
+    def predict(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        return model(**inputs)
+
+    def error_weight(self, inputs: dict[str, Tensor]) -> None:
         return None
+
+
+def test_layers_fall_one_by_one_and_the_last_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "FALLING_STEPS", 9)
+    fallen: list[str] = []
+    initialize, step, steps_at_4 = choices.gptq_initialize, choices._step, []
+
+    def noted(student: nn.Module, batches: Any, *, only: list[str], **options: Any) -> Any:
+        fallen.extend(only)
+        return initialize(student, batches, only=only, **options)
+
+    def counted(recipe: Recipe, student: nn.Module, *rest: Any) -> Tensor:
+        steps_at_4.append([name for name in NAMES if getattr(student, name).bit_width == 4])
+        return step(recipe, student, *rest)
+
+    monkeypatch.setattr(choices, "gptq_initialize", noted)
+    monkeypatch.setattr(choices, "_step", counted)
+    torch.manual_seed(0)
+    draws: Any = Inputs()
+    student = prepare_falling(recipe(5), Sum().requires_grad_(False), None, draws)
+    assert fallen == ["spiky", *fallen[1:]]  # the output hardly has it
+    assert sorted(fallen) == ["first", "last", "spiky"]
+    assert [sorted(names) for names in steps_at_4] == [sorted(fallen[: 1 + at // 3]) for at in range(9)]
+    widths = {name: getattr(student, name).bit_width for name in NAMES}
+    assert widths == dict.fromkeys(NAMES, 4) | {"plain": 8}
 
 
 class Sum(Chain):

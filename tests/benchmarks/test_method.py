@@ -17,9 +17,10 @@ from benchmarks.method.__main__ import RESULTS, add, installed, main, read, run_
 from benchmarks.method.findings import Side
 from benchmarks.method.report import budgets, forms, page, paired, table
 from benchmarks.method.rows import FAMILIES, OURS, Results
-from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Bench, Remembered, Setting
+from benchmarks.method.runs import METHODS, RECIPES, TRACKS, VARIANTS, Bench, Remembered, Setting, narrow_inputs
 from fbqat_hub.evaluation.results import METHODS as TITLES
 from fbqat_hub.families import get_family
+from fbqat_hub.quantization import ActivationScheme, WeightScheme, prepare, set_bit_width
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import load_recipe
 from tests.conftest import TRAINED
@@ -242,6 +243,23 @@ class Doubler(torch.nn.Module):
         return (2 * hidden_states,)
 
 
+@pytest.mark.parametrize("activation_range", ["per_token", "static"])
+def test_inputs_of_four_bits_have_15_or_16_values_a_scale(activation_range: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(200, 200))
+    prepare(model, WeightScheme(), ActivationScheme(range=activation_range))
+    model[0].set_input_range(0.2, 7)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(200))  # lets its inputs through
+        model[0].bias.zero_()
+    set_bit_width(model, 8)
+    x = torch.linspace(-1, 1, 200).repeat(2, 1)
+    assert len(model(x)[0].unique()) > 16 * (activation_range == "per_token")
+    narrow_inputs(model)
+    assert len(model(x)[0].unique()) == (15 if activation_range == "per_token" else 11)
+    with pytest.raises(ValueError, match="activation bits is 4; allowed: 8, 16, 32"):
+        ActivationScheme(bits=4)
+
+
 def test_the_teacher_is_asked_once_for_each_batch_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Draws, "training", lambda *_: {"hidden_states": torch.ones(2)})
     teacher, split = Doubler(), object()
@@ -263,7 +281,7 @@ def test_torchao_is_left_out_where_it_is_missing(
     for name in ("torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "benchmarks.method.torchao_qat", raising=False)
-    hint = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[benchmark]'"
+    hint = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[torchao]'"
     assert installed(["vqat", "torchao-qat", "fbqat"]) == ["vqat", "fbqat"]
     assert capsys.readouterr().err == f"Left out: {hint}\n"
     assert installed(["vqat"]) == ["vqat"]

@@ -1,10 +1,12 @@
-"""`optimum-cli export qnn`, registered through the namespace package, and optimum's quantizer."""
+"""`optimum-cli quantize` and `export qnn`, registered through the namespace package, and optimum's quantizer."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, SanaTransformer2DModel
 
 import fbqat_hub
+from fbqat_hub.cli import main
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training.ptq import convert_pipeline
@@ -36,6 +39,31 @@ def test_export_qnn_is_a_command() -> None:
     assert "--precision" in done.stdout
 
 
+def test_quantize_is_fbqat_convert(tmp_path: Path, teacher_of: Callable[[str], Path]) -> None:
+    pytest.importorskip("optimum")
+    source, output, same = str(teacher_of("sana")), tmp_path / "by optimum", tmp_path / "by fbqat"
+    done = optimum_cli("quantize", "--model", source, str(output), "--average-bits", "4.5", "--leave", "proj_out")
+    assert done.returncode == 0, done.stderr
+    assert main(["convert", source, "--output", str(same), "--average-bits", "4.5", "--leave", "proj_out"]) == 0
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (output / weights).read_bytes() == (same / weights).read_bytes()
+    again = optimum_cli("quantize", "--model", source, str(output))
+    assert again.returncode == 1
+    assert "by optimum" in again.stderr.splitlines()[-1]
+    assert "Traceback" not in again.stderr
+    wrong = optimum_cli("quantize", "--model", str(tmp_path / "nowhere"), str(tmp_path / "x"))
+    assert wrong.returncode
+    assert "nowhere" in wrong.stderr.splitlines()[-1]
+
+
+def test_export_has_every_option_of_fbqat_export(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("optimum")
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    ours = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out)) - {"--to", "--output", "--help"}
+    assert ours <= set(re.findall(r"--[a-z0-9-]+", optimum_cli("export", "qnn", "--help").stdout))
+
+
 def test_an_error_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("optimum")
     done = optimum_cli("export", "qnn", "--model", str(tmp_path), str(tmp_path / "out"))
@@ -54,14 +82,17 @@ def test_the_namespace_has_no_init_file() -> None:
     ]
 
 
-def test_the_command_file_brings_no_heavy_module() -> None:
-    """Every call of optimum-cli imports it."""
+def test_the_commands_bring_no_heavy_module() -> None:
+    """Every call of optimum-cli imports them and makes their parsers."""
     pytest.importorskip("optimum")
     script = """
 import json, sys
 import optimum.commands.export.base
 before = set(sys.modules)
-import optimum.commands.register.register_fbqat
+import argparse
+from optimum.commands.register.register_fbqat import QNNExportCommand, QuantizeCommand
+for command in (QNNExportCommand, QuantizeCommand):
+    command.parse_args(argparse.ArgumentParser())
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
     path = f"{ROOT}:{NAMESPACE}"
@@ -73,7 +104,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         env=subprocess_environment(PYTHONPATH=path),
     )
     brought = {name.partition(".")[0] for name in json.loads(done.stdout)} - set(sys.stdlib_module_names)
-    assert brought == {"optimum"}
+    assert brought == {"optimum", "fbqat_hub", "safetensors"}
 
 
 # the quantizer

@@ -355,8 +355,8 @@ def test_small_memory_keeps_nothing_unpacked(is_compiled: bool, monkeypatch: pyt
     assert keeps_a_prepared_weight(layer)
 
 
-def test_memory_is_fast_or_small() -> None:
-    with pytest.raises(ValueError, match="memory is 'tiny'; allowed: 'fast', 'small'"):
+def test_memory_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match="memory is 'tiny'; allowed: 'small', 'fast', 'large'"):
         fbqat_hub.set_memory("tiny")
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fbqat_hub
 from fbqat_hub.quantization import ActivationScheme, PackedLinear
 from fbqat_hub.quantization.activation import quantize_activation
 from fbqat_hub.quantization.kernels import gpu
@@ -251,6 +252,48 @@ def test_other_layers_are_dequantized_on_every_card(layer: PackedLinear, monkeyp
     x = torch.randn(2, 64)
     chosen = gpu.implementation(x, layer.weight_packed, layer.weight_scale, layer.activation_scheme)
     assert chosen is gpu.dequantized_linear
+
+
+@pytest.mark.parametrize("own_kernels", [True, False])
+@pytest.mark.parametrize("activation_range", RANGES)
+def test_large_memory_keeps_int8_codes_and_multiplies_the_same(
+    own_kernels: bool, activation_range: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "triton_kernels", lambda device: triton_kernels if own_kernels else None)
+    monkeypatch.setattr(gpu, "has_int8_products", lambda device: True)
+    layer, x = layer_of(72, 24, ActivationScheme(range=activation_range)), torch.randn(3, 72)  # type: ignore[arg-type]
+    wanted = gpu.packed_linear_gpu(x, *operands(layer))
+    kept = layer.weight_packed.untyped_storage().__dict__
+    made: list[Tensor] = []
+
+    def counted(*of: Any) -> Tensor:
+        made.append(codes_of(*of))
+        return made[-1]
+
+    codes_of = gpu._codes
+    monkeypatch.setattr(gpu, "_codes", counted)
+    assert not kept.get("fbqat_prepared")
+    fbqat_hub.set_memory("large")
+    try:
+        for _ in range(2):
+            assert torch.equal(gpu.packed_linear_gpu(x, *operands(layer)), wanted)
+        ((_, codes),) = kept["fbqat_prepared"].values()
+        assert torch.equal(codes, layer.codes())
+        assert len(made) == 1
+    finally:
+        fbqat_hub.set_memory("fast")
+    gpu.packed_linear_gpu(x, *operands(layer))
+    assert not kept.get("fbqat_prepared")
+
+
+def test_large_memory_is_of_what_int8_products_take() -> None:
+    layer = wide_scales(layer_of(64, 8, ActivationScheme()), 4)
+    fbqat_hub.set_memory("large")
+    try:
+        gpu.packed_linear_gpu(torch.randn(2, 64), *operands(layer))
+    finally:
+        fbqat_hub.set_memory("fast")
+    assert not layer.weight_packed.untyped_storage().__dict__.get("fbqat_prepared")
 
 
 @pytest.mark.parametrize(

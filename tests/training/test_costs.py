@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from benchmarks.training_memory import RESULTS
 from fbqat_hub.training import costs as module
 from fbqat_hub.training.costs import RESERVE, Gpus, advice, costs, on_device, report
 from fbqat_hub.training.recipe import Recipe, load_recipe
@@ -44,12 +46,47 @@ def test_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, 
     assert "it fits. On each, it needs" in report(tried[-1][1], gpus, None)
 
 
+def test_all_that_there_is_to_change_is_tried(recipe_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Costs, "encoding", 0)  # nothing is advised where not even that fits
+    tried = advice(costs(Recipe(**recipe_fields)), Gpus(1, RESERVE + 1))
+    assert [change for change, _ in tried] == [
+        "gradient_checkpointing=true",
+        "mixed_precision=bf16",
+        "optimizer.moment_bits=8",
+        "train_layers=attention micro_batch_size=1",
+    ]
+    assert [found.recipe.optimizer.moment_bits for _, found in tried] == [32, 32, 8, 8]
+
+
 def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
     found = costs(Recipe(**recipe_fields))
     text = report(found, Gpus(8, RESERVE + found.memory.teacher), None)
     assert "\nEnd to end no setting makes it fit" in text
     assert "\nWith --set training=blockwise mixed_precision=bf16 batch_size=4:\n" in text
     assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
+
+
+def test_measured_steps_of_some_blocks_stand_for_all() -> None:
+    (row,) = (row for row in json.loads(RESULTS.read_text()) if row["name"] == "flux-blockwise")
+    recipe = load_recipe("flux-schnell", training="blockwise", batch_size=4)
+    found = costs(recipe)
+    assert found.blocks.count == row["share"] * 3 == 57
+    hours = row["seconds_per_step"] * row["share"] * 4 * recipe.blockwise.steps / 3600
+    assert f"all samples of all blocks at that pace are {hours:,.0f} hours" in report(found, None, None)
+
+
+def test_devices_that_share_out_layers_keep_their_part_and_some_blocks(recipe_fields: dict[str, Any]) -> None:
+    found = costs(Recipe(**recipe_fields | {"batch_size": 8, "micro_batch_size": 1}))
+    memory = found.memory
+    kept = memory.teacher + 2 * memory.student + memory.frozen + memory.optimizer
+    one, four = (replace(found, devices=devices).shared_out for devices in (1, 4))
+    assert one - four == kept - -(-kept // 4)
+    assert memory.activations < one - kept < memory.activations + 5 * memory.teacher
+    text = report(found, Gpus(4, RESERVE + found.encoding), None)
+    assert "\nWith every layer shared out to the 4, by FSDP2, it " in text
+    assert "--num_processes 4 -m fbqat_hub.cli train ... --set gradient_checkpointing=true mixed_precision=bf16" in text
+    average = replace(found.recipe, quantization=replace(found.recipe.quantization, average_bits=4.5))
+    assert "FSDP2" not in report(costs(average), Gpus(4, RESERVE + found.encoding), None)
 
 
 def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any]) -> None:
@@ -68,6 +105,8 @@ def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any
     assert "the tuning of scales" not in text
     assert text.endswith("1x24GB: block by block it fits one of them.")
     mixed = costs(replace(recipe, quantization=replace(recipe.quantization, average_bits=4.5)))
+    assert "Time: 100 steps of 4 for each of 2 blocks; give --seconds-per-step, of one block, for the hours." in text
+    assert "Time: 100 steps of 9 s for each of 2 blocks are 0:30:00, without encoding" in report(found, None, 9.0)
     line = "a whole student in float32, to choose widths (average_bits)"
     assert line in report(mixed, None, None)
     assert line not in report(found, None, None)

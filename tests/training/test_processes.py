@@ -7,18 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub.training.distill import train
-from fbqat_hub.training.loop import check_whole, own_parts
+from fbqat_hub.training.loop import own_parts
 from tests.conftest import subprocess_environment, write_recipe
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -84,15 +81,6 @@ def test_a_batch_is_shared_out_equally(recipe_of) -> None:
     for size, advice in ((1, "make it 2, or"), (5, "make it 4 or 6, or")):
         with pytest.raises(ValueError, match=f"batch_size is {size}, of all 2 processes together.*{advice}"):
             own_parts(recipe_of(batch_size=size), 0, 2)
-
-
-def test_layers_in_parts_are_refused() -> None:
-    check_whole(Accelerator(cpu=True))
-    sharded: Any = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    with pytest.raises(
-        ValueError, match=r"set up for FSDP, which holds parts of layers .* or, where one device does not"
-    ):
-        check_whole(sharded)
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "vqat", "loss_weighting": "sampler"}], ids=["default", "weighted"])

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fbqat_hub.export.bundle.float_part import QuantizedPart, compile_part, quantize_part
+from fbqat_hub.export.bundle.decoder import QuantizedDecoder, quantize_decoder
+from fbqat_hub.export.bundle.float_part import compile_part
 from fbqat_hub.export.bundle.host import host_parts
 from fbqat_hub.export.bundle.manifest import denoiser_sections, write_manifest
 from fbqat_hub.export.bundle.pipeline import Generated, generate, picture_psnr, record_inputs
-from fbqat_hub.export.bundle.runtime.tiles import as_pixels, decode_tiled
 from fbqat_hub.export.bundle.targets_table import write_targets
 from fbqat_hub.export.bundle.text_bundle import PROBE, QuantizedText, compile_text, quantize_text
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, recorded_tokens
@@ -34,7 +34,6 @@ from fbqat_hub.export.onnx.float_graph import Feed, as_feed
 from fbqat_hub.export.onnx.items import check_items
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.export.progress import Progress
-from fbqat_hub.families import Family
 from fbqat_hub.families.graph import GraphWrapper, Item
 
 if TYPE_CHECKING:
@@ -91,8 +90,8 @@ def export_bundle(
         pictures: how many, at least 1.
         texts: to calibrate the text encoders on; `prompts` if there are none.
         tuning: as `export_htp`.
-        decoder_tile: side in pixels of the tiles that a larger picture is decoded in, overlapping and blended
-            (`tiles.tiles_of`); at most `tiles.DEFAULT_TILE` if None.
+        decoder_tile: side in pixels of the tiles that a larger picture is decoded in (`tiles.decoder_tiles`); at most
+            `tiles.DEFAULT_TILE` if None.
 
     Returns:
         The certificate; of several targets, their certificates by `soc`.
@@ -113,7 +112,8 @@ def export_bundle(
     tiles = decoder_tiles(pipeline, family, call, decoder_tile)
     encoders = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
     # generating and recording; tracing, calibrating and quantizing each part; compiling each graph, and pictures
-    parts = 2 + len(encoders)
+    in_stages = tiles is not None and "overlap" not in tiles
+    parts = 1 + len(encoders) + (len(family.decoder_stages(pipeline.vae)) if in_stages else 1)
     steps = 2 + 3 * parts + graphs - 1 + bool(tuning) + len(targets) * ((graphs - 1 + parts) * len(STEPS) + 1)
     with (
         staging(output_dir) as folder,
@@ -144,14 +144,13 @@ def export_bundle(
             tuning=tuning,
         )
         host, settings = host_parts(generated, pipeline, transformer.wrapper, call)
-        decoder, in_tiles = _quantize_decoder(pipeline, family, generated, settings, tiles, shared, bar)
+        decoder = quantize_decoder(pipeline, family, generated, settings["picture_size"], tiles, shared, bar)
+        host |= {name: torch.from_numpy(value) for name, value in decoder.norms.items()}
         # the last of a picture's items is of its last step, with the prompt
         given = [(each.prompt, transformer.wrapper.host_inputs(each.items[-1])) for each in generated]
         instruction, bias = family.instruction(pipeline, call), settings["mask_bias"]
         text = quantize_text(pipeline, tokens, texts or prompts, given, instruction, bias, shared, bar)
-        made = _Quantized(
-            transformer=transformer, decoder=decoder, tiles=in_tiles, text=text, host=host, settings=settings
-        )
+        made = _Quantized(transformer=transformer, decoder=decoder, text=text, host=host, settings=settings)
         if isinstance(soc, str):
             certificates = _compile(made, pipeline, call, generated, folder, targets[0], bar)
         else:
@@ -165,12 +164,10 @@ def export_bundle(
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantized:
-    """What bundles for all targets are made of; host and settings as `host.host_parts` has them, the tiles as the
-    certificate does."""
+    """What bundles for all targets are made of; settings as `host.host_parts` has them."""
 
     transformer: QuantizedTransformer
-    decoder: QuantizedPart
-    tiles: Mapping[str, Any] | None
+    decoder: QuantizedDecoder
     text: QuantizedText
     host: Mapping[str, Tensor]
     settings: Mapping[str, Any]
@@ -190,69 +187,22 @@ def _compile(
 
     transformer = made.transformer
     section = compile_transformer(transformer, folder, target, bar)
-    section["graphs"] = compile_part(made.decoder, folder, target, bar)
+    section["graphs"] = {}
+    for part in made.decoder.parts:
+        section["graphs"] |= compile_part(part, folder, target, bar)
     text, sections = compile_text(made.text, folder, target, bar)
     section["graphs"] |= sections
     section["text_left_out"] = text.left_out
-    section["decoder_tiles"] = made.tiles
+    section["decoder_tiles"] = made.decoder.tiles
     chain = {name: part["tensors"] for name, part in denoiser_sections(section).items()}
     with bar.step("pictures"), compiler.EmulatorChain(folder, chain, target) as emulator:
         section["pictures"] = _pictures(pipeline, generated, call, transformer.wrapper, folder, emulator)
         _write_parts(folder, {**made.host, **text.tables}, transformer.held_out, emulator)
     section["golden_inputs"] = len(transformer.held_out)
     written = certificate.write(folder, target, section, bar.seconds)
-    write_manifest(folder, written, made.settings, [each.prompt for each in generated], text.described, target)
+    prompts = [each.prompt for each in generated]
+    write_manifest(folder, written, made.settings, made.decoder.stages, prompts, text.described, target)
     return written
-
-
-def _quantize_decoder(
-    pipeline: Any,
-    family: Family,
-    generated: Sequence[Generated],
-    settings: Mapping[str, Any],
-    tiles: Mapping[str, list[int]] | None,
-    folder: Path,
-    bar: Progress,
-) -> tuple[QuantizedPart, dict[str, Any] | None]:
-    """The decoder's graph at W8A16, calibrated on the latents of the pictures generated and compared for them.
-
-    In tiles: calibrated on all of them, compared for the middle one of each picture; and the certificate's
-    `decoder_tiles`: `size` and `overlap` as the manifest has them, `count` in a picture, `psnr_db` of the picture in
-    tiles to the whole one in torch, the mean.
-    """
-    size = settings["picture_size"]
-    wrapper = family.decoder_graph(pipeline.vae)
-    items: list[Item] = []
-    compared: list[Item] = []
-    psnr: list[float] = []
-
-    def decode(latents: np.ndarray) -> np.ndarray:
-        items.append({"latents": torch.from_numpy(latents)})
-        picture: np.ndarray = _decoded(wrapper, items[-1]).numpy()
-        return picture
-
-    for each in generated:
-        latents = family.unpack_latents(each.latents, *(side // pipeline.vae_scale_factor for side in size))
-        before = len(items)
-        picture = decode_tiled(decode, latents.float().numpy(), tiles, size)
-        compared.append(items[(before + len(items)) // 2])
-        psnr.append(picture_psnr(each.picture, as_pixels(picture)))
-    expected = [_decoded(wrapper, item) for item in compared]
-    graph, rewrites = quantize_part("decoder", wrapper, items, expected, folder, bar)
-    part = QuantizedPart(
-        model_class=type(pipeline.vae).__name__,
-        graphs=[graph],
-        rewrites=[rewrites],
-        held_out=[as_feed(wrapper.host_inputs(item)) for item in compared],
-    )
-    count, mean = len(items) // len(generated), sum(psnr) / len(psnr)
-    return part, {**tiles, "count": count, "psnr_db": round(mean, 3)} if tiles else None
-
-
-@torch.no_grad()
-def _decoded(wrapper: GraphWrapper, item: Item) -> Tensor:
-    output: Tensor = wrapper.module(*wrapper.host_inputs(item).values())[0]
-    return output
 
 
 def _pictures(

@@ -24,6 +24,7 @@ def write_manifest(
     folder: Path,
     certificate: Mapping[str, Any],
     settings: Mapping[str, Any],
+    stages: Sequence[Mapping[str, Any]] | None,
     prompts: Sequence[str],
     text: Sequence[Mapping[str, Any]],
     target: Target,
@@ -32,6 +33,7 @@ def write_manifest(
 
     Args:
         settings: the sampler's (`host.host_parts`).
+        stages: of a decoder that is cut at its group norms (`runtime.tiles.stage_map`).
         prompts: those whose inputs and noise are in the bundle.
         text: an entry for each text encoder (`text_bundle.build_text`); its `graphs` run in order, each fed by name.
     """
@@ -55,7 +57,8 @@ def write_manifest(
         },
         "denoiser": describe_chain({name: section["tensors"] for name, section in denoiser.items()}),
         "sampler": dict(settings),
-        "decoder_tiles": tiles and {name: tiles[name] for name in ("size", "overlap")},
+        "decoder_tiles": {name: tiles[name] for name in ("size", "overlap")} if tiles and not stages else None,
+        "decoder_stages": stages,
         "prompts": list(prompts),
         "text": list(text),
         "tuning": certificate["tuning"],

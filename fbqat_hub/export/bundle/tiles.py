@@ -7,10 +7,13 @@ from typing import Any
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.families import Family, component_configs
+from fbqat_hub.families.decoder import has_group_norms
 
 #: Largest side in pixels that is decoded whole, and of the tiles otherwise: what Sana's decoder is compiled for within
 #: 8 GB (7.78; the 16-channel one takes 2.45: docs/htp.md).
 DEFAULT_TILE = 128
+#: Of a decoder with group norms. Half of it is made of 8 rows.
+SMALLEST_STAGE_TILE = 16
 #: Shares of a tile that may overlap its neighbour.
 _SHARES = (0.25, 0.5)
 
@@ -18,9 +21,35 @@ _SHARES = (0.25, 0.5)
 def decoder_tiles(
     pipeline: Any, family: Family, call: Mapping[str, Any], side: int | None = None
 ) -> dict[str, list[int]] | None:
-    """``tiles_of`` the picture that a call of the pipeline is asked for, or of the model's own size."""
+    """In which tiles the picture that a call of the pipeline is asked for, or one of the model's own size, is decoded.
+
+    None where it is decoded whole. Of a decoder with group norms, whose tiles join without an overlap, there is `size`
+    alone, [height, width], the most that a tile makes (`stage_tile`); of others `tiles_of` the picture.
+
+    Raises:
+        ExportError: a side that there are no tiles of.
+    """
     size = call if {"height", "width"} <= call.keys() else family.native_size(component_configs(pipeline))
-    return tiles_of((size["height"], size["width"]), pipeline.vae_scale_factor, side)
+    picture = (size["height"], size["width"])
+    if not has_group_norms(pipeline.vae):
+        return tiles_of(picture, pipeline.vae_scale_factor, side)
+    if side is not None and side < SMALLEST_STAGE_TILE:
+        raise ExportError(f"decoder_tile is {side}; give {SMALLEST_STAGE_TILE} or more")
+    side = side or DEFAULT_TILE
+    return None if max(picture) <= side else {"size": [side, side]}
+
+
+def stage_tile(side: int, most: int) -> int:
+    """Rows, or columns, of a decoder stage's tiles, so that few of about `most` cover the side, each 1 row wider.
+
+    >>> [stage_tile(side, 128) for side in (64, 128, 256, 512)]  # 512 is 4 tiles of 132 that share 6 or 7 rows
+    [64, 128, 132, 132]
+    """
+    count = -(-side // most)
+    if count == 1:
+        return side
+    least = -(-(side - 2) // count) + 2
+    return min(side, -(-least // 4) * 4)
 
 
 def tiles_of(picture: Sequence[int], factor: int, side: int | None = None) -> dict[str, list[int]] | None:

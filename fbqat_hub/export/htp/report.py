@@ -44,13 +44,7 @@ def markdown(certificate: Mapping[str, Any]) -> str:
         lines += ["", "| picture, emulator in the loop against torch | PSNR (dB) |", "|---|---|"]
         lines += [f"| {item['prompt']} | {item['psnr_db']:.1f} |" for item in pictures["each"]]
     if tiles := certificate.get("decoder_tiles"):
-        (height, width), overlap = tiles["size"], " and ".join(str(each) for each in dict.fromkeys(tiles["overlap"]))
-        lines += [
-            "",
-            f"A picture is decoded in {tiles['count']} tiles of {width} x {height} pixels that overlap by {overlap}; "
-            f"`decoder` above is one of them. In torch the picture in tiles has {tiles['psnr_db']:.1f} dB PSNR to the "
-            "whole one.",
-        ]
+        lines += ["", _tiles(tiles)]
     if allocation := certificate.get("allocation"):
         lines += [
             "",
@@ -78,6 +72,20 @@ def markdown(certificate: Mapping[str, Any]) -> str:
         "buffer. No latency is given: the emulator's time says nothing of a device's.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tiles(tiles: Mapping[str, Any]) -> str:
+    """How a large picture is decoded."""
+    (height, width), calls = tiles["size"], f"{tiles['count']} tiles"
+    if "overlap" in tiles:
+        overlap = " and ".join(str(each) for each in dict.fromkeys(tiles["overlap"]))
+        how = f"{calls} of {width} x {height} pixels that overlap by {overlap}; `decoder` above is one of them"
+    else:
+        how = (
+            f"{tiles['graphs']} graphs between its group norms, which the host computes over the whole picture, by "
+            f"{calls} of about {width} x {height} pixels in all; the `decoder` graphs above are a tile each"
+        )
+    return f"A picture is decoded in {how}. In torch it has {tiles['psnr_db']:.1f} dB PSNR to the whole one."
 
 
 def _tuning(tuning: Mapping[str, Any], parity: Mapping[str, Any]) -> list[str]:

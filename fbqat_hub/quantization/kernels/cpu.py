@@ -6,11 +6,8 @@
 | VNNI | oneDNN, its int8 weight kept | ``native.py`` |
 | no C compiler | oneDNN, its int8 weight kept | oneDNN, its int8 weight made at each call |
 
-For oneDNN the weight is unpacked to its own int8 layout and kept beside the packed one: 8 more bits a weight in memory.
-It is an opaque tensor, which a traced operator cannot take as an argument. So it is kept as an attribute of the storage
-whose bytes it was made of, and goes where they go: bytes that replace them (``.to``, ``.data =``, a load, offloading)
-have none, and a copy makes its own. Writes into the same bytes are told by the tensor's version, which torch counts;
-writes through ``.data`` are not counted, and so not seen.
+For oneDNN the weight is unpacked to its own int8 layout and kept beside the packed one (``memory.py``): 8 more bits a
+weight in memory. It is an opaque tensor, which a traced operator cannot take as an argument.
 
 The integer part is exact up to 2^31 / (255 * 128) = 65,793 inputs, where 32-bit sums end.
 
@@ -24,36 +21,16 @@ from __future__ import annotations
 
 import platform
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude
-from fbqat_hub.quantization.kernels import native
+from fbqat_hub.quantization.kernels import memory, native
 from fbqat_hub.quantization.kernels.reference import packed_linear_reference
 from fbqat_hub.quantization.packing import unpack
 from fbqat_hub.quantization.scheme import ActivationScheme
-
-Memory = Literal["fast", "small"]
-_memory: Memory = "fast"
-
-
-def set_memory(memory: Memory) -> None:
-    """What packed layers keep in a CPU's memory, for the whole process.
-
-    Args:
-        memory: "fast", or "small": nothing but the packed bytes, half a byte a weight at 4 bits. Weights that were
-            unpacked before go at the next forward. Where the C kernel is the faster one (AVX2 without VNNI) both are
-            the same.
-
-    Raises:
-        ValueError: another word.
-    """
-    if memory not in get_args(Memory):
-        raise ValueError(f"memory is {memory!r}; allowed: {', '.join(map(repr, get_args(Memory)))}.")
-    global _memory
-    _memory = memory
 
 
 class PreparedWeight(NamedTuple):
@@ -82,7 +59,7 @@ def packed_linear_cpu(
     in_features = x.shape[-1]
     supported = x.numel() > 0 and is_supported(weight_scale, scheme)
     if supported and _is_native():
-        _forget(weight_packed)
+        memory.forget(weight_packed)
         return native.packed_linear_native(x, weight_packed, weight_scale, bias, *activation)
     weight = prepared(weight_packed, in_features) if supported else None
     if weight is None:
@@ -104,7 +81,7 @@ def is_supported(weight_scale: Tensor, scheme: ActivationScheme) -> bool:
 
 def _is_native() -> bool:
     """Whether the C kernel is the one to take, and can be had."""
-    return (_memory == "small" or not _has_exact_sums()) and native.load() is not None
+    return (memory.get_memory() == "small" or not _has_exact_sums()) and native.load() is not None
 
 
 @cache
@@ -128,22 +105,11 @@ def _has_exact_sums() -> bool:
 def prepared(weight_packed: Tensor, in_features: int) -> PreparedWeight | None:
     """The codes of ``packing.pack`` in oneDNN's layout, made once unless memory is small; None where its sums could
     saturate."""
-    # of tensors that were made in inference mode torch counts no versions, so nothing can be kept
-    if _memory == "small" or weight_packed.is_inference():
-        _forget(weight_packed)
+    if memory.get_memory() == "small":
+        memory.forget(weight_packed)
         return _prepare(weight_packed, in_features)
-    storage = weight_packed.untyped_storage()
-    of_storage = storage.__dict__.setdefault("fbqat_prepared", {})
-    place = (weight_packed.storage_offset(), *weight_packed.shape, *weight_packed.stride(), in_features)
-    kept = of_storage.get(place)
-    if kept is None or kept[0] != weight_packed._version:
-        kept = of_storage[place] = (weight_packed._version, _prepare(weight_packed, in_features))
-    found: PreparedWeight | None = kept[1]
+    found: PreparedWeight | None = memory.keep(weight_packed, in_features, _prepare)
     return found
-
-
-def _forget(weight_packed: Tensor) -> None:
-    weight_packed.untyped_storage().__dict__.pop("fbqat_prepared", None)
 
 
 def _prepare(weight_packed: Tensor, in_features: int) -> PreparedWeight | None:

@@ -5,6 +5,9 @@
     2. int8 products by ``torch._int_mm``: the same layers, sizes that it takes; NVIDIA from 7.5, the same of AMD
     3. dequantized, one product in the dtype of x
 
+The weight is read as it is stored, or, if memory is "large" (``memory.py``), an int8 copy of 4-bit codes is kept for 1.
+and 2.: one byte a weight more, and nothing to unpack.
+
 Not measured: it was written without a GPU. The first is tested in Triton's interpreter, the others are plain torch that
 runs on a CPU. On a card, the first use of 1. multiplies a small matrix and compares; if that fails, a warning says so
 and 2. is used.
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fbqat_hub.quantization.activation import fake_quantize_activation, quantize_activation
+from fbqat_hub.quantization.kernels import memory
 from fbqat_hub.quantization.kernels.reference import dequantize_weight, packed_linear_reference
 from fbqat_hub.quantization.packing import pack, unpack
 from fbqat_hub.quantization.scheme import ActivationScheme
@@ -45,7 +49,17 @@ def packed_linear_gpu(
 ) -> Tensor:
     """As ``packed_linear_reference``: [..., in] -> [..., out], the dtype of x."""
     linear = implementation(x, weight_packed, weight_scale, scheme)
+    if linear is not dequantized_linear and weight_packed.dtype == torch.uint8:
+        if memory.get_memory() == "large":
+            weight_packed = memory.keep(weight_packed, x.shape[-1], _codes)
+        else:
+            memory.forget(weight_packed)
     return linear(x, weight_packed, weight_scale, bias, scheme, input_scale, input_zero_point)
+
+
+def _codes(weight_packed: Tensor, in_features: int) -> Tensor:
+    """int8 [out, in]: the weight as ``packing.pack`` gives it at 5 to 8 bits."""
+    return unpack(weight_packed, in_features).contiguous()
 
 
 def implementation(

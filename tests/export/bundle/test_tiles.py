@@ -1,7 +1,9 @@
-"""Tiles of a decoder: diffusers' own, where they end at the picture's edge; a size without tiles is named."""
+"""Tiles of a decoder: diffusers' own, or those of a stage between norms; a size without tiles is named."""
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,26 +11,17 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
-from fbqat_hub.export.bundle.runtime.tiles import decode_tiled
-from fbqat_hub.export.bundle.tiles import tiles_of
+from fbqat_hub.export.bundle.runtime.tiles import decode_tiled, norm_of, starts
+from fbqat_hub.export.bundle.tiles import decoder_tiles, stage_tile, tiles_of
 from fbqat_hub.export.errors import ExportError
+from fbqat_hub.families import FAMILIES
 
 # pixels: picture, tile, overlap
 CUTS = [((112, 80), 32, 16), ((80, 104), 32, 8), ((40, 72), 40, 8)]
 
 
-def kl() -> Any:
-    """With attention in the middle, so that a tile does not see what is outside."""
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-
-
 def dc() -> Any:
+    """With attention in its lowest stage, so that a tile does not see what is outside."""
     return AutoencoderDC(
         latent_channels=4,
         attention_head_dim=4,
@@ -42,19 +35,14 @@ def dc() -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [kl, dc])
 @pytest.mark.parametrize(("picture", "side", "overlap"), CUTS)
 @torch.no_grad()
-def test_is_the_tiled_decode_of_diffusers(make: Any, picture: tuple[int, int], side: int, overlap: int) -> None:
+def test_is_the_tiled_decode_of_diffusers(picture: tuple[int, int], side: int, overlap: int) -> None:
     """To the bit, but for the last strip of an overlap's width, which diffusers blends with tiles of that size."""
     torch.manual_seed(0)
-    vae = make().eval()
+    vae = dc().eval()
     latents = torch.randn(1, 4, *(each // 4 for each in picture))
-    if make is kl:
-        vae.enable_tiling()
-        vae.tile_sample_min_size, vae.tile_latent_min_size, vae.tile_overlap_factor = side, side // 4, overlap / side
-    else:
-        vae.enable_tiling(side, side, side - overlap, side - overlap)
+    vae.enable_tiling(side, side, side - overlap, side - overlap)
     expected = vae.decode(latents).sample[0].numpy()
     vae.disable_tiling()
     overlaps = [0 if each == side else overlap for each in picture]
@@ -132,3 +120,38 @@ def test_the_smallest_overlap_of_a_quarter_to_a_half_that_fits(picture, factor, 
 def test_a_size_without_tiles_names_those_there_are(picture, factor, side, says: str) -> None:
     with pytest.raises(ExportError, match=says):
         tiles_of(picture, factor, side)
+
+
+@pytest.mark.parametrize(
+    ("side", "most"), [(512, 128), (1024, 128), (256, 64), (48, 32), (130, 128), (17, 8), (64, 64)]
+)
+def test_the_tiles_of_a_stage_cover_it_and_share_two_rows(side: int, most: int) -> None:
+    tile = stage_tile(side, most)
+    found = starts(side, tile)
+    assert len(found) == -(-side // most)
+    assert found[0] == 0
+    assert found[-1] + tile == side
+    assert all(after + 2 <= before + tile for before, after in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_a_norm_of_the_whole_picture_is_a_product_and_a_sum(offset: float) -> None:
+    torch.manual_seed(0)
+    norm, picture = torch.nn.GroupNorm(4, 8, eps=1e-6), torch.randn(1, 8, 6, 10) + offset
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    stage = {"graph": "stage", "norm": {"groups": 4, "epsilon": 1e-6}}
+    norms = {f"stage.{name}": value.detach().numpy() for name, value in norm.named_parameters()}
+    scale, shift = norm_of(picture.numpy(), stage, norms)
+    with torch.no_grad():
+        expected = norm.double()(picture.double()).numpy()
+    np.testing.assert_allclose(picture.numpy() * scale + shift, expected, atol=1e-5 * max(offset, 1))
+
+
+def test_a_decoder_with_group_norms_takes_any_side_from_16_on() -> None:
+    pipeline = SimpleNamespace(vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), vae_scale_factor=4)
+    call = {"height": 520, "width": 512}
+    assert decoder_tiles(pipeline, FAMILIES["flux"], call) == {"size": [128, 128]}
+    assert decoder_tiles(pipeline, FAMILIES["flux"], call, 520) is None
+    with pytest.raises(ExportError, match="decoder_tile is 8; give 16 or more"):
+        decoder_tiles(pipeline, FAMILIES["flux"], call, 8)

@@ -22,7 +22,7 @@ sys.dont_write_bytecode = True  # the folder stays what its manifest lists; the 
 
 from qnn_session import qnn_session  # type: ignore[import-not-found]  # noqa: E402
 from text import TEXT_INPUTS, denoiser_inputs, encoder_feed, tokenize  # type: ignore[import-not-found]  # noqa: E402
-from tiles import as_pixels, decode_tiled  # type: ignore[import-not-found]  # noqa: E402
+from tiles import as_pixels, decode_stages, decode_tiled  # type: ignore[import-not-found]  # noqa: E402
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
@@ -136,14 +136,21 @@ def generate(
     latents = sample(manifest, host, denoiser, given, noise)
     if manifest["sampler"]["token_grid"]:
         latents = unpack_tokens(latents, manifest["sampler"]["token_grid"])
-    decoder = open_graph(folder, manifest, "decoder")
-    picture = decode_tiled(
-        lambda part: decoder.run(None, {"latents": part})[0],
-        latents,
-        manifest["decoder_tiles"],
-        manifest["sampler"]["picture_size"],
-    )
-    return Image.fromarray(as_pixels(picture))
+    return Image.fromarray(as_pixels(decode(folder, manifest, host, latents)))
+
+
+def decode(folder: Path, manifest: dict[str, Any], host: dict[str, np.ndarray], latents: Any) -> Any:
+    """The picture [3, H, W] of latents [1, C, h, w], in about [-1, 1]."""
+
+    def opened(name: str) -> Any:
+        session = open_graph(folder, manifest, name)
+        return lambda values: session.run(None, values)[0]
+
+    if manifest["decoder_stages"]:
+        return decode_stages(opened, latents, manifest["decoder_stages"], host)
+    run = opened("decoder")
+    size = manifest["sampler"]["picture_size"]
+    return decode_tiled(lambda part: run({"latents": part}), latents, manifest["decoder_tiles"], size)
 
 
 def main() -> None:

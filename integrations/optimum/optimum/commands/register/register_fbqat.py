@@ -1,54 +1,61 @@
-"""Registers `optimum-cli export qnn`. Loaded by every call of optimum-cli: heavy modules are imported in `run`."""
+"""Registers `optimum-cli quantize` and `optimum-cli export qnn`.
+
+Every call of optimum-cli loads this and makes both parsers: heavy modules are imported in `run`.
+"""
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
 
+class QuantizeCommand(BaseOptimumCLICommand):
+    """`optimum-cli quantize --model PIPELINE OUTPUT`: `fbqat convert`."""
+
+    COMMAND = CommandInfo(name="quantize", help="Quantize a diffusion pipeline to 4-bit weights and 8-bit activations.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """The options of `fbqat convert`."""
+        from fbqat_hub.cli.parser import NEW_FOLDER, SOURCE, quantizing
+
+        parser.add_argument("--model", "-m", type=SOURCE, required=True, help="folder or Hub id of a float pipeline")
+        parser.add_argument("output", type=NEW_FOLDER, help="new folder for the packed pipeline")
+        quantizing(parser)
+
+    def run(self) -> None:
+        """Quantize, or exit with status 1 and one line that says what failed and what to do."""
+        _run("convert", self.args, pipeline=self.args.model)
+
+
 class QNNExportCommand(BaseOptimumCLICommand):
-    """`optimum-cli export qnn --model PIPELINE OUTPUT`."""
+    """`optimum-cli export qnn --model PIPELINE OUTPUT`: `fbqat export`."""
 
     COMMAND = CommandInfo(name="qnn", help="Compile a packed W4A8 diffusion pipeline for a Snapdragon's NPU (QNN HTP).")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """The options of `fbqat export`, which this runs."""
-        parser.add_argument("--model", "-m", required=True, help="folder or Hub id of a packed pipeline")
-        parser.add_argument("output", type=Path, help="new folder")
-        parser.add_argument(
-            "--soc", nargs="+", default=[], help="target; of several a bundle each (default: sm8750, the 8 Elite)"
-        )
-        parser.add_argument(
-            "--precision",
-            default="w4a8",
-            help="w4a8 (default), w4a16, w8a8 or w8a16 (the same 4-bit codes, stored one per byte), or auto",
-        )
-        parser.add_argument("--a16", nargs="*", default=[], metavar="PATTERN", help="layers at 16 activation bits")
-        parser.add_argument("--graphs", default="1", metavar="N", help="split the model into N graphs")
-        parser.add_argument(
-            "--decoder-tile", metavar="PIXELS", help="side of the tiles that larger pictures are decoded in"
-        )
-        parser.add_argument("--prompts", help="text file to calibrate on and generate (default: the recipe's data)")
-        parser.add_argument("--images", default="2", metavar="N", help="generated on the emulator (default: 2)")
+        """The options of `fbqat export`."""
+        from fbqat_hub.cli.parser import NEW_FOLDER, SOURCE, compiling
+
+        parser.add_argument("--model", "-m", type=SOURCE, required=True, help="folder or Hub id of a packed pipeline")
+        parser.add_argument("output", type=NEW_FOLDER, help="new folder")
+        compiling(parser)
 
     def run(self) -> None:
-        """Export, or exit with status 1 and one line that says what failed and what to do."""
-        from fbqat_hub.cli import main
-
-        given = self.args
-        command = ["export", given.model, "--output", str(given.output)]
-        command += ["--precision", given.precision, "--graphs", given.graphs, "--images", given.images]
-        command += ["--soc", *given.soc] if given.soc else []
-        command += ["--a16", *given.a16] if given.a16 else []
-        command += ["--prompts", given.prompts] if given.prompts else []
-        command += ["--decoder-tile", given.decoder_tile] if given.decoder_tile else []
-        if status := main(command):
-            sys.exit(status)
+        """Export, or exit as `QuantizeCommand` does."""
+        _run("export", self.args, run_folder=self.args.model, to="htp", of_htp={})
 
 
-REGISTER_COMMANDS = [(QNNExportCommand, ExportCommand)]
+def _run(verb: str, options: object, **more: object) -> None:
+    from fbqat_hub.cli import run, verbs
+
+    vars(options).update(more, verb=verb, run=getattr(verbs, verb), traceback=False)
+    if status := run(options):  # type: ignore[arg-type]
+        sys.exit(status)
+
+
+REGISTER_COMMANDS = [QuantizeCommand, (QNNExportCommand, ExportCommand)]

@@ -1,0 +1,122 @@
+"""Adam: what it trains at which rate, and its two moments, in 32 bits or 8.
+
+With 8 bits a moment is stored as codes of a table of 256 values, with one scale for 256 numbers (arXiv 2110.02861), by
+torchao. Tensors that 256 does not divide, or of fewer than 4096 numbers (biases, clips), keep 32 bits. On a GPU torchao
+compiles the step of every shape of weight when it is first made. On a CPU, where that needs a C++ compiler and half a
+minute, the same step runs uncompiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fbqat_hub.training.method import Optimizer
+
+# Of torchao: numbers that share a scale, and the smallest tensor that is quantized.
+_BLOCK, _SMALLEST = 256, 4096
+_TABLE_BYTES = 256 * 4
+
+
+class Rates(Protocol):
+    """What of a recipe says how its optimizer runs."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+
+def check_optimizer(rule: Optimizer) -> None:
+    """Raise ImportError where a recipe asks for 8-bit moments and torchao is not installed."""
+    if rule.moment_bits == 8:
+        import torchao  # noqa: F401
+
+
+def optimizer_of(recipe: Rates, student: nn.Module) -> torch.optim.Optimizer:
+    """Adam of what is trainable: weights and biases, and clips at a rate of their own.
+
+    Raises:
+        ImportError: as `check_optimizer`.
+    """
+    clips: list[nn.Parameter] = []
+    weights: list[nn.Parameter] = []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (clips if name.endswith(".log_clip") else weights).append(parameter)
+    rule = recipe.optimizer
+    groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0, "weight_decay": rule.weight_decay}]
+    if clips:
+        groups.append({"params": clips, "factor": rule.clip_learning_rate, "weight_decay": 0.0})
+    if rule.moment_bits == 8:
+        return _adam_8bit()(groups, lr=recipe.learning_rate)
+    return torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its multiple of a learning rate."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao's
+            group["lr"].fill_(rate * group["factor"])
+        else:
+            group["lr"] = rate * group["factor"]
+
+
+def optimizer_bytes(parameters: Iterable[nn.Parameter], bits: int) -> int:
+    """What the optimizer of trained ``parameters`` keeps, from their shapes alone.
+
+    >>> weight = nn.Parameter(torch.empty(64, 64))
+    >>> optimizer_bytes([weight], 32), optimizer_bytes([weight], 8)
+    (32772, 10372)
+    """
+    total = 0
+    for each in parameters:
+        in_codes = bits == 8 and each.numel() >= _SMALLEST and each.numel() % _BLOCK == 0
+        moment = each.numel() + each.numel() // _BLOCK * 4 + _TABLE_BYTES if in_codes else each.nbytes
+        total += 2 * moment + 4  # and the number of steps, float32
+    return total
+
+
+def plain_tensors(name: str, value: Any) -> dict[str, Tensor]:
+    """What is stored of a tensor of an optimizer's state: of an 8-bit moment its codes, scales and table."""
+    if is_traceable_wrapper_subclass(value):
+        return {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+    return {name: value}
+
+
+def joined_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of one parameter, from what `plain_tensors` made of it."""
+    state: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in stored.items():
+        name, _, part = key.partition(".")
+        if part:
+            moments.setdefault(name, {})[part] = value
+        else:
+            state[name] = value
+    for name, parts in moments.items():
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        state[name] = OptimState8bit(**parts, signed=name == "exp_avg", dtype=torch.float32)
+    return state
+
+
+def _adam_8bit() -> Callable[..., torch.optim.Optimizer]:
+    from torchao.optim import Adam8bit
+
+    class Adam(Adam8bit):
+        """Uncompiled on a CPU."""
+
+        def step(self, closure: Any = None) -> Any:
+            on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+            with torch.compiler.set_stance("force_eager") if on_cpu else nullcontext():
+                return super().step(closure)
+
+    return Adam

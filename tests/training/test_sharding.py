@@ -1,0 +1,253 @@
+"""Training with FSDP2 in two processes on CPUs: the run of one process, in parts.
+
+accelerate chooses FSDP among its kinds of several GPUs alone (``AcceleratorState.__init__``): several CPUs get DDP,
+whatever it is told. The script here makes it choose FSDP for them too; all that comes after is accelerate's and torch's
+own, with gloo in the place of NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch import nn
+
+from fbqat_hub.families import get_family
+from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training import loop
+from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.distill import train
+from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.sharding import check_sharding, gathered, shared_like, skeleton_of
+from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks
+from tests.conftest import SANA_FIRST, call_of, write_recipe
+from tests.training.test_processes import log_of, same_up_to_rounding, two_processes
+
+# argument 1: the rank that fails in step 5, or -1; argument 2: where the first process writes what it holds
+SHARDED = """
+import json, sys
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from fbqat_hub.cli import main
+from fbqat_hub.training import loop
+from fbqat_hub.training.sharding import gathered
+
+init, step, norms = AcceleratorState.__init__, loop.Loop.step, []
+
+def on_cpus(self, *args, fsdp_plugin=None, **options):
+    init(self, *args, fsdp_plugin=fsdp_plugin, **options)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+def held(values):
+    return [[each.numel(), (each.to_local() if isinstance(each, DTensor) else each).numel()] for each in values]
+
+def stepping(self, number):
+    if number == 4 and self.accelerator.process_index == int(sys.argv[1]):
+        raise OSError(28, "No space left on device")
+    line = step(self, number)
+    moments = [state["exp_avg"] for state in self.optimizer.state.values()]
+    if number == 0:
+        norms.append(sum(float(gathered(each).square().sum()) for each in moments) ** 0.5)
+    if self.accelerator.is_main_process:
+        blocks = [self.teacher.get_submodule(name) for name in self.draws.family.blocks(self.teacher)]
+        of_teacher = [each for block in blocks for each in block.parameters()]  # its root stays whole between steps
+        parts = {"student": self.student.parameters(), "teacher": of_teacher, "moments": moments}
+        with open(sys.argv[2], "w") as file:
+            json.dump({"norm": norms, **{name: held(values) for name, values in parts.items()}}, file)
+    return line
+
+AcceleratorState.__init__, loop.Loop.step = on_cpus, stepping
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``sharded(*arguments, fails=RANK)``: the command line in two processes with FSDP2."""
+    launched = launch_command_parser().parse_args(["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "x"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(launched)[0])
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, environment[name])
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+
+    def run(*arguments: str, fails: int = -1) -> subprocess.CompletedProcess[str]:
+        done = two_processes(str(script), str(fails), str(tmp_path / "held.json"), *arguments)
+        assert (done.returncode != 0) == (fails >= 0), done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``alone(recipe, output)``: `train` in this process, which accelerate leaves alone."""
+
+    def run(recipe: Recipe, output: Path, *, resume: bool = False) -> Path:
+        with monkeypatch.context() as patch:
+            patch.delenv("ACCELERATE_USE_FSDP", raising=False)
+            return train(recipe, output, resume=resume, progress=False)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("sana", {"validate_every": 3, "optimizer": {"max_grad_norm": 1e-3, "warmup_steps": 2}}),
+        ("flux", {"gradient_checkpointing": True, "micro_batch_size": 1}),
+        ("sd3", {}),  # its last block trains what has no effect
+    ],
+    ids=["clipped and validated", "checkpointed, in parts of a batch", "without gradients of some"],
+)
+def test_two_processes_in_parts_train_as_one(
+    family: str,
+    changes: dict[str, Any],
+    recipe_fields: dict[str, Any],
+    teacher_of: Any,
+    sharded: Any,
+    alone: Any,
+    tmp_path: Path,
+) -> None:
+    teacher = teacher_of(family)
+    own = {"family": family, "teacher": str(teacher), "generation": call_of(family, load_pipeline(teacher, meta=True))}
+    fields = recipe_fields | own | changes
+    one, two = alone(Recipe(**fields), tmp_path / "one"), tmp_path / "two"
+    sharded("train", str(write_recipe(tmp_path / "recipe.yaml", fields)), "--output", str(two))
+    validation = [[line["validation_loss"] for line in log_of(run) if "validation_loss" in line] for run in (one, two)]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-3)
+    assert len(validation[0]) == (2 if "validate_every" in changes else 0)
+    same_up_to_rounding(one, two)
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    held = json.loads((tmp_path / "held.json").read_text())
+    norms = held.pop("norm")  # of the first moments after a step: 1 - beta_1 of the gradient's
+    if "optimizer" in changes:
+        assert norms == [pytest.approx(0.1 * changes["optimizer"]["max_grad_norm"], rel=1e-3)]
+    for name, sizes in held.items():
+        whole, part = map(sum, zip(*sizes, strict=True))
+        assert 0.5 <= part / whole < 0.52, name  # rows of an odd number are more in one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_ends_both_and_one_process_goes_on_with_whole_layers(
+    rank: int, recipe_of: Any, recipe_fields: dict[str, Any], sharded: Any, alone: Any, tmp_path: Path
+) -> None:
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", recipe_fields), tmp_path / "run"
+    done = sharded("train", str(recipe), "--output", str(run), fails=rank)
+    assert "No space left on device" in done.stderr
+    assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4]
+    alone(recipe_of(), run, resume=True)
+    same_up_to_rounding(run, alone(recipe_of(), tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_two_go_on_with_parts_of_what_one_saved(
+    recipe_of: Any,
+    recipe_fields: dict[str, Any],
+    sharded: Any,
+    alone: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, run, step = write_recipe(tmp_path / "recipe.yaml", recipe_fields), tmp_path / "run", loop.Loop.step
+
+    def stopping(self: Any, number: int) -> Any:
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            alone(recipe_of(), run)
+    sharded("train", str(recipe), "--output", str(run), "--resume")
+    same_up_to_rounding(run, alone(recipe_of(), tmp_path / "one"))
+
+
+@pytest.mark.parametrize("name", SANA_FIRST)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_student_made_block_by_block_has_the_same_numbers(
+    name: str, static: bool, recipe_of: Any, teacher_of: Any, tmp_path: Path
+) -> None:
+    """Weights and clips to the bit; and the teacher stays as it is."""
+    folder = teacher_of(name)
+    pipeline = load_pipeline(folder)
+    recipe = recipe_of(
+        family=name, teacher=str(folder), generation=call_of(name, pipeline), calibration={"samples": 3},
+        quantization={"activation_range": "static" if static else "per_token"},
+    )  # fmt: skip
+    teacher = pipeline.transformer
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    splits = cached_splits(recipe, pipeline)
+    draws = Draws(get_family(name), pipeline.scheduler, recipe.seed)
+    whole = prepare_student(recipe, teacher, splits["train"], draws)
+    blocks = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, torch.device("cpu"))
+    ours, theirs = blocks.state_dict(), whole.state_dict()
+    assert list(ours) == list(theirs)
+    for key, value in ours.items():
+        if key.endswith("input_scale"):  # what goes on is of the float layers, and of the same as linear layers there
+            assert value.allclose(theirs[key], rtol=1e-5), key
+        else:
+            assert torch.equal(value, theirs[key]), key
+    trained = [[key for key, value in each.named_parameters() if value.requires_grad] for each in (blocks, whole)]
+    assert trained[0] == trained[1]
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert not {id(each) for each in blocks.parameters()} & {id(each) for each in teacher.parameters()}
+
+
+def of_kind(kind: DistributedType, version: int = 2) -> Any:
+    return SimpleNamespace(
+        distributed_type=kind, state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+    )
+
+
+def test_other_ways_to_share_out_layers_are_refused(recipe_of: Any) -> None:
+    check_sharding(recipe_of(), Accelerator(cpu=True))
+    check_sharding(recipe_of(), of_kind(DistributedType.FSDP))
+    for accelerator in (of_kind(DistributedType.FSDP, 1), of_kind(DistributedType.DEEPSPEED)):
+        with pytest.raises(ValueError, match="here is FSDP2: accelerate launch --use_fsdp --fsdp_version 2"):
+            check_sharding(recipe_of(), accelerator)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"training": "blockwise"}, "training: blockwise"),
+        ({"method": "integer"}, "schedule.stages of several widths"),
+        ({"optimizer": {"moment_bits": 8}, "mixed_precision": "fp16"}, "moment_bits: 8 and mixed_precision: fp16"),
+    ],
+)
+def test_what_needs_whole_layers_is_refused(changes: dict[str, Any], named: str, recipe_of: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{named} cannot be trained with FSDP2; use DDP"):
+        check_sharding(recipe_of(**changes), of_kind(DistributedType.FSDP))
+
+
+def test_without_parts_tensors_stay_as_they_are() -> None:
+    value = torch.ones(2)
+    assert gathered(value) is value
+    assert shared_like(value, torch.zeros(2)) is value
+
+
+def test_a_skeleton_has_everything_but_the_numbers_of_parameters() -> None:
+    layer = nn.BatchNorm1d(3).requires_grad_(False)
+    skeleton = skeleton_of(layer)
+    assert skeleton.weight.is_meta
+    assert not skeleton.weight.requires_grad
+    assert torch.equal(skeleton.running_var, layer.running_var)
+    skeleton.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(skeleton.weight, layer.weight)
