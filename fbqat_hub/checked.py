@@ -88,7 +88,7 @@ def _line(what: str, kind: Any, given: Any, error: ValidationError) -> str:
     if found["type"] == "missing":
         return f"{what} lacks {'.'.join(names)}."
     hint = ""
-    if isinstance(given, str) and _is_number(given):
+    if isinstance(given, str) and _is_number(given) and not ("e" in given.lower() and "whole" in must):
         hint = " (write 1.0e-4, not 1e-4: YAML reads that as text)" if "e" in given.lower() else " (without quotes)"
     return f"{what}: {'.'.join(names)} is {given!r:.200}; it must be {must}{hint}."
 

@@ -30,6 +30,7 @@ _WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # What is copied beside the weights: configurations, vocabularies, chat templates.
 TEXTS = (".json", ".txt", ".model", ".jinja")
+_SCHEDULER = "scheduler_config.json"
 _AGAIN = "Download or convert it again."
 
 
@@ -93,15 +94,24 @@ class Component:
             raise ValueError(f"{self.folder} is missing, and {INDEX} names it, a {self.class_name}. {_AGAIN}")
         if self.is_model:
             tensors = sum(len(read_header(path)) for path in self.weights(variant).files)
-            check_config(self.folder, tensors)
+            self._check_types(self.folder / "config.json", check_config(self.folder / "config.json", tensors))
         elif not any(all(_has(self.folder / name) for name in needed) for needed in self._needed()):
             choices = ", or ".join(" and ".join(needed) for needed in self._needed())
             raise ValueError(f"{self.folder} lacks {choices}, which a {self.class_name} is made from. {_AGAIN}")
+        elif (settings := self.folder / _SCHEDULER).is_file():
+            self._check_types(settings, check_config(settings))
+
+    def _check_types(self, path: Path, config: dict[str, Any]) -> None:
+        """Refuse text where a class of diffusers has a number; transformers' look at their own types."""
+        for name, each in inspect.signature(self.kind.__init__).parameters.items():
+            if type(each.default) in (int, float) and isinstance(config.get(name), str):
+                given = config[name]
+                raise ValueError(f"{path}: {name} is {given!r:.80}; it must be a number, such as {each.default}.")
 
     def _needed(self) -> list[list[str]]:
         """Lists of files of which one must be there, for a part without weights."""
-        if getattr(self.kind, "config_name", None) == "scheduler_config.json":
-            return [["scheduler_config.json"]]
+        if getattr(self.kind, "config_name", None) == _SCHEDULER:
+            return [[_SCHEDULER]]
         if vocabulary := dict(getattr(self.kind, "vocab_files_names", None) or {}):
             vocabulary.pop("tokenizer_file", None)
             files = [["tokenizer.json"], sorted(vocabulary.values())]
@@ -144,7 +154,7 @@ class Component:
 
     def _found(self) -> dict[str | None, Path]:
         """Variant -> its file, or its index. Where there are both, the one that the library takes."""
-        files = [path.name for path in self.folder.iterdir()]
+        files = [path.name for path in self.folder.iterdir() if path.is_file()]
         found = variant_files(files, self.library)
         if not found:
             others = sorted(name for name in files if name.endswith((*_PICKLES, ".safetensors", ".gguf", ".msgpack")))
@@ -197,6 +207,8 @@ class Component:
                     check_finite(path)
             if meta:
                 options["device_map"] = {"": "meta"}
+            if self.library == "transformers":  # whose error would name no tensor
+                options["ignore_mismatched_sizes"] = True
             model, found = self.kind.from_pretrained(
                 self.folder,
                 dtype=dtype or stored_dtype(weights.files),
@@ -210,6 +222,7 @@ class Component:
         # transformers' checkpoints may hold more than one of its models takes, a decoder beside the encoder, say
         extra = found["unexpected_keys"] if self.library == "diffusers" else ()
         for tensors, what in (
+            ([each[0] for each in found["mismatched_keys"]], "has tensors of other shapes than those of"),
             (found["missing_keys"], "lacks tensors of"),
             (extra, "has tensors that are none of"),
             (whole_numbers, "has whole numbers where there should be fractions, in tensors of"),
@@ -347,21 +360,24 @@ def refusing(folder: Path) -> Iterator[None]:
     """Whatever a class of another library says of files that do not fit it, as one ValueError that names them."""
     try:
         yield
-    except (ImportError, OSError, ValueError, MemoryError):
+    except (ImportError, MemoryError):
         raise
     except Exception as error:
+        of_the_system = isinstance(error, OSError) and error.errno is not None  # the disk is full, say
+        if of_the_system or (isinstance(error, ValueError) and str(folder) in str(error)):
+            raise
         raise ValueError(f"{folder} cannot be loaded ({type(error).__name__}: {error}). {_AGAIN}") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and warnings of other libraries: what they would warn of is an error here."""
+    """No bars and messages of other libraries: what they would warn of is an error here, and so is what they raise."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
     before = [(each, each.get_verbosity(), each.is_progress_bar_enabled()) for each in (of_diffusers, of_transformers)]
     for each, _, _ in before:
-        each.set_verbosity_error()
+        each.set_verbosity(each.CRITICAL)
         each.disable_progress_bar()
     try:
         yield

@@ -225,7 +225,9 @@ def _sorted_names(names: object) -> list[str]:
 def _overrides(overrides: object) -> dict[str, dict[str, Any]]:
     if overrides is None:
         return {}
-    if not isinstance(overrides, Mapping) or not all(isinstance(each, Mapping) for each in overrides.values()):
+    if not isinstance(overrides, Mapping) or not all(
+        isinstance(pattern, str) and isinstance(changes, Mapping) for pattern, changes in overrides.items()
+    ):
         raise ValueError(f"module_overrides is {overrides!r}; it must be like {{'proj_out': {{'bits': 16}}}}.")
     for pattern, changes in overrides.items():
         if extra := set(changes) - {"bits", "range"}:

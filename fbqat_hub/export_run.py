@@ -18,7 +18,7 @@ from fbqat_hub.export.bundle.tiles import decoder_tiles
 from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.families import component_configs
-from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.pipelines import check_source, load_pipeline
 from fbqat_hub.training.calibration import export_data, teacher_draws
 from fbqat_hub.training.recipe import recipe_of_run
 
@@ -62,6 +62,7 @@ def export_run(
     check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile)
     check_tuning(tune, graphs)
     precision_named(precision)
+    check_source(run)
     saved = Path(run) / "recipe.yaml"
     recipe = recipe_of_run(saved) if saved.is_file() else None
     if len(prompts) < 2 and (prompts or recipe is None):

@@ -100,7 +100,8 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         OSError, ValueError: as `read_text`, or there are no prompts in it.
     """
-    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    # not splitlines, which would cut a prompt that was copied from a web page in two, at a U+2028
+    prompts = [line.strip() for line in re.split(r"[\r\n]", read_text(path)) if line.strip()]
     if not prompts:
         raise ValueError(f"{path} is empty; write one prompt on each line.")
     return prompts

@@ -104,7 +104,7 @@ def downloaded(source: str | Path, variant: str | None = None) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         variant = _variant_of(str(source), variant)
-        with step(f"download {source}"), quiet():
+        with step(f"download {source}, which is no folder here"), quiet():
             folder = Path(DiffusionPipeline.download(str(source), use_safetensors=True, variant=variant))
         check_source(folder, variant)
     return folder
@@ -118,7 +118,7 @@ def _variant_of(repo: str, asked: str | None) -> str | None:
     """
     paths: list[str] = []
     try:
-        with step(f"look up {repo}"):
+        with step(f"look up {repo}, which is no folder here"):
             paths = HfApi().list_repo_files(repo)
     except HubError:  # the Hub does not answer: as it was when it last did
         with contextlib.suppress(CachedRepoTreeNotFoundError):

@@ -39,6 +39,7 @@ def read_json(path: Path, largest: int = _LARGEST_JSON) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """A YAML file of plain data, of at most 1 MiB, without aliases: a few of them can stand for any amount of data.
+    A key that stands twice is refused, since YAML would take the last one without a word.
 
     Raises:
         ValueError: larger, nested too deep, or not such a file; the file is named.
@@ -60,6 +61,15 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.YAMLError(f"an alias ({self.peek_event().anchor}); write out what it stands for.")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.YAMLError(f"{name} stands twice, again on line {key.start_mark.line + 1}; give it once.")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
 
 def check_links(folder: Path) -> None:
     """Refuse links out of a folder, but those of the Hub's cache to its own blobs, and pipes and devices in it.
@@ -80,39 +90,45 @@ def check_links(folder: Path) -> None:
                 raise ValueError(f"{path} is neither a file nor a folder; remove it.")
 
 
-def check_config(folder: Path, tensors: int) -> None:
-    """Refuse a model's ``config.json`` with numbers that its constructor would spend endless time or memory on.
+def check_config(path: Path, tensors: int | None = None) -> dict[str, Any]:
+    """Refuse a configuration with numbers that a constructor would spend endless time or memory on, or with NaN.
 
     Args:
-        folder: of the component.
-        tensors: how many its weights are.
+        path: a model's ``config.json``, or ``scheduler_config.json``.
+        tensors: how many a model's weights are.
+
+    Returns:
+        What it holds.
 
     Raises:
         ValueError: the file is missing, is not an object, or has a number out of bounds; names file, key and number.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json. Download or convert it again.")
-    config = read_json(folder / "config.json")
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}. Download or convert it again.")
+    config = read_json(path)
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} holds no object of keys and values.")
+        raise ValueError(f"{path} holds no object of keys and values.")
     for key, value in _leaves(config):
-        _check_number(folder, key, value, tensors)
+        _check_number(path, key, value, tensors)
+    return config
 
 
-def _check_number(folder: Path, key: str, value: Any, tensors: int) -> None:
-    """What a model's constructor would spend time or memory on. A list counts by its length."""
+def _check_number(path: Path, key: str, value: Any, tensors: int | None) -> None:
+    """What a constructor would spend time or memory on, or a sampler make NaN of. A list counts by its length."""
     number = len(value) if isinstance(value, list) else value
-    if not isinstance(number, int | float) or not math.isfinite(number):
+    if not isinstance(number, int | float):
         return
-    if isinstance(value, list) or "layers" in key:
+    if isinstance(number, float) and math.isnan(number):
+        raise ValueError(f"{path}: {key} is NaN, no number. Download or convert it again.")
+    if tensors is not None and (isinstance(value, list) or "layers" in key):
         largest, why = tensors, f", since the weights are {tensors} tensors"
-    elif folder.name == "transformer" and key in ("sample_size", "pos_embed_max_size"):
+    elif path.parent.name == "transformer" and key in ("sample_size", "pos_embed_max_size"):
         largest, why = _LARGEST_SIDE, ""
     else:
         largest, why = _LARGEST_NUMBER, ""
-    if number > largest:
+    if number > largest:  # the least may be -Infinity: lambda_min_clipped of DPM-Solver is
         what = "the length of " * isinstance(value, list) + key
-        raise ValueError(f"{folder / 'config.json'}: {what} is {number}; at most {largest} is allowed{why}.")
+        raise ValueError(f"{path}: {what} is {number}; at most {largest} is allowed{why}.")
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -66,6 +66,24 @@ def test_help_of_a_verb_has_an_example_that_parses(verb: str, capsys) -> None:
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        ["sana", "red heart", "blue", "--seed", "3"],
+        ["--seed", "3", "sana", "red heart", "blue"],
+        ["sana", "--seed", "3", "red heart", "blue"],
+        ["sana", "red heart", "--seed", "3", "--", "blue"],
+    ],
+)
+def test_prompts_stand_before_or_after_options(given: list[str]) -> None:
+    options = parser().parse_args(["generate", *given])
+    assert (options.model, options.prompt, options.seed) == ("sana", ["red heart", "blue"], 3)
+
+
+def test_a_prompt_may_begin_with_a_dash() -> None:
+    assert parser().parse_args(["generate", "sana", "--seed", "3", "--", "-5 degrees"]).prompt == ["-5 degrees"]
+
+
+@pytest.mark.parametrize(
     ("option", "value", "says"),
     [
         (
@@ -118,7 +136,9 @@ def test_version(capsys) -> None:
         (["compare", "{tmp}", "{tmp}", "--metrics", "fidd"], "unknown metrics fidd; known: psnr, ssim"),
         (["generate", "{tmp}/missing", "red"], "{tmp}/missing is no folder"),
         (["card", "{tmp}"], "recipe.yaml"),
-        (["export", "{tmp}"], "recipe.yaml"),
+        (["export", "{tmp}"], "{tmp} is not a diffusers pipeline"),
+        (["export", "{tmp}/missing"], "{tmp}/missing is no folder, nor a Hub id"),
+        (["card", "{tmp}", "--repo", "a b/c"], "--repo a b/c: "),
         (["publish", "{tmp}/missing", "--repo", "me/x"], "{tmp}/missing is no folder; give the folder of a run"),
         (["pull", "{tmp}", "--verify"], "{tmp} has no fbqat.json, so what belongs into it is not known"),
     ],

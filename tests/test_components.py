@@ -79,6 +79,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no decoder": (lambda f: shutil.rmtree(f / "vae"), "vae is missing"),
     "no config": (lambda f: (f / "vae" / "config.json").unlink(), r"vae has no config\.json"),
     "no weights": (lambda f: weights_of(f / "text_encoder").unlink(), "text_encoder has no safetensors"),
+    "weights are a folder": (
+        lambda f: (weights_of(f / "vae").unlink(), (f / "vae" / f"{STEM}.safetensors").mkdir()),
+        "vae has no safetensors",
+    ),
     "no denoiser weights": (lambda f: weights_of(f / "transformer").unlink(), "transformer has no safetensors"),
     "other weights": (
         lambda f: weights_of(f / "vae").rename(f / "vae" / "dc-ae.safetensors"),
@@ -112,7 +116,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wrong shape": (
         lambda f: edit_tensors(weights_of(f / "vae"), lambda t: t.update({min(t): torch.zeros(3)})),
-        r"expected shape .*\[3\]",
+        r"vae cannot be loaded .*expected shape .*\[3\]",
+    ),
+    "wrong shape in the text encoder": (
+        lambda f: edit_tensors(weights_of(f / "text_encoder"), lambda t: t.update({"norm.weight": torch.zeros(3)})),
+        r"text_encoder has tensors of other shapes than those of a Gemma2Model: norm\.weight",
     ),
     "whole numbers": (
         lambda f: edit_tensors(weights_of(f / "vae"), lambda t: t.update({min(t): t[min(t)].to(torch.int8)})),

@@ -60,6 +60,7 @@ def test_written_out_whole_as_plain_data_and_read_back() -> None:
         ({"activation_range": "per_channel"}, "activation range is 'per_channel'"),
         ({"modules_to_not_convert": "proj_out"}, "modules_to_not_convert is 'proj_out'; it must be a list"),
         ({"module_overrides": {"proj_out": 16}}, "module_overrides is"),
+        ({"module_overrides": {1: {"bits": 16}}}, "module_overrides is"),
         (
             {"module_overrides": {"proj_out": {"bit": 16}}},
             r"module_overrides\['proj_out'\]: 'bit' \(did you mean 'bits'",

@@ -45,6 +45,7 @@ def test_before_a_pipeline_is_loaded(
 
 def test_tuning_needs_data_and_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_pipeline", never)
+    monkeypatch.setattr(module, "check_source", lambda _: None)
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(ExportError, match=r"tuning needs .* of a recipe, and prompts were given; .* leave out --tune"):

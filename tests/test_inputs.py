@@ -23,8 +23,8 @@ from fbqat_hub.inputs import (
 
 def test_prompts_are_the_lines_that_are_not_empty(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_bytes(b"\xef\xbb\xbfred heart\r\n\n  caf\xc3\xa9 \n")
-    assert read_prompts(file) == ["red heart", "café"]
+    file.write_bytes(b"\xef\xbb\xbfred heart\r\n\n  caf\xc3\xa9 \rblue\xe2\x80\xa8sky\n")
+    assert read_prompts(file) == ["red heart", "café", "blue\u2028sky"]
 
 
 @pytest.mark.parametrize(

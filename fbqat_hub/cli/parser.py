@@ -45,7 +45,15 @@ _RECIPE = "YAML file, or the name of a recipe that ships, e.g. sana-tiny"
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line."""
+    """argparse's, with errors of one line; what a verb is given may stand after its options too."""
+
+    _verb_read = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers or self._verb_read:  # of a verb argparse's own way calls this method
+            return super().parse_known_args(args, namespace)
+        self._verb_read = True
+        return self.parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"fbqat: error: {message} (see {self.prog} --help)")
@@ -146,13 +154,16 @@ def quantizing(sub: argparse.ArgumentParser) -> None:
         "of the model for --prompts, one block in memory at a time (default: nearest)",
     )
     sub.add_argument(
-        "--prompts", type=_checked(local_path), metavar="FILE", help="of gptq: text file with a prompt on each line"
+        "--prompts",
+        type=_checked(local_path),
+        metavar="FILE",
+        help="with --method gptq: text file with a prompt on each line",
     )
     sub.add_argument(
         "--samples",
         type=_number(1, 10_000),
         metavar="N",
-        help="of gptq: inputs of the model to calibrate on, all in memory at each block (default: 100)",
+        help="with --method gptq: inputs of the model to calibrate on, all in memory at each block (default: 100)",
     )
     sub.add_argument(
         "--average-bits",
@@ -182,7 +193,9 @@ def quantizing(sub: argparse.ArgumentParser) -> None:
         help="merge this adapter first: safetensors file, folder or Hub id; of diffusers' or peft's layout",
     )
     sub.add_argument("--lora-scale", type=float, metavar="SCALE", help="of the adapter's change (default: 1)")
-    sub.add_argument("--device", help="of gptq: cpu, cuda, cuda:1, mps or xpu, for one block (default: a GPU if any)")
+    sub.add_argument(
+        "--device", help="with --method gptq: cpu, cuda, cuda:1, mps or xpu, for one block (default: a GPU if any)"
+    )
     _settings(
         sub,
         "arguments of the pipeline call (its recipe keeps them, gptq samples with them)",
@@ -403,7 +416,7 @@ def _lora(commands: Any) -> None:
     sub.add_argument(
         "--float", dest="float_base", metavar="BASE", type=_checked(model_source), help="the full-precision pipeline"
     )
-    _list_option(sub, "--prompt", "TEXT", "draw these without and with the adapter (with --output)")
+    _list_option(sub, "--prompt", "TEXT", "generate these without and with the adapter (with --output)")
     sub.add_argument(
         "--output",
         metavar="FILE",

@@ -199,7 +199,7 @@ def export(options: argparse.Namespace) -> None:
     made = export_run(
         options.run_folder,
         output,
-        soc=options.soc if len(options.soc) > 1 else "".join(options.soc) or DEFAULT_SOC,
+        soc=options.soc if len(options.soc) > 1 else (options.soc or [DEFAULT_SOC])[0],
         precision=options.precision,
         a16=options.a16,
         graphs=options.graphs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ def compare(
             f"{', '.join(needing)} needs the prompt of each picture, in {a}/metadata.jsonl: "
             '{"file_name": "1.png", "prompt": "red heart"}.'
         )
+    left_out = {"a": len(first.files) - len(names), "b": len(second.files) - len(names)}
+    if any(left_out.values()):
+        print(f"left out, without a partner: {left_out['a']} of {a}, {left_out['b']} of {b}", file=sys.stderr)
     rows = []
     for metric in each(metrics, "compare", "metric"):
         how: dict[str, Any] = {"device": device, "seed": seed}
@@ -88,7 +92,6 @@ def compare(
             rows += [_row(metric, of, pictures, how) for of, pictures in (("a", files), ("b", references))]
     if output:
         labels = {"a": a.resolve().name, "b": b.resolve().name}
-        left_out = {"a": len(first.files) - len(names), "b": len(second.files) - len(names)}
         _write(output, rows, {**labels, "without_partner": left_out, "seed": seed})
         shown = names[:_SHOWN]
         sides = {

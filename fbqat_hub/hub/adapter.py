@@ -14,13 +14,11 @@ from shlex import quote
 
 import yaml
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from fbqat_hub.hub.client import GIT_ATTRIBUTES, remote_files, step
 from fbqat_hub.hub.contents import Item, private_things
 from fbqat_hub.hub.manifest import CARD, hash_file
-from fbqat_hub.hub.names import is_local, size_text
+from fbqat_hub.hub.names import is_local, repo_problem, size_text
 from fbqat_hub.hub.preflight import account_problems, privacy_problems, remote_state
 from fbqat_hub.hub.publish import MAIN, commit_files, differing, verify
 from fbqat_hub.text import names
@@ -158,10 +156,8 @@ def _card(path: Path, repo: str, base: str | None) -> tuple[list[str], str]:
     named = base or card.data.base_model
     if not isinstance(named, str) or is_local(named) or named.count("/") != 1:
         return [f"{path} names no base on the Hub; publish the base first, and give --base owner/name."], ""
-    try:
-        validate_repo_id(named)
-    except HFValidationError as error:
-        return [f"--base {named}: {error}"], ""
+    if problem := repo_problem(named):
+        return [problem.replace("--repo", "--base", 1)], ""
     card.data.base_model, card.data.base_model_relation = named, "adapter"
     text = re.sub(r'(DiffusionPipeline\.from_pretrained\()"[^"]*"', rf'\1"{named}"', card.text)
     card.text = text.replace('"ADAPTER"', f'"{repo}"')

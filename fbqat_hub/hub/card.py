@@ -22,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.hub.card_data import FILE, CardData, data_of_run
-from fbqat_hub.hub.names import public_name, without_local_paths
+from fbqat_hub.hub.names import public_name, repo_problem, without_local_paths
 from fbqat_hub.hub.tables import (
     SUITE_TITLES,
     Width,
@@ -119,8 +119,10 @@ def write_card(
 
     Raises:
         FileNotFoundError: ``results.json`` or ``recipe.yaml`` is missing; names the command that makes it.
-        ValueError: a file is broken, or the recipe lacks a key that the card needs.
+        ValueError: ``repo_id`` is none, a file is broken, or the recipe lacks a key that the card needs.
     """
+    if repo_id is not None and (problem := repo_problem(repo_id)):
+        raise ValueError(problem)
     run = Path(run_dir)
     facts = facts_of_run(run, data=None if data is None else Path(data))
     if not facts.records:

@@ -30,6 +30,19 @@ def is_local(value: str) -> bool:
     return value.startswith(("/", "~/", "./", "../")) or ("/" in value and os.path.exists(value))
 
 
+def repo_problem(repo: str) -> str:
+    """What is wrong with a Hub id to publish as; empty if nothing is.
+
+    >>> repo_problem("me/tiny"), repo_problem("tiny")
+    ('', '--repo tiny: give owner/name, e.g. me/tiny.')
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        return f"--repo {repo}: {error}"
+    return "" if repo.count("/") == 1 else f"--repo {repo}: give owner/name, e.g. me/{repo}."
+
+
 def strings_of(tree: Any) -> Iterable[str]:
     """Every string value in a tree of mappings and lists."""
     if isinstance(tree, str):

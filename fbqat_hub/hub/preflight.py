@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import HfApi, get_token, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fbqat_hub.components import read_index
 from fbqat_hub.hub.card_data import UNKNOWN, data_of_run
 from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, step, whoami
 from fbqat_hub.hub.contents import Item, packed_config, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST
-from fbqat_hub.hub.names import public_name
+from fbqat_hub.hub.names import public_name, repo_problem
 from fbqat_hub.stages import find_stage
 from fbqat_hub.text import names
 
@@ -122,12 +121,8 @@ def account_problems(api: HfApi, repo: str) -> tuple[list[str], bool]:
     Raises:
         HubError: the Hub cannot be reached or fails.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        return [f"--repo {repo}: {error}"], False
-    if repo.count("/") != 1:
-        return [f"--repo {repo}: give owner/name, e.g. me/{repo}."], False
+    if problem := repo_problem(repo):
+        return [problem], False
     if not get_token():
         return ["no token: log in with `hf auth login`, or set HF_TOKEN, with a token that may write."], False
     return list(_scope_problems(whoami(api), repo)), True

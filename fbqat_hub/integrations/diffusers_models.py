@@ -16,6 +16,7 @@ from fbqat_hub.integrations.wrapping import around
 from fbqat_hub.quantization.convert import named_layers
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear
 from fbqat_hub.text import names as listed
+from fbqat_hub.weights import check_values
 
 # what diffusers fuses -> what it fuses it of
 _FUSED = {
@@ -209,24 +210,37 @@ def _load_adapter(
     """Never silent where an adapter leaves a packed model as it was.
 
     Raises:
-        ValueError: no tensor of the adapter belongs to the model, or its tensors have other shapes.
+        ValueError: no tensor of the adapter belongs to the model, its tensors have other shapes, or values that are not
+            finite.
     """
-    if not _is_packed(model):
-        return original(model, source, prefix, **kwargs)
     before = set(getattr(model, "peft_config", {}))
+    taken = kwargs.get("adapter_name") in before and not kwargs.get("hotswap")  # diffusers says so
+    if taken or not _is_packed(model):
+        return original(model, source, prefix, **kwargs)
     tensors = dict(source) if isinstance(source, Mapping) else None
     if tensors is not None:
+        for name, values in tensors.items():
+            check_values(values, f"the adapter's {name}")
         _refuse_foreign(model, tensors, prefix)
     try:
         original(model, source, prefix, **kwargs)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         _forget(model, set(getattr(model, "peft_config", {})) - before)
         raise ValueError(
-            f"the adapter does not fit this {type(model).__name__}: {' '.join(str(error).split())[:400]} It was made "
-            "for another architecture or size, or is damaged; nothing of it is loaded."
+            f"the adapter does not fit this {type(model).__name__}: {' '.join(str(error).split())[:400].rstrip('.')}. "
+            "It was made for another architecture or size, or is damaged; nothing of it is loaded."
         ) from error
-    if tensors is None and not kwargs.get("hotswap") and set(getattr(model, "peft_config", {})) == before:
-        raise _nothing_matches(model, prefix, {})
+    if tensors is None and not kwargs.get("hotswap"):
+        new = set(getattr(model, "peft_config", {})) - before
+        if not new:
+            raise _nothing_matches(model, prefix, {})
+        try:
+            for name, values in model.named_parameters():
+                if any(f".{adapter}" in name for adapter in new):
+                    check_values(values.detach(), f"the adapter's {name}")
+        except ValueError:
+            _forget(model, new)
+            raise
     return None
 
 

@@ -169,10 +169,10 @@ class PackedLayer(QuantizedLayer):
             self._check_range(place, value)
 
     def _check_codes(self, place: str, value: Tensor) -> None:
-        """Two codes of four bits fill a byte, whatever they are; one code in a byte of its own can leave its grid."""
-        if value.dtype == torch.int8:
+        """Two codes of four bits fill a byte, whatever they are; those of other widths can leave their grid."""
+        if self.weight_bits != NIBBLE:
             try:
-                check_codes(value, self.weight_bits)
+                check_codes(value if value.dtype == torch.int8 else unpack(value, self.in_features), self.weight_bits)
             except ValueError as error:
                 raise ValueError(f"{place}: {error} The file is damaged.") from None
 

@@ -32,6 +32,8 @@ _RANGES = {
     "num_images_per_prompt": (1, 64),
     "max_sequence_length": (1, 4096),
 }
+# What the sampler is to visit; none of them is no step at all, and noise for a picture.
+_VISITED = ("timesteps", "sigmas")
 
 
 def check_call(pipeline_class: str, arguments: Mapping[str, Any], where: str = "") -> None:
@@ -93,6 +95,9 @@ def _problem(name: str, value: Any, allowed: tuple[Any, ...], multiple: int) -> 
         good = type(value) is int and max(least, step) <= value <= most and value % step == 0
         kind = "a whole number" if step == 1 else f"a multiple of {step}"
         return "" if good else f"{kind} from {max(least, step)} to {most}"
+    if name in _VISITED and value is not None:
+        good = type(value) is list and bool(value) and all(_fits(each, float) and each >= 0 for each in value)
+        return "" if good else "a list of numbers of at least 0, one or more"
     if any(_fits(value, kind) for kind in allowed):
         return ""
     return " or ".join(dict.fromkeys(_WORDS[get_origin(kind) or kind] for kind in allowed if kind is not type(None)))

@@ -35,13 +35,13 @@ def load_pictures(dataset: Mapping[str, Any], side: int) -> datasets.DatasetDict
         ValueError: no train split, no such column, a split without pictures, or a caption that is not text.
     """
     check_local_data(dataset)
-    name = dataset["path"]
+    name, folder = dataset["path"], folder_of(dataset)
     if name == "openmoji":
         return load_openmoji(side, dataset.get("groups", ()))
     if name in NAMED:
         image_column, caption_column = "image", "prompt"
         data: Any = load_prompts(name, dataset.get("count"), images=True)
-    elif (folder := folder_of(dataset)) and _has_texts_beside(folder):
+    elif folder and _has_texts_beside(folder):
         image_column, caption_column = "image", "caption"
         data = _with_texts_beside(folder)
     else:
@@ -56,6 +56,8 @@ def load_pictures(dataset: Mapping[str, Any], side: int) -> datasets.DatasetDict
         raise ValueError(f"data set {name!r} has no split 'train'; it has {', '.join(data)}.")
     for column in (image_column, caption_column):
         if column not in data["train"].column_names:
+            if column == "image" and folder and not pictures_in(folder):
+                raise ValueError(f"{folder} holds no pictures ({', '.join(_ENDINGS)}); give a folder of them.")
             raise ValueError(
                 f"data set {name!r} has no column {column!r}; it has {', '.join(data['train'].column_names)}. Name "
                 "them in the recipe: dataset.image_column, dataset.caption_column."

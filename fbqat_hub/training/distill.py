@@ -13,6 +13,7 @@ from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import downloaded, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
+from fbqat_hub.quantization.convert import targets
 from fbqat_hub.training.adam import check_optimizer
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
@@ -71,6 +72,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         source = downloaded(resolve_teacher(recipe.teacher))
         writers = text_encoder_writers(source, recipe.text_encoders)  # refuses them before the training
         pipeline = load_teacher(recipe)
+        targets(pipeline.transformer, **recipe.config().layer_options())  # so does a pattern that matches no layer
         splits = _encoded(recipe, pipeline, accelerator.device)
     blockwise, sharded = recipe.training == "blockwise", is_sharded(accelerator)
     device = "cpu" if blockwise or sharded else accelerator.device  # where inputs of blocks are kept
@@ -144,8 +146,8 @@ def is_finished(recipe: Recipe, output: Path, resume: bool) -> bool:
     finished, started = (output / "model_index.json").exists(), (output / "recipe.yaml").exists()
     if started and resume and (other := _other_recipe(recipe, output / "recipe.yaml")):
         raise ValueError(
-            f"{output} was started with another recipe, so it cannot be continued with this one: {other}. Give another "
-            "--output, or the recipe it was started with."
+            f"{output} was started with another recipe, so it cannot be continued with this one: {other.rstrip('.')}. "
+            "Give another --output, or the recipe it was started with."
         )
     if not (started and resume):
         hint = "use --resume to continue it" if started and not finished else "give another --output"

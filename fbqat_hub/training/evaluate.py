@@ -33,6 +33,7 @@ from fbqat_hub.evaluation.suite import (
     of_timesteps,
 )
 from fbqat_hub.families import get_family
+from fbqat_hub.hub.names import public_name
 from fbqat_hub.inputs import checked_device, output_folder
 from fbqat_hub.pipelines import check_source, downloaded, load_pipeline, load_stage
 from fbqat_hub.progress import each
@@ -153,7 +154,7 @@ def evaluate(
     if len(set(widths.values())) > 1:
         (folder / "images").mkdir(exist_ok=True)
         widths_picture({recipe.name: widths}, folder / "images" / "widths.png")
-    source = asked.source if asked else ""
+    source = public_name(asked.source) if asked else ""  # records are published
     records = [_record(recipe, metric, measured, source, bits) for metric, measured in found.items()]
     records += [record for metric in chosen if metric in OF_LOADING for record in _of_loading(models, metric, bits)]
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub.components import read_index
+from fbqat_hub.config import is_packed
 from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.families import Family, component_configs, family_of
 from fbqat_hub.files import whole
@@ -27,6 +28,7 @@ from fbqat_hub.text import names
 from fbqat_hub.training.generate import generation_of
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.teachers import resolve_teacher
+from fbqat_hub.untrusted import read_json
 from fbqat_hub.version import __version__
 from fbqat_hub.weights import check_finite
 
@@ -113,7 +115,7 @@ def check(
 
     Args:
         adapter: a safetensors file, a folder with one (the layouts of diffusers and peft), or a Hub id.
-        base, float_base: folder or Hub id of a pipeline.
+        base, float_base: folder or Hub id of a packed pipeline, and of a float one.
         prompts: generate with each, without and with the adapter.
         output: JSON file to write; the picture sheet is written beside it, with the ending .png.
         card: write the passport into the README.md of the adapter's folder, in place of an earlier one; ``output`` is
@@ -121,8 +123,8 @@ def check(
 
     Raises:
         ValueError: no tensor of the adapter matches, or it changes nothing; an output that is no JSON file; prompts
-            without an output; bases of different families; a card of an adapter that is no local folder, or with an
-            output elsewhere and pictures.
+            without an output; a base that is not packed, or a float base that is; bases of different families; a card
+            of an adapter that is no local folder, or with an output elsewhere and pictures.
     """
     import peft  # noqa: F401  # an extra: that it is missing is said before anything is loaded
 
@@ -138,6 +140,13 @@ def check(
     file = adapter_file(adapter)
     check_finite(file)
     folders = [downloaded(resolve_teacher(source)) for source in (base, float_base) if source is not None]
+    packed = [is_packed(read_json(folder / "transformer" / "config.json")) for folder in folders]
+    if not packed[0]:
+        raise ValueError(
+            f"{base} is not quantized, and --base is the 4-bit pipeline; convert it, or give it as --float."
+        )
+    if packed[1:] == [True]:
+        raise ValueError(f"{float_base} is quantized, and --float is the full-precision pipeline.")
     classes = [read_index(folder)[0] for folder in folders]
     if len(set(classes)) > 1:
         raise ValueError(f"{base} is a {classes[0]}, and {float_base} a {classes[1]}; give two of one family.")

@@ -75,9 +75,10 @@ class Merge:
             with quiet():
                 _, unmatched = load_adapter(pipeline, file, _ADAPTER)
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+            said = " ".join(str(error).split())[:400].rstrip(".")
             raise ValueError(
-                f"{file} does not fit this {type(denoiser).__name__}: {' '.join(str(error).split())[:400]} It was made "
-                "for another architecture or size, or is damaged."
+                f"{file} does not fit this {type(denoiser).__name__}: {said}. It was made for another architecture or "
+                "size, or is damaged."
             ) from error
         if unmatched:
             raise ValueError(

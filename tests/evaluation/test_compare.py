@@ -20,8 +20,9 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "a", tmp_path / "b"
 
 
-def test_table_file_and_sheet(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_table_file_and_sheet(folders: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     rows = compare(*folders, tmp_path / "out")
+    assert f"left out, without a partner: 1 of {folders[0]}, 1 of {folders[1]}" in capsys.readouterr().err
     by_name = {row["metric"]: row for row in rows}
     assert by_name["psnr"]["value"] == pytest.approx(20 * -torch.tensor(0.2).log10().item())
     assert by_name["psnr"]["interval"] == pytest.approx((13.979, 13.979), abs=1e-3)

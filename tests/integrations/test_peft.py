@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fbqat_hub import FBQATConfig
@@ -333,6 +333,28 @@ def test_an_adapter_that_does_not_fit_is_an_error_and_leaves_nothing(
     assert torch.equal(predict(pipeline.transformer, case.family), before)
     pipeline.load_lora_weights(case.adapters["a"], adapter_name="broken")
     assert not torch.equal(predict(pipeline.transformer, case.family), before)
+
+
+def test_an_adapter_that_is_not_finite_is_an_error_and_leaves_nothing(with_lora: Case, tmp_path: Path) -> None:
+    case = with_lora
+    tensors = broken(
+        load_file(case.adapters["a"] / "pytorch_lora_weights.safetensors"), lambda n, t: (n, t * torch.nan)
+    )
+    pipeline = case.pipeline()
+    before = predict(pipeline.transformer, case.family)
+    with pytest.raises(ValueError, match=r"the adapter's transformer\..* has values that are not finite"):
+        pipeline.load_lora_weights(tensors)
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"the adapter's .*lora_A.* has values that are not finite"):
+        pipeline.transformer.load_lora_adapter(str(tmp_path), use_safetensors=True)
+    assert torch.equal(predict(pipeline.transformer, case.family), before)
+
+
+def test_a_name_that_is_taken_is_not_called_another_architecture(with_lora: Case) -> None:
+    pipeline = with_lora.pipeline()
+    pipeline.load_lora_weights(with_lora.adapters["a"], adapter_name="a")
+    with pytest.raises(ValueError, match=r"^Adapter name a already in use"):
+        pipeline.load_lora_weights(with_lora.adapters["a"], adapter_name="a")
 
 
 @pytest.mark.cell("save_pretrained with an adapter loaded")

@@ -202,3 +202,11 @@ def test_load_state_dict_refuses_what_the_format_does_not_have(
     with pytest.raises(RuntimeError, match=rf"0\.{tensor}:? .*{message}"):
         model.load_state_dict({**stored, f"0.{tensor}": value}, assign=assign)
     assert all(torch.equal(each, stored[name]) for name, each in model.state_dict().items())
+
+
+def test_three_bits_are_stored_in_four_which_can_hold_more() -> None:
+    model = torch.nn.Sequential(PackedLinear(4, 3, weight_bits=3))
+    stored = {**model.state_dict(), "0.weight_scale": torch.ones(3)}
+    model.load_state_dict({**stored, "0.weight_packed": torch.full((3, 2), 0x3C, dtype=torch.uint8)})  # 3 and -4
+    with pytest.raises(RuntimeError, match=r"0\.weight_packed: codes run from 4 to 4; 3 bits hold -4 to 3"):
+        model.load_state_dict({**stored, "0.weight_packed": torch.full((3, 2), 0x44, dtype=torch.uint8)})

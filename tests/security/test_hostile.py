@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -58,6 +59,10 @@ def index(**changes: Any) -> Callable[[Path], object]:
 
 def text(name: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(content)
+
+
+def of_scheduler(**changes: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
 
 
 def rename(component: str) -> Callable[[Path], object]:
@@ -126,15 +131,24 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "deep model_index": (text("model_index.json", DEEP), "model_index.json is nested too deep"),
     "deep config": (text("transformer/config.json", DEEP), "transformer/config.json is nested too deep"),
-    "deep scheduler": (text("scheduler/scheduler_config.json", DEEP), "cannot be loaded .RecursionError"),
+    "deep scheduler": (text("scheduler/scheduler_config.json", DEEP), "scheduler_config.json is nested too deep"),
+    "scheduler is a list": (text("scheduler/scheduler_config.json", "[]"), "scheduler_config.json holds no object"),
+    "a thousand million timesteps": (of_scheduler(num_train_timesteps=10**9), "num_train_timesteps is 1000000000; at"),
+    "fewer than no timesteps": (of_scheduler(num_train_timesteps=-5), "scheduler cannot be loaded .ValueError"),
+    "endless shift": (of_scheduler(shift=math.inf), "scheduler_config.json: shift is inf; at most"),
+    "shift of NaN": (of_scheduler(shift=math.nan), "scheduler_config.json: shift is NaN, no number"),
+    "decoder's factor is NaN": (config("vae", scaling_factor=math.nan), "vae/config.json: scaling_factor is NaN"),
+    "decoder's factor is text": (config("vae", scaling_factor="x"), "scaling_factor is 'x'; it must be a number, such"),
+    "BOM": (text("vae/config.json", "\ufeff{}"), "vae cannot be loaded"),
     "deep tokenizer": (text("tokenizer/tokenizer.json", DEEP), "cannot be loaded .RecursionError"),
     "large config": (text("vae/config.json", " " * 2**22 + "{}"), "vae/config.json has 4194306 bytes; .* at most"),
     "config is a list": (text("vae/config.json", "[]"), "vae/config.json holds no object"),
     "a thousand million layers": (config(num_layers=10**9), r"num_layers is 1000000000; at most \d+ is .* tensors"),
+    "layers beyond any float": (config(num_layers=10**400), "num_layers is 10{400}; at most"),
     "a million blocks": (config("vae", encoder_block_out_channels=[8] * 9999), "the length of .* is 9999; at most"),
     "wide latents": (config(sample_size=3000), "config.json: sample_size is 3000; at most 512"),
     "wide encoder": (config("text_encoder", hidden_size=10**7), "hidden_size is 10000000; at most 1048576"),
-    "text for a number": (config(num_layers="2"), "transformer cannot be loaded .TypeError"),
+    "text for a number": (config(num_layers="2"), "num_layers is '2'; it must be a number"),
     "quantization_config is a list": (config(quantization_config=[1]), "transformer cannot be loaded"),
     "pickled denoiser": (as_pickle("transformer", "diffusion_pytorch_model.bin"), "no safetensors, but diffusion_py"),
     "pickled encoder": (as_pickle("text_encoder", "pytorch_model.bin"), "no safetensors, but pytorch_model.bin"),
@@ -244,6 +258,8 @@ def test_a_zip_of_pictures_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) 
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "is not YAML: an alias"),
         ("!!python/object/apply:os.system ['echo this ran']\n", "is not YAML: could not determine a constructor"),
         (DEEP, "nested too deep"),
+        ("steps: 1\nname: x\nsteps: 2\n", "is not YAML: steps stands twice, again on line 3; give it once"),
+        ("generation: {height: 64, height: 32}\n", "height stands twice, again on line 1"),
         ("#" * 2**20 + "\nname: x\n", "has 1048585 bytes"),
         ("name: 2001-99-99\n", "is not YAML: month must be"),
         ("{name: x, family: sana, teacher: t, generation: {height: 1000000}}", "generation.height is 1000000"),

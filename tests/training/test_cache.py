@@ -229,3 +229,9 @@ def test_too_little_data_is_said(folder: str, message: str, fbqat_cache: Path, t
     (tmp_path / "few" / folder / "metadata.jsonl").write_text(line)
     with pytest.raises(ValueError, match=message):
         load_pictures({"path": str(tmp_path / "few"), "cache_dir": str(fbqat_cache / "datasets")}, 32)
+
+
+def test_a_folder_of_texts_alone_is_said_to_hold_no_pictures(fbqat_cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "0.txt").write_text("a red heart")
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds no pictures \(\.png, .*\); give a folder of them"):
+        load_pictures({"path": str(tmp_path), "cache_dir": str(fbqat_cache / "datasets")}, 32)

@@ -232,6 +232,7 @@ def test_diverging_run_says_what_to_do(recipe_of, tmp_path: Path) -> None:
         ({"teacher": "{run}"}, ValueError, "is quantized already; give the full-precision pipeline"),
         ({"teacher": "{run}/missing"}, FileNotFoundError, "missing is no folder, nor a Hub id"),
         ({"quantization": {"modules_to_not_convert": ["proj_uot"]}}, ValueError, "'proj_uot' matches no linear layer"),
+        ({"quantization": {"module_overrides": {"x": {"bits": 16}}}}, ValueError, "'x' matches no linear layer"),
         (
             {"dataset": {"path": "openmoji", "groups": ["Smilies"]}},
             ValueError,
@@ -240,10 +241,11 @@ def test_diverging_run_says_what_to_do(recipe_of, tmp_path: Path) -> None:
         ({"dataset": {"path": "./squares"}}, FileNotFoundError, "dataset.path is './squares'; there is no such folder"),
     ],
 )
-def test_wrong_recipe_leaves_no_folder(
-    changes, error, message: str, recipe_of, run_folder: Path, tmp_path: Path
+def test_wrong_recipe_is_refused_before_data_is_encoded_and_leaves_no_folder(
+    changes, error, message: str, recipe_of, run_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """The recipe that is put right is not refused as another one."""
+    monkeypatch.setattr("fbqat_hub.training.distill._encoded", lambda *_: pytest.fail("encodes data first"))
     if "teacher" in changes:
         changes = {"teacher": changes["teacher"].format(run=run_folder)}
     with pytest.raises(error, match=message):

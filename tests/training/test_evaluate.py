@@ -67,7 +67,7 @@ def test_records_of_the_default_metrics(run: Path) -> None:
     assert all(0 <= row["low"] <= row["high"] <= 1000 for row in bins)
     for metric in ("psnr", "ssim", "fd_teacher", "fd_real"):
         assert records[metric].n == 4
-        assert records[metric].extra["prompts"] == recipe.dataset["path"]
+        assert records[metric].extra["prompts"] == Path(recipe.dataset["path"]).name
     low, high = records["psnr"].interval
     assert low <= records["psnr"].value <= high
     assert records["fd_teacher"].extra["extractor"] == records["fd_real"].extra["extractor"] == "openmoji-cnn-1"

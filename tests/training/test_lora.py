@@ -91,11 +91,24 @@ def test_a_card_is_made_where_there_is_none(adapter, packed_folder, tmp_path) ->
     assert "change, 4-bit base" in card
 
 
-def test_the_float_base_against_itself_is_the_same_change(adapter, tiny_sana) -> None:
-    found = check(str(adapter / DIFFUSERS_FILE), str(tiny_sana), str(tiny_sana))
+def test_a_float_base_of_the_same_weights_has_the_same_change(adapter, tiny_sana, tmp_path) -> None:
+    """Float activations on both sides."""
+    packed = convert_pipeline(str(tiny_sana), tmp_path / "packed", {"activation_bits": 32, "module_overrides": {}})
+    pipeline = load_pipeline(packed)
+    pipeline.transformer.dequantize()
+    pipeline.save_pretrained(tmp_path / "float")
+    found = check(str(adapter / DIFFUSERS_FILE), str(packed), str(tmp_path / "float"))
     assert found.cosine == pytest.approx(1)
     assert found.norm_ratio == pytest.approx(1)
-    assert check(str(adapter), str(tiny_sana), seed=1).change != found.change
+    assert check(str(adapter), str(packed), seed=1).change != found.change
+
+
+def test_bases_in_each_others_place_are_refused(adapter, packed_folder, tiny_sana) -> None:
+    """The passport would call one of them what it is not."""
+    with pytest.raises(ValueError, match=f"{tiny_sana.name} is not quantized, and --base is the 4-bit pipeline"):
+        check(str(adapter), str(tiny_sana), str(packed_folder))
+    with pytest.raises(ValueError, match=f"{packed_folder.name} is quantized, and --float is the full-precision"):
+        check(str(adapter), str(packed_folder), str(packed_folder))
 
 
 def test_tensors_that_do_not_match_are_named(adapter, packed_folder, tmp_path) -> None:

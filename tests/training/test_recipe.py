@@ -388,7 +388,9 @@ def test_a_call_is_checked_by_the_class_of_the_pipeline() -> None:
         ("SanaPipeline", {"generator": 3}, "'generator'"),
         ("SanaPipeline", {"clean_caption": 1}, "^clean_caption is 1; it must be true or false"),
         ("SanaPipeline", {"negative_prompt": None}, "^negative_prompt is None; it must be text"),
-        ("FluxPipeline", {"sigmas": ["a"]}, r"^sigmas is \['a'\]; it must be a list"),
+        ("FluxPipeline", {"sigmas": ["a"]}, r"^sigmas is \['a'\]; it must be a list of numbers"),
+        ("FluxPipeline", {"sigmas": []}, r"^sigmas is \[\]; it must be a list of numbers of at least 0, one or more"),
+        ("SanaPipeline", {"timesteps": [999, -1]}, r"^timesteps is \[999, -1\]; it must be a list of numbers"),
         ("FluxPipeline", {"guidance_scale": float("inf")}, "^guidance_scale is inf; it must be a number"),
         ("StableDiffusion3Pipeline", {"clip_skip": -1}, "^clip_skip is -1; it must be a whole number of at least 0"),
         (

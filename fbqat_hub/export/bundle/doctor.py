@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fbqat_hub.families import family_of_denoiser
 from fbqat_hub.files import sha256
 from fbqat_hub.quantization.convert import named_layers
 from fbqat_hub.quantization.packed import PackedLayer
+from fbqat_hub.untrusted import read_json
 
 #: A context binary must stay under 2 GiB: the HTP addresses it with 31 bits (qualcomm/ai-hub-models#274).
 MAX_GRAPH_BYTES = 2**31
@@ -147,11 +147,14 @@ def diagnose_bundle(folder: Path, target: Target) -> list[Finding]:
 
     Raises:
         ExportError: the folder has no manifest.
+        ValueError: the manifest is none of a bundle.
     """
     path = folder / "manifest.json"
     if not path.is_file():
         raise ExportError(f"{folder} is no bundle: it has no manifest.json; fbqat export makes one")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not {"files", "target", "qnn_sdk_build"} <= set(manifest):
+        raise ValueError(f"{path} is none of a bundle: it lacks files, target or qnn_sdk_build; export the run again.")
     findings = []
     for name, described in manifest["files"].items():
         file = folder / name

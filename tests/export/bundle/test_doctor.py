@@ -87,6 +87,15 @@ def test_a_bundle(tmp_path: Path) -> None:
     assert "missing" in doctor.diagnose_bundle(tmp_path, ELITE)[0].what
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("[]", "is none of a bundle"), ("{}", "none of a"), ("{", "is not JSON")]
+)
+def test_a_manifest_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"manifest\.json .*{message}"):
+        doctor.diagnose_bundle(tmp_path, ELITE)
+
+
 def test_targets_are_distinct() -> None:
     assert len({target.soc_model for target in TARGETS.values()}) == len(TARGETS)
     assert min(target.vtcm_mb for target in TARGETS.values()) >= 4
