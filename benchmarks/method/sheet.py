@@ -1,7 +1,7 @@
 """A sheet of the hard cases beside what ships: the teacher, and its students of one method and seed.
 
-python -m benchmarks.method.sheet                     # docs/images/hard-FAMILY.png, some ten minutes a family
-python -m benchmarks.method.sheet --families sana
+python -m benchmarks.method.sheet                     # docs/images/hard-sana.png, some ten minutes
+python -m benchmarks.method.sheet --families sana flux
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from fbqat_hub.pictures import as_image
 from fbqat_hub.training.recipe import load_recipe
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-FAMILIES = ("sana", "flux")
 # Column -> track.
 COLUMNS = {"W3A8": "hard-w3a8", "W4A4": "hard-w4a4", "W4A8": "uniform-4", "W4.5A8 on average": "mixed-4.5"}
 STEPS, RATE, SEED = 400, 1e-4, 1
@@ -39,7 +38,7 @@ def sheet(family: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--families", nargs="+", choices=RECIPES, default=["sana"])
     for family in parser.parse_args().families:
         print(sheet(family))
 
