@@ -31,8 +31,6 @@ from fbqat_hub.training.widths import chosen_widths, layer_scores
 Widths = dict[str, int]
 Chooser = Callable[[Recipe, nn.Module, CachedSplit, Draws], Widths]
 
-# Of these, before as many of the common training, layers fall.
-FALLING_STEPS = 200
 # Of learned widths: steps, the rate of the weights, Adam's rate in bits, the share of the steps after which the budget
 # is reached, and how fast the multiplier of the budget follows.
 LEARNING_STEPS, RATE, RATE_OF_WIDTHS, FALLEN, FOLLOWING = 300, 1e-4, 0.05, 0.7, 0.5
@@ -141,7 +139,8 @@ def prepare_falling(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draw
     """As `prepare_student`, but layers fall one by one from 8 bits to 4, those that lose least first.
 
     A layer that falls gets GPTQ's codes for the inputs that it has by then, and all layers are trained for some steps
-    before the next one does. In the end the same layers have 8 bits as by default.
+    before the next one does: ``recipe.steps`` in all, after which come as many of the common training. In the end the
+    same layers have 8 bits as by default.
     """
     uniform = replace(recipe, quantization=replace(recipe.quantization, average_bits=None))
     scores = layer_scores(recipe, started_student(uniform, teacher, split, draws), teacher, split, draws)
@@ -161,7 +160,7 @@ def prepare_falling(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draw
         for parameter in layers[name].set_bit_width(4):
             optimizer.state.pop(parameter, None)
         gptq_initialize(student, lambda: draws.calibration(split, samples), only=[name], **options)
-        while step < FALLING_STEPS * (number + 1) // len(falling):
+        while step < recipe.steps * (number + 1) // len(falling):
             _step(recipe, student, teacher, split, draws, step).backward()
             optimizer.step()
             optimizer.zero_grad()

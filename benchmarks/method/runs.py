@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from benchmarks.method.baselines import bits_per_weight, prepare_low_rank
-from benchmarks.method.choices import CHOICES, FALLING_STEPS, prepare_by, prepare_falling
+from benchmarks.method.choices import CHOICES, prepare_by, prepare_falling
 from benchmarks.method.dynamics import Dynamics
 from benchmarks.method.outliers import outlier_channels
 from fbqat_hub.cache_dir import default_cache_dir
@@ -72,6 +72,7 @@ class Method:
     fields: Mapping[str, Any] = field(default_factory=dict)
     prepare: Prepare = prepare_student
     trained: bool = True  # at a rate of the grid
+    halved: bool = False  # ``prepare`` takes half of the steps
     float_weights: bool = False  # with the method's activations
 
 
@@ -131,8 +132,7 @@ VARIANTS: dict[str, Method] = {
 for _name, _choice in CHOICES.items():
     VARIANTS[f"ptq-gptq {_name}"] = Method("ptq-gptq", prepare=prepare_by(_choice), trained=False)
     VARIANTS[f"fbqat {_name}"] = Method("fbqat", prepare=prepare_by(_choice))
-# Half of a run's 400 steps are those in which layers fall.
-VARIANTS["fbqat falling"] = Method("fbqat", {"steps": 400 - FALLING_STEPS}, prepare=prepare_falling)
+VARIANTS["fbqat falling"] = Method("fbqat", prepare=prepare_falling, halved=True)
 
 # Bits a weight on average, of the curve of size against loss; 8 is uniform 8 bits.
 AVERAGES = (4.25, 4.5, 5.0, 6.0, 8.0)
@@ -223,7 +223,7 @@ class Setting:
         method = method_of(self.method)
         fields: dict[str, Any] = {"method": method.preset, "seed": self.seed, "save_every": 0}
         if method.trained:
-            fields |= {"steps": self.steps, "learning_rate": self.rate}
+            fields |= {"steps": self.steps // (2 if method.halved else 1), "learning_rate": self.rate}
         for changes in (TRACKS[self.track], method.fields):
             for name, value in changes.items():
                 fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value

@@ -47,7 +47,7 @@ def save_checkpoint(
     for name, value in model.state_dict().items():
         whole = gathered(value.detach())
         if writes:
-            tensors[f"model.{name}"] = whole.clone() if whole is value else whole
+            tensors[f"model.{name}"] = whole.clone()  # tied weights share memory, which safetensors does not store
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             whole = gathered(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,7 +79,6 @@ class Inputs:
 
 
 def test_layers_fall_one_by_one_and_the_last_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "FALLING_STEPS", 9)
     fallen: list[str] = []
     initialize, step, steps_at_4 = choices.gptq_initialize, choices._step, []
 
@@ -94,7 +94,7 @@ def test_layers_fall_one_by_one_and_the_last_ones_stay(monkeypatch: pytest.Monke
     monkeypatch.setattr(choices, "_step", counted)
     torch.manual_seed(0)
     draws: Any = Inputs()
-    student = prepare_falling(recipe(5), Sum().requires_grad_(False), None, draws)
+    student = prepare_falling(replace(recipe(5), steps=9), Sum().requires_grad_(False), None, draws)
     assert fallen == ["spiky", *fallen[1:]]  # the output hardly has it
     assert sorted(fallen) == ["first", "last", "spiky"]
     assert [sorted(names) for names in steps_at_4] == [sorted(fallen[: 1 + at // 3]) for at in range(9)]

@@ -289,10 +289,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) ->
     """Raise ``error`` instead of writing the checkpoint of ``step``."""
     save = checkpoint.save_checkpoint
 
-    def saving(folder: Path, done: int, *rest: Any) -> None:
+    def saving(folder: Path, done: int, *rest: Any, **options: Any) -> None:
         if done == step:
             raise error
-        save(folder, done, *rest)
+        save(folder, done, *rest, **options)
 
     monkeypatch.setattr(loop, "save_checkpoint", saving)
 

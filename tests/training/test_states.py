@@ -217,10 +217,10 @@ def test_a_run_without_pictures_resumes_to_the_bit_and_is_measured(prompted, tmp
     recipe, save = prompted(quantization={"average_bits": 4.5}), loop.save_checkpoint
     whole = train(recipe, tmp_path / "whole", progress=False)
 
-    def saving(folder: Path, done: int, *rest: Any) -> None:
+    def saving(folder: Path, done: int, *rest: Any, **options: Any) -> None:
         if done == 4:
             raise KeyboardInterrupt
-        save(folder, done, *rest)
+        save(folder, done, *rest, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", saving)
