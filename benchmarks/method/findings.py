@@ -40,7 +40,7 @@ class Side(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What is asked, the two sides, and the metric: "sampler" (the judge's) or "test"."""
+    """What is asked, the two sides, and the metric: "sampler" (the judge's), "test", or "psnr" of pictures."""
 
     question: str
     changed: Side
@@ -48,11 +48,13 @@ class Finding(NamedTuple):
     metric: str = "sampler"
 
     def changes(self, results: Results, family: str) -> list[float]:
-        """The loss of ``changed`` against the other's, in %, one a seed that both have."""
+        """The loss of ``changed`` against the other's, in %, or the gain in dB, one a seed that both have."""
         new, old = (side.rows(results, family, self.metric) for side in (self.changed, self.against))
         if self.against.method in _OF_NO_SEED and old:
             old = dict.fromkeys(new, next(iter(old.values())))
         both = sorted(set(new) & set(old))
+        if self.metric == "psnr":
+            return [new[seed]["psnr"] - old[seed]["psnr"] for seed in both]
         return [100 * (new[seed][self.metric] / old[seed][self.metric] - 1) for seed in both]
 
 
@@ -68,6 +70,7 @@ JUDGED = (
     Finding("a learned clip: LSQ against vanilla QAT", Side(UNIFORM, "lsq-qat"), Side(UNIFORM, "vqat")),
     Finding("at 4.2 stored bits: against torchao's QAT at 5.0 to 5.1", DEFAULT, Side(UNIFORM, "torchao-qat")),
     Finding("4.5 bits on average: against 4", HALF_A_BIT, DEFAULT),
+    Finding("the same, PSNR of pictures to the teacher's", HALF_A_BIT, DEFAULT, "psnr"),
     Finding("4.5 bits on average, GPTQ not trained: against trained 4", GPTQ_HALF_A_BIT, DEFAULT),
     Finding("at 4.7 stored bits: against torchao's QAT at 5.0 to 5.1", HALF_A_BIT, Side(UNIFORM, "torchao-qat")),
     Finding("at 4.7 stored bits: against the default in groups of 32, at 5.0 to 5.1", HALF_A_BIT, GROUPS),
@@ -141,5 +144,6 @@ def findings(results: Results, chosen: Sequence[Finding]) -> str:
     for finding in chosen:
         for family in FAMILIES:
             if changes := finding.changes(results, family):
-                cells.setdefault(finding.question, {})[family] = interval_of(changes, 0, "%")
+                digits, unit = (1, " dB") if finding.metric == "psnr" else (0, "%")
+                cells.setdefault(finding.question, {})[family] = interval_of(changes, digits, unit)
     return by_family("change of the loss (95% interval)", cells)

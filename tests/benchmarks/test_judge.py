@@ -40,6 +40,14 @@ def test_changes_are_seed_by_seed_with_an_interval() -> None:
     assert findings(Results(ROWS[:2]), [AGAINST_LSQ]).count("\n") == 2  # no row
 
 
+def test_pictures_are_compared_in_db() -> None:
+    of_pictures = AGAINST_LSQ._replace(metric="psnr")
+    rows = [{**each, "psnr": value} for each, value in zip(ROWS, (22.0, 25.0, 21.0, 23.0), strict=True)]
+    assert of_pictures.changes(Results(rows), "sana") == [1.0, 2.0]
+    assert line(findings(Results(rows), [of_pictures]), "start") == "+1.5 dB (-4.9 to +7.9)"
+    assert line(findings(Results([*rows[:1], *ROWS[1:2], *rows[2:]]), [of_pictures]), "start") == "+1.0 dB (one seed)"
+
+
 def test_a_side_is_at_its_best_rate_by_validation() -> None:
     worse = row("lsq-qat", 1, 0.001, rate=2e-4, validation=9.0)
     assert AGAINST_LSQ.changes(Results([*ROWS, worse]), "sana") == pytest.approx([-20, -37.5])
