@@ -13,13 +13,16 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.fine_tune import in_style
 from fbqat_hub import cli
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.lora_check import DIFFUSERS_FILE, adapter_file, check, load_adapter
 from fbqat_hub.training.lora_train import train
-from fbqat_hub.training.ptq import convert_pipeline
+from fbqat_hub.training.openmoji import load_openmoji
+from fbqat_hub.training.ptq import Calibrated, convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.teachers import resolve_teacher
 from tests.conftest import call_of
 
 
@@ -231,3 +234,25 @@ def test_training_and_check_of_the_other_families(family, teacher_of, pictures, 
     found = check(str(done.output), str(packed), str(teacher_of(family)))
     assert found.unmatched == []
     assert found.cosine > 0.5
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_float_base_does_the_same_on_4_bits(tmp_path: Path) -> None:
+    """A trained teacher, an adapter trained on it in float, and the bits that recipes ship with."""
+    teacher = str(resolve_teacher(load_recipe("sana-tiny").teacher))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    data = load_openmoji(64, ["Food & Drink"])["train"].select(range(32))
+    for number, row in enumerate(data):
+        in_style(row["image"]).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(row["caption"], encoding="utf-8")
+    train(pictures, teacher, tmp_path / "style", steps=60, progress=False)
+    prompts = data["caption"][:8]
+    convert_pipeline(
+        teacher, tmp_path / "w4.5", {"average_bits": 4.5}, gptq=Calibrated(prompts=prompts, samples=64), progress=False
+    )
+    found = check(str(tmp_path / "style"), str(tmp_path / "w4.5"), teacher)
+    assert found.unmatched == []
+    assert found.float_change > 0.01
+    assert found.cosine > 0.95
+    assert found.norm_ratio == pytest.approx(1, abs=0.1)
