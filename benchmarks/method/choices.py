@@ -15,16 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.method.baselines import targets_of
-from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear, gptq_initialize, named_layers
-from fbqat_hub.quantization.convert import matches
 from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
 from fbqat_hub.quantization.widths import average_width, widths_of_average
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
-from fbqat_hub.training.student import started_student
+from fbqat_hub.training.student import set_trained_layers, started_student
 from fbqat_hub.training.widths import chosen_widths, layer_scores
 
 # Name of a layer -> its bits.
@@ -42,9 +40,7 @@ def prepare_by(choose: Chooser) -> Callable[[Recipe, nn.Module, CachedSplit, Dra
     def prepared(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws) -> Any:
         widths = choose(recipe, teacher, split, draws)
         student = started_student(recipe, teacher, split, draws, {name: 8 for name in widths if widths[name] == 8})
-        patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
-        for name, layer in named_layers(student, FakeQuantizedLinear):
-            layer.requires_grad_(matches(name, patterns))
+        set_trained_layers(recipe, student)
         return student
 
     return prepared
@@ -104,9 +100,7 @@ def learned(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws
     shares = torch.tensor([size / sum(sizes.values()) for size in sizes.values()])
     widths = nn.Parameter(torch.full((len(layers),), 8.0))
     clips: dict[str, float] = {}
-    patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
-    for name, layer in layers.items():
-        layer.requires_grad_(matches(name, patterns))
+    set_trained_layers(recipe, student)
     weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
     of_weights = torch.optim.Adam(weights, lr=RATE, fused=True)
     of_widths = torch.optim.Adam([widths], lr=RATE_OF_WIDTHS, betas=(0.9, 0.99))
@@ -145,9 +139,8 @@ def prepare_falling(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draw
     uniform = replace(recipe, quantization=replace(recipe.quantization, average_bits=None))
     scores = layer_scores(recipe, started_student(uniform, teacher, split, draws), teacher, split, draws)
     student = started_student(uniform, teacher, split, draws, dict.fromkeys(scores, 8))
-    patterns, layers = get_family(recipe.family).layer_groups[recipe.train_layers], {}
-    for name, layer in named_layers(student, FakeQuantizedLinear):
-        layers[name] = layer.requires_grad_(matches(name, patterns))
+    set_trained_layers(recipe, student)
+    layers = dict(named_layers(student, FakeQuantizedLinear))
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     final = widths_of_average(scores, sizes, _average(recipe))
     falling = [name for name in layers if final[name] == 4]

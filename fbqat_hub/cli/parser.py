@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 def _demo(commands: Any) -> None:
     sub = _verb(commands, verbs.demo, "quantize the tiny Sana that ships, from end to end", "demo --output runs/demo")
     sub.add_argument(
-        "--output", type=_checked(_folder), default=Path("runs/demo"), help="folder to leave (default: runs/demo)"
+        "--output", type=NEW_FOLDER, default=Path("runs/demo"), help="folder to leave (default: runs/demo)"
     )
     sub.add_argument("--steps", type=_number(1, 10**7), help="training steps of each method (default: the recipe's)")
 
@@ -92,9 +92,9 @@ def _train(commands: Any) -> None:
     sub = _verb(
         commands, verbs.train, "train a W4A8 model by a recipe", "train sana-tiny --output runs/tiny --set steps=800"
     )
-    sub.add_argument("recipe", type=_checked(model_source), help=_RECIPE)
+    sub.add_argument("recipe", type=SOURCE, help=_RECIPE)
     sub.add_argument(
-        "--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline, its log and recipe"
+        "--output", type=NEW_FOLDER, required=True, help="new folder for the packed pipeline, its log and recipe"
     )
     sub.add_argument("--resume", action="store_true", help="continue an interrupted run of the same recipe")
     _fit_option(sub)
@@ -109,7 +109,7 @@ def _plan(commands: Any) -> None:
         "plan flux-schnell --gpus 8x80GB",
     )
     sub.epilog = _PLANS
-    sub.add_argument("recipe", type=_checked(model_source), help=_RECIPE)
+    sub.add_argument("recipe", type=SOURCE, help=_RECIPE)
     sub.add_argument(
         "--gpus",
         type=_checked(_gpus),
@@ -127,7 +127,7 @@ def _plan(commands: Any) -> None:
         action="store_true",
         help="load the teacher and measure what there is to choose from: bit widths, layers to train, time and memory",
     )
-    sub.add_argument("--output", type=_checked(_folder), help="with --measure: folder for plan.json and curve.png")
+    sub.add_argument("--output", type=NEW_FOLDER, help="with --measure: folder for plan.json and curve.png")
     _fit_option(sub)
     _settings(sub, "fields of the recipe", "method=fbqat-paper")
 
@@ -139,8 +139,8 @@ def _convert(commands: Any) -> None:
         "quantize a pipeline without training",
         "convert my-finetune/ --output mine-w4a8 --method gptq --prompts prompts.txt",
     )
-    sub.add_argument("pipeline", type=_checked(model_source), help="folder or Hub id of a diffusers pipeline")
-    sub.add_argument("--output", type=_checked(_folder), required=True, help="new folder for the packed pipeline")
+    sub.add_argument("pipeline", type=SOURCE, help="folder or Hub id of a diffusers pipeline")
+    sub.add_argument("--output", type=NEW_FOLDER, required=True, help="new folder for the packed pipeline")
     quantizing(sub)
 
 
@@ -188,7 +188,7 @@ def quantizing(sub: argparse.ArgumentParser) -> None:
     _list_option(sub, "--leave", "PATTERN", "modules to leave in float, e.g. 'proj_out' or '*.attn2.*'")
     sub.add_argument(
         "--lora",
-        type=_checked(model_source),
+        type=SOURCE,
         metavar="ADAPTER",
         help="merge this adapter first: safetensors file, folder or Hub id; of diffusers' or peft's layout",
     )
@@ -210,7 +210,7 @@ def _generate(commands: Any) -> None:
         "generate pictures with a packed or a full-precision pipeline",
         'generate runs/tiny "red heart" "flag of france" --seed 3 --set num_inference_steps=12',
     )
-    sub.add_argument("model", type=_checked(model_source), help="folder or Hub id of a pipeline")
+    sub.add_argument("model", type=SOURCE, help="folder or Hub id of a pipeline")
     sub.add_argument("prompt", nargs="*", help="what is to be seen, in quotes; several give a grid")
     sub.add_argument(
         "--prompts", type=_checked(local_path), metavar="FILE", help="text file with a prompt on each line"
@@ -272,7 +272,7 @@ def _compare(commands: Any) -> None:
         "a", metavar="A", type=_checked(local_path), help="folder of pictures (PNG, JPEG, WebP) or of an evaluated run"
     )
     sub.add_argument("b", metavar="B", type=_checked(local_path), help="the same; the reference")
-    sub.add_argument("--output", type=_checked(_folder), help="folder for comparison.json and comparison.png")
+    sub.add_argument("--output", type=NEW_FOLDER, help="folder for comparison.json and comparison.png")
     _measuring(sub, "fd, fid, clip_fid")
 
 
@@ -296,7 +296,7 @@ def _space(commands: Any) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        type=_checked(model_source),
+        type=SOURCE,
         help="folder or Hub id of a run (default: all in runs/)",
     )
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
@@ -322,10 +322,10 @@ def _export(commands: Any) -> None:
     sub.add_argument(
         "run_folder",
         metavar="RUN",
-        type=_checked(model_source),
+        type=SOURCE,
         help="folder of a run, or of a packed pipeline, or the Hub id of one",
     )
-    sub.add_argument("--output", type=_checked(_folder), help="new folder (default: RUN/htp, RUN/sdnq, ...)")
+    sub.add_argument("--output", type=NEW_FOLDER, help="new folder (default: RUN/htp, RUN/sdnq, ...)")
     compiling(sub)
 
 
@@ -385,7 +385,7 @@ def _doctor(commands: Any) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        type=_checked(model_source),
+        type=SOURCE,
         help="folder of a bundle, or a packed pipeline",
     )
     sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
@@ -409,13 +409,11 @@ def _lora(commands: Any) -> None:
     sub.add_argument(
         "adapter",
         metavar="ADAPTER",
-        type=_checked(model_source),
+        type=SOURCE,
         help="safetensors file, folder or Hub id; of diffusers' or peft's layout",
     )
-    sub.add_argument("--base", required=True, type=_checked(model_source), help="folder or Hub id of a 4-bit pipeline")
-    sub.add_argument(
-        "--float", dest="float_base", metavar="BASE", type=_checked(model_source), help="the full-precision pipeline"
-    )
+    sub.add_argument("--base", required=True, type=SOURCE, help="folder or Hub id of a 4-bit pipeline")
+    sub.add_argument("--float", dest="float_base", metavar="BASE", type=SOURCE, help="the full-precision pipeline")
     _list_option(sub, "--prompt", "TEXT", "generate these without and with the adapter (with --output)")
     sub.add_argument(
         "--output",
@@ -441,8 +439,8 @@ def _lora(commands: Any) -> None:
         type=_checked(local_path),
         help="pictures, and a metadata.jsonl with file_name and caption of each, or a text file beside each",
     )
-    sub.add_argument("--base", required=True, type=_checked(model_source), help="folder or Hub id of a 4-bit pipeline")
-    sub.add_argument("--output", required=True, type=_checked(_folder), help="new folder for the adapter and its card")
+    sub.add_argument("--base", required=True, type=SOURCE, help="folder or Hub id of a 4-bit pipeline")
+    sub.add_argument("--output", required=True, type=NEW_FOLDER, help="new folder for the adapter and its card")
     sub.add_argument("--rank", type=_number(1, 1024), default=8, help="of the adapter (default: 8)")
     sub.add_argument("--steps", type=_number(1, 10**7), default=200, help="training steps (default: 200)")
     sub.add_argument("--batch-size", type=_number(1, 4096), default=4, metavar="N", help="pictures a step (default: 4)")
@@ -456,10 +454,8 @@ def _lora(commands: Any) -> None:
         "publish style/ --repo me/style --base me/Sana-tiny-FBQAT-W4A8 --dry-run",
     )
     sub.add_argument("adapter", metavar="FOLDER", type=_checked(local_path), help="of an adapter with its card")
-    sub.add_argument("--repo", required=True, help="Hub id, owner/name")
+    _publishing(sub)
     sub.add_argument("--base", metavar="REPO", help="Hub id of the 4-bit pipeline (default: the one in the card)")
-    sub.add_argument("--private", action="store_true", help="make a private repository")
-    sub.add_argument("--dry-run", action="store_true", help="do everything but the upload")
 
 
 def _publish(commands: Any) -> None:
@@ -470,11 +466,15 @@ def _publish(commands: Any) -> None:
         "publish runs/tiny --repo me/Sana-tiny-FBQAT-W4A8 --dry-run",
     )
     sub.add_argument("run_folder", metavar="RUN", type=_checked(local_path), help="folder of a run with its card")
-    sub.add_argument("--repo", required=True, help="Hub id, owner/name")
-    sub.add_argument("--private", action="store_true", help="make a private repository")
+    _publishing(sub)
     sub.add_argument("--device-repo", action="store_true", help="put htp/ into REPO-QNN-SM8750 (default: a subfolder)")
     sub.add_argument("--branches", action="store_true", help="a branch for each width of keep_stages: w8, w6, w4")
     sub.add_argument("--collection", metavar="TITLE", help="add it to this collection, by title or slug")
+
+
+def _publishing(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--repo", required=True, help="Hub id, owner/name")
+    sub.add_argument("--private", action="store_true", help="make a private repository")
     sub.add_argument("--dry-run", action="store_true", help="do everything but the upload")
 
 
@@ -485,8 +485,8 @@ def _pull(commands: Any) -> None:
         "download a published model, complete and verified by its manifest",
         "pull me/Sana-tiny-FBQAT-W4A8 --for diffusers --output sana",
     )
-    sub.add_argument("model", type=_checked(model_source), help="Hub id; with --verify also a folder")
-    sub.add_argument("--output", type=_checked(_folder), help="folder for the files (default: the Hub's cache)")
+    sub.add_argument("model", type=SOURCE, help="Hub id; with --verify also a folder")
+    sub.add_argument("--output", type=NEW_FOLDER, help="folder for the files (default: the Hub's cache)")
     sub.add_argument("--for", dest="use", choices=("diffusers", "htp"), help="only what this needs (default: all)")
     sub.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
     sub.add_argument("--offline", action="store_true", help="take what is on this machine, and verify it")

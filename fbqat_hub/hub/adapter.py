@@ -17,13 +17,14 @@ from huggingface_hub import HfApi, ModelCard
 
 from fbqat_hub.hub.client import GIT_ATTRIBUTES, remote_files, step
 from fbqat_hub.hub.contents import Item, private_things
-from fbqat_hub.hub.manifest import CARD, hash_file
-from fbqat_hub.hub.names import is_local, repo_problem, size_text
+from fbqat_hub.hub.manifest import CARD
+from fbqat_hub.hub.names import is_local, repo_problem
 from fbqat_hub.hub.preflight import account_problems, privacy_problems, remote_state
-from fbqat_hub.hub.publish import MAIN, commit_files, differing, verify
+from fbqat_hub.hub.publish import MAIN, Plan, Target, differing, hashes_of, refuse, table, upload
 from fbqat_hub.text import names
 from fbqat_hub.weights import check_finite, read_header
 
+# the names that diffusers and peft give an adapter's file
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
@@ -72,40 +73,21 @@ def publish_adapter(
             if others:
                 problems.append(f"{repo} exists and holds other files ({names(sorted(others))}); choose another name.")
             problems += privacy_problems(repo, state, private)
-    if problems:
-        error = ValueError(f"{folder} is not ready to be published; to mend:")
-        for problem in problems:
-            error.add_note(f"  - {problem}")
-        raise error
-    hashes = {}
-    for item in items:
-        with item.open() as file:
-            hashes[item.path] = hash_file(file)
-    if state is None:
-        changed = {item.path for item in items}
-    else:
+    refuse(folder, problems)
+    hashes = {item.path: entry for item, entry in hashes_of(items).items()}
+    changed = set(hashes)
+    if state is not None:
         with step(f"list the files of {repo}"):
             changed = set(differing(items, hashes, remote_files(api, repo, state.commit)))
-    is_new = f"new{', private' if private else ''}" if state is None else f"at {state.commit[:8]}"
-    say(f"{repo} ({is_new}): {len(items)} files, {len(changed)} to upload")
-    for item in items:
-        say(f"  {item.path}  {size_text(item.size)}  {'upload' if item.path in changed else 'there already'}")
+    plan = Plan(Target(repo, MAIN, folder, items), items, "Adapter", hashes, state, [], changed)
+    for line in table(plan, private).splitlines():
+        say(line)
     if stay:
         say(f"stays here: {names(stay, 3)}")
     if dry_run:
         say("dry run: nothing was uploaded.")
         return
-    if state is None:
-        with step(f"make the repository {repo}"):
-            api.create_repo(repo, private=private)
-            parent = str(api.model_info(repo).sha)
-    else:
-        parent = state.commit
-    sent = [item for item in items if item.path in changed]
-    if not sent:
-        say(f"{repo}: nothing changed, nothing uploaded")
-    commit = commit_files(api, repo, MAIN, parent, sent, [], "Adapter", repo)
-    verify(api, repo, commit, items, hashes, repo, say)
+    upload(api, plan, private, say)
 
 
 def _collect(folder: Path, repo: str, base: str | None) -> tuple[list[Item], list[str], list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -67,8 +67,9 @@ class Plan:
 
     Attributes:
         target: the branch.
-        items: every file, the manifest last.
-        manifest: sizes and hashes of all but itself.
+        items: every file, a run's manifest last.
+        name: of what is published, for the commit's message.
+        hashes: path -> size and hash of the files, but of the manifest.
         remote: the branch as it is; None if it is to be made.
         remove: files of the last publication, or of what it starts from, that this one does not have.
         changed: paths that are not on the Hub as they are here.
@@ -77,7 +78,8 @@ class Plan:
 
     target: Target
     items: list[Item]
-    manifest: Manifest
+    name: str
+    hashes: Mapping[str, FileEntry]
     remote: Remote | None
     remove: list[str]
     changed: set[str]
@@ -130,11 +132,7 @@ def publish(
     problems += private_things(every, repo.partition("/")[0])
     states, leftovers, found = _states(api, run, targets, private)
     problems += found
-    if problems:
-        error = ValueError(f"{run} is not ready to be published; to mend:")
-        for problem in dict.fromkeys(problems):  # what is wrong with the recipe is so on every branch
-            error.add_note(f"  - {problem}")
-        raise error
+    refuse(run, problems)
     with Progress(f"hash {repo}", sum(item.size for item in every), "B") as bar:
         hashes = hashes_of(every, bar.update)
     plans: list[Plan] = []
@@ -142,13 +140,13 @@ def publish(
         base = None if target.branch == MAIN else plans[0]
         plans.append(_plan(api, run, target, state, hashes, base, target.branch in leftovers))
     for plan in plans:
-        say(_table(plan, private))
+        say(table(plan, private))
     if stay:
         say(f"stays here: {names(stay, 3)}")
     if dry_run:
         say("dry run: nothing was uploaded.")
         return
-    of_main = [_upload(api, plan, private, say) for plan in plans if plan.target.branch == MAIN]
+    of_main = [upload(api, plan, private, say) for plan in plans if plan.target.branch == MAIN]
     for plan in plans:
         if plan.target.branch != MAIN:
             _upload_branch(api, plan, of_main[0], say)
@@ -156,6 +154,15 @@ def publish(
         repos = [plan.target.repo for plan in plans if plan.target.branch == MAIN]
         slug = _collect(api, repos, collection, private)
         say(f"in the collection {api.endpoint}/collections/{slug}")
+
+
+def refuse(folder: Path, problems: Iterable[str]) -> None:
+    """Raise ValueError with each problem as a note, once: what is wrong with a recipe is so on every branch."""
+    if problems := list(dict.fromkeys(problems)):
+        error = ValueError(f"{folder} is not ready to be published; to mend:")
+        for problem in problems:
+            error.add_note(f"  - {problem}")
+        raise error
 
 
 def _of_stages(run: Path, main: Target) -> tuple[list[Target], list[str]]:
@@ -296,11 +303,13 @@ def _plan(
     if remote is None:
         held = set(base.items) if base else set()
         changed = {item.path for item in items if item not in held}
-        return Plan(target, items, manifest, None, sorted({i.path for i in held} - ours), changed, leftover)
+        remove = sorted({item.path for item in held} - ours)
+        return Plan(target, items, manifest.name, manifest.files, None, remove, changed, leftover)
     with step(f"list the files of {target}"):
         there = remote_files(api, target.repo, remote.commit)
     remove = [path for path in _published_before(target.repo, remote) if path in there and path not in ours]
-    return Plan(target, items, manifest, remote, remove, set(differing(items, manifest.files, there)), leftover)
+    changed = set(differing(items, manifest.files, there))
+    return Plan(target, items, manifest.name, manifest.files, remote, remove, changed, leftover)
 
 
 def _published_before(repo: str, remote: Remote) -> list[str]:
@@ -339,7 +348,7 @@ def differing(items: list[Item], hashes: Mapping[str, FileEntry], there: dict[st
     return differing
 
 
-def _table(plan: Plan, private: bool) -> str:
+def table(plan: Plan, private: bool) -> str:
     """What will be uploaded, a line a file; of a branch what differs from what it starts from or holds."""
     if plan.remote is None:
         state = f"new{', private' if private else ''}"
@@ -355,7 +364,7 @@ def _table(plan: Plan, private: bool) -> str:
     return "\n".join([*lines, *(f"  {path:{width}}  {'':>11}  remove" for path in plan.remove)])
 
 
-def _upload(api: HfApi, plan: Plan, private: bool, say: Callable[[str], None]) -> str:
+def upload(api: HfApi, plan: Plan, private: bool, say: Callable[[str], None]) -> str:
     """Make the repository if need be, commit what changed at once, and compare what is there then; the commit."""
     repo, commit = plan.target.repo, plan.remote.commit if plan.remote else None
     if commit is None:
@@ -387,57 +396,25 @@ def _upload_branch(api: HfApi, plan: Plan, main: str, say: Callable[[str], None]
 
 def _commit(api: HfApi, plan: Plan, branch: str, parent: str, say: Callable[[str], None]) -> str:
     """One commit on a branch whose newest is ``parent``, if anything changed, verified; the branch's newest then."""
-    changed = [item for item in plan.items if item.path in plan.changed]
-    if plan.remote is not None and not changed and not plan.remove:
-        say(f"{plan.target}: nothing changed, nothing uploaded")
-    name, hashes = plan.manifest.name, plan.manifest.files
-    commit = commit_files(api, plan.target.repo, branch, parent, changed, plan.remove, name, str(plan.target))
-    verify(api, plan.target.repo, commit, plan.items, hashes, str(plan.target), say)
+    target, commit = plan.target, parent
+    operations: list[Any] = [
+        CommitOperationAdd(item.path, item.source) for item in plan.items if item.path in plan.changed
+    ]
+    operations += [CommitOperationDelete(path) for path in plan.remove]
+    if operations:
+        with step(f"upload to {target}"):
+            message = f"{plan.name} by fbqat_hub"
+            commit = api.create_commit(
+                target.repo, operations, commit_message=message, revision=branch, parent_commit=parent
+            ).oid
+    elif plan.remote is not None:
+        say(f"{target}: nothing changed, nothing uploaded")
+    with step(f"verify {target}"):
+        there = remote_files(api, target.repo, commit)
+    if wrong := differing(plan.items, plan.hashes, there):
+        raise HubError(f"verify {target}: the Hub does not hold {names(wrong)} as sent; run the same command again.")
+    say(f"verified: {len(plan.items)} files of {api.endpoint}/{target} at {commit[:8]} are as they are here")
     return commit
-
-
-def commit_files(
-    api: HfApi,
-    repo: str,
-    branch: str,
-    parent: str,
-    changed: list[Item],
-    remove: list[str],
-    name: str,
-    place: str,
-) -> str:
-    """Files added and removed in one commit, if there are any; the newest commit then.
-
-    Args:
-        parent: the newest commit; another one there now is an error.
-        name: of what is published, for the message.
-        place: repository and branch, in words.
-    """
-    operations: list[Any] = [CommitOperationAdd(item.path, item.source) for item in changed]
-    operations += [CommitOperationDelete(path) for path in remove]
-    if not operations:
-        return parent
-    with step(f"upload to {place}"):
-        message = f"{name} by fbqat_hub"
-        made = api.create_commit(repo, operations, commit_message=message, revision=branch, parent_commit=parent)
-        return str(made.oid)
-
-
-def verify(
-    api: HfApi,
-    repo: str,
-    commit: str,
-    items: list[Item],
-    hashes: Mapping[str, FileEntry],
-    place: str,
-    say: Callable[[str], None],
-) -> None:
-    """Compare what the Hub lists at a commit with what was sent; raises HubError where it differs."""
-    with step(f"verify {place}"):
-        there = remote_files(api, repo, commit)
-    if wrong := differing(items, hashes, there):
-        raise HubError(f"verify {place}: the Hub does not hold {names(wrong)} as sent; run the same command again.")
-    say(f"verified: {len(items)} files of {api.endpoint}/{place} at {commit[:8]} are as they are here")
 
 
 def _collect(api: HfApi, repos: list[str], collection: str, private: bool) -> str:

@@ -7,7 +7,8 @@ What the model does before, between and after its blocks is its own code: nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -40,6 +41,14 @@ def moved_tensors(value: Any, device: torch.device | str | None = None, dtype: t
         return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
     return tree_map_only(torch.Tensor, move, value)
+
+
+def outputs_of(
+    block: nn.Module, calls: Iterable[Call], device: torch.device | str, kept: torch.device | str = "cpu"
+) -> Iterator[Any]:
+    """What a block on ``device`` makes of calls that are kept elsewhere, kept there as well; one at a time."""
+    for call in calls:
+        yield moved_tensors(moved_tensors(call, device).run(block), kept)
 
 
 def check_calls(block: str, calls: Iterable[Call]) -> None:
@@ -165,6 +174,20 @@ class BlockWalk:
 
     def _place(self, index: int | None) -> str:
         return "the end" if index is None else self._names[index]
+
+
+def walk_through(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Any],
+    device: torch.device | str,
+    kept: torch.device | str = "cpu",
+) -> None:
+    """The forward of all batches, kept where they are, with a copy of one block on ``device`` at a time."""
+    with BlockWalk(model, names, batches) as walk:
+        for block in walk.blocks:
+            here = copy.deepcopy(block).to(device)
+            walk.advance(outputs_of(here, walk.calls, device, kept))
 
 
 class _Stop(nn.Module):

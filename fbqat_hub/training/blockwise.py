@@ -29,9 +29,9 @@ from fbqat_hub.families import Family
 from fbqat_hub.files import whole
 from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
 from fbqat_hub.progress import Progress
-from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, convert, named_layers, set_bit_width
-from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, moved_tensors
-from fbqat_hub.quantization.convert import matches, prepare_layers
+from fbqat_hub.quantization import PackedLayer, convert, set_bit_width
+from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, moved_tensors, outputs_of, walk_through
+from fbqat_hub.quantization.convert import prepare_layers
 from fbqat_hub.quantization.tuning import scales_tuned
 from fbqat_hub.training.adam import optimizer_of
 from fbqat_hub.training.cache import CachedSplit
@@ -41,7 +41,7 @@ from fbqat_hub.training.loop import LOG, LogLine, check_finite, distill, open_lo
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
-from fbqat_hub.training.student import start, started_student
+from fbqat_hub.training.student import set_trained_layers, start, started_student, tensors_of
 from fbqat_hub.training.widths import chosen_widths
 
 
@@ -127,7 +127,7 @@ class _BlockTraining:
         self.teacher, self.draws, self.output, self.device = teacher.eval(), draws, output, device
         self.names = draws.family.blocks(teacher)
         self.folder = output / "checkpoints" / "blocks"
-        self.student = copy.deepcopy(teacher, {id(each): each for each in _tensors(teacher)})
+        self.student = copy.deepcopy(teacher, {id(each): each for each in tensors_of(teacher)})
         widths = {} if recipe.quantization.average_bits is None else _widths(recipe, teacher, split, draws)
         self.config = recipe.config().with_widths(widths)
         self.chosen = by_block(self.names, targets_of(teacher, self.config))
@@ -211,9 +211,7 @@ class _BlockTraining:
     def _prepare(self, block: nn.Module, name: str, calls: list[Call]) -> None:
         if self.chosen[name]:
             self._start(block, name, calls, self._run)
-        patterns = self.draws.family.layer_groups[self.recipe.train_layers]
-        for layer_name, layer in named_layers(block, FakeQuantizedLinear):
-            layer.requires_grad_(matches(f"{name}.{layer_name}", patterns))
+        set_trained_layers(self.recipe, block, f"{name}.")
 
     def _start(self, module: nn.Module, name: str, batches: list[Any], run: Any) -> None:
         """Fake-quantize the layers of a block, or of what is outside, at the codes that training starts from."""
@@ -222,20 +220,14 @@ class _BlockTraining:
         start(self.recipe, module, lambda samples: batches[: math.ceil(samples / self.recipe.batch_size)], run)
 
     def _outputs(self, block: nn.Module, calls: Iterable[Call]) -> Iterator[Any]:
-        """What a block on ``device`` makes of calls that are kept elsewhere, kept there as well."""
-        for call in calls:
-            yield moved_tensors(moved_tensors(call, self.device).run(block), _device_of(self.teacher))
+        return outputs_of(block, calls, self.device, _device_of(self.teacher))
 
     def _run(self, block: nn.Module, calls: Iterable[Call]) -> None:
         for call in calls:
             moved_tensors(call, self.device).run(block)
 
     def _walk(self, model: nn.Module, batches: Iterable[Any]) -> None:
-        """The forward of all batches, one block on ``device`` at a time."""
-        with BlockWalk(model, self.names, batches) as walk:
-            for block in walk.blocks:
-                here = copy.deepcopy(block).to(self.device)
-                walk.advance(self._outputs(here, walk.calls))
+        walk_through(model, self.names, batches, self.device, _device_of(self.teacher))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:04d}.safetensors"
@@ -280,10 +272,6 @@ def block_loss(made: Any, wanted: Any, weight: Tensor | None = None) -> Tensor:
 def _widths(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws) -> dict[str, int]:
     """For the recipe's average. It takes the memory of a whole student in float32, without gradients of its weights."""
     return chosen_widths(recipe, started_student(recipe, teacher, split, draws), teacher, split, draws)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _device_of(module: nn.Module) -> torch.device:

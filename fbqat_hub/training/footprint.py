@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fbqat_hub.families import get_family
 from fbqat_hub.quantization import FakeQuantizedLinear, Rounding, named_layers, prepare
 from fbqat_hub.quantization.clip import CLIPS
-from fbqat_hub.quantization.convert import matches
 from fbqat_hub.training.adam import optimizer_bytes
 from fbqat_hub.training.bases import Configs, build, build_on_meta
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.student import set_trained_layers
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,17 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
 
 def fake_student(recipe: Recipe, configs: Configs) -> Any:
     """As `prepare_student` makes it, but for the numbers: no clip is searched."""
-    config, family = recipe.config(), get_family(recipe.family)
+    config = recipe.config()
     student = build(configs["transformer"]).requires_grad_(False)
     prepare(student, replace(config.weight_scheme(), clip="max_abs"), **config.layer_options())
     if recipe.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    patterns = family.layer_groups[recipe.train_layers]
-    for name, layer in named_layers(student, FakeQuantizedLinear):
+    for _, layer in named_layers(student, FakeQuantizedLinear):
         layer.clip = CLIPS[recipe.quantization.weight_clip](layer.grouped_weight())
         layer.weight_scheme, layer.rounding = config.weight_scheme(), Rounding(recipe.optimizer.ewgs)
         if layer.activation_scheme.range == "static":
             layer.set_input_range(1.0, 0)
-        layer.requires_grad_(matches(name, patterns))
+    set_trained_layers(recipe, student)
     return student
 
 

@@ -32,7 +32,6 @@ from fbqat_hub.untrusted import read_json
 from fbqat_hub.version import __version__
 from fbqat_hub.weights import check_finite
 
-# the names that diffusers and peft give an adapter's file
 _ADAPTER = "checked"
 # beside the card, and around what the card has of it
 _CARD_OUTPUT, _CARD_START, _CARD_END = "lora-check.json", "<!-- fbqat lora check -->", "<!-- /fbqat lora check -->"

@@ -22,7 +22,7 @@ from fbqat_hub.families import Family
 from fbqat_hub.integrations.streamed import StreamedDenoiser
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.progress import Progress
-from fbqat_hub.quantization.blocks import BlockWalk, check_calls, moved_tensors
+from fbqat_hub.quantization.blocks import BlockWalk, check_calls, moved_tensors, outputs_of
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.trajectories import kept_steps
 from fbqat_hub.weights import stored_dtype
@@ -104,9 +104,7 @@ def sampled_inputs(
                     for name in denoiser.names:
                         check_calls(name, walk.calls)
                         block = denoiser.block(name).to(device)
-                        walk.advance(
-                            moved_tensors(moved_tensors(each, device).run(block), "cpu") for each in walk.calls
-                        )
+                        walk.advance(outputs_of(block, walk.calls, device))
                         del block
         finally:
             hook.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.checkpoint import targets_of
 from fbqat_hub.quantization import FakeQuantizedLinear, calibrate, gptq_initialize, named_layers, prepare
-from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, moved_tensors
+from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, outputs_of, walk_through
 from fbqat_hub.quantization.convert import matches, prepare_layers, run_batches
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.draws import Draws
@@ -30,7 +30,8 @@ def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit
         wider = {name: 8 for name in widths if widths[name] == 8}
         if wider:
             student = started_student(recipe, teacher, train_split, draws, wider, started=student)
-    return _with_trained_layers(recipe, student)
+    set_trained_layers(recipe, student)
+    return student
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def prepare_student_by_blocks(
         raise ValueError("quantization.average_bits is chosen with the whole model on one device; set it to null.")
     config, names = recipe.config(), draws.family.blocks(teacher)
     chosen = by_block(names, targets_of(teacher, config))
-    of_blocks = [each for name in names for each in _tensors(teacher.get_submodule(name))]
+    of_blocks = [each for name in names for each in tensors_of(teacher.get_submodule(name))]
     student: Any = copy.deepcopy(teacher, {id(each): each for each in of_blocks})  # blocks are copied one by one
 
     def started(module: nn.Module, name: str, batches: Sequence[Any], run: Callable[..., None]) -> nn.Module:
@@ -59,17 +60,11 @@ def prepare_student_by_blocks(
             start(recipe, module, lambda samples: batches[:samples], run)
         return module.requires_grad_(False)
 
-    def outputs(block: nn.Module, calls: Iterable[Call]) -> Iterator[Any]:
-        for call in calls:
-            yield moved_tensors(moved_tensors(call, device).run(block), "cpu")
-
-    def run_block(block: nn.Module, calls: Iterable[Call]) -> None:
-        deque(outputs(block, calls), maxlen=0)
+    def run(block: nn.Module, calls: Iterable[Call]) -> None:
+        deque(outputs_of(block, calls, device), maxlen=0)
 
     def walk(model: nn.Module, batches: Iterable[Any]) -> None:
-        with BlockWalk(model, names, batches) as through:
-            for block in through.blocks:
-                through.advance(list(outputs(copy.deepcopy(block).to(device), through.calls)))
+        walk_through(model, names, batches, device)
 
     count = max(recipe.calibration.samples, recipe.gptq.samples)
     batches = list(draws.calibration(train_split, count))
@@ -77,20 +72,26 @@ def prepare_student_by_blocks(
     with BlockWalk(teacher, names, batches) as through:
         for name, own in zip(names, through.blocks, strict=True):
             block = copy.deepcopy(own).to(device)
-            made = list(outputs(block, through.calls))
-            student.set_submodule(name, started(block, name, through.calls, run_block).to("cpu"))
+            made = list(outputs_of(block, through.calls, device))
+            student.set_submodule(name, started(block, name, through.calls, run).to("cpu"))
             through.advance(made)
-    return _with_trained_layers(recipe, student)
-
-
-def _with_trained_layers(recipe: Recipe, student: Any) -> Any:
-    patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
-    for name, layer in named_layers(student, FakeQuantizedLinear):
-        layer.requires_grad_(matches(name, patterns))
+    set_trained_layers(recipe, student)
     return student
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def set_trained_layers(recipe: Recipe, model: nn.Module, within: str = "") -> None:
+    """Of a model's fake-quantized layers, let those be trained that the recipe's ``train_layers`` names, no others.
+
+    Args:
+        within: what stands before their names in the denoiser, of a part of it.
+    """
+    patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
+    for name, layer in named_layers(model, FakeQuantizedLinear):
+        layer.requires_grad_(matches(f"{within}{name}", patterns))
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
 
 
