@@ -76,7 +76,7 @@ def compile_part(part: QuantizedPart, folder: Path, target: Target, bar: Progres
     """
     from fbqat_hub.export.htp import certificate
 
-    sections = compile_chain(part.graphs, part.held_out, folder, target, bar)
+    sections, _ = compile_chain(part.graphs, part.held_out, folder, target, bar)
     for graph, rewrites in zip(part.graphs, part.rewrites, strict=True):
         section = sections[graph.name]
         section["model"] = {"class": part.model_class, "packed_layers": len(graph.code_bits)}

@@ -149,11 +149,14 @@ def compile_chain(
     progress: Progress,
     *,
     probe_blocks: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Context binaries of graphs that run in order, and every comparison, into `folder`; their sections by name.
+) -> tuple[dict[str, dict[str, Any]], list[Feed]]:
+    """Context binaries of graphs that run in order, and every comparison, into `folder`.
 
     Each graph reads by name from `held_out` and from what the emulator made of the graphs before it. See
     `compile_graph`.
+
+    Returns:
+        The graphs' sections by name, and the last one's outputs, of each of `held_out`.
     """
     sections = {}
     for graph in graphs:
@@ -161,7 +164,7 @@ def compile_chain(
             graph, held_out, folder, target, progress, probe_blocks=probe_blocks
         )
         held_out = [{**feed, **outputs} for feed, outputs in zip(held_out, emulated, strict=True)]
-    return sections
+    return sections, emulated
 
 
 def compile_graph(

@@ -43,6 +43,8 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     if pictures := certificate.get("pictures"):
         lines += ["", "| picture, emulator in the loop against torch | PSNR (dB) |", "|---|---|"]
         lines += [f"| {item['prompt']} | {item['psnr_db']:.1f} |" for item in pictures["each"]]
+    elif "pictures" in certificate:
+        lines += ["", "No picture was generated on the emulator."]
     if tiles := certificate.get("decoder_tiles"):
         lines += ["", _tiles(tiles)]
     if allocation := certificate.get("allocation"):
