@@ -38,8 +38,11 @@ def _without_numbers(run: str | Path) -> tuple[Any, Callable[[str], torch.nn.Mod
     parts = read_index(folder)[1]
 
     def load(name: str) -> torch.nn.Module:
-        loaded: torch.nn.Module = parts[name].load(torch.float32)
-        return loaded
+        loaded: Any = parts[name].load(torch.float32)
+        if name == "vae":
+            loaded.encoder = None  # nothing is encoded
+        module: torch.nn.Module = loaded
+        return module
 
     at_hand = {name: parts[name].load(torch.float32, meta=True).to_empty(device="cpu") for name in _LOADED_LATER}
     for name in COMPONENTS:

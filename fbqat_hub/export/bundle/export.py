@@ -104,10 +104,11 @@ def export_bundle(
         decoder_tile: side in pixels of the tiles that a larger picture is decoded in (`tiles.decoder_tiles`); at most
             `tiles.DEFAULT_TILE` if None.
         samples: of `calibration`, at most, from its beginning to its end.
-        quick: compare one held-out input, single ops in the first block only, and generate no picture on the emulator,
-            which takes minutes a forward at true size. The certificate says so.
+        quick: compare one held-out input, single ops only in the first block and the first of several graphs of a part,
+            and generate no picture on the emulator, which takes minutes a forward at true size. The certificate says
+            so.
         load: for memory, what loads the transformer or the autoencoder ("transformer", "vae") when the text encoders
-            are done with; the pipeline may come with any numbers in these two, and is left without text encoders.
+            are done with; the pipeline may come with any numbers in these two, and is left without what is done with.
 
     Returns:
         The certificate; of several targets, their certificates by `soc`.
@@ -175,6 +176,8 @@ def export_bundle(
             graphs=graphs,
             tuning=tuning,
         )
+        if load is not None and quick:
+            pipeline.transformer = pipeline.vae = None
         made = _Quantized(transformer=transformer, decoder=decoder, text=text, host=host, settings=settings)
         if isinstance(soc, str):
             certificates = _compile(made, pipeline, call, generated, folder, targets[0], quick, bar)
@@ -216,8 +219,8 @@ def _compile(
     section, outputs = compile_transformer(transformer, folder, target, bar, probe_blocks=1 if quick else None)
     section["graphs"] = {}
     for part in made.decoder.parts:
-        section["graphs"] |= compile_part(part, folder, target, bar)
-    text, sections = compile_text(made.text, folder, target, bar)
+        section["graphs"] |= compile_part(part, folder, target, bar, quick=quick)
+    text, sections = compile_text(made.text, folder, target, bar, quick)
     section["graphs"] |= sections
     section["text_left_out"] = text.left_out
     section["decoder_tiles"] = made.decoder.tiles

@@ -114,17 +114,20 @@ def quantize_text(
     return found
 
 
-def compile_text(text: QuantizedText, folder: Path, target: Target, bar: Progress) -> tuple[QuantizedText, Sections]:
+def compile_text(
+    text: QuantizedText, folder: Path, target: Target, bar: Progress, quick: bool
+) -> tuple[QuantizedText, Sections]:
     """All encoders of `text` in `folder`, compiled for `target`, and their sections of the certificate by graph.
 
-    Where one cannot be compiled there is nothing of any of them: the text returned says why.
+    Where one cannot be compiled there is nothing of any of them: the text returned says why. `quick` is as
+    `compile_part` has it.
     """
     scratch = folder / "text"
     scratch.mkdir()
     sections: Sections = {}
     try:
         for part in text.parts:
-            sections |= compile_part(part, scratch, target, bar)
+            sections |= compile_part(part, scratch, target, bar, quick=quick)
         for path in text.files:
             shutil.copyfile(path, scratch / path.name)
         for path in scratch.iterdir():
