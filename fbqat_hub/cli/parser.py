@@ -381,7 +381,8 @@ def compiling(sub: argparse.ArgumentParser) -> None:
         "--quick",
         action="store_true",
         help="for models of true size, of which the emulator takes minutes a forward: compare one forward, look for "
-        "wrong ops in the first block of the denoiser only, and generate no picture on the emulator",
+        "wrong ops in the first block of the denoiser only, emulate the first of several graphs of a text encoder or "
+        "decoder only, and generate no picture on the emulator",
     )
     of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune", "decoder_tile", "samples", "quick")
     sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})

@@ -104,9 +104,9 @@ def export_bundle(
         decoder_tile: side in pixels of the tiles that a larger picture is decoded in (`tiles.decoder_tiles`); at most
             `tiles.DEFAULT_TILE` if None.
         samples: of `calibration`, at most, from its beginning to its end.
-        quick: compare one held-out input, single ops only in the first block and the first of several graphs of a part,
-            and generate no picture on the emulator, which takes minutes a forward at true size. The certificate says
-            so.
+        quick: for the emulator takes minutes a forward at true size: compare one held-out input, and single ops in the
+            transformer's first block only; emulate the first graph of the decoder and of each text encoder only, and
+            generate no picture on the emulator. The certificate says so.
         load: for memory, what loads the transformer or the autoencoder ("transformer", "vae") when the text encoders
             are done with; the pipeline may come with any numbers in these two, and is left without what is done with.
 

@@ -74,15 +74,15 @@ def compile_part(
     """The part's graphs in `folder`, compiled for `target`; their sections of the certificate by name, gated.
 
     Args:
-        quick: compare one held-out input, and single ops in the first graph only.
+        quick: compare one held-out input and no single ops, and emulate the first graph only.
 
     Raises:
         ExportError: a failed step, a failed audit or a gate not met.
     """
     from fbqat_hub.export.htp import certificate
 
-    held_out, probed = (part.held_out[:1], 1) if quick else (part.held_out, None)
-    sections, _ = compile_chain(part.graphs, held_out, folder, target, bar, probe_graphs=probed)
+    held_out, blocks = (part.held_out[:1], 0) if quick else (part.held_out, None)
+    sections, _ = compile_chain(part.graphs, held_out, folder, target, bar, probe_blocks=blocks, first_only=quick)
     for graph, rewrites in zip(part.graphs, part.rewrites, strict=True):
         section = sections[graph.name]
         section["model"] = {"class": part.model_class, "packed_layers": len(graph.code_bits)}

@@ -149,20 +149,25 @@ def compile_chain(
     progress: Progress,
     *,
     probe_blocks: int | None = None,
-    probe_graphs: int | None = None,
+    first_only: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], list[Feed]]:
     """Context binaries of graphs that run in order, and every comparison, into `folder`.
 
     Each graph reads by name from `held_out` and from what the emulator made of the graphs before it. See
-    `compile_graph`; of all graphs but the first `probe_graphs` no single op is compared.
+    `compile_graph`.
+
+    Args:
+        first_only: emulate the first graph only; the others are compiled and audited, and compared as the exact CPU
+            reference computes them.
 
     Returns:
         The graphs' sections by name, and the last one's outputs, of each of `held_out`.
     """
     sections = {}
     for place, graph in enumerate(graphs):
-        blocks = probe_blocks if probe_graphs is None or place < probe_graphs else 0
-        sections[graph.name], emulated = compile_graph(graph, held_out, folder, target, progress, probe_blocks=blocks)
+        sections[graph.name], emulated = compile_graph(
+            graph, held_out, folder, target, progress, probe_blocks=probe_blocks, emulate=not (first_only and place)
+        )
         held_out = [{**feed, **outputs} for feed, outputs in zip(held_out, emulated, strict=True)]
     return sections, emulated
 
@@ -175,6 +180,7 @@ def compile_graph(
     progress: Progress,
     *,
     probe_blocks: int | None = None,
+    emulate: bool = True,
 ) -> tuple[dict[str, Any], list[Feed]]:
     """Context binary of a QDQ graph, audits, and every comparison, into `folder`.
 
@@ -185,6 +191,8 @@ def compile_graph(
         probe_blocks: compare single ops (`op_parity`) and block outputs in the graph's first so many blocks; in all of
             them if None, in none if 0. The probe is a second compilation, whose every tensor is an output and held in
             memory.
+        emulate: whether the emulator runs it. If not, `parity` compares the CPU reference with torch alone, and the
+            outputs returned are the reference's.
 
     Returns:
         What was read back, audited and measured, for the certificate (the parity gates are the caller's), and all
@@ -212,20 +220,24 @@ def compile_graph(
     scratch.mkdir()
     with progress.step(f"{name}: compile"):
         compiled = compile_binary(qdq_path, context, target, scratch, graph.stored_bits)
-    with progress.step(f"{name}: emulate"), compiler.emulator(context, target) as emulator:
-        emulated = [dict(zip(outputs, emulator.run(_of(qdq, feed)), strict=True)) for feed in held_out]
+    emulated, emulator = list(cpu), None
+    with progress.step(f"{name}: emulate"):
+        if emulate:
+            with compiler.emulator(context, target) as emulator:
+                emulated = [dict(zip(outputs, emulator.run(_of(qdq, feed)), strict=True)) for feed in held_out]
     errors: list[dict[str, Any]] = []
     probed: list[Feed] = [{}]
     with progress.step(f"{name}: probe"):
-        if probe_blocks != 0:
+        if emulate and probe_blocks != 0:
             errors, probed = _probed(qdq, graph, held_out, scratch / "probe.onnx", target, probe_blocks)
     shutil.rmtree(scratch)
 
     def compare(tensor: str, runs: Sequence[Feed]) -> dict[str, Any]:
         """One tensor of the first of so many held-out inputs, on the emulator, the CPU and in torch."""
-        return certificate.comparisons(
+        found = certificate.comparisons(
             *([each[tensor] for each in run[: len(runs)]] for run in (runs, cpu, graph.expected))
         )
+        return {name: each for name, each in found.items() if emulate or not name.startswith("emulator")}
 
     others = {
         f"emulator_vs_{name}": compared_outputs(values, [each[output] for each in emulated])
@@ -246,7 +258,8 @@ def compile_graph(
             "probed": len(blocks_of_outputs(list(blocks))),
             "of": len(blocks_of_outputs(graph.block_outputs)),
         },
-        "emulator": {
+        "emulator": emulator
+        and {
             "hardware": emulator.loaded["hardware"],
             "load_seconds": round(emulator.loaded["seconds"], 3),
             "run_seconds": round(emulator.seconds, 3),

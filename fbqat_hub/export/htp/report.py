@@ -127,5 +127,6 @@ def _bits(precision: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, compared: Mapping[str, Any]) -> str:
-    cells = (f"{compared[pair]['sqnr_db']:.1f} ({compared[pair]['cosine']:.5f})" for pair in PAIRS)
+    found = (compared.get(pair) for pair in PAIRS)
+    cells = (f"{pair['sqnr_db']:.1f} ({pair['cosine']:.5f})" if pair else "not emulated" for pair in found)
     return f"| {name} | " + " | ".join(cells) + " |"
