@@ -78,7 +78,7 @@ def train_blockwise(
             f"recipe: training is blockwise, and there are {accelerator.num_processes} processes; it runs in one, on "
             "one device. Start it without accelerate launch, or use training: end_to_end."
         )
-    training = _BlockTraining(recipe, teacher, splits["train"], draws, output, accelerator.device)
+    training = _BlockTraining(recipe, teacher, splits["train"], draws, output, accelerator.device, resume)
     done = training.finished() if resume else 0
     student = training.run(done, progress)
     if recipe.blockwise.tuning_steps:
@@ -120,7 +120,14 @@ class _BlockTraining:
     """
 
     def __init__(
-        self, recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws, output: Path, device: torch.device
+        self,
+        recipe: Recipe,
+        teacher: nn.Module,
+        split: CachedSplit,
+        draws: Draws,
+        output: Path,
+        device: torch.device,
+        resume: bool = False,
     ) -> None:
         own = recipe.blockwise
         self.recipe = replace(recipe, steps=own.steps, learning_rate=own.learning_rate)
@@ -129,7 +136,17 @@ class _BlockTraining:
         self.names = draws.family.blocks(teacher)
         self.folder = output / "checkpoints" / "blocks"
         self.student = copy.deepcopy(teacher, {id(each): each for each in tensors_of(teacher)})
-        widths = {} if recipe.quantization.average_bits is None else _widths(recipe, teacher, split, draws)
+        widths: dict[str, int] = {}
+        if recipe.quantization.average_bits is not None:
+            kept = self.folder / "widths.json"
+            if resume and kept.exists():
+                check_same_recipe(self.folder, self._saved)
+                widths = json.loads(kept.read_text())
+            else:
+                widths = _widths(recipe, teacher, split, draws)
+                self._write_recipe()
+                with whole(kept) as partial:
+                    partial.write_text(json.dumps(widths))
         self.config = recipe.config().with_widths(widths)
         self.chosen = by_block(self.names, targets_of(teacher, self.config))
         numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))
@@ -237,10 +254,13 @@ class _BlockTraining:
 
     def _write(self, number: int, block: nn.Module) -> None:
         if not number:
-            with whole(self.folder / "recipe.yaml") as partial:
-                partial.write_text(self._saved)
+            self._write_recipe()
         with whole(self._file(number)) as partial:
             save_file({name: value.contiguous().cpu() for name, value in block.state_dict().items()}, partial)
+
+    def _write_recipe(self) -> None:
+        with whole(self.folder / "recipe.yaml") as partial:
+            partial.write_text(self._saved)
 
     def _read(self, number: int, block: nn.Module, empty: Mapping[str, PackedLayer]) -> None:
         prefix = f"{self.names[number]}."

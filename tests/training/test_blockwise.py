@@ -82,10 +82,13 @@ def test_codes_before_training_are_those_of_the_whole_model(blockwise_recipe, sc
         assert torch.equal(layer.codes(), whole.get_submodule(name).codes_and_scales()[0]), name
 
 
-@pytest.mark.parametrize("stop", [3, 8, 14])
-def test_an_interrupted_run_resumes_to_the_bit(stop: int, blockwise_recipe, tmp_path: Path, monkeypatch) -> None:
-    """Stopped in the first block, in the second, and in the tuning."""
-    straight = train(blockwise_recipe(), tmp_path / "straight", progress=False)
+@pytest.mark.parametrize(("stop", "quantization"), [(3, {}), (8, {"average_bits": 5.0}), (14, {})])
+def test_an_interrupted_run_resumes_to_the_bit(
+    stop: int, quantization: dict[str, Any], blockwise_recipe, tmp_path: Path, monkeypatch
+) -> None:
+    """Stopped in the first block, in the second, and in the tuning. Widths are chosen once."""
+    recipe = blockwise_recipe(quantization=quantization)
+    straight = train(recipe, tmp_path / "straight", progress=False)
     taken = 0
     plain = torch.optim.Adam.step
 
@@ -100,8 +103,9 @@ def test_an_interrupted_run_resumes_to_the_bit(stop: int, blockwise_recipe, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", counted)
         with pytest.raises(KeyboardInterrupt):
-            train(blockwise_recipe(), run, progress=False)
+            train(recipe, run, progress=False)
     assert (run / "checkpoints" / "blocks" / "0000.safetensors").exists() == (stop > 6)
+    monkeypatch.setattr(blockwise, "_widths", lambda *_: pytest.fail("chosen again"))
     trained: list[int] = []
     plain_train = blockwise._BlockTraining._train
     monkeypatch.setattr(
@@ -109,7 +113,7 @@ def test_an_interrupted_run_resumes_to_the_bit(stop: int, blockwise_recipe, tmp_
         "_train",
         lambda self, number, *rest: (trained.append(number), plain_train(self, number, *rest))[1],
     )
-    same_run(train(blockwise_recipe(), run, resume=True, progress=False), straight)
+    same_run(train(recipe, run, resume=True, progress=False), straight)
     assert trained == {3: [0, 1], 8: [1], 14: []}[stop]
 
 
