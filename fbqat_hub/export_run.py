@@ -21,6 +21,7 @@ from fbqat_hub.families import component_configs
 from fbqat_hub.pipelines import check_source, load_pipeline
 from fbqat_hub.training.calibration import export_data, teacher_draws
 from fbqat_hub.training.recipe import recipe_of_run
+from fbqat_hub.untrusted import read_json
 
 
 def export_run(
@@ -55,14 +56,17 @@ def export_run(
         decoder_tile: as ``export_bundle``.
 
     Raises:
-        ExportError: no recipe and fewer than two prompts, or steps to ``tune`` without a recipe's data; what
-            ``export_bundle`` raises.
+        ExportError: a pipeline in full precision, no recipe and fewer than two prompts, or steps to ``tune`` without a
+            recipe's data; what ``export_bundle`` raises.
         FileNotFoundError, ValueError: ``run`` is no pipeline that can be loaded.
     """
     check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile)
     check_tuning(tune, graphs)
     precision_named(precision)
     check_source(run)
+    denoiser = Path(run) / "transformer" / "config.json"
+    if denoiser.is_file() and "quantization_config" not in read_json(denoiser):
+        raise ExportError(f"{run} is in full precision; quantize it first: fbqat convert {run} --output FOLDER")
     saved = Path(run) / "recipe.yaml"
     recipe = recipe_of_run(saved) if saved.is_file() else None
     if len(prompts) < 2 and (prompts or recipe is None):
