@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def usual_modes(made: Path) -> None:
     os.umask(umask := os.umask(0o077))
     for file in made.rglob("*") if made.is_dir() else [made]:
         if ".safetensors" in file.name and file.is_file():
-            file.chmod(0o666 & ~umask)
+            with suppress(OSError):  # of a file system without modes
+                file.chmod(0o666 & ~umask)
 
 
 def shipped(name: str) -> Path:
