@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -56,10 +57,15 @@ def write_random(model: nn.Module, path: Path, numbers: torch.Tensor) -> None:
     place = 0
     with TensorFile(path, shapes) as file:
         for name, (_, shape) in shapes.items():
-            place = (place + 4099) % (
-                len(numbers) - shape.numel()
-            )  # another start for each: no two tensors are the same
-            file.write(name, numbers[place : place + shape.numel()].view(shape))
+            place = (place + 4099) % len(numbers)  # another start for each: no two tensors are the same
+            end = place + shape.numel()
+            enough = numbers if end <= len(numbers) else numbers.repeat(math.ceil(end / len(numbers)))
+            file.write(name, enough[place:end].view(shape))
+
+
+def random_numbers() -> torch.Tensor:
+    """What the weights are cut from: [_NUMBERS], bf16, standard deviation 0.02."""
+    return torch.randn(_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
 
 
 def source(folder: Path, double: int, single: int) -> int:
@@ -73,7 +79,7 @@ def source(folder: Path, double: int, single: int) -> int:
         shutil.rmtree(folder / part)
     denoiser.save_config(folder / "transformer")
     text_encoder.config.save_pretrained(folder / "text_encoder_2")
-    numbers = torch.randn(_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    numbers = random_numbers()
     write_random(denoiser, folder / "transformer" / "diffusion_pytorch_model.safetensors", numbers)
     write_random(text_encoder, folder / "text_encoder_2" / "model.safetensors", numbers)
     return sum(tensor.numel() for tensor in denoiser.parameters())

@@ -69,7 +69,7 @@ class Part:
         *calibration, held_out = self.items()
         kind = self.build.__name__
         if not self.channels:
-            encoder = wrap_text_encoder(name, module, self.size, self.masked)
+            encoder = wrap_text_encoder(name, module, self.size, self.masked, folder)
             part = quantize_encoder(encoder, kind, calibration, [held_out], folder, bar)
         else:
             wrapper = get_family(self.family).decoder_graph(module)
@@ -121,14 +121,27 @@ class Part:
         return sum(each.numel() for each in part.parameters() if each.shape[0] != VOCABULARY)
 
 
+#: google/gemma-2-2b, but for the number of layers and the token table.
+GEMMA_2_2B = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "query_pre_attn_scalar": 256, "sliding_window": 4096,
+}  # fmt: skip
+#: mit-han-lab/dc-ae-f32c32-sana.
+DC_AE = {
+    "latent_channels": 32, "scaling_factor": 0.41407,
+    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024), "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "decoder_block_out_channels": (128, 256, 512, 512, 1024, 1024), "decoder_layers_per_block": (3,) * 6,
+    "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)), "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu", "upsample_block_type": "interpolate", "downsample_block_type": "Conv",
+}  # fmt: skip
+
+
 def gemma2(layers: int) -> nn.Module:
     """google/gemma-2-2b."""
-    return Gemma2Model(
-        Gemma2Config(
-            vocab_size=VOCABULARY, hidden_size=2304, intermediate_size=9216, num_hidden_layers=layers,
-            num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096,
-        )
-    )  # fmt: skip
+    return Gemma2Model(Gemma2Config(**GEMMA_2_2B, vocab_size=VOCABULARY, num_hidden_layers=layers))
 
 
 def t5(layers: int) -> nn.Module:
@@ -153,14 +166,11 @@ def clip(layers: int) -> nn.Module:
 
 def dc_ae(_: int) -> nn.Module:
     """mit-han-lab/dc-ae-f32c32-sana, with an encoder of nothing."""
-    return AutoencoderDC(
-        latent_channels=32, scaling_factor=0.41407,
-        encoder_block_out_channels=(8,) * 6, encoder_layers_per_block=(1,) * 6, encoder_qkv_multiscales=((),) * 6,
-        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-        decoder_block_out_channels=(128, 256, 512, 512, 1024, 1024), decoder_layers_per_block=(3,) * 6,
-        decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)), decoder_norm_types="rms_norm", decoder_act_fns="silu",
-        upsample_block_type="interpolate", downsample_block_type="Conv",
-    )  # fmt: skip
+    small = {
+        "encoder_block_types": "ResBlock", "encoder_block_out_channels": (8,) * 6,
+        "encoder_layers_per_block": (1,) * 6, "encoder_qkv_multiscales": ((),) * 6,
+    }  # fmt: skip
+    return AutoencoderDC(**DC_AE | small)
 
 
 def kl(_: int) -> nn.Module:

@@ -145,23 +145,26 @@ def random_packed(described: TrueSize, **config: Any) -> nn.Module:
 
 
 class PeakMemory(threading.Thread):
-    """The most memory that this process and its children had together, looked at ten times a second.
+    """The most memory that a process and its children had together, looked at ten times a second.
+
+    Args:
+        pid: of the process; this one if None.
 
     Attributes:
         mib: resident, in MiB.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int | None = None) -> None:
         super().__init__(daemon=True)
         self.mib = 0.0
-        self._own = psutil.Process()
+        self._own = psutil.Process(pid)
 
     def run(self) -> None:
-        while True:
-            resident = self._own.memory_info().rss
-            for child in self._own.children(recursive=True):
+        while self._own.is_running():
+            resident = 0
+            for process in [self._own, *self._own.children(recursive=True)]:
                 try:
-                    resident += child.memory_info().rss
+                    resident += process.memory_info().rss
                 except psutil.NoSuchProcess:  # it ended meanwhile
                     continue
             self.mib = max(self.mib, resident / 2**20)

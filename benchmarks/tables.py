@@ -446,6 +446,36 @@ def true_size_table() -> str:
     return f"{markdown(head, rows)}\n\nThe machine was: {'; '.join(dict.fromkeys(notes))}."
 
 
+def htp_sana_table() -> str:
+    """A whole Sana-600M in one bundle, by `benchmarks.htp_sana`."""
+    head = (
+        "part", "graphs", "binaries", "the largest", "spill/fill", "trace, calibrate, quantize", "compile", "emulate",
+        "probe", "emulator to CPU", "to torch",
+    )  # fmt: skip
+    ((record, peak),) = measured_at_true_size("bundle")
+    extra = record.extra
+    rows = [
+        (
+            f"`{each['part']}`",
+            str(each["graphs"]),
+            f"{each['binary_bytes'] / 1e6:,.0f} MB",
+            f"{each['largest_binary_bytes'] / 1e6:.0f} MB",
+            f"{each['spill_fill_bytes'] / 1e6:.1f} MB",
+            f"{sum(each['seconds'][step] for step in ('trace', 'calibrate', 'quantize')):.0f} s",
+            *(f"{each['seconds'][step]:.0f} s" for step in ("compile", "emulate", "probe")),
+            f"{each['emulator_vs_cpu_qdq_db']:.1f} dB",
+            f"{each['emulator_vs_torch_packed_db']:.1f} dB",
+        )
+        for each in extra["parts"]
+    ]
+    took, sizes = extra["export_seconds"] / 60, (extra["bundle_bytes"] / 1e9, extra["table_bytes"] / 1e9)
+    return (
+        f"{markdown(head, rows)}\n\nOne command, `fbqat export ... {extra['options']}`: {took:.1f} minutes, peak RAM "
+        f"{peak:.2f} GB with all its processes, {sizes[0]:.2f} GB on disk, of which {sizes[1]:.2f} GB are the token "
+        f"embeddings. The machine was: {extra['machine_was']}. By `python -m benchmarks.htp_sana`."
+    )
+
+
 def htp_parts_table() -> str:
     """Text encoders and decoders at true width, by `benchmarks.htp_parts`."""
     head = ("part", "weights of the whole", "binary", "compile", "peak RAM", "emulator to CPU", "to torch")
@@ -880,6 +910,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapter-memory": adapter_memory_table,
     "true-size": true_size_table,
     "htp-parts": htp_parts_table,
+    "htp-sana": htp_sana_table,
     "htp-targets": htp_targets_table,
     "htp-tiles": htp_tiles_table,
     "htp-decoder": htp_decoder_table,

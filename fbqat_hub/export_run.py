@@ -6,22 +6,49 @@ exporter (`export`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fbqat_hub.components import read_index
 from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
+from fbqat_hub.export.bundle.text_encoder import COMPONENTS, compute_in_float32
 from fbqat_hub.export.bundle.tiles import decoder_tiles
 from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.families import component_configs
-from fbqat_hub.pipelines import check_source, load_pipeline
+from fbqat_hub.pipelines import check_source, downloaded, load_pipeline
 from fbqat_hub.training.calibration import export_data, teacher_draws
 from fbqat_hub.training.recipe import recipe_of_run
 from fbqat_hub.untrusted import read_json
+
+# Components that the text encoders' part of the work does without.
+_LOADED_LATER = ("transformer", "vae")
+
+
+def _without_numbers(run: str | Path) -> tuple[Any, Callable[[str], torch.nn.Module]]:
+    """A pipeline in as little memory as its text encoders need, and what loads its transformer and its autoencoder.
+
+    In the pipeline these two have memory that nothing was written to, which takes none.
+    """
+    folder = downloaded(run)
+    parts = read_index(folder)[1]
+
+    def load(name: str) -> torch.nn.Module:
+        loaded: Any = parts[name].load(torch.float32)
+        if name == "vae":
+            loaded.encoder = None  # nothing is encoded
+        module: torch.nn.Module = loaded
+        return module
+
+    at_hand = {name: parts[name].load(torch.float32, meta=True).to_empty(device="cpu") for name in _LOADED_LATER}
+    for name in COMPONENTS:
+        if name in parts and "quantization_config" in read_json(parts[name].folder / "config.json"):
+            at_hand[name] = compute_in_float32(parts[name].load())
+    return load_pipeline(folder, torch.float32, **at_hand), load
 
 
 def export_run(
@@ -36,6 +63,8 @@ def export_run(
     pictures: int = 2,
     tune: int = 0,
     decoder_tile: int | None = None,
+    samples: int = 100,
+    quick: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compile a packed pipeline for a Snapdragon's NPU; returns what ``export_bundle`` returns.
@@ -53,14 +82,14 @@ def export_run(
         prompts: to calibrate on and to generate; the recipe's if there are none.
         tune: steps of training the QDQ graph towards the recipe's teacher on training samples, before it is compiled.
         pictures: generated with the emulator in the loop, of the first prompts.
-        decoder_tile: as ``export_bundle``.
+        decoder_tile, samples, quick: as ``export_bundle``.
 
     Raises:
         ExportError: a pipeline in full precision, no recipe and fewer than two prompts, or steps to ``tune`` without a
             recipe's data; what ``export_bundle`` raises.
         FileNotFoundError, ValueError: ``run`` is no pipeline that can be loaded.
     """
-    check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile)
+    check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile, samples=samples)
     check_tuning(tune, graphs)
     precision_named(precision)
     check_source(run)
@@ -80,7 +109,7 @@ def export_run(
             f"{'prompts were given' if prompts else 'there is no recipe.yaml'}; export a run that fbqat train made, "
             "without --prompts, or leave out --tune"
         )
-    pipeline = load_pipeline(run, torch.float32)
+    pipeline, load = _without_numbers(run)
     family = check_bundle(pipeline, a16, graphs)
     call = recipe.generation if recipe else family.native_size(component_configs(pipeline))
     decoder_tiles(pipeline, family, call, decoder_tile)
@@ -107,5 +136,8 @@ def export_run(
         texts=data.texts if data else (),
         tuning=tuning,
         decoder_tile=decoder_tile,
+        samples=samples,
+        quick=quick,
+        load=load,
         progress=progress,
     )

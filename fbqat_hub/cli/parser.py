@@ -370,7 +370,20 @@ def compiling(sub: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="decode larger pictures in overlapping tiles of this side (default: at most 128, for 8 GB of memory)",
     )
-    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune", "decoder_tile")
+    sub.add_argument(
+        "--samples",
+        type=_number(1, 10**6),
+        default=100,
+        metavar="N",
+        help="inputs of the denoiser to calibrate on, at most (default: 100)",
+    )
+    sub.add_argument(
+        "--quick",
+        action="store_true",
+        help="for models of true size, of which the emulator takes minutes a forward: compare one forward, look for "
+        "wrong ops in the first block of the denoiser only, and generate no picture on the emulator",
+    )
+    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune", "decoder_tile", "samples", "quick")
     sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})
 
 

@@ -211,6 +211,8 @@ def export(options: argparse.Namespace) -> None:
         pictures=options.images,
         tune=options.tune,
         decoder_tile=options.decoder_tile,
+        samples=options.samples,
+        quick=options.quick,
     )
     if len(options.soc) > 1:
         from fbqat_hub.export.bundle.targets_table import targets_table
@@ -223,7 +225,8 @@ def export(options: argparse.Namespace) -> None:
     if made["tuning"]:
         for name in ("emulator_vs_torch_tuned", "emulator_vs_teacher"):
             print(f"{name.replace('_', ' '):26s} SQNR {made['parity'][name]['sqnr_db']:.1f} dB")
-    print(f"{'pictures vs torch':26s} PSNR {made['pictures']['mean_psnr_db']:.1f} dB")
+    if made["pictures"]:
+        print(f"{'pictures vs torch':26s} PSNR {made['pictures']['mean_psnr_db']:.1f} dB")
     print(f"saved {output}. Ran on: {made['ran_on']}. Never ran on: {made['never_ran_on']}.")
 
 

@@ -75,14 +75,17 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
         weights, trained_bytes = storages.bytes, sum(parameter.nbytes for parameter in trained)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(storages.gradient)
+        if added_up:  # a part of a batch after the first, which left gradients
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+                storages.gradient(parameter)
         storages.peak = storages.gradients_at_peak = 0
         inputs = tree_map(lambda value: fake.from_tensor(value).clone() if isinstance(value, Tensor) else value, inputs)
-        for _ in range(1 + added_up):  # in the second part of a batch the first one's gradients are there
-            with torch.autocast("cpu", recipe.half, enabled=recipe.half is not None):
-                with torch.no_grad():
-                    target = family.prediction(teacher(**inputs, return_dict=False)[0])
-                made = family.prediction(student(**inputs, return_dict=False)[0])
-            mean_squared(made.float(), target.float(), None).backward()
+        with torch.autocast("cpu", recipe.half, enabled=recipe.half is not None):
+            with torch.no_grad():
+                target = family.prediction(teacher(**inputs, return_dict=False)[0])
+            made = family.prediction(student(**inputs, return_dict=False)[0])
+        mean_squared(made.float(), target.float(), None).backward()
         peak, gradients = storages.peak, storages.gradients_at_peak
         stepped = [parameter for parameter in trained if parameter.grad is not None]
     return StepMemory(

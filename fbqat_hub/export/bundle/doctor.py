@@ -23,6 +23,9 @@ MAX_GRAPH_BYTES = 2**31
 #: Host memory of an export beside the interpreter and its libraries, in copies of one graph's float32 weights: 1.6 of
 #: Sana-600M, 1.9 of FLUX's blocks, 3.0 of a block of SD3.5 with many tokens (benchmarks/results/htp.json).
 _HOST_COPIES = 2
+#: Packed weights from which a forward on the emulator takes a minute or more: 17 to 206 s of 37 to 590 million weights
+#: (benchmarks/results/htp.json).
+_SLOW_TO_EMULATE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,14 @@ def diagnose_model(transformer: nn.Module) -> list[Finding]:
     weights = sum(4 * layer.in_features * layer.out_features for layer in layers.values()) / graphs
     needed = _HOST_COPIES * weights / 2**30 + 0.9
     findings.append(Finding("ok", f"the export will take about {needed:.1f} GiB of this computer's memory"))
+    if weights * graphs > 4 * _SLOW_TO_EMULATE:
+        findings.append(
+            Finding(
+                "warning",
+                "a forward on the emulator takes minutes at this size, and a picture hours",
+                "compare one forward only: fbqat export --quick",
+            )
+        )
     return findings
 
 

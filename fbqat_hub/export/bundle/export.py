@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fbqat_hub.export.bundle.decoder import QuantizedDecoder, quantize_decoder
 from fbqat_hub.export.bundle.float_part import compile_part
 from fbqat_hub.export.bundle.host import host_parts
 from fbqat_hub.export.bundle.manifest import denoiser_sections, write_manifest
-from fbqat_hub.export.bundle.pipeline import Generated, generate, picture_psnr, record_inputs
+from fbqat_hub.export.bundle.pipeline import (
+    Generated,
+    encode_prompts,
+    generate,
+    picture_psnr,
+    record_inputs,
+    remembering,
+)
 from fbqat_hub.export.bundle.targets_table import write_targets
-from fbqat_hub.export.bundle.text_bundle import PROBE, QuantizedText, compile_text, quantize_text
+from fbqat_hub.export.bundle.text_bundle import PROBE, QuantizedText, check_text, compile_text, quantize_text
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, recorded_tokens
 from fbqat_hub.export.bundle.tiles import decoder_tiles
 from fbqat_hub.export.errors import ExportError
@@ -31,7 +39,7 @@ from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.export.htp.runtime import qnn_session
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.export.onnx.float_graph import Feed, as_feed
-from fbqat_hub.export.onnx.items import check_items
+from fbqat_hub.export.onnx.items import check_items, spread
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.export.progress import Progress
 from fbqat_hub.families.graph import GraphWrapper, Item
@@ -65,6 +73,9 @@ def export_bundle(
     texts: Sequence[str] = (),
     tuning: Tuning | None = None,
     decoder_tile: int | None = None,
+    samples: int = 100,
+    quick: bool = False,
+    load: Callable[[str], torch.nn.Module] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Export a packed pipeline: transformer and decoder as context binaries, and all that a phone needs beside them.
@@ -92,6 +103,12 @@ def export_bundle(
         tuning: as `export_htp`.
         decoder_tile: side in pixels of the tiles that a larger picture is decoded in (`tiles.decoder_tiles`); at most
             `tiles.DEFAULT_TILE` if None.
+        samples: of `calibration`, at most, from its beginning to its end.
+        quick: compare one held-out input, single ops only in the first block and the first of several graphs of a part,
+            and generate no picture on the emulator, which takes minutes a forward at true size. The certificate says
+            so.
+        load: for memory, what loads the transformer or the autoencoder ("transformer", "vae") when the text encoders
+            are done with; the pipeline may come with any numbers in these two, and is left without what is done with.
 
     Returns:
         The certificate; of several targets, their certificates by `soc`.
@@ -101,7 +118,8 @@ def export_bundle(
         ValueError, ExportError: bad input, a failed step, a failed audit or a gate not met; nothing is left at
             `output_dir`.
     """
-    targets = check_asked(output_dir, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile)
+    asked = {"graphs": graphs, "pictures": pictures, "decoder_tile": decoder_tile, "samples": samples}
+    targets = check_asked(output_dir, soc, **asked)
     check_tuning(tuning.steps if tuning else 0, graphs)
     chosen, target_db = precision_named(precision, a16)
     if pictures > len(prompts):
@@ -114,23 +132,38 @@ def export_bundle(
     # generating and recording; tracing, calibrating and quantizing each part; compiling each graph, and pictures
     in_stages = tiles is not None and "overlap" not in tiles
     parts = 1 + len(encoders) + (len(family.decoder_stages(pipeline.vae)) if in_stages else 1)
-    steps = 2 + 3 * parts + graphs - 1 + bool(tuning) + len(targets) * ((graphs - 1 + parts) * len(STEPS) + 1)
+    steps = 3 + 3 * parts + graphs - 1 + bool(tuning) + len(targets) * ((graphs - 1 + parts) * len(STEPS) + 1)
     with (
         staging(output_dir) as folder,
         tempfile.TemporaryDirectory(prefix=".quantized.", dir=folder.parent) as scratch,
+        remembering(pipeline, "encode_prompt"),
         Progress(steps, progress) as bar,
     ):
         shared = Path(scratch)
+        shown, instruction = prompts[:pictures], family.instruction(pipeline, call)
+        with bar.step("encode prompts"), recorded_tokens(pipeline) as tokens:
+            encode_prompts(pipeline, [PROBE, *(prompts if calibration is None or held_out is None else shown)], call)
+        text = quantize_text(pipeline, tokens, texts or prompts, shown, instruction, shared, bar, load is not None)
+        if load is not None:
+            pipeline.transformer, pipeline.vae = load("transformer"), load("vae")
         with bar.step("generate in torch"):
-            with recorded_tokens(pipeline) as tokens:  # first: the scheduler must keep what the prompts set
-                generate(pipeline, PROBE, {**call, "num_inference_steps": 1}, 0)
-            generated = [generate(pipeline, prompt, call, seed) for seed, prompt in enumerate(prompts[:pictures])]
+            generated = [generate(pipeline, prompt, call, seed) for seed, prompt in enumerate(shown)]
         if calibration is None or held_out is None:
             with bar.step("record inputs"):
-                calibration = record_inputs(pipeline, prompts[:-1], call)
+                seen = prompts[:-1]
+                calibration = [item for each in generated[: len(seen)] for item in each.items]
+                calibration += record_inputs(pipeline, seen[len(generated) :], call, seed=len(generated))
                 held_out = record_inputs(pipeline, prompts[-1:], call, seed=len(prompts))[::5][:8]
+        calibration, held_out = spread(calibration, samples), spread(held_out, 1) if quick else held_out
         check_items("calibration", calibration, family.constant_inputs)
         check_items("held_out", held_out, family.constant_inputs)
+        wrapper = family.graph(pipeline.transformer, calibration[0])
+        host, settings = host_parts(generated, pipeline, wrapper, call)
+        # the last of a picture's items is of its last step, with the prompt
+        given = [(each.prompt, wrapper.host_inputs(each.items[-1])) for each in generated]
+        text = check_text(text, given, settings["mask_bias"])
+        decoder = quantize_decoder(pipeline, family, generated, settings["picture_size"], tiles, shared, bar)
+        host |= {name: torch.from_numpy(value) for name, value in decoder.norms.items()}
         transformer = quantize_transformer(
             pipeline.transformer,
             family,
@@ -143,21 +176,17 @@ def export_bundle(
             graphs=graphs,
             tuning=tuning,
         )
-        host, settings = host_parts(generated, pipeline, transformer.wrapper, call)
-        decoder = quantize_decoder(pipeline, family, generated, settings["picture_size"], tiles, shared, bar)
-        host |= {name: torch.from_numpy(value) for name, value in decoder.norms.items()}
-        # the last of a picture's items is of its last step, with the prompt
-        given = [(each.prompt, transformer.wrapper.host_inputs(each.items[-1])) for each in generated]
-        instruction, bias = family.instruction(pipeline, call), settings["mask_bias"]
-        text = quantize_text(pipeline, tokens, texts or prompts, given, instruction, bias, shared, bar)
+        if load is not None and quick:
+            pipeline.transformer = pipeline.vae = None
         made = _Quantized(transformer=transformer, decoder=decoder, text=text, host=host, settings=settings)
         if isinstance(soc, str):
-            certificates = _compile(made, pipeline, call, generated, folder, targets[0], bar)
+            certificates = _compile(made, pipeline, call, generated, folder, targets[0], quick, bar)
         else:
             certificates = {}
             for target in targets:
-                (folder / target.name).mkdir()
-                certificates[target.name] = _compile(made, pipeline, call, generated, folder / target.name, target, bar)
+                inside = folder / target.name
+                inside.mkdir()
+                certificates[target.name] = _compile(made, pipeline, call, generated, inside, target, quick, bar)
             write_targets(folder, certificates)
         return certificates
 
@@ -180,24 +209,27 @@ def _compile(
     generated: Sequence[Generated],
     folder: Path,
     target: Target,
+    quick: bool,
     bar: Progress,
 ) -> dict[str, Any]:
     """The bundle for one target, in `folder`; its certificate."""
     from fbqat_hub.export.htp import certificate, compiler
 
     transformer = made.transformer
-    section = compile_transformer(transformer, folder, target, bar)
+    section, outputs = compile_transformer(transformer, folder, target, bar, probe_blocks=1 if quick else None)
     section["graphs"] = {}
     for part in made.decoder.parts:
-        section["graphs"] |= compile_part(part, folder, target, bar)
-    text, sections = compile_text(made.text, folder, target, bar)
+        section["graphs"] |= compile_part(part, folder, target, bar, quick=quick)
+    text, sections = compile_text(made.text, folder, target, bar, quick)
     section["graphs"] |= sections
     section["text_left_out"] = text.left_out
     section["decoder_tiles"] = made.decoder.tiles
-    chain = {name: part["tensors"] for name, part in denoiser_sections(section).items()}
-    with bar.step("pictures"), compiler.EmulatorChain(folder, chain, target) as emulator:
-        section["pictures"] = _pictures(pipeline, generated, call, transformer.wrapper, folder, emulator)
-        _write_parts(folder, {**made.host, **text.tables}, transformer.held_out, emulator)
+    _write_parts(folder, made.host, generated, transformer.held_out, outputs)
+    section["pictures"] = None
+    if not quick:
+        chain = {name: part["tensors"] for name, part in denoiser_sections(section).items()}
+        with bar.step("pictures"), compiler.EmulatorChain(folder, chain, target) as emulator:
+            section["pictures"] = _pictures(pipeline, generated, call, transformer.wrapper, folder, emulator)
     section["golden_inputs"] = len(transformer.held_out)
     written = certificate.write(folder, target, section, bar.seconds)
     prompts = [each.prompt for each in generated]
@@ -214,17 +246,14 @@ def _pictures(
     emulator: Any,
 ) -> dict[str, Any]:
     """The same pictures with the emulator in the denoiser's place; saved in `pictures/`, compared, gated."""
-    from PIL import Image
 
     def denoise(item: Item) -> Tensor:
         return torch.from_numpy(emulator.run(as_feed(wrapper.host_inputs(item)))[0])
 
-    (folder / "pictures").mkdir()
     rows: list[dict[str, Any]] = []
     for seed, each in enumerate(generated):
         emulated = generate(pipeline, each.prompt, call, seed, denoise).picture
-        for name, picture in (("torch", each.picture), ("emulator", emulated)):
-            Image.fromarray(picture).save(folder / "pictures" / f"{seed}-{name}.png")
+        Image.fromarray(emulated).save(folder / "pictures" / f"{seed}-emulator.png")
         rows.append({"prompt": each.prompt, "seed": seed, "psnr_db": picture_psnr(each.picture, emulated)})
     mean = sum(row["psnr_db"] for row in rows) / len(rows)
     if not mean >= MIN_PICTURE_PSNR_DB:
@@ -235,16 +264,26 @@ def _pictures(
     return {"mean_psnr_db": round(mean, 3), "threshold_db": MIN_PICTURE_PSNR_DB, "each": rows}
 
 
-def _write_parts(folder: Path, host: Mapping[str, Tensor], held_out: Sequence[Feed], emulator: Any) -> None:
-    """`host.safetensors`, `golden.safetensors` (the transformer's inputs and the emulator's outputs), the runner."""
+def _write_parts(
+    folder: Path,
+    host: Mapping[str, Tensor],
+    generated: Sequence[Generated],
+    held_out: Sequence[Feed],
+    outputs: Sequence[np.ndarray],
+) -> None:
+    """`host.safetensors`, `golden.safetensors` (the transformer's inputs and the emulator's outputs), the pictures by
+    torch, the runner."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
     save_file(dict(host), folder / "host.safetensors")
     golden: dict[str, np.ndarray] = {}
-    for index, feed in enumerate(held_out):
+    for index, (feed, output) in enumerate(zip(held_out, outputs, strict=True)):
         golden.update({f"{index}.{name}": value for name, value in feed.items()})
-        golden[f"{index}.sample"] = emulator.run(feed)[0]
+        golden[f"{index}.sample"] = output
     save_arrays(golden, folder / "golden.safetensors")
+    (folder / "pictures").mkdir()
+    for index, each in enumerate(generated):
+        Image.fromarray(each.picture).save(folder / "pictures" / f"{index}-torch.png")
     for script in _SCRIPTS:
         shutil.copyfile(script, folder / script.name)

@@ -68,15 +68,21 @@ def quantize_part(
     return quantize_graph(source, folder, PRESETS["w4a16"], bar), rewrites
 
 
-def compile_part(part: QuantizedPart, folder: Path, target: Target, bar: Progress) -> dict[str, dict[str, Any]]:
+def compile_part(
+    part: QuantizedPart, folder: Path, target: Target, bar: Progress, *, quick: bool = False
+) -> dict[str, dict[str, Any]]:
     """The part's graphs in `folder`, compiled for `target`; their sections of the certificate by name, gated.
+
+    Args:
+        quick: compare one held-out input, and single ops in the first graph only.
 
     Raises:
         ExportError: a failed step, a failed audit or a gate not met.
     """
     from fbqat_hub.export.htp import certificate
 
-    sections = compile_chain(part.graphs, part.held_out, folder, target, bar)
+    held_out, probed = (part.held_out[:1], 1) if quick else (part.held_out, None)
+    sections, _ = compile_chain(part.graphs, held_out, folder, target, bar, probe_graphs=probed)
     for graph, rewrites in zip(part.graphs, part.rewrites, strict=True):
         section = sections[graph.name]
         section["model"] = {"class": part.model_class, "packed_layers": len(graph.code_bits)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,53 @@ def denoiser_replaced(pipeline: Any, denoise: Callable[[Item], Tensor]) -> Itera
         yield
     finally:
         transformer.forward = own
+
+
+class _EncodedError(Exception):
+    """The pipeline has come to its denoiser."""
+
+
+def encode_prompts(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
+    """Call `pipeline` for each prompt up to its denoiser; denoiser and autoencoder are not used.
+
+    Args:
+        call: arguments of the pipeline call.
+    """
+
+    def stop(_item: Item) -> Tensor:
+        raise _EncodedError
+
+    pipeline.set_progress_bar_config(disable=True)
+    with denoiser_replaced(pipeline, stop):
+        for prompt in prompts:
+            with suppress(_EncodedError):
+                pipeline(prompt=[prompt], **{**call, "output_type": "latent"})
+
+
+@contextmanager
+def remembering(owner: Any, method: str) -> Iterator[None]:
+    """Within the block, a method of `owner` remembers what it has made of what; tensors are the same by their numbers.
+
+    A pipeline whose `encode_prompt` does goes on without its text encoders once it has encoded its prompts.
+    """
+    own, known = getattr(owner, method), {}
+
+    def key(value: Any) -> Any:
+        return (
+            value.cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else repr(value)
+        )
+
+    def call(*positional: Any, **keywords: Any) -> Any:
+        asked = (*map(key, positional), *((name, key(value)) for name, value in sorted(keywords.items())))
+        if asked not in known:
+            known[asked] = own(*positional, **keywords)
+        return known[asked]
+
+    setattr(owner, method, call)
+    try:
+        yield
+    finally:
+        delattr(owner, method)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fbqat_hub.evaluation.metrics import sqnr_db
 from fbqat_hub.export.bundle.float_part import QuantizedPart, compile_part, quantize_part
@@ -39,16 +39,16 @@ class QuantizedText:
 
     Attributes:
         parts: an encoder each.
-        files: tokenizers.
+        files: tokenizers, and tables of token embeddings.
         described: the manifest's `text`, an entry an encoder.
-        tables: token embeddings for `host.safetensors`.
+        masks: of the last encoder's tokens, of each prompt.
         left_out: why there is nothing.
     """
 
     parts: list[QuantizedPart] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     described: list[dict[str, Any]] = field(default_factory=list)
-    tables: dict[str, Tensor] = field(default_factory=dict)
+    masks: list[np.ndarray] = field(default_factory=list)
     left_out: str | None = None
 
 
@@ -56,20 +56,20 @@ def quantize_text(
     pipeline: Any,
     recorded: Recorded,
     texts: Sequence[str],
-    generated: Sequence[tuple[str, Mapping[str, Tensor]]],
+    prompts: Sequence[str],
     instruction: str,
-    mask_bias: float | None,
     folder: Path,
     bar: Progress,
+    release: bool = False,
 ) -> QuantizedText:
     """All text encoders of `pipeline` as QDQ graphs with their tokenizers, in `folder`.
 
     Args:
-        recorded: what each was given while the pipeline generated `PROBE` (`text_encoder.recorded_tokens`).
+        recorded: what each was given while the pipeline encoded `PROBE` (`text_encoder.recorded_tokens`).
         texts: to calibrate on.
-        generated: prompts, and the graph inputs that the pipeline's denoiser got of them.
+        prompts: to compare on.
         instruction: what the pipeline puts before a prompt (`Family.instruction`), or nothing.
-        mask_bias: of the denoiser (`host.host_parts`).
+        release: take each encoder out of the pipeline when its graphs are made.
     """
     scratch = folder / "text"
     scratch.mkdir()
@@ -80,47 +80,54 @@ def quantize_text(
             path = scratch / f"{COMPONENTS[name]}.json"
             _write_tokenizer(getattr(pipeline, COMPONENTS[name]), path, len(rows[0][0]))
             lower, masked = _as_the_pipeline_does(name, path, rows, instruction)
-            encoder = wrap_text_encoder(name, getattr(pipeline, name), len(rows[0][0]), masked)
+            encoder = wrap_text_encoder(name, getattr(pipeline, name), len(rows[0][0]), masked, scratch)
             encoders.append(encoder)
-            found.files.append(path)
-            found.tables[f"embedding.{name}"] = encoder.table
-            kept = generated[0][1]["encoder_hidden_states"].shape[1] if instruction else None
+            found.files.extend((path, encoder.table))
             found.described.append(
                 {
                     "encoder": name,
                     "graphs": list(encoder.stages),
                     "tokenizer": path.name,
+                    "table": encoder.table.name,
                     "lower": lower,
                     "instruction": instruction,
-                    "kept": kept,
+                    "kept": None,
                     "bias": encoder.bias,
                     "mask_bias": ENCODER_MASK_BIAS,
                     "end": encoder.end,
                 }
             )
-        _check(encoders, found.described, scratch, generated, mask_bias)
-        for encoder, described in zip(encoders, found.described, strict=True):
+            if release:
+                getattr(pipeline, name).set_input_embeddings(nn.Embedding(1, 1))
+        for described in found.described:
+            encoder = encoders.pop(0)
             kind = type(getattr(pipeline, encoder.name)).__name__
             calibration = [_item(scratch, described, text) for text in texts]
-            held_out = [_item(scratch, described, prompt) for prompt, _ in generated]
+            held_out = [_item(scratch, described, prompt) for prompt in prompts]
             found.parts.append(quantize_encoder(encoder, kind, calibration, held_out, scratch, bar))
+            found.masks[:] = [item["attention_mask"].numpy() for item in held_out]
+            if release:
+                setattr(pipeline, encoder.name, None)
     except ExportError as error:
         shutil.rmtree(scratch)
         found = QuantizedText(left_out=str(error))
     return found
 
 
-def compile_text(text: QuantizedText, folder: Path, target: Target, bar: Progress) -> tuple[QuantizedText, Sections]:
+def compile_text(
+    text: QuantizedText, folder: Path, target: Target, bar: Progress, quick: bool
+) -> tuple[QuantizedText, Sections]:
     """All encoders of `text` in `folder`, compiled for `target`, and their sections of the certificate by graph.
 
-    Where one cannot be compiled there is nothing of any of them: the text returned says why.
+    Where one cannot be compiled there is nothing of any of them: the text returned says why. `quick` is as
+    `compile_part` has it.
     """
     scratch = folder / "text"
     scratch.mkdir()
     sections: Sections = {}
     try:
         for part in text.parts:
-            sections |= compile_part(part, scratch, target, bar)
+            sections |= compile_part(part, scratch, target, bar, quick=quick)
         for path in text.files:
             shutil.copyfile(path, scratch / path.name)
         for path in scratch.iterdir():
@@ -196,24 +203,28 @@ def _item(folder: Path, described: Mapping[str, Any], text: str) -> Item:
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 
-def _check(
-    encoders: Sequence[TextEncoder],
-    described: Sequence[Mapping[str, Any]],
-    folder: Path,
-    generated: Sequence[tuple[str, Mapping[str, Tensor]]],
-    mask_bias: float | None,
-) -> None:
-    """ExportError unless tokenizers, graphs in float and `denoiser_inputs` give what the pipeline's denoiser got."""
-    for prompt, wanted in generated:
-        items = [_item(folder, each, prompt) for each in described]
-        outputs = [encoder.tokens([item])[0].numpy() for encoder, item in zip(encoders, items, strict=True)]
-        mask = items[-1]["attention_mask"].numpy()
-        made = denoiser_inputs(described, outputs, mask, mask_bias)
+def check_text(
+    text: QuantizedText, generated: Sequence[tuple[str, Mapping[str, Tensor]]], mask_bias: float | None
+) -> QuantizedText:
+    """`text`, if tokenizers, graphs in float and `denoiser_inputs` give what the pipeline's denoiser got; else nothing
+    of it, and why.
+
+    Args:
+        generated: the prompts that it was made with, and the graph inputs that the denoiser got of them.
+        mask_bias: of the denoiser (`host.host_parts`).
+    """
+    for index, (prompt, wanted) in enumerate(generated if text.parts else ()):
+        for described in text.described:
+            if described["instruction"]:
+                described["kept"] = wanted["encoder_hidden_states"].shape[1]
+        outputs = [part.graphs[-1].expected[index]["tokens"] for part in text.parts]
+        made = denoiser_inputs(text.described, outputs, text.masks[index], mask_bias)
         for name, value in made.items():
             expected = wanted[name].float().numpy()
             reached = sqnr_db([expected], [value]) if expected.shape == value.shape else float("-inf")
             if not reached >= MIN_TEXT_DB:
-                raise ExportError(
-                    f"{name} of {prompt!r} made on the host is at {reached:.1f} dB to the pipeline's, at least "
-                    f"{MIN_TEXT_DB:g} dB is needed; does the pipeline do something else with its texts?"
+                return QuantizedText(
+                    left_out=f"{name} of {prompt!r} made on the host is at {reached:.1f} dB to the pipeline's, at "
+                    f"least {MIN_TEXT_DB:g} dB is needed; does the pipeline do something else with its texts?"
                 )
+    return text

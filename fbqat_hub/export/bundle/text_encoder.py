@@ -17,12 +17,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fbqat_hub.export.bundle.pipeline import remembering
 from fbqat_hub.export.bundle.runtime.text import encoder_feed
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.families.graph import GraphWrapper, Item, TwinModule, float_twin
@@ -41,6 +45,40 @@ ENCODER_MASK_BIAS = -100.0
 #: most. Measured: 0.64 GB and 27 bytes a weight, within 0.05 GB for 85, 166 and 205 million weights
 #: (`benchmarks.htp_parts`: CLIP-L, two layers of Gemma-2-2B, one of T5-XXL).
 MOST_WEIGHTS = 270_000_000
+
+
+#: Tokens of which embeddings are looked up at a time.
+_TOKENS = 8192
+
+
+class StoredEmbeddings(nn.Module):
+    """Token embeddings in the precision that they are stored in, as an encoder in float32 reads them.
+
+    They are no parameters, so that the encoder's dtype is float32.
+    """
+
+    def __init__(self, embed: Any) -> None:
+        super().__init__()
+        self._embed = [embed]
+        self.num_embeddings, self.embedding_dim = embed.num_embeddings, embed.embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Tokens [...] -> [..., embedding_dim], float32."""
+        (embed,) = self._embed
+        used, places = ids.unique(return_inverse=True)
+        few = copy.copy(embed)
+        few._parameters = {"weight": nn.Parameter(embed.weight[used].float(), requires_grad=False)}
+        made: Tensor = few(places)
+        return made
+
+
+def compute_in_float32(encoder: Any) -> Any:
+    """A packed text encoder, changed in place, that computes in float32; its token embeddings stay as they are stored.
+
+    The table is the largest part of some encoders: 2.4 GB of Gemma-2-2B's in float32.
+    """
+    encoder.set_input_embeddings(StoredEmbeddings(encoder.get_input_embeddings()))
+    return nn.Module.float(encoder)  # transformers' own refuses a quantized one
 
 
 class TextStage(TwinModule):
@@ -108,7 +146,8 @@ class TextEncoder:
         stages: graph -> the number of its first layer and of the first that is not in it, in order.
         stage: makes the stage of two such numbers, a copy of those layers alone.
         host_inputs: `input_ids` and `attention_mask` -> what `runtime.text.encoder_feed` makes of them.
-        table: token embeddings [vocabulary, D], of the encoder's own dtype.
+        table: safetensors file of the token embeddings, `embedding` [vocabulary, D]: float16, or float32 if they do not
+            fit.
         bias, end: as in the manifest: None, "padding" or "causal"; None, the end token's id, or "highest".
     """
 
@@ -116,18 +155,9 @@ class TextEncoder:
     stages: Mapping[str, tuple[int, int]]
     stage: Callable[[int, int], TextStage]
     host_inputs: Callable[[Item], dict[str, Tensor]]
-    table: Tensor
+    table: Path
     bias: str | None
     end: int | str | None
-
-    def tokens(self, items: Sequence[Item]) -> list[Tensor]:
-        """What `runtime.text.denoiser_inputs` takes, of each of `items`; a stage at a time is in memory."""
-        values = [self.host_inputs(item) for item in items]
-        for first, last in self.stages.values():
-            stage = self.stage(first, last)
-            for each in values:
-                stage.run(each)
-        return [each["tokens"] for each in values]
 
 
 class _Gemma2(TextStage):
@@ -273,13 +303,14 @@ def _stages(name: str, layers: Sequence[nn.Module]) -> dict[str, tuple[int, int]
     return {f"{name}-{place}": edge for place, edge in enumerate(itertools.pairwise(edges))}
 
 
-def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool) -> TextEncoder:
+def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool, folder: Path) -> TextEncoder:
     """The graphs of one of a pipeline's text encoders; `encoder` itself is not changed.
 
     Args:
         name: of the component.
         tokens: how many, padding included.
         masked: whether the pipeline tells the encoder the padding.
+        folder: for the table.
 
     Raises:
         ExportError: a class or an option that has no graph.
@@ -298,15 +329,14 @@ def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool) -> Tex
         window = encoder.config.sliding_window
         raise ExportError(f"{tokens} tokens are more than the sliding window of {window}")
     layers = GRAPHS[kind].layers_of(encoder)
-    with torch.no_grad():
-        embed = encoder.get_input_embeddings()
-        table = embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).detach().cpu()
+    table = _write_table(encoder.get_input_embeddings(), folder / f"embedding.{name}.safetensors")
     described = {"bias": bias, "mask_bias": ENCODER_MASK_BIAS, "end": end}
-    values = table.float().numpy()
 
     def host_inputs(item: Item) -> dict[str, Tensor]:
         ids, mask = (item[key].reshape(-1).numpy() for key in ("input_ids", "attention_mask"))
-        return {key: torch.from_numpy(value) for key, value in encoder_feed(described, values, ids, mask).items()}
+        with safe_open(table, "np") as file:
+            feed = encoder_feed(described, file.get_slice("embedding"), ids, mask)
+        return {key: torch.from_numpy(value) for key, value in feed.items()}
 
     def stage(first: int, last: int) -> TextStage:
         told = ["encoder_bias"] if bias else []
@@ -320,15 +350,32 @@ def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool) -> Tex
         stages=_stages(name, list(layers)),
         stage=stage,
         host_inputs=host_inputs,
-        table=table.float() if table.dtype is torch.bfloat16 else table,
+        table=table,
         bias=bias,
         end=end,
     )
 
 
+@torch.no_grad()
+def _write_table(embed: Any, path: Path) -> Path:
+    """What an embedding layer makes of each token, in a file as `TextEncoder.table`; a part at a time is in memory."""
+    device = next(embed.parameters(), torch.zeros(0)).device
+    parts = torch.arange(embed.num_embeddings, device=device).split(_TOKENS)
+    largest = max(float(embed(part).abs().amax()) for part in parts)
+    dtype = torch.float16 if largest <= torch.finfo(torch.float16).max else torch.float32
+    table = torch.empty(embed.num_embeddings, embed.embedding_dim, dtype=dtype)
+    for part in parts:
+        table[part.cpu()] = embed(part).cpu().to(dtype)
+    save_file({"embedding": table}, path)
+    return path
+
+
 @contextmanager
 def recorded_tokens(pipeline: Any) -> Iterator[dict[str, list[tuple[np.ndarray, bool]]]]:
-    """Within the block, what each text encoder of `pipeline` is given: rows of token ids, and whether with a mask."""
+    """Within the block, what each text encoder of `pipeline` is given: rows of token ids, and whether with a mask.
+
+    Each computes the same text once: what a guided pipeline encodes beside every prompt, say.
+    """
     found: dict[str, list[tuple[np.ndarray, bool]]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -344,4 +391,5 @@ def recorded_tokens(pipeline: Any) -> Iterator[dict[str, list[tuple[np.ndarray, 
             if getattr(pipeline, name, None) is not None:
                 module = getattr(pipeline, name)
                 stack.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+                stack.enter_context(remembering(module, "forward"))
         yield found

@@ -6,7 +6,6 @@ Both happen in a child process (`runtime/worker.py`). Nothing here ran on a phon
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ import onnx
 from fbqat_hub.evaluation.results import peak_rss_mib
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
+from fbqat_hub.export.memory import trim_heap
 
 _WORKER = Path(__file__).parent / "runtime" / "worker.py"
 _ANSWER = "fbqat-answer "
@@ -43,12 +43,6 @@ def provider_options(target: Target) -> dict[str, str]:
     }
 
 
-def _trim_heap() -> None:
-    """Give freed memory back before a child needs as much: glibc keeps what serialized graphs took (malloc_trim(3))."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 class Worker:
     """A child process with one session; loading compiles where the model is a QDQ graph.
 
@@ -66,7 +60,7 @@ class Worker:
         self, action: str, model: Path, options: dict[str, str], entries: dict[str, str] | None = None
     ) -> None:
         self.action, self.seconds = action, 0.0
-        _trim_heap()
+        trim_heap()
         self._folder = tempfile.TemporaryDirectory(prefix="fbqat-htp-")
         scratch = Path(self._folder.name)
         # The model goes by its bare name: ONNX Runtime hashes the path it is given into the graph's name, and the

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from fbqat_hub.export.folder import staging
@@ -97,7 +98,7 @@ def export_htp(
             graphs=graphs,
             tuning=tuning,
         )
-        section = compile_transformer(quantized, folder, target, bar, probe_blocks=probe_blocks)
+        section, _ = compile_transformer(quantized, folder, target, bar, probe_blocks=probe_blocks)
         return certificate.write(folder, target, section, bar.seconds)
 
 
@@ -209,18 +210,24 @@ def compile_transformer(
     progress: Progress,
     *,
     probe_blocks: int | None = None,
-) -> dict[str, Any]:
-    """The transformer's graphs in `folder`, compiled for `target`; its part of the certificate, gated."""
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The transformer's graphs in `folder`, compiled for `target`.
+
+    Returns:
+        Its part of the certificate, gated, and what the emulator made of each held-out input.
+    """
     from fbqat_hub.export.htp import certificate
 
-    sections = compile_chain(quantized.graphs, quantized.held_out, folder, target, progress, probe_blocks=probe_blocks)
+    sections, made = compile_chain(
+        quantized.graphs, quantized.held_out, folder, target, progress, probe_blocks=probe_blocks
+    )
     section = certificate.joined(sections) if len(sections) > 1 else next(iter(sections.values()))
     section |= quantized.facts
     section["audit"]["rewrites"] = quantized.rewrites
     section["parity"]["timesteps"] = quantized.timesteps
     section["parity"]["thresholds_db"] = certificate.thresholds()
     certificate.gate(section["parity"])
-    return section
+    return section, [each[quantized.wrapper.output_name] for each in made]
 
 
 def _quantization(

@@ -149,19 +149,22 @@ def compile_chain(
     progress: Progress,
     *,
     probe_blocks: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Context binaries of graphs that run in order, and every comparison, into `folder`; their sections by name.
+    probe_graphs: int | None = None,
+) -> tuple[dict[str, dict[str, Any]], list[Feed]]:
+    """Context binaries of graphs that run in order, and every comparison, into `folder`.
 
     Each graph reads by name from `held_out` and from what the emulator made of the graphs before it. See
-    `compile_graph`.
+    `compile_graph`; of all graphs but the first `probe_graphs` no single op is compared.
+
+    Returns:
+        The graphs' sections by name, and the last one's outputs, of each of `held_out`.
     """
     sections = {}
-    for graph in graphs:
-        sections[graph.name], emulated = compile_graph(
-            graph, held_out, folder, target, progress, probe_blocks=probe_blocks
-        )
+    for place, graph in enumerate(graphs):
+        blocks = probe_blocks if probe_graphs is None or place < probe_graphs else 0
+        sections[graph.name], emulated = compile_graph(graph, held_out, folder, target, progress, probe_blocks=blocks)
         held_out = [{**feed, **outputs} for feed, outputs in zip(held_out, emulated, strict=True)]
-    return sections
+    return sections, emulated
 
 
 def compile_graph(
@@ -180,7 +183,8 @@ def compile_graph(
     Args:
         held_out: values by name for the comparison, the graph's inputs among them, float32.
         probe_blocks: compare single ops (`op_parity`) and block outputs in the graph's first so many blocks; in all of
-            them if None. The probe is a second compilation, whose every tensor is an output and held in memory.
+            them if None, in none if 0. The probe is a second compilation, whose every tensor is an output and held in
+            memory.
 
     Returns:
         What was read back, audited and measured, for the certificate (the parity gates are the caller's), and all
@@ -210,8 +214,11 @@ def compile_graph(
         compiled = compile_binary(qdq_path, context, target, scratch, graph.stored_bits)
     with progress.step(f"{name}: emulate"), compiler.emulator(context, target) as emulator:
         emulated = [dict(zip(outputs, emulator.run(_of(qdq, feed)), strict=True)) for feed in held_out]
+    errors: list[dict[str, Any]] = []
+    probed: list[Feed] = [{}]
     with progress.step(f"{name}: probe"):
-        errors, probed = _probed(qdq, graph, held_out, scratch / "probe.onnx", target, probe_blocks)
+        if probe_blocks != 0:
+            errors, probed = _probed(qdq, graph, held_out, scratch / "probe.onnx", target, probe_blocks)
     shutil.rmtree(scratch)
 
     def compare(tensor: str, runs: Sequence[Feed]) -> dict[str, Any]:
@@ -234,7 +241,7 @@ def compile_graph(
         "cost": cost.cost(qdq) | compiled["cost"],
         "parity": {"held_out_inputs": len(emulated), **compare(output, emulated), **others},
         "blocks": blocks,
-        "op_parity": op_parity.summarize(errors),
+        "op_parity": op_parity.summarize(errors) if errors else None,
         "probed_blocks": {
             "probed": len(blocks_of_outputs(list(blocks))),
             "of": len(blocks_of_outputs(graph.block_outputs)),

@@ -34,6 +34,8 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     ]
     if (probed := certificate["probed_blocks"])["probed"] < probed["of"]:
         lines += ["", f"Blocks and single ops were compared in the first {probed['probed']} of {probed['of']} blocks."]
+    if unseen := [name for name, part in certificate.get("graphs", {}).items() if not part["op_parity"]]:
+        lines += ["", f"No single ops were compared in {', '.join(f'`{name}`' for name in unseen)}."]
     if timesteps := certificate["parity"].get("timesteps"):
         values = zip(*(certificate["parity"][name]["sqnr_db_of_each"] for name in PAIRS), strict=True)
         rows = sorted(zip(timesteps, values, strict=True))
@@ -43,6 +45,8 @@ def markdown(certificate: Mapping[str, Any]) -> str:
     if pictures := certificate.get("pictures"):
         lines += ["", "| picture, emulator in the loop against torch | PSNR (dB) |", "|---|---|"]
         lines += [f"| {item['prompt']} | {item['psnr_db']:.1f} |" for item in pictures["each"]]
+    elif "pictures" in certificate:
+        lines += ["", "No picture was generated on the emulator."]
     if tiles := certificate.get("decoder_tiles"):
         lines += ["", _tiles(tiles)]
     if allocation := certificate.get("allocation"):

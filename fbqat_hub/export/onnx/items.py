@@ -37,6 +37,12 @@ def check_items(kind: str, items: Sequence[Item], constants: Sequence[str]) -> N
             raise ExportError(f"{kind}[{index}] has the keys {sorted(item)}, the first item {sorted(items[0])}")
 
 
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of ``items``, in order, or all; always the same, and not every second one, which may be of one branch."""
+    places = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:count]
+    return [items[place] for place in sorted(places.tolist())]
+
+
 def torch_outputs(transformer: nn.Module, items: Sequence[Item], blocks: Sequence[str]) -> list[Feed]:
     """What the packed model itself computes for each item: `sample` and its blocks' outputs, float32."""
     device = next(transformer.parameters()).device

@@ -43,6 +43,13 @@ def test_a_graph_of_two_gibibytes_is_to_be_split(packed_sana: nn.Module, monkeyp
     assert "--graphs 2" in errors[0].cure
 
 
+def test_what_takes_hours_to_emulate_is_said(packed_sana: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_SLOW_TO_EMULATE", 1000)
+    (warning,) = [each for each in doctor.diagnose_model(packed_sana) if each.level == "warning"]
+    assert "a forward on the emulator takes minutes" in warning.what
+    assert "--quick" in warning.cure
+
+
 @pytest.mark.parametrize(
     ("model", "what"), [(nn.Linear(2, 2), "Linear is of no supported family"), (float_sana(), "has no packed layer")]
 )

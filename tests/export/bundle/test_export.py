@@ -21,12 +21,13 @@ from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle import text_encoder
 from fbqat_hub.export.bundle.embeddings import save_embeddings
 from fbqat_hub.export.bundle.export import export_bundle
-from fbqat_hub.export.bundle.pipeline import generate, picture_psnr
+from fbqat_hub.export.bundle.pipeline import encode_prompts, picture_psnr
 from fbqat_hub.export.bundle.sampler import sampler_matrix
 from fbqat_hub.export.bundle.text_bundle import PROBE, quantize_text
 from fbqat_hub.export.bundle.text_encoder import ENCODER_MASK_BIAS, recorded_tokens
 from fbqat_hub.export.onnx import calibration, rewrite
 from fbqat_hub.export.progress import Progress
+from fbqat_hub.export_run import export_run
 from fbqat_hub.families.graph import MASK_BIAS
 from fbqat_hub.files import sha256
 from fbqat_hub.pipelines import load_pipeline
@@ -129,6 +130,7 @@ def test_the_runner_generates_a_text(bundle: tuple[Path, dict[str, Any]], tmp_pa
             "encoder": "text_encoder",
             "graphs": ["text_encoder"],
             "tokenizer": "tokenizer.json",
+            "table": "embedding.text_encoder.safetensors",
             "lower": True,
             "instruction": "\n".join(INSTRUCTION),
             "kept": CALL["max_sequence_length"],
@@ -192,6 +194,25 @@ def test_the_runner_generates_with_two_graphs_and_decodes_in_tiles(tmp_path: Pat
     assert picture_psnr(*(np.asarray(picture) for picture in pictures)) > 20
 
 
+@pytest.mark.slow
+def test_a_quick_export_of_encoders_that_came_packed(tiny_sana: Path, tmp_path: Path) -> None:
+    """One forward and one block are compared, no picture is made on the emulator; the bundle is whole all the same."""
+    pytest.importorskip("onnxruntime_qnn")
+    packed, bundle = convert_pipeline(str(tiny_sana), tmp_path / "packed", text_encoders="w8"), tmp_path / "out"
+    prompts = CAPTIONS[:3]
+    certificate = export_run(packed, bundle, prompts=prompts, pictures=1, samples=5, quick=True, progress=False)
+    assert (certificate["pictures"], certificate["calibration_inputs"]) == (None, 5)
+    assert certificate["probed_blocks"] == {"probed": 1, "of": 2}
+    assert len(certificate["parity"]["timesteps"]) == certificate["golden_inputs"] == 1
+    assert "No picture was generated on the emulator." in (bundle / "certificate.md").read_text()
+    assert [path.name for path in (bundle / "pictures").iterdir()] == ["0-torch.png"]
+    torch_picture = np.asarray(Image.open(bundle / "pictures" / "0-torch.png"))
+    for options in ((), ("--text", prompts[0])):
+        done = run(bundle, *options, "--output", str(tmp_path / "picture.png"))
+        assert done.returncode == 0, done.stderr
+        assert picture_psnr(torch_picture, np.asarray(Image.open(tmp_path / "picture.png"))) > 30
+
+
 @pytest.mark.parametrize("change", ["preprocessing", "encoder"])
 def test_text_encoders_that_cannot_be_exported_are_left_out(
     change: str, tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,14 +222,14 @@ def test_text_encoders_that_cannot_be_exported_are_left_out(
     if change == "preprocessing":
         pipeline._text_preprocessing = lambda prompts, **_: [f"a {prompt}" for prompt in prompts]
     with recorded_tokens(pipeline) as tokens:
-        generate(pipeline, PROBE, CALL, 0)
+        encode_prompts(pipeline, [PROBE], CALL)
     if change == "encoder":
         monkeypatch.delitem(text_encoder.GRAPHS, "Gemma2Model")
     bar = Progress(1, shown=False)
-    found = quantize_text(pipeline, tokens, CAPTIONS, [(CAPTIONS[0], {})], "", None, tmp_path, bar)
+    found = quantize_text(pipeline, tokens, CAPTIONS, CAPTIONS[:1], "", tmp_path, bar)
     expected = {"preprocessing": "changes its prompts", "encoder": "text encoder Gemma2Model"}[change]
     assert expected in str(found.left_out)
-    assert (found.described, found.tables, list(tmp_path.iterdir())) == ([], {}, [])
+    assert (found.described, found.files, list(tmp_path.iterdir())) == ([], [], [])
 
 
 def test_a_flipped_byte_is_seen(bundle: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

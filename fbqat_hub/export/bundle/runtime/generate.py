@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 sys.dont_write_bytecode = True  # the folder stays what its manifest lists; the modules below lie beside this script
@@ -55,7 +56,7 @@ def stored_inputs(manifest: dict[str, Any], host: dict[str, np.ndarray], prompt:
     ]
 
 
-def encode(folder: Path, manifest: dict[str, Any], host: dict[str, np.ndarray], text: str) -> dict[str, np.ndarray]:
+def encode(folder: Path, manifest: dict[str, Any], text: str) -> dict[str, np.ndarray]:
     """The transformer's inputs of any text, from the text encoders on the HTP."""
     if not manifest["text"]:
         raise ValueError(
@@ -65,7 +66,8 @@ def encode(folder: Path, manifest: dict[str, Any], host: dict[str, np.ndarray], 
     outputs = []
     for each in manifest["text"]:
         ids, mask = tokenize(folder / each["tokenizer"], text, each["lower"], each["instruction"])
-        values = encoder_feed(each, host[f"embedding.{each['encoder']}"], ids, mask)
+        with safe_open(folder / each["table"], "np") as file:
+            values = encoder_feed(each, file.get_slice("embedding"), ids, mask)
         for name in each["graphs"]:  # one at a time in memory: all of a large encoder would not fit
             output = run_graphs([open_graph(folder, manifest, name)], values)
         outputs.append(output)
@@ -129,7 +131,7 @@ def generate(
         noise = np.random.default_rng(seed).standard_normal(noise.shape).astype(np.float32)
     given = stored_inputs(manifest, host, prompt)
     if text is not None:
-        given[-1] |= encode(folder, manifest, host, text)  # what is no text, the guidance scale say, stays
+        given[-1] |= encode(folder, manifest, text)  # what is no text, the guidance scale say, stays
     if embeddings is not None:
         given[-1] |= encoded_elsewhere(embeddings, given[-1])
     denoiser = [open_graph(folder, manifest, part["graph"]) for part in manifest["denoiser"]]

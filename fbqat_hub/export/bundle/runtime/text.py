@@ -26,20 +26,19 @@ def tokenize(path: Path, text: str, lower: bool, instruction: str) -> tuple[np.n
     return np.array(encoded.ids, np.int64), np.array(encoded.attention_mask, np.int64)
 
 
-def encoder_feed(
-    described: Mapping[str, Any], table: np.ndarray, ids: np.ndarray, mask: np.ndarray
-) -> dict[str, np.ndarray]:
+def encoder_feed(described: Mapping[str, Any], table: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     """The inputs of a text encoder's graph, float32.
 
     Args:
         described: the encoder's entry of the manifest's `text`.
-        table: the token embeddings [vocabulary, D].
+        table: the token embeddings [vocabulary, D]; anything that gives its rows by a slice.
 
     Returns:
         `token_embeddings` [1, tokens, D]; `encoder_bias` [1, 1, tokens, tokens] of a causal encoder, [1, 1, 1, tokens]
         of one that is told the padding; `end` [1, tokens, 1] of a pooled one, 1 at the token that stands for the text.
     """
-    feed = {"token_embeddings": table[ids][None].astype(np.float32)}
+    rows = np.concatenate([table[token : token + 1] for token in ids.tolist()])
+    feed = {"token_embeddings": rows[None].astype(np.float32)}
     if described["bias"] is not None:
         seen = mask[None] * (np.tri(len(ids)) if described["bias"] == "causal" else 1)
         feed["encoder_bias"] = (described["mask_bias"] * (1 - seen)).astype(np.float32)[None, None]
