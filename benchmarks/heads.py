@@ -32,8 +32,9 @@ def head(name: str, found: Costs) -> str:
     ]
     if not fits_at_all(found, Gpus.parse("1x80GB")):
         lines += [
-            "#   No batch size fits a device of 80 GB; --set training=blockwise does. Without training:",
-            f"#   fbqat convert {recipe.teacher} --output {name}-w4a8",
+            "#   No batch size fits a device of 80 GB. Which settings do, block by block:",
+            f"#   fbqat plan {name} --gpus 1x80GB --set training=blockwise",
+            f"#   Without training: fbqat convert {recipe.teacher} --output {name}-w4a8",
         ]
     return "\n".join(lines) + "\n"
 

@@ -85,14 +85,17 @@ def export_run(
         decoder_tile, samples, quick: as ``export_bundle``.
 
     Raises:
-        ExportError: no recipe and fewer than two prompts, or steps to ``tune`` without a recipe's data; what
-            ``export_bundle`` raises.
+        ExportError: a pipeline in full precision, no recipe and fewer than two prompts, or steps to ``tune`` without a
+            recipe's data; what ``export_bundle`` raises.
         FileNotFoundError, ValueError: ``run`` is no pipeline that can be loaded.
     """
     check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile, samples=samples)
     check_tuning(tune, graphs)
     precision_named(precision)
     check_source(run)
+    denoiser = Path(run) / "transformer" / "config.json"
+    if denoiser.is_file() and "quantization_config" not in read_json(denoiser):
+        raise ExportError(f"{run} is in full precision; quantize it first: fbqat convert {run} --output FOLDER")
     saved = Path(run) / "recipe.yaml"
     recipe = recipe_of_run(saved) if saved.is_file() else None
     if len(prompts) < 2 and (prompts or recipe is None):

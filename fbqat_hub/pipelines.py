@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from fbqat_hub.components import INDEX, Component, check_pipeline, quiet, read_index, refusing, variant_files
-from fbqat_hub.files import whole
+from fbqat_hub.files import usual_modes, whole
 from fbqat_hub.hub.client import HubError, step
 from fbqat_hub.hub.manifest import check_component
 from fbqat_hub.stages import find_stage
@@ -259,6 +259,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield partial
         for path in [partial / INDEX, *partial.glob("*/*config.json")]:
             _strip_paths(path)
+        usual_modes(partial)
         (folder / INDEX).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == INDEX):
             target = folder / path.name

@@ -43,6 +43,15 @@ def test_before_a_pipeline_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_float_pipeline_is_to_be_quantized_first(
+    tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_pipeline", never)
+    with pytest.raises(ExportError, match=r"is in full precision; quantize it first: fbqat convert /.* --output"):
+        export_run(tiny_sana, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_tuning_needs_data_and_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_pipeline", never)
     monkeypatch.setattr(module, "check_source", lambda _: None)

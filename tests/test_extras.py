@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -13,6 +14,15 @@ from packaging.requirements import Requirement
 from fbqat_hub.extras import EXTRAS, missing
 
 ROOT = Path(__file__).parents[1]
+# As if no extra were installed.
+WITHOUT = """
+import importlib.machinery, sys
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        return None if name.partition(".")[0] in {hidden} else super().find_spec(name, *rest)
+sys.meta_path = [Finder if each is importlib.machinery.PathFinder else each for each in sys.meta_path]
+"""
 
 
 def test_every_extra_of_the_project_is_in_the_table() -> None:
@@ -45,3 +55,13 @@ def test_a_library_that_is_broken_says_why_and_one_of_no_extra_speaks_for_itself
     assert "needs datasets, which cannot be imported (No module named 'datasets.old')" in str(missing(within))
     other = ModuleNotFoundError("No module named 'numpy'", name="numpy")
     assert missing(other) is other
+
+
+def test_what_is_for_a_plain_install_needs_no_extra() -> None:
+    """README: ``pip install fbqat-hub`` is to load, generate and convert."""
+    assert "pip install fbqat-hub                     # load, generate, convert\n" in (ROOT / "README.md").read_text()
+    hidden = {module for modules in EXTRAS.values() for module in modules} - {"tokenizers"}  # transformers' own too
+    modules = "fbqat_hub.training.ptq, fbqat_hub.training.sampled, fbqat_hub.training.generate"
+    code = f"{WITHOUT.format(hidden=hidden)}\nimport diffusers, {modules}\nassert 'datasets' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

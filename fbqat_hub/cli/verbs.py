@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import socket
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,12 @@ def plan(options: argparse.Namespace) -> None:
     if not options.measure:
         if options.output:
             raise ValueError("--output keeps what --measure measures; give both, or neither.")
+        from fbqat_hub.components import quiet
         from fbqat_hub.training.costs import costs, report
 
-        print(report(costs(recipe), options.gpus, options.seconds_per_step))
+        with quiet(), warnings.catch_warnings(action="ignore"):  # of the models that are built without numbers
+            text = report(costs(recipe), options.gpus, options.seconds_per_step)
+        print(text)
         return
     from fbqat_hub.training.plan import plan
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fbqat_hub.export.errors import ExportError
+from fbqat_hub.files import usual_modes
 
 
 def check_new(output_dir: str | os.PathLike[str]) -> Path:
@@ -37,6 +38,7 @@ def staging(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         yield folder
         folder.chmod(0o755)  # mkdtemp's folders are private
+        usual_modes(folder)
         folder.rename(output)
         shutil.rmtree(unfinished, ignore_errors=True)
     except ValueError as error:

@@ -12,6 +12,8 @@ What a block learns is its own output, not the prediction of the model; docs/met
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fbqat_hub.families import Family
@@ -35,9 +36,9 @@ from fbqat_hub.quantization.convert import prepare_layers
 from fbqat_hub.quantization.tuning import scales_tuned
 from fbqat_hub.training.adam import optimizer_of
 from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.checkpoint import check_same_recipe, read_tensors
+from fbqat_hub.training.checkpoint import check_same_recipe, is_whole
 from fbqat_hub.training.draws import Draws
-from fbqat_hub.training.loop import LOG, LogLine, check_finite, distill, open_log, set_step
+from fbqat_hub.training.loop import LOG, LogLine, distill, not_finite, open_log, set_step
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
@@ -77,7 +78,7 @@ def train_blockwise(
             f"recipe: training is blockwise, and there are {accelerator.num_processes} processes; it runs in one, on "
             "one device. Start it without accelerate launch, or use training: end_to_end."
         )
-    training = _BlockTraining(recipe, teacher, splits["train"], draws, output, accelerator.device)
+    training = _BlockTraining(recipe, teacher, splits["train"], draws, output, accelerator.device, resume)
     done = training.finished() if resume else 0
     student = training.run(done, progress)
     if recipe.blockwise.tuning_steps:
@@ -119,16 +120,33 @@ class _BlockTraining:
     """
 
     def __init__(
-        self, recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws, output: Path, device: torch.device
+        self,
+        recipe: Recipe,
+        teacher: nn.Module,
+        split: CachedSplit,
+        draws: Draws,
+        output: Path,
+        device: torch.device,
+        resume: bool = False,
     ) -> None:
         own = recipe.blockwise
         self.recipe = replace(recipe, steps=own.steps, learning_rate=own.learning_rate)
-        self._saved = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+        self._saved = recipe.as_yaml()
         self.teacher, self.draws, self.output, self.device = teacher.eval(), draws, output, device
         self.names = draws.family.blocks(teacher)
         self.folder = output / "checkpoints" / "blocks"
         self.student = copy.deepcopy(teacher, {id(each): each for each in tensors_of(teacher)})
-        widths = {} if recipe.quantization.average_bits is None else _widths(recipe, teacher, split, draws)
+        widths: dict[str, int] = {}
+        if recipe.quantization.average_bits is not None:
+            kept = self.folder / "widths.json"
+            if resume and kept.exists():
+                check_same_recipe(self.folder, self._saved)
+                widths = json.loads(kept.read_text())
+            else:
+                widths = _widths(recipe, teacher, split, draws)
+                self._write_recipe()
+                with whole(kept) as partial:
+                    partial.write_text(json.dumps(widths))
         self.config = recipe.config().with_widths(widths)
         self.chosen = by_block(self.names, targets_of(teacher, self.config))
         numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))
@@ -139,14 +157,15 @@ class _BlockTraining:
         self.batches = [forward_arguments(draws.family, inputs, dtype) for inputs in drawn]
 
     def finished(self) -> int:
-        """How many blocks an interrupted run has finished.
+        """How many blocks an interrupted run has finished, up to the first whose file is damaged.
 
         Raises:
             ValueError: with another recipe.
         """
         if (self.folder / "recipe.yaml").exists():
             check_same_recipe(self.folder, self._saved)
-        return next(n for n in range(len(self.names) + 1) if not self._file(n).exists())
+        files = map(self._file, range(len(self.names)))
+        return sum(1 for _ in itertools.takewhile(lambda file: file.exists() and is_whole(file), files))
 
     def run(self, done: int, progress: bool) -> Any:
         """Train all blocks but the first ``done``, which are read."""
@@ -192,13 +211,14 @@ class _BlockTraining:
             line.step, line.block = number * recipe.steps + step + 1, name
             call, target, weight = moved_tensors((calls[index], wanted[index], self.weights[index]), self.device)
             loss = block_loss(call.run(block), target, weight)
+            line.loss = loss.item()
+            if not math.isfinite(line.loss):
+                raise not_finite(line, recipe, self.output, block, functools.partial(call.run, block))
             loss.backward()
             if recipe.optimizer.max_grad_norm:
                 nn.utils.clip_grad_norm_(block.parameters(), recipe.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            line.loss = loss.item()
-            check_finite(line, recipe, self.output)
             yield line
         set_bit_width(block, recipe.quantization.weight_bits)
 
@@ -234,17 +254,20 @@ class _BlockTraining:
 
     def _write(self, number: int, block: nn.Module) -> None:
         if not number:
-            with whole(self.folder / "recipe.yaml") as partial:
-                partial.write_text(self._saved)
+            self._write_recipe()
         with whole(self._file(number)) as partial:
             save_file({name: value.contiguous().cpu() for name, value in block.state_dict().items()}, partial)
+
+    def _write_recipe(self) -> None:
+        with whole(self.folder / "recipe.yaml") as partial:
+            partial.write_text(self._saved)
 
     def _read(self, number: int, block: nn.Module, empty: Mapping[str, PackedLayer]) -> None:
         prefix = f"{self.names[number]}."
         for name, layer in empty.items():
             if name.startswith(prefix):
                 block.set_submodule(name.removeprefix(prefix), layer)
-        block.load_state_dict(read_tensors(self._file(number)), assign=True)
+        block.load_state_dict(load_file(self._file(number)), assign=True)
         block.requires_grad_(False).to(self.device)
 
 

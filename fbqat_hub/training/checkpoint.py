@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +19,7 @@ from fbqat_hub.training.migration import without_removed
 from fbqat_hub.training.sharding import gathered, shared_like
 
 _KEEP = 2
+_STATE = "state.safetensors"
 # of a scaler's state, what is a whole number
 _COUNTS = ("growth_interval", "_growth_tracker")
 _ABSENT = "(none)"
@@ -61,7 +63,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial / "state.safetensors")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial / _STATE)
         (partial / "recipe.yaml").write_text(recipe)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -79,21 +81,18 @@ def load_checkpoint(
     recipe: str,
     scaler: torch.amp.GradScaler | None = None,
 ) -> int:
-    """Restore the newest checkpoint; returns the steps done, 0 if there is none.
+    """Restore the newest checkpoint that is whole; returns the steps done, 0 if there is none.
 
     Raises:
-        ValueError: the checkpoint was made with another recipe (the values that differ are listed), or its file is
-            damaged.
+        ValueError: as ``newest_checkpoint``.
     """
-    checkpoints = _complete(folder)
-    if not checkpoints:
+    newest = newest_checkpoint(folder, recipe)
+    if newest is None:
         return 0
-    newest = checkpoints[-1]
-    check_same_recipe(newest, recipe)
     model_state: dict[str, torch.Tensor] = {}
     optimizer_state: dict[int, dict[str, torch.Tensor]] = {}
     scaler_state: dict[str, float | int] = {}
-    for key, value in read_tensors(newest / "state.safetensors").items():
+    for key, value in load_file(newest / _STATE).items():
         kind, _, rest = key.partition(".")
         if kind == "model":
             model_state[rest] = value
@@ -115,6 +114,28 @@ def load_checkpoint(
     if scaler:
         scaler.load_state_dict(scaler_state)
     return int(newest.name.removeprefix("step-"))
+
+
+def newest_checkpoint(folder: Path, recipe: str) -> Path | None:
+    """The newest checkpoint that is whole, None if there is none; damaged ones are named and deleted.
+
+    Raises:
+        ValueError: it was made with another recipe; the values that differ are listed.
+    """
+    for checkpoint in reversed(_complete(folder)):
+        if is_whole(checkpoint / _STATE):
+            check_same_recipe(checkpoint, recipe)
+            return checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def widths_in(checkpoint: Path) -> dict[str, float]:
+    """Name -> bits of the fake-quantized layers of a checkpoint."""
+    start, end = "model.", "._extra_state"
+    with safe_open(checkpoint / _STATE, framework="pt") as file:
+        keys = [key for key in file.keys() if key.startswith(start) and key.endswith(end)]  # noqa: SIM118
+        return {key.removeprefix(start).removesuffix(end): file.get_tensor(key).item() for key in keys}
 
 
 def check_same_recipe(folder: Path, recipe: str) -> None:
@@ -147,12 +168,15 @@ def _short(value: Any) -> str:
     return value if value is _ABSENT else f"{value!r:.100}"
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, or ValueError if it is damaged."""
+def is_whole(path: Path) -> bool:
+    """Whether the file is safetensors from end to end; one that is not is named, and deleted."""
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to continue from an older one.") from None
+        with safe_open(path, framework="pt"):  # compares the header with the file's length
+            return True
+    except (SafetensorError, FileNotFoundError) as error:
+        print(f"{path} is damaged ({error}); it is deleted, and what was before it is used.", file=sys.stderr)
+        path.unlink(missing_ok=True)
+        return False
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -42,7 +42,15 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"micro_batch_size": None},
     {"train_layers": "attention", "micro_batch_size": 1},
 )
-
+# The same of block-wise training; of batch sizes above 8 its rates were not tried.
+_BLOCK_CHANGES: tuple[dict[str, Any], ...] = (
+    {"mixed_precision": "bf16"},
+    {"batch_size": 8},
+    {"gradient_checkpointing": True},
+    {"blockwise.tuning_steps": 0},
+    {"optimizer.moment_bits": 8},
+    {"batch_size": 1},
+)
 
 # With layers shared out to several GPUs (FSDP2).
 _SHARED_OUT = {"gradient_checkpointing": True, "mixed_precision": "bf16", "micro_batch_size": 1}
@@ -245,19 +253,50 @@ def advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
         if changed == found.recipe:
             continue
         found = replace(costs(changed), devices=gpus.count)
-        tried.append((" ".join(f"{name}={_yaml(value)}" for name, value in change.items()), found))
+        tried.append((_settings(change), found))
+    return tried
+
+
+def block_advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
+    """As ``advice``, of block-wise training, which uses one of the devices."""
+    budget, tried = _budget(gpus), []
+    for change in _BLOCK_CHANGES:
+        if on_one_device(found) <= budget:
+            break
+        larger = change.get("batch_size", 0) >= found.recipe.batch_size
+        without_effect = "gradient_checkpointing" in change and not found.tuning
+        if larger or without_effect or ("mixed_precision" in change and found.recipe.half):
+            continue
+        changed = _changed(found.recipe, change)
+        if changed == found.recipe:
+            continue
+        found = costs(changed)
+        tried.append((_settings(change), found))
     return tried
 
 
 def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
-    given = dict(change)
-    bits = given.pop("optimizer.moment_bits", recipe.optimizer.moment_bits)
-    return replace(recipe, **given, optimizer=replace(recipe.optimizer, moment_bits=bits))
+    """With the fields of ``change``, those of a section as SECTION.NAME."""
+    given: dict[str, Any] = {}
+    for key, value in change.items():
+        section, _, name = key.rpartition(".")
+        given[section or key] = replace(getattr(recipe, section), **{name: value}) if section else value
+    return replace(recipe, **given)
+
+
+def _settings(change: Mapping[str, Any]) -> str:
+    """KEY=VALUE of each, as ``--set`` takes it."""
+    return " ".join(f"{name}={_yaml(value)}" for name, value in change.items())
 
 
 def on_device(found: Costs, gpus: Gpus) -> int:
     """Bytes on each GPU, at the worst moment."""
     return max(found.memory.peak + _buckets(found, gpus), found.encoding)
+
+
+def on_one_device(found: Costs) -> int:
+    """Bytes on the device of block-wise training, at the worst moment."""
+    return max(found.blocks.block, found.largest_part, found.tuning)
 
 
 def fits_at_all(found: Costs, gpus: Gpus) -> bool:
@@ -296,6 +335,8 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
         *(_blocks_time if blockwise else _time)(found, seconds_per_step),
     ]
     fit = (_blocks_fit if blockwise else _fit)(found, gpus) if gpus else []
+    if gpus and blockwise and on_one_device(found) > _budget(gpus):
+        fit += _without_training(found)
     return "\n".join(lines + (["", *fit] if fit else []))
 
 
@@ -334,15 +375,20 @@ def _blocks(found: Costs) -> list[str]:
 
 def _blocks_fit(found: Costs, gpus: Gpus) -> list[str]:
     """One device is used, whatever their number."""
-    budget, least = _budget(gpus), max(found.blocks.block, found.largest_part)
-    if max(least, found.tuning) <= budget:
+    budget, needs = _budget(gpus), on_one_device(found)
+    if needs <= budget:
         return [f"{gpus}: block by block it fits one of them."]
-    if least <= budget:
-        return [
-            f"{gpus}: block by block it fits one of them, but for the tuning of scales, which needs "
-            f"{gib(found.tuning)} of {gib(budget)}: --set blockwise.tuning_steps=0"
-        ]
-    return [f"{gpus}: block by block it does not fit either; it needs {gib(least)} of {gib(budget)}."]
+    lines = [f"{gpus}: block by block it does not fit; it needs {gib(needs)} of {gib(budget)}."]
+    tried = block_advice(found, gpus)
+    lines += [f"  --set {change}: {gib(on_one_device(after))}" for change, after in tried]
+    last = tried[-1][1] if tried else found
+    if on_one_device(last) <= budget:
+        return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
+    return [*lines, "Block by block no setting makes it fit."]
+
+
+def _without_training(found: Costs) -> list[str]:
+    return ["Without training:", f"  fbqat convert {found.recipe.teacher} --output {found.recipe.name}"]
 
 
 def _disk(found: Costs) -> list[tuple[str, str]]:
@@ -458,13 +504,9 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         "batch_size": min(8, found.recipe.batch_size),
     }
     blocks = costs(replace(found.recipe, **change))
-    return [
-        *lines,
-        f"With --set {' '.join(f'{name}={_yaml(value)}' for name, value in change.items())}:",
-        *(f"  {line}" for line in [*"\n".join(_blocks(blocks)).splitlines(), *_blocks_fit(blocks, gpus)]),
-        "Without training:",
-        f"  fbqat convert {found.recipe.teacher} --output {found.recipe.name}",
-    ]
+    lines.append(f"With --set {_settings(change)}:")
+    lines += [f"  {line}" for line in [*"\n".join(_blocks(blocks)).splitlines(), *_blocks_fit(blocks, gpus)]]
+    return [*lines, *_without_training(found)]
 
 
 def _on_each(found: Costs) -> int:
@@ -475,12 +517,11 @@ def _on_each(found: Costs) -> int:
 def _shared_out(found: Costs, gpus: Gpus) -> list[str]:
     needs = _on_each(found)
     fits = "fits" if needs <= _budget(gpus) else "does not fit"
-    settings = " ".join(f"{name}={_yaml(value)}" for name, value in _SHARED_OUT.items())
     launched = f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {gpus.count} -m fbqat_hub.cli train"
     return [
         f"With every layer shared out to the {gpus.count}, by FSDP2, it {fits}. On each, it needs about {gib(needs)}; "
         "this was computed, and never measured on GPUs:",
-        f"  {launched} ... --set {settings}",
+        f"  {launched} ... --set {_settings(_SHARED_OUT)}",
         f"  Each process first takes {gib(2 * found.memory.teacher)} of the host's memory, for teacher and student.",
     ]
 

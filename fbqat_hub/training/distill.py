@@ -17,14 +17,14 @@ from fbqat_hub.quantization.convert import targets
 from fbqat_hub.training.adam import check_optimizer
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
-from fbqat_hub.training.checkpoint import differences
+from fbqat_hub.training.checkpoint import differences, newest_checkpoint, widths_in
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of, distill, own_parts
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.sharding import is_sharded
-from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks
+from fbqat_hub.training.student import empty_student, prepare_student, prepare_student_by_blocks
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_yaml
 
@@ -41,7 +41,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
 
     Args:
         output: an empty or new folder, or with ``resume`` one of an interrupted run of the same recipe.
-        resume: continue from the newest checkpoint (from the start if there is none).
+        resume: continue from the newest checkpoint that is whole, without calibrating again (from the start if there
+            is none).
         progress: show progress bars.
 
     Raises:
@@ -79,11 +80,15 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
     teacher = pipeline.transformer.to(device)
     student: Any = None
-    if sharded:
+    begun = newest_checkpoint(output / "checkpoints", recipe.as_yaml()) if resume and not blockwise else None
+    if begun:
+        student = empty_student(recipe, teacher, draws.device, widths_in(begun))
+    elif sharded:
         student = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, accelerator.device)
-        draws.device = accelerator.device
     elif not blockwise:
         student = prepare_student(recipe, teacher, splits["train"], draws)
+    if sharded:
+        draws.device = accelerator.device
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
         recipe.save(output / "recipe.yaml")

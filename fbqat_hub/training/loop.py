@@ -11,6 +11,7 @@ How it is shared out changes no number but by the order of sums. The first proce
 from __future__ import annotations
 
 import datetime
+import functools
 import io
 import itertools
 import json
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, fsdp2_prepare_model
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from fbqat_hub.config import FBQATConfig
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import save_stage
 from fbqat_hub.progress import Progress
-from fbqat_hub.quantization import BitSchedule, Rounding, converted, set_bit_width
+from fbqat_hub.quantization import BitSchedule, FakeQuantizedLinear, Rounding, converted, named_layers, set_bit_width
 from fbqat_hub.stages import stage_folder
 from fbqat_hub.training.adam import Rates, optimizer_of, set_rate
 from fbqat_hub.training.cache import CachedSplit
@@ -150,7 +150,7 @@ class Loop:
         self.optimizer = optimizer_of(recipe, student)
         self._parts = own_parts(recipe, accelerator.process_index, accelerator.num_processes)
         self._schedule = recipe.bit_schedule()
-        self._text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+        self._text = recipe.as_yaml()
         ends = recipe.stage_ends()
         self._stages = {ends[bits]: bits for bits in recipe.keep_stages}
         self._wrapped, self._stepping = student, self.optimizer
@@ -192,13 +192,18 @@ class Loop:
                 own = self._loss(step, part)
                 accelerator.backward(own)
             loss += own.detach()
+        line.loss = accelerator.reduce(loss, reduction="mean").item()
+        if not math.isfinite(line.loss):  # before the step, which would leave no layer finite
+            again = functools.partial(self._losses, step)
+            raise not_finite(line, recipe, self.output, self.student, again)
         if recipe.optimizer.max_grad_norm:
             accelerator.clip_grad_norm_(self._wrapped.parameters(), recipe.optimizer.max_grad_norm)
         self._stepping.step()
         self._stepping.zero_grad()
-        line.loss = accelerator.reduce(loss, reduction="mean").item()
-        check_finite(line, recipe, self.output)
         return line
+
+    def _losses(self, step: int) -> list[Tensor]:
+        return [self._loss(step, part) for part in self._parts]
 
     def _loss(self, step: int, part: slice) -> Tensor:
         """Of a part of this process's share of the batch, as its part of the share's mean."""
@@ -311,14 +316,37 @@ def set_step(
     return LogLine(step + 1, math.nan, width, rate)
 
 
-def check_finite(line: LogLine, recipe: Recipe, output: Path) -> None:
-    """Raise FloatingPointError where the loss of a step is not finite."""
-    if not math.isfinite(line.loss):
-        where = f"{line.block}, step {line.step}" if line.block else f"step {line.step}"
-        raise FloatingPointError(
-            f"the loss is {line.loss} at {where}; lower learning_rate ({recipe.learning_rate:g}) or set "
-            f"optimizer.max_grad_norm. The last checkpoint is kept in {output / 'checkpoints'}."
-        )
+def not_finite(
+    line: LogLine, recipe: Recipe, output: Path, model: nn.Module, again: Callable[[], Any]
+) -> FloatingPointError:
+    """The error of a step whose loss is not finite: which layer is the first whose output is not, and what to do.
+
+    Args:
+        model: the student, or the block that is trained.
+        again: computes the loss once more.
+    """
+    found: list[str] = []
+
+    def look(name: str, layer: FakeQuantizedLinear, made: Tensor) -> None:
+        if not found and not bool(made.isfinite().all()):
+            found.append(f"{name} ({layer.bit_width:g} bits)")
+
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, made, name=name: look(name, layer, made))
+        for name, layer in named_layers(model, FakeQuantizedLinear)
+    ]
+    with torch.no_grad():
+        again()
+    for hook in hooks:
+        hook.remove()
+    where = f"{line.block}, step {line.step}" if line.block else f"step {line.step}"
+    cause = f"the first output that is not finite is that of {found[0]}" if found else "all layers' outputs are finite"
+    folder = output / "checkpoints"
+    kept = f"The last checkpoint is kept in {folder}." if folder.is_dir() else "There is no checkpoint yet."
+    return FloatingPointError(
+        f"the loss is {line.loss} at {where}, {line.bit_width:g} bits; {cause}. Lower learning_rate "
+        f"({recipe.learning_rate:g}) or set optimizer.max_grad_norm. {kept}"
+    )
 
 
 def learning_rate_factor(recipe: Rates, step: int) -> float:

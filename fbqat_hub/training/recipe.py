@@ -324,6 +324,10 @@ class Recipe:
         with whole(path) as partial:
             partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
+    def as_yaml(self) -> str:
+        """Every value, as a checkpoint keeps it."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
     def to_dict(self) -> dict[str, Any]:
         """Every value as plain data, as it is saved."""
         plain: dict[str, Any] = asdict(self)
@@ -460,6 +464,7 @@ def _sized(generation: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]
 
 # Came after recipes of version 1 had been saved; these are what was done before.
 _LATER: dict[str, Any] = {
+    "micro_batch_size": None,
     "text_encoders": None,
     "training": "end_to_end",
     "blockwise": asdict(Blockwise()),

@@ -79,6 +79,18 @@ def prepare_student_by_blocks(
     return student
 
 
+def empty_student(recipe: Recipe, teacher: nn.Module, device: torch.device | str, widths: Mapping[str, float]) -> Any:
+    """A student whose numbers are those of a checkpoint, to be loaded: not calibrated, at no codes in particular.
+
+    Args:
+        widths: name -> bits of the layers in the checkpoint.
+    """
+    chosen = recipe.quantization.average_bits is not None
+    student = _prepared(recipe, teacher, device, {name: 8 for name in widths if chosen and widths[name] == 8})
+    set_trained_layers(recipe, student)
+    return student
+
+
 def set_trained_layers(recipe: Recipe, model: nn.Module, within: str = "") -> None:
     """Of a model's fake-quantized layers, let those be trained that the recipe's ``train_layers`` names, no others.
 
@@ -109,9 +121,7 @@ def started_student(
         widths: name -> bits of layers that do not have the recipe's ``weight_bits``.
         started: the same without ``widths``. Its weights are those of the other layers, which are not started again.
     """
-    config = recipe.config()
-    student = copy.deepcopy(teacher).to(draws.device).requires_grad_(False)
-    prepare(student, config.weight_scheme(), **config.layer_options() | {"widths": widths})
+    student = _prepared(recipe, teacher, draws.device, widths)
     start(
         recipe,
         student,
@@ -124,6 +134,13 @@ def started_student(
             for name, layer in named_layers(started, FakeQuantizedLinear):
                 if name not in (widths or {}):
                     own[name].weight.copy_(layer.weight)
+    return student
+
+
+def _prepared(recipe: Recipe, teacher: nn.Module, device: torch.device | str, widths: Mapping[str, int] | None) -> Any:
+    config = recipe.config()
+    student = copy.deepcopy(teacher).to(device).requires_grad_(False)
+    prepare(student, config.weight_scheme(), **config.layer_options() | {"widths": widths})
     return student
 
 

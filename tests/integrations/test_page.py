@@ -1,4 +1,4 @@
-"""The code of docs/integrations.md, executed in one piece on a tiny Sana."""
+"""The code of docs/integrations.md and of the README, executed on a tiny Sana."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def test_the_page(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {layer.weight_bits for layer in packed.values()} == {4, 8}
     assert "proj_out" not in packed
     assert {layer.weight_bits for _, layer in named_layers(by_optimum.text_encoder, PackedLayer)} == {8}
+
+
+def test_the_readme_quantizes_as_it_loads_and_in_a_loop(tiny_sana: Path) -> None:
+    """One after the other, as they would be pasted; test_demo has the first block, test_peft what the third calls."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    for start in ("from diffusers import SanaTransformer2DModel\nfrom fbqat_hub import", "from diffusers import Sana"):
+        (block,) = [block for block in blocks if block.startswith(start)][-1:]
+        exec(block.replace("path/to/sana", str(tiny_sana)).replace("1000", "10"), names)
+        packed = [layer.weight_bits for _, layer in named_layers(names["model"], PackedLayer)]
+        assert packed == [4] * len(packed) != []

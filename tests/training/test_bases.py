@@ -14,6 +14,7 @@ from fbqat_hub.training.recipe import RECIPES, load_recipe
 # Millions of parameters; SD3.5's weight files have its table of positions beside them.
 PUBLISHED = {
     "sana-600m": {"transformer": 592, "text_encoder": 2614},
+    "sana-1.6b": {"transformer": 1604},
     "sana-1.5-1.6b": {"transformer": 1605},
     "sana-1.5-4.8b": {"transformer": 4722},
     "pixart-sigma": {"transformer": 611, "text_encoder": 4762, "vae": 83.65},

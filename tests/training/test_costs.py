@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.training_memory import RESULTS
 from fbqat_hub.training import costs as module
-from fbqat_hub.training.costs import RESERVE, Gpus, advice, costs, on_device, report
+from fbqat_hub.training.costs import RESERVE, Gpus, advice, block_advice, costs, on_device, on_one_device, report
 from fbqat_hub.training.recipe import Recipe, load_recipe
 
 
@@ -110,11 +110,28 @@ def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any
     line = "a whole student in float32, to choose widths (average_bits)"
     assert line in report(mixed, None, None)
     assert line not in report(found, None, None)
-    tuned = costs(replace(recipe, blockwise=replace(recipe.blockwise, tuning_steps=5)))
-    least = max(block.block, found.largest_part)
-    assert tuned.tuning > least
-    assert "--set blockwise.tuning_steps=0" in report(tuned, Gpus(1, RESERVE + least), None)
-    assert "it does not fit either" in report(tuned, Gpus(1, RESERVE + least - 1), None)
+
+
+def test_block_by_block_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, Any]) -> None:
+    fields = {"training": "blockwise", "batch_size": 64, "blockwise": {"samples": 64, "tuning_steps": 5}}
+    found = costs(Recipe(**recipe_fields | fields))
+    smaller = {"mixed_precision": "bf16", "batch_size": 8}
+    half = costs(Recipe(**recipe_fields | fields | smaller))
+    assert half.tuning > half.blocks.block
+    tried = block_advice(found, Gpus(1, RESERVE + half.tuning))
+    assert [change for change, _ in tried] == ["mixed_precision=bf16", "batch_size=8"]
+    assert on_one_device(found) > on_one_device(tried[0][1]) > on_one_device(tried[1][1]) == half.tuning
+    untuned = Gpus(1, RESERVE + max(half.blocks.block, half.largest_part))
+    text = report(found, untuned, None)
+    assert "GB: block by block it does not fit; it needs " in text
+    assert "\n  --set mixed_precision=bf16: " in text
+    assert "\n  --set gradient_checkpointing=true: " in text
+    assert "\nWith all of these it fits.\nWithout training:\n" in text
+    text = report(found, Gpus(1, RESERVE + 1), None)
+    assert "\n  --set blockwise.tuning_steps=0: " in text
+    assert "\n  --set optimizer.moment_bits=8: " in text
+    assert "\n  --set batch_size=1: " in text
+    assert "\nBlock by block no setting makes it fit.\nWithout training:\n" in text
 
 
 def test_several_gpus_need_buckets_each(sana: module.Costs) -> None:

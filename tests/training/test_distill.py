@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fbqat_hub.pipelines import load_pipeline, load_stage
 from fbqat_hub.quantization import FakeQuantizedLinear, PackedLayer, named_layers
-from fbqat_hub.training import checkpoint, loop
+from fbqat_hub.training import checkpoint, loop, student
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.method import METHODS, Optimizer
 from fbqat_hub.training.recipe import Recipe
@@ -214,13 +215,17 @@ def test_stages_survive_an_interruption(stop: int, recipe_of, staged_run: Path, 
     assert not list(run.rglob("*.partial*"))
 
 
-def test_diverging_run_says_what_to_do(recipe_of, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+; lower learning_rate"):
-        train(
-            recipe_of(method="vqat", learning_rate=1e30, optimizer={"warmup_steps": 0}),
-            tmp_path / "run",
-            progress=False,
-        )
+@pytest.mark.parametrize("kept", [False, True])
+def test_diverging_run_names_the_layer_and_says_what_to_do(kept: bool, recipe_of, tmp_path: Path) -> None:
+    """Its layers are finite before the step, so what is named is the cause, and not whatever comes first."""
+    recipe = recipe_of(method="vqat", learning_rate=1e30, optimizer={"warmup_steps": 0}, save_every=int(kept))
+    with pytest.raises(FloatingPointError) as caught:
+        train(recipe, tmp_path / "run", progress=False)
+    said = str(caught.value)
+    assert re.match(r"the loss is (nan|inf) at step \d+, 4 bits; the first output that is not finite is that of", said)
+    assert "transformer_blocks.0" in said
+    assert "Lower learning_rate (1e+30) or set optimizer.max_grad_norm." in said
+    assert said.endswith("/checkpoints." if kept else "There is no checkpoint yet.")
 
 
 # a teacher that cannot be one
@@ -382,16 +387,43 @@ def test_a_run_of_a_newer_version_is_not_continued(recipe_of, run_folder: Path, 
         train(recipe_of(), run, resume=True, progress=False)
 
 
-def test_damaged_checkpoint_is_named(recipe_of, tmp_path: Path, monkeypatch) -> None:
-    run = tmp_path / "run"
+@pytest.mark.parametrize("left", [1, 0], ids=["one before", "none before"])
+def test_where_a_checkpoint_is_damaged_the_one_before_is_used(
+    left: int, recipe_of, run_folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    run, recipe = tmp_path / "run", recipe_of(save_every=1)
     with monkeypatch.context() as patch:
         stop_at(patch, 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            train(recipe_of(), run, progress=False)
-    state = run / "checkpoints" / "step-00000002" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"state.safetensors is damaged .* delete .*step-00000002"):
-        train(recipe_of(), run, resume=True, progress=False)
+            train(recipe, run, progress=False)
+    states = sorted((run / "checkpoints").glob("*/state.safetensors"))
+    assert len(states) == 2
+    for state in states[left:]:
+        state.write_bytes(state.read_bytes()[:-100])
+    begun: list[int] = []
+    load = checkpoint.load_checkpoint
+    monkeypatch.setattr(loop, "load_checkpoint", lambda *given: begun.append(load(*given)) or begun[-1])
+    train(recipe, run, resume=True, progress=False)
+    assert begun == [2 * left]
+    said = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
+    assert [line.partition(" is damaged")[0] for line in said] == [str(state) for state in reversed(states[left:])]
+    one, other = tensors_of(run), tensors_of(run_folder)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("quantization", [{}, {"average_bits": 4.5}, {"activation_range": "static"}])
+def test_what_is_resumed_is_not_calibrated_again(
+    quantization: dict[str, Any], recipe_of, tmp_path: Path, monkeypatch
+) -> None:
+    run, recipe = tmp_path / "run", recipe_of(quantization=quantization, calibration={"samples": 4})
+    straight = train(recipe, tmp_path / "straight", progress=False)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, run, progress=False)
+    for name in ("calibrate", "gptq_initialize", "chosen_widths"):
+        monkeypatch.setattr(student, name, lambda *_, **__: pytest.fail("calibrated again"))
+    same_run(train(recipe, run, resume=True, progress=False), straight)
 
 
 def test_full_disk_leaves_no_half_checkpoint(recipe_of, run_folder: Path, tmp_path: Path, monkeypatch) -> None:
