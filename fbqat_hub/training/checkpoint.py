@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -117,6 +117,24 @@ def load_checkpoint(
     return int(newest.name.removeprefix("step-"))
 
 
+def saved_widths(folder: Path) -> dict[str, float] | None:
+    """Name -> bit width of every fake-quantized layer of the newest checkpoint; None if there is none.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    checkpoints = _complete(folder)
+    if not checkpoints:
+        return None
+    path, first, last = checkpoints[-1] / "state.safetensors", "model.", "._extra_state"
+    try:
+        with safe_open(path, "pt") as tensors:
+            found = [key for key in tensors.keys() if key.startswith(first) and key.endswith(last)]  # noqa: SIM118
+            return {key.removeprefix(first).removesuffix(last): tensors.get_tensor(key).item() for key in found}
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
 def check_same_recipe(folder: Path, recipe: str) -> None:
     """ValueError that lists the values which differ, where ``folder/recipe.yaml`` is not the ``recipe``, YAML."""
     saved = without_removed(yaml.safe_load((folder / "recipe.yaml").read_text()))
@@ -152,7 +170,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to continue from an older one.") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(f"{path} is damaged ({error}); delete {path.parent} to continue from an older one.")
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -17,14 +17,14 @@ from fbqat_hub.quantization.convert import targets
 from fbqat_hub.training.adam import check_optimizer
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
-from fbqat_hub.training.checkpoint import differences
+from fbqat_hub.training.checkpoint import differences, saved_widths
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of, distill, own_parts
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.sharding import is_sharded
-from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks
+from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks, resumed_student
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_yaml
 
@@ -79,11 +79,15 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
     teacher = pipeline.transformer.to(device)
     student: Any = None
-    if sharded:
-        student = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, accelerator.device)
-        draws.device = accelerator.device
+    saved = saved_widths(output / "checkpoints") if resume and not blockwise else None
+    if saved is not None:
+        student = resumed_student(recipe, teacher, saved)
+    elif sharded:
+        student = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, accelerator)
     elif not blockwise:
         student = prepare_student(recipe, teacher, splits["train"], draws)
+    if sharded:
+        draws.device = accelerator.device
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
         recipe.save(output / "recipe.yaml")

@@ -57,7 +57,6 @@ def needs_whole_layers(recipe: Recipe) -> list[str]:
     """What a recipe asks for that has no form in parts."""
     asked = {
         "training: blockwise": recipe.training == "blockwise",
-        "quantization.average_bits": recipe.quantization.average_bits is not None,
         "schedule.stages of several widths": len(recipe.bit_schedule().stages) > 1,
         "optimizer.moment_bits: 8": recipe.optimizer.moment_bits == 8,
         "mixed_precision: fp16": recipe.mixed_precision == "fp16",
