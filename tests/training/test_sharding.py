@@ -64,13 +64,14 @@ def stepping(self, number):
     line = step(self, number)
     moments = [state["exp_avg"] for state in self.optimizer.state.values()]
     if number == 0:
-        norms.append(sum(float(gathered(each).square().sum()) for each in moments) ** 0.5)
+        norms.append(sum(float(gathered(each).dequantize().square().sum()) for each in moments) ** 0.5)
     if self.accelerator.is_main_process:
         blocks = [self.teacher.get_submodule(name) for name in self.draws.family.blocks(self.teacher)]
         of_teacher = [each for block in blocks for each in block.parameters()]  # its root stays whole between steps
         parts = {"student": self.student.parameters(), "teacher": of_teacher, "moments": moments}
         with open(sys.argv[2], "w") as file:
-            json.dump({"norm": norms, **{name: held(values) for name, values in parts.items()}}, file)
+            codes = sum(hasattr(getattr(each, "_local_tensor", each), "codes") for each in moments)
+            json.dump({"norm": norms, "codes": codes, **{name: held(values) for name, values in parts.items()}}, file)
     return line
 
 AcceleratorState.__init__, loop.Loop.step = on_cpus, stepping
@@ -79,6 +80,19 @@ sys.exit(main(sys.argv[3:]))
 
 # a step of the grid of 8 bits is a sixteenth, and so is the rate
 AVERAGE = {"quantization": {"average_bits": 5.0}, "learning_rate": 6e-5}
+
+
+EIGHT = {"optimizer": {"moment_bits": 8, "warmup_steps": 2}}
+
+
+def fields_of(changes: dict[str, Any], teacher_of: Any) -> dict[str, Any]:
+    """The changes; 8-bit moments are of a family of whose layers some have 4096 weights."""
+    if changes is not EIGHT:
+        return changes
+    pytest.importorskip("torchao", reason="8-bit moments are torchao's: pip install 'fbqat-hub[torchao]'")
+    teacher = teacher_of("flux")
+    call = call_of("flux", load_pipeline(teacher, meta=True))
+    return changes | {"family": "flux", "teacher": str(teacher), "generation": call}
 
 
 def widths_of(run: Path) -> dict[str, int]:
@@ -124,8 +138,15 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("sana", AVERAGE),
         ("flux", {"gradient_checkpointing": True, "micro_batch_size": 1}),
         ("sd3", {}),  # its last block trains what has no effect
+        ("flux", EIGHT),
     ],
-    ids=["clipped and validated", "of two widths", "checkpointed, in parts of a batch", "without gradients of some"],
+    ids=[
+        "clipped and validated",
+        "of two widths",
+        "checkpointed, in parts of a batch",
+        "without gradients of some",
+        "moments of 8 bits",
+    ],
 )
 def test_two_processes_in_parts_train_as_one(
     family: str,
@@ -138,7 +159,7 @@ def test_two_processes_in_parts_train_as_one(
 ) -> None:
     teacher = teacher_of(family)
     own = {"family": family, "teacher": str(teacher), "generation": call_of(family, load_pipeline(teacher, meta=True))}
-    fields = recipe_fields | own | changes
+    fields = recipe_fields | own | fields_of(changes, teacher_of)
     one, two = alone(Recipe(**fields), tmp_path / "one"), tmp_path / "two"
     sharded("train", str(write_recipe(tmp_path / "recipe.yaml", fields)), "--output", str(two))
     validation = [[line["validation_loss"] for line in log_of(run) if "validation_loss" in line] for run in (one, two)]
@@ -149,8 +170,9 @@ def test_two_processes_in_parts_train_as_one(
     same_up_to_rounding(one, two, 1e-4 if changes is AVERAGE else 1e-5)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
     held = json.loads((tmp_path / "held.json").read_text())
+    assert bool(held.pop("codes")) == (changes is EIGHT)
     norms = held.pop("norm")  # of the first moments after a step: 1 - beta_1 of the gradient's
-    if "optimizer" in changes:
+    if "max_grad_norm" in changes.get("optimizer", {}):
         assert norms == [pytest.approx(0.1 * changes["optimizer"]["max_grad_norm"], rel=1e-3)]
     for name, sizes in held.items():
         whole, part = map(sum, zip(*sizes, strict=True))
@@ -158,16 +180,18 @@ def test_two_processes_in_parts_train_as_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "changes"), [(0, {}), (1, AVERAGE)])
+@pytest.mark.parametrize(("rank", "changes"), [(0, {}), (1, AVERAGE), (1, EIGHT)])
 def test_an_error_of_one_ends_both_and_one_process_goes_on_with_whole_layers(
     rank: int,
     changes: dict[str, Any],
     recipe_of: Any,
     recipe_fields: dict[str, Any],
+    teacher_of: Any,
     sharded: Any,
     alone: Any,
     tmp_path: Path,
 ) -> None:
+    changes = fields_of(changes, teacher_of)
     recipe, run = write_recipe(tmp_path / "recipe.yaml", recipe_fields | changes), tmp_path / "run"
     done = sharded("train", str(recipe), "--output", str(run), fails=rank)
     assert "No space left on device" in done.stderr
@@ -177,16 +201,18 @@ def test_an_error_of_one_ends_both_and_one_process_goes_on_with_whole_layers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, AVERAGE], ids=["4 bits", "two widths"])
+@pytest.mark.parametrize("changes", [{}, AVERAGE, EIGHT], ids=["4 bits", "two widths", "moments of 8 bits"])
 def test_two_go_on_with_parts_of_what_one_saved(
     changes: dict[str, Any],
     recipe_of: Any,
     recipe_fields: dict[str, Any],
+    teacher_of: Any,
     sharded: Any,
     alone: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    changes = fields_of(changes, teacher_of)
     recipe, run, step = (
         write_recipe(tmp_path / "recipe.yaml", recipe_fields | changes),
         tmp_path / "run",
@@ -262,7 +288,7 @@ def test_other_ways_to_share_out_layers_are_refused(recipe_of: Any) -> None:
     [
         ({"training": "blockwise"}, "training: blockwise"),
         ({"method": "integer"}, "schedule.stages of several widths"),
-        ({"optimizer": {"moment_bits": 8}, "mixed_precision": "fp16"}, "moment_bits: 8 and mixed_precision: fp16"),
+        ({"method": "integer", "mixed_precision": "fp16"}, "of several widths and mixed_precision: fp16"),
     ],
 )
 def test_what_needs_whole_layers_is_refused(changes: dict[str, Any], named: str, recipe_of: Any) -> None:
