@@ -30,7 +30,7 @@ from fbqat_hub.integrations.streamed import StreamedDenoiser
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import convert, gptq_initialize
 from fbqat_hub.quantization.convert import prepare_layers
-from fbqat_hub.quantization.sensitivity import rounding_errors, weight_sensitivity
+from fbqat_hub.quantization.sensitivity import nearest_errors, rounding_errors, weight_sensitivity
 from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
 from fbqat_hub.training.openmoji import default_cache_dir, load_openmoji
@@ -68,8 +68,9 @@ def measure(name: str) -> dict[str, Any]:
         for each in chosen
     }
     by_prompts = block_sensitivity(
-        streamed.model, streamed.names, spread(inputs, SCORED), targets_of(streamed.model, config), scheme,
-        lambda model, sample: family.prediction(model(**sample)[0]), load=streamed.block,
+        streamed.model, streamed.names, spread(inputs, SCORED), targets_of(streamed.model, config),
+        nearest_errors(scheme, WIDTHS), lambda model, sample: family.prediction(model(**sample)[0]),
+        load=streamed.block,
     )  # fmt: skip
     widths: dict[str, Mapping[str, int]] = {"4 bits": {}}
     for title, scores in (("weights", by_weights), ("prompts", by_prompts)):

@@ -186,13 +186,14 @@ def prepare_layers(model: nn.Module, chosen: list[Target], weights: WeightScheme
     shared: dict[int, nn.Parameter] = {}
     chosen.reverse()
     while chosen:  # a float layer goes as soon as it is replaced, or two copies of the model were in memory
-        layer, names, scheme, own_bits = chosen.pop()
-        kind = FakeQuantizedPointwiseConv2d if isinstance(layer, nn.Conv2d) else FakeQuantizedLinear
-        fake = kind(layer, weights if own_bits is None else replace(weights, bits=own_bits), scheme)
+        _, names, scheme, own_bits = chosen.pop()
+        own: Any = model.get_submodule(names[0])  # a copy of a block has its own, on its device
+        kind = FakeQuantizedPointwiseConv2d if isinstance(own, nn.Conv2d) else FakeQuantizedLinear
+        fake = kind(own, weights if own_bits is None else replace(weights, bits=own_bits), scheme)
         fake.keeps_width = own_bits is not None
-        fake.weight = shared.setdefault(id(layer.weight), fake.weight)
+        fake.weight = shared.setdefault(id(own.weight), fake.weight)
         if fake.bias is not None:
-            fake.bias = shared.setdefault(id(layer.bias), fake.bias)
+            fake.bias = shared.setdefault(id(own.bias), fake.bias)
         for name in names:
             model.set_submodule(name, fake)
     return replaced

@@ -58,13 +58,9 @@ def gptq_blocks(
     found = by_block(names, chosen)
 
     def rounded(name: str, module: nn.Module, inputs: Sequence[Any], run: Callable[[nn.Module, Any], None]) -> None:
-        own = []
-        for target in found[name]:
-            layer: Any = module.get_submodule(target.names[0])
-            own.append(target._replace(layer=layer))
-        if not own:
+        if not found[name]:
             return run(module, inputs)
-        prepare_layers(module, own, weights)
+        prepare_layers(module, list(found[name]), weights)
         gptq_initialize(module, lambda: inputs, run=run, damping=damping, max_bytes=max_bytes if name else 2**62)
         convert(module)
         for layer_name, layer in named_layers(module, PackedLayer):

@@ -31,6 +31,8 @@ WEIGHT_ERRORS = 2**31
 Scores = dict[str, dict[int, float]]
 # layer -> what gives, for each width, the weight there less the weight: [out, in] or [out, in, 1, 1]
 WeightErrors = Mapping[str, Callable[[], Mapping[int, Tensor]]]
+# the same of a layer's name and its weight in float, on the weight's device
+ErrorsOf = Callable[[str, Tensor], Mapping[int, Tensor]]
 
 
 def output_sensitivity(
@@ -68,7 +70,7 @@ def output_sensitivity(
     if signs < 1:
         raise ValueError(f"signs is {signs}; it must be at least 1.")
     scores: Scores = {}
-    with _frozen(model):
+    with frozen(model):
         for held in _chunks(model, errors, max_bytes):
             scores |= _score(model, held, batches(), predict, signs, torch.Generator().manual_seed(seed))
     return scores
@@ -112,6 +114,12 @@ def rounding_errors(
             clips[bits] = clip.value(rows, bits)
         errors[bits] = (fake_quantize(rows, clips[bits], bits) - rows).reshape(weight.shape[:2])
     return errors
+
+
+def nearest_errors(scheme: WeightScheme, widths: Iterable[int]) -> ErrorsOf:
+    """`rounding_errors`; of each layer a clip is found once for each width, and kept."""
+    clips: dict[str, dict[int, Tensor]] = {}
+    return lambda name, weight: rounding_errors(weight, scheme, widths, clips.setdefault(name, {}))
 
 
 def _score(
@@ -202,7 +210,7 @@ def recorded(model: nn.Module, names: Iterable[str], record: Callable[[str, Tens
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Within, no parameter asks for a gradient: only what flows from layer to layer is computed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -16,9 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fbqat_hub.quantization.blocks import by_block, moved_tensors
 from fbqat_hub.quantization.convert import Target
-from fbqat_hub.quantization.scheme import WeightScheme
-from fbqat_hub.quantization.sensitivity import Scores, recorded, rounding_errors
-from fbqat_hub.quantization.widths import WIDTHS
+from fbqat_hub.quantization.sensitivity import ErrorsOf, Scores, frozen, recorded
 
 
 def block_sensitivity(
@@ -26,26 +24,30 @@ def block_sensitivity(
     names: Sequence[str],
     batches: Iterable[Mapping[str, Any]],
     chosen: Iterable[Target],
-    weights: WeightScheme,
+    errors: ErrorsOf,
     predict: Callable[[nn.Module, Mapping[str, Any]], Tensor],
     *,
     load: Callable[[str], nn.Module],
-    widths: Sequence[int] = WIDTHS,
+    signs: int = 1,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    share: tuple[int, int] = (0, 1),
     done: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """`sensitivity.output_sensitivity` with one backward pass a batch, for the errors of nearest rounding.
+    """`sensitivity.output_sensitivity`, the same numbers.
 
     Args:
         model: in float, on the CPU; its blocks need no numbers. It is left as it was.
         names: of the blocks.
         batches: what ``predict`` takes.
         chosen: the layers to score (`convert.targets`).
-        weights: how they are rounded; its clip is found once for each width, and kept.
-        predict: the output of the model whose squared error counts.
+        errors: of a layer, each time that a backward pass comes to it.
+        predict: the output of the model whose squared error counts, of one shape for all batches.
         load: gives the block of a name with its numbers, in float, on the CPU; it is changed and dropped.
+        signs: backward passes for each batch.
         device: where a block is run.
+        share: (own, all): of so many processes this one takes every so-manieth batch. Their scores add up to those of
+            one that takes all.
         done: is called when a batch is.
 
     Returns:
@@ -54,25 +56,38 @@ def block_sensitivity(
     Raises:
         ValueError: no batches, or a layer that no batch reached.
     """
-    scored = _Scored(by_block(names, chosen), weights, widths)
+    scored = _Scored(by_block(names, chosen), errors)
     blocks = {name: model.get_submodule(name) for name in names}
-    random, elements = torch.Generator().manual_seed(seed), 0
+    random, drawn, count, elements = torch.Generator().manual_seed(seed), 0, 0, 0
+    own, processes = share
+
+    def sign(like: Tensor) -> Tensor:
+        return (2.0 * torch.randint(0, 2, like.shape, generator=random) - 1).to(like)
+
     try:
         for name in names:
             model.set_submodule(name, _Loaded(scored, name, load, device))
-        for batch in batches:
-            with torch.enable_grad(), scored.recorded(model, ""):
-                output = predict(model, batch)
-            elements += output.numel()
-            output.backward((2.0 * torch.randint(0, 2, output.shape, generator=random) - 1).to(output))
-            scored.add()
-            done()
+        with frozen(model):
+            for number, batch in enumerate(batches):
+                count += 1
+                if number % processes != own:
+                    continue
+                with torch.enable_grad(), scored.recorded(model, ""):
+                    output = predict(model, batch)
+                elements = output.numel()
+                for _ in range(drawn, number * signs):
+                    sign(output)  # of the other processes' batches
+                drawn = (number + 1) * signs
+                for left in reversed(range(signs)):
+                    output.backward(sign(output), retain_graph=left > 0)
+                    scored.add()
+                done()
     finally:
         for name, block in blocks.items():
             model.set_submodule(name, block)
-    if not elements:
+    if not count:
         raise ValueError("no batches to score the layers with; give at least one.")
-    return scored.scores(elements)
+    return scored.scores(count * elements * signs)
 
 
 class _Scored:
@@ -82,9 +97,8 @@ class _Scored:
         layers: block, or "" of those outside -> its layers, named from there.
     """
 
-    def __init__(self, layers: Mapping[str, Sequence[Target]], weights: WeightScheme, widths: Sequence[int]) -> None:
-        self._layers, self._weights, self._widths = layers, weights, widths
-        self._clips: dict[str, dict[int, Tensor]] = {}
+    def __init__(self, layers: Mapping[str, Sequence[Target]], errors: ErrorsOf) -> None:
+        self._layers, self._errors = layers, errors
         self._outside: dict[str, Any] = {}  # weights by full name
         self._inside: dict[str, Any] = {}  # of the block that was loaded last
         self._moved: dict[str, dict[int, float]] = {}
@@ -107,7 +121,7 @@ class _Scored:
     def add(self) -> None:
         """The batch's backward pass is over."""
         for name, by_width in self._moved.items():
-            own = self._sums.setdefault(name, dict.fromkeys(self._widths, 0.0))
+            own = self._sums.setdefault(name, dict.fromkeys(by_width, 0.0))
             for bits, value in by_width.items():
                 own[bits] += value**2
         self._moved.clear()
@@ -119,16 +133,15 @@ class _Scored:
             raise ValueError(
                 f"the output does not depend on {missed[0]}; give batches that run through the whole model."
             )
-        return {name: {bits: self._sums[name][bits] / elements for bits in self._widths} for name in wanted}
+        return {name: {bits: value / elements for bits, value in self._sums[name].items()} for name in wanted}
 
     @torch.no_grad()
     def _record(self, name: str, x: Tensor, grad: Tensor) -> None:
         gradient = grad.float().T @ x.float()  # of the weight, [out, in]
         weight = self._inside[name] if name in self._inside else self._outside[name]
-        own = self._moved.setdefault(name, dict.fromkeys(self._widths, 0.0))
-        clips = self._clips.setdefault(name, {})
-        for bits, error in rounding_errors(weight, self._weights, self._widths, clips).items():
-            own[bits] += float((gradient * error).sum())
+        own = self._moved.setdefault(name, {})
+        for bits, error in self._errors(name, weight).items():
+            own[bits] = own.get(bits, 0.0) + float((gradient * error).sum())
 
 
 def _full(block: str, target: Target) -> str:

@@ -4,6 +4,9 @@ With 8 bits a moment is stored as codes of a table of 256 values, with one scale
 torchao. Tensors that 256 does not divide, or of fewer than 4096 numbers (biases, clips), keep 32 bits. On a GPU torchao
 compiles the step of every shape of weight when it is first made. On a CPU, where that needs a C++ compiler and half a
 minute, the same step runs uncompiled.
+
+Of a weight that processes share out (FSDP2) each keeps the codes of its part, which are those of the whole one. Where
+the parts are not equal, or 256 does not divide them, its moments keep 32 bits.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fbqat_hub.training.method import Optimizer
@@ -78,10 +82,35 @@ def optimizer_bytes(parameters: Iterable[nn.Parameter], bits: int) -> int:
     """
     total = 0
     for each in parameters:
-        in_codes = bits == 8 and each.numel() >= _SMALLEST and each.numel() % _BLOCK == 0
+        in_codes = bits == 8 and _in_codes(each)
         moment = each.numel() + each.numel() // _BLOCK * 4 + _TABLE_BYTES if in_codes else each.nbytes
         total += 2 * moment + 4  # and the number of steps, float32
     return total
+
+
+def _in_codes(value: Tensor) -> bool:
+    return value.numel() >= _SMALLEST and value.numel() % _BLOCK == 0
+
+
+def part_in_codes(moment: Tensor, own: DTensor) -> Tensor:
+    """This process's part of a whole 8-bit moment of ``own``, in codes where ``own`` is shared out so."""
+    if not _shared_in_codes(own):
+        return distribute_tensor(moment.dequantize(), own.device_mesh, own.placements, src_data_rank=None)
+    rows = own.to_local().shape[0]
+    first = own.device_mesh.get_local_rank() * rows
+    return _as_part(moment.to(own.device)[first : first + rows], own)
+
+
+def _shared_in_codes(own: DTensor) -> bool:
+    """Whether every process has as many whole blocks of a parameter as the others."""
+    part = own.to_local().numel()
+    return _in_codes(own) and part * own.device_mesh.size() == own.numel() and part % _BLOCK == 0
+
+
+def _as_part(local: Tensor, own: DTensor) -> DTensor:
+    return DTensor.from_local(
+        local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
 
 
 def plain_tensors(name: str, value: Any) -> dict[str, Tensor]:
@@ -113,6 +142,13 @@ def _adam_8bit() -> Callable[..., torch.optim.Optimizer]:
 
     class Adam(Adam8bit):
         """Uncompiled on a CPU."""
+
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            if not isinstance(p, DTensor):
+                return super()._new_buffer(p, signed)
+            if not _shared_in_codes(p):
+                return torch.zeros_like(p)
+            return _as_part(self._subclass_zeros(p.to_local(), signed, _BLOCK), p)
 
         def step(self, closure: Any = None) -> Any:
             on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"

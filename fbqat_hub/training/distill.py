@@ -24,7 +24,7 @@ from fbqat_hub.training.loop import accelerator_of, distill, own_parts
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.sharding import is_sharded
-from fbqat_hub.training.student import empty_student, prepare_student, prepare_student_by_blocks
+from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks, resumed_student
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_yaml
 
@@ -82,9 +82,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     student: Any = None
     begun = newest_checkpoint(output / "checkpoints", recipe.as_yaml()) if resume and not blockwise else None
     if begun:
-        student = empty_student(recipe, teacher, draws.device, widths_in(begun))
+        student = resumed_student(recipe, teacher, widths_in(begun))
     elif sharded:
-        student = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, accelerator.device)
+        student = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, accelerator)
     elif not blockwise:
         student = prepare_student(recipe, teacher, splits["train"], draws)
     if sharded:

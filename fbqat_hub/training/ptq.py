@@ -18,8 +18,9 @@ from fbqat_hub.integrations.transformers import text_encoder_writers
 from fbqat_hub.pipelines import PARTIAL, check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization.gptq_blocks import gptq_blocks
+from fbqat_hub.quantization.sensitivity import nearest_errors
 from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
-from fbqat_hub.quantization.widths import widths_of_average
+from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
 from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
 from fbqat_hub.training.lora_merge import Lora, Merge
 from fbqat_hub.training.method import METHODS
@@ -203,7 +204,7 @@ class _GPTQ:
                 streamed.names,
                 scored,
                 chosen,
-                config.weight_scheme(),
+                nearest_errors(config.weight_scheme(), WIDTHS),
                 lambda model, sample: self.family.prediction(model(**sample)[0]),
                 load=streamed.block,
                 device=self.device,

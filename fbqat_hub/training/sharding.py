@@ -18,8 +18,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from fbqat_hub.families import Family
+from fbqat_hub.training.adam import part_in_codes
 from fbqat_hub.training.recipe import Recipe
 
 _UNKNOWN = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -57,9 +59,7 @@ def needs_whole_layers(recipe: Recipe) -> list[str]:
     """What a recipe asks for that has no form in parts."""
     asked = {
         "training: blockwise": recipe.training == "blockwise",
-        "quantization.average_bits": recipe.quantization.average_bits is not None,
         "schedule.stages of several widths": len(recipe.bit_schedule().stages) > 1,
-        "optimizer.moment_bits: 8": recipe.optimizer.moment_bits == 8,
         "mixed_precision: fp16": recipe.mixed_precision == "fp16",
     }
     return [name for name, is_asked in asked.items() if is_asked]
@@ -84,13 +84,21 @@ def skeleton_of(student: nn.Module) -> nn.Module:
 
 def gathered(value: Tensor) -> Tensor:
     """A tensor of which processes hold parts, whole, on the CPU; all must call this. Others stay as they are."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    whole: Any = value.full_tensor()
+    if is_traceable_wrapper_subclass(whole):  # a moment in 8 bits, whose tensors may be on their way: a copy waits
+        whole = transform_subclass(whole, lambda _, part: part.clone())
+    tensor: Tensor = whole.cpu()
+    return tensor
 
 
 def shared_like(value: Tensor, own: Tensor | None) -> Tensor:
     """This process's part of a whole tensor, which all processes have, where ``own`` is one in parts."""
     if not isinstance(own, DTensor) or value.shape != own.shape:
         return value
+    if hasattr(value, "codes"):  # a moment in 8 bits
+        return part_in_codes(value, own)
     return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 

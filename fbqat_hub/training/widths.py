@@ -6,16 +6,20 @@ with the least sum of scores are those within the average (`quantization.widths`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fbqat_hub.integrations.checkpoint import targets_of
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
-from fbqat_hub.quantization.sensitivity import output_sensitivity, rounding_errors
-from fbqat_hub.quantization.widths import widths_of_average
+from fbqat_hub.quantization.sensitivity import ErrorsOf, Scores, nearest_errors, output_sensitivity
+from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
+from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import Recipe
@@ -25,7 +29,12 @@ _SAMPLES, _SIGNS = 100, 4
 
 
 def chosen_widths(
-    recipe: Recipe, student: nn.Module, teacher: nn.Module, split: CachedSplit, draws: Draws
+    recipe: Recipe,
+    student: nn.Module,
+    teacher: nn.Module,
+    split: CachedSplit,
+    draws: Draws,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, int]:
     """Name -> bits of every quantized layer, ``quantization.average_bits`` a weight on average.
 
@@ -33,6 +42,8 @@ def chosen_widths(
         student: prepared at 4 bits, with the codes that training starts from: its errors there are what is scored.
         teacher: the full-precision denoiser; layers have the same names.
         split: of training samples, of which 100 are used.
+        accelerator: as `layer_scores_by_blocks`, where the models are in the host's memory; None where they are on the
+            device.
 
     Raises:
         ValueError: the recipe has no average.
@@ -41,31 +52,79 @@ def chosen_widths(
     if average is None:
         raise ValueError("quantization.average_bits is not given; every layer has weight_bits.")
     sizes = {name: layer.weight.numel() for name, layer in named_layers(student, FakeQuantizedLinear)}
-    return widths_of_average(layer_scores(recipe, student, teacher, split, draws), sizes, average)
+    if accelerator is None:
+        scores = layer_scores(recipe, student, teacher, split, draws)
+    else:
+        scores = layer_scores_by_blocks(recipe, student, teacher, split, draws, accelerator)
+    return widths_of_average({name: scores[name] for name in sizes}, sizes, average)
 
 
-def layer_scores(
-    recipe: Recipe, student: nn.Module, teacher: nn.Module, split: CachedSplit, draws: Draws
-) -> dict[str, dict[int, float]]:
+def layer_scores(recipe: Recipe, student: nn.Module, teacher: nn.Module, split: CachedSplit, draws: Draws) -> Scores:
     """Name -> bits, 4 and 8 -> what the layer's error at these bits does to the prediction. As `chosen_widths`."""
-    layers = dict(named_layers(student, FakeQuantizedLinear))
-    at_8 = replace(recipe.config().weight_scheme(), clip="mse")
+    errors_of = _errors_of(recipe, student)
 
-    def errors_of(name: str) -> Callable[[], Mapping[int, Tensor]]:
-        def errors() -> Mapping[int, Tensor]:
-            with torch.no_grad():
-                weight: Any = teacher.get_submodule(name).weight
-                rows = weight.detach().float().flatten(1)
-                at_4 = layers[name].fake_quantized_weight().flatten(1) - rows
-            return {4: at_4, **rounding_errors(rows, at_8, [8])}
+    def errors(name: str) -> Callable[[], Mapping[int, Tensor]]:
+        def of_layer() -> Mapping[int, Tensor]:
+            weight: Any = teacher.get_submodule(name).weight
+            return errors_of(name, weight)
 
-        return errors
+        return of_layer
 
     return output_sensitivity(
         teacher,
-        {name: errors_of(name) for name in layers},
+        {name: errors(name) for name, _ in named_layers(student, FakeQuantizedLinear)},
         lambda: draws.calibration(split, _SAMPLES),
         lambda model, inputs: draws.predict(model, dict(inputs)),
         signs=_SIGNS,
         seed=recipe.seed,
     )
+
+
+def layer_scores_by_blocks(
+    recipe: Recipe,
+    student: nn.Module,
+    teacher: nn.Module,
+    split: CachedSplit,
+    draws: Draws,
+    accelerator: Accelerator,
+) -> Scores:
+    """As `layer_scores`, the same numbers, of models in the host's memory, a block of each on the device at a time.
+
+    Args:
+        draws: of inputs in the host's memory.
+        accelerator: of the processes, each of which takes its share of the samples; all of them get the same scores.
+    """
+    family, blocks = draws.family, {name: teacher.get_submodule(name) for name in draws.family.blocks(teacher)}
+    sharing = min(accelerator.num_processes, _SAMPLES)
+    process = accelerator.process_index
+    scores = block_sensitivity(
+        teacher,
+        list(blocks),
+        draws.calibration(split, _SAMPLES),
+        targets_of(teacher, recipe.config()),
+        _errors_of(recipe, student),
+        lambda model, inputs: family.predict(model, dict(inputs)),
+        load=lambda name: copy.deepcopy(blocks[name]),
+        signs=_SIGNS,
+        seed=recipe.seed,
+        device=accelerator.device,
+        share=(process % sharing, sharing),
+    )
+    own = torch.tensor([[by_width[bits] for bits in WIDTHS] for by_width in scores.values()], dtype=torch.float64)
+    total = accelerator.reduce((own * (process < sharing)).to(accelerator.device), reduction="sum")
+    return {name: dict(zip(WIDTHS, row, strict=True)) for name, row in zip(scores, total.tolist(), strict=True)}
+
+
+def _errors_of(recipe: Recipe, student: nn.Module) -> ErrorsOf:
+    """At 4 bits of the student, at 8 of nearest rounding."""
+    at_8 = nearest_errors(replace(recipe.config().weight_scheme(), clip="mse"), [8])
+
+    @torch.no_grad()
+    def errors(name: str, weight: Tensor) -> Mapping[int, Tensor]:
+        rows, layer = weight.detach().float().flatten(1), student.get_submodule(name)
+        if layer.weight.device != weight.device:
+            layer = copy.deepcopy(layer).to(weight.device)
+        own: Any = layer
+        return {4: own.fake_quantized_weight().flatten(1) - rows, **at_8(name, rows)}
+
+    return errors

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from fbqat_hub.quantization.convert import targets
-from fbqat_hub.quantization.sensitivity import output_sensitivity, rounding_errors
+from fbqat_hub.quantization.sensitivity import nearest_errors, output_sensitivity, rounding_errors
 from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
 from tests.quantization.test_gptq_blocks import ACTIVATIONS, NAMES, WEIGHTS, Model, batches
 
@@ -21,8 +21,9 @@ def of_blocks(model: Model, inputs: Any = None, **options: Any) -> dict[str, dic
     for block in model.blocks:
         block.to("meta")
     given = {"load": lambda name: copy.deepcopy(own[name]), **options}
+    errors = nearest_errors(WEIGHTS, (4, 8))
     return block_sensitivity(
-        model, NAMES, batches() if inputs is None else inputs, chosen, WEIGHTS, lambda m, batch: m(**batch), **given
+        model, NAMES, batches() if inputs is None else inputs, chosen, errors, lambda m, batch: m(**batch), **given
     )
 
 
@@ -31,19 +32,24 @@ def loaded_from(model: Model) -> Any:
     return lambda name: copy.deepcopy(own[name])
 
 
-def test_equals_the_whole_model() -> None:
+@pytest.mark.parametrize("signs", [1, 3])
+def test_equals_the_whole_model(signs: int) -> None:
     model = Model()
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     errors = {
         name: lambda layer=layer: rounding_errors(layer.weight.detach(), WEIGHTS, (4, 8))
         for name, layer in layers.items()
     }
-    wanted = output_sensitivity(model, errors, batches, lambda m, batch: m(**batch), signs=1)
-    found = of_blocks(model, load=loaded_from(model))
+    wanted = output_sensitivity(model, errors, batches, lambda m, batch: m(**batch), signs=signs)
+    load = loaded_from(model)
+    found = of_blocks(model, load=load, signs=signs)
     assert set(found) == set(wanted)
+    shares = [of_blocks(model, load=load, signs=signs, share=(own, 3)) for own in range(3)]
     for name, by_width in wanted.items():
         assert found[name] == pytest.approx(by_width, rel=1e-4), name
         assert by_width[4] > 10 * by_width[8] > 0
+        for bits, score in found[name].items():
+            assert sum(each[name][bits] for each in shares) == pytest.approx(score, rel=1e-12)
 
 
 def test_one_block_is_held_at_a_time() -> None:

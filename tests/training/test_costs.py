@@ -12,6 +12,7 @@ import pytest
 from benchmarks.training_memory import RESULTS
 from fbqat_hub.training import costs as module
 from fbqat_hub.training.costs import RESERVE, Gpus, advice, block_advice, costs, on_device, on_one_device, report
+from fbqat_hub.training.method import Schedule
 from fbqat_hub.training.recipe import Recipe, load_recipe
 
 
@@ -86,7 +87,9 @@ def test_devices_that_share_out_layers_keep_their_part_and_some_blocks(recipe_fi
     assert "\nWith every layer shared out to the 4, by FSDP2, it " in text
     assert "--num_processes 4 -m fbqat_hub.cli train ... --set gradient_checkpointing=true mixed_precision=bf16" in text
     average = replace(found.recipe, quantization=replace(found.recipe.quantization, average_bits=4.5))
-    assert "FSDP2" not in report(costs(average), Gpus(4, RESERVE + found.encoding), None)
+    assert report(costs(average), Gpus(4, RESERVE + found.encoding), None).count("by FSDP2") == 1
+    several = replace(found.recipe, schedule=Schedule(stages=[(8.0, 1.0), (4.0, 1.0)]))
+    assert "FSDP2" not in report(costs(several), Gpus(4, RESERVE + found.encoding), None)
 
 
 def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any]) -> None:

@@ -49,15 +49,16 @@ def two_processes(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def same_up_to_rounding(a: Path, b: Path) -> None:
+def same_up_to_rounding(a: Path, b: Path, first: float = 1e-5) -> None:
     """Sums in another order: the last digits of the first losses differ, then a weight at the edge of two codes.
 
-    Such a code moves a loss of this tiny model by 2e-4 of it.
+    Such a code moves a loss of this tiny model by 2e-4 of it. ``first`` is for the first two losses, of which that of a
+    code of activations is a larger share where weights have 8 bits.
     """
     left, right = log_of(a), log_of(b)
     assert [line["step"] for line in left] == [line["step"] for line in right] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(left, right, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5 if ours["step"] < 3 else 1e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=first if ours["step"] < 3 else 1e-3)
         assert set(ours) == set(theirs)
         assert [ours[name] for name in _SAME] == [theirs[name] for name in _SAME]
     ours, theirs = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
