@@ -747,6 +747,31 @@ def families_table() -> str:
     return markdown(head, rows)
 
 
+def training_step_table() -> str:
+    """Time of a training step over a float model's, by `benchmarks.training_step`."""
+    found = json.loads((RESULTS / "training-step.json").read_text(encoding="utf-8"))
+
+    def over(row: dict[str, Any], name: str) -> str:
+        ratio = row["over_float"][name]
+        return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
+
+    rows = [
+        (
+            str(row["batch"]),
+            f"{row['median_ms']['float32']:,.0f} ms",
+            over(row, "fbqat"),
+            over(row, "torchao"),
+            f"{row['median_ms']['teacher']:,.0f} ms",
+        )
+        for row in found["rows"]
+    ]
+    head = ("batch", "float32", "fbqat over it", "torchao's QAT over it", "the teacher's forward, which comes on top")
+    return (
+        f"{markdown(head, rows)}\n\nForward, backward and Adam, 1 thread, {found['machine']['cpu']}, {found['rounds']} "
+        f"rounds, {found['date'][:10]}. By `python -m benchmarks.training_step`."
+    )
+
+
 def training_memory_table() -> str:
     """Peak memory of training steps, computed and measured, by `benchmarks.training_memory`."""
     rows = json.loads((RESULTS / "training.json").read_text(encoding="utf-8"))
@@ -899,6 +924,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-gpu": speed_gpu_table,
     "triton-code": triton_code_table,
     "training-memory": training_memory_table,
+    "training-step": training_step_table,
     "adam": adam_table,
     "convert": convert_table,
     "convert-widths": convert_widths_table,
