@@ -93,12 +93,10 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
             teacher.set_submodule(name, blocks.block(name))
             share(teacher.get_submodule(name))
         draws.device = accelerator.device
-    else:
-        teacher.to(device)
-    if saved is not None and not sharded:
-        student = resumed_student(recipe, teacher, saved)
-    elif not blockwise and not sharded:
-        student = prepare_student(recipe, teacher, splits["train"], draws)
+    elif saved is not None:
+        student = resumed_student(recipe, teacher.to(device), saved)
+    elif not blockwise:
+        student = prepare_student(recipe, teacher.to(device), splits["train"], draws)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
         recipe.save(output / "recipe.yaml")

@@ -98,6 +98,8 @@ def prepare_student_by_blocks(
         skeleton.set_submodule(name, skeleton_of(module))
         if share is not None:
             share(module)
+        else:
+            module.to("cpu")
         student.set_submodule(name, module)
     return student, skeleton
 
