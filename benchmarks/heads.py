@@ -11,11 +11,12 @@ import re
 import sys
 
 from fbqat_hub.families import FAMILIES
-from fbqat_hub.training.costs import Costs, Gpus, costs, fits_at_all, gb, gib
+from fbqat_hub.training.costs import RESERVE, Costs, Gpus, costs, fits_at_all, gb, gib, in_parts, launched
 from fbqat_hub.training.recipe import RECIPES, load_recipe
 
 _TINY = {family.tiny for family in FAMILIES.values()}
 REAL = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in _TINY)
+_SEVERAL = Gpus.parse("8x80GB")
 _BLOCK = re.compile(r"^# Costs, by `fbqat plan .*\n(?:#   .*\n)+", re.MULTILINE)
 
 
@@ -35,8 +36,20 @@ def head(name: str, found: Costs) -> str:
             "#   No batch size fits a device of 80 GB. Which settings do, block by block:",
             f"#   fbqat plan {name} --gpus 1x80GB --set training=blockwise",
             f"#   Without training: fbqat convert {recipe.teacher} --output {name}-w4a8",
+            *_several(name, found),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _several(name: str, found: Costs) -> list[str]:
+    """With every layer shared out to several devices."""
+    changed = in_parts(found, _SEVERAL)
+    if changed is None or changed.on_each > _SEVERAL.bytes - RESERVE:
+        return []
+    return [
+        f"#   {_SEVERAL.count} devices of 80 GB train it with every layer shared out (FSDP2), as computed:",
+        *(f"#   {line}" for line in launched(_SEVERAL, name)),
+    ]
 
 
 def main() -> None:

@@ -117,15 +117,18 @@ class _Changing(FBQATDiffusersQuantizer):
     def __init__(self, config: FBQATConfig, change: Callable[[str, Tensor], Tensor] | None) -> None:
         super().__init__(config, pre_quantized=False)
         self._change = change
+        self._finite: set[str] = set()
 
     def read(self, key: str) -> Tensor:
         value = super().read(key)
         return value if self._change is None else self._change(key, value)
 
     def checked(self, key: str) -> Tensor:
-        """As ``read``; refused if it is not finite."""
+        """As ``read``; refused, the first time, if it is not finite."""
         value = self.read(key)
-        check_values(value, self._place(key))
+        if key not in self._finite:
+            check_values(value, self._place(key))
+            self._finite.add(key)
         return value
 
 

@@ -182,11 +182,16 @@ def walk_through(
     batches: Iterable[Any],
     device: torch.device | str,
     kept: torch.device | str = "cpu",
+    load: Callable[[str], nn.Module] | None = None,
 ) -> None:
-    """The forward of all batches, kept where they are, with a copy of one block on ``device`` at a time."""
+    """The forward of all batches, kept where they are, with a copy of one block on ``device`` at a time.
+
+    Args:
+        load: gives the copy of a name; None copies the model's own.
+    """
     with BlockWalk(model, names, batches) as walk:
-        for block in walk.blocks:
-            here = copy.deepcopy(block).to(device)
+        for name, block in zip(names, walk.blocks, strict=True):
+            here = (copy.deepcopy(block) if load is None else load(name)).to(device)
             walk.advance(outputs_of(here, walk.calls, device, kept))
 
 

@@ -78,7 +78,7 @@ def gptq_initialize(
             ratios |= dict.fromkeys(layers, ratio)
     # only now: the moments of a later chunk are of the float model as well
     for layers, codes in zip(by_weight.values(), found, strict=True):
-        _move(next(iter(layers.values())), codes, margin)
+        move_to_codes(next(iter(layers.values())), codes, margin)
     return ratios
 
 
@@ -134,7 +134,9 @@ def _codes(layer: FakeQuantizedLinear, moments: Tensor, damping: float) -> tuple
     return codes.to(torch.int8 if high < 128 else torch.int16), of_gptq / of_nearest if of_nearest else 1.0
 
 
-def _move(layer: FakeQuantizedLinear, codes: Tensor, margin: float) -> None:
+@torch.no_grad()
+def move_to_codes(layer: FakeQuantizedLinear, codes: Tensor, margin: float) -> None:
+    """Move latent weights into the bins of ``codes``, whole numbers [out, in], as `gptq_initialize` does."""
     low, high = grid(layer.bit_width)
     scale = _scale(layer)
     steps = layer.weight.view_as(scale) / scale

@@ -26,7 +26,7 @@ from fbqat_hub.quantization.quantize import grouped
 from fbqat_hub.quantization.scheme import WeightScheme
 
 # Bytes of weight errors that are held at a time.
-WEIGHT_ERRORS = 2**31
+_WEIGHT_ERRORS = 2**31
 # layer -> bit width -> score; as `widths.choose_widths` takes them
 Scores = dict[str, dict[int, float]]
 # layer -> what gives, for each width, the weight there less the weight: [out, in] or [out, in, 1, 1]
@@ -43,7 +43,7 @@ def output_sensitivity(
     *,
     signs: int = 4,
     seed: int = 0,
-    max_bytes: int = WEIGHT_ERRORS,
+    max_bytes: int = _WEIGHT_ERRORS,
 ) -> Scores:
     """The expected mean squared error of the model's output for each layer at each width.
 

@@ -16,7 +16,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ from fbqat_hub.training.loop import LOG, LogLine, distill, not_finite, open_log,
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
-from fbqat_hub.training.student import set_trained_layers, start, started_student, tensors_of
-from fbqat_hub.training.widths import chosen_widths
+from fbqat_hub.training.student import codes_by_blocks, samples_of, set_trained_layers, start, tensors_of
+from fbqat_hub.training.widths import chosen_widths_by_blocks, scored_samples
 
 
 def train_blockwise(
@@ -78,7 +78,7 @@ def train_blockwise(
             f"recipe: training is blockwise, and there are {accelerator.num_processes} processes; it runs in one, on "
             "one device. Start it without accelerate launch, or use training: end_to_end."
         )
-    training = _BlockTraining(recipe, teacher, splits["train"], draws, output, accelerator.device, resume)
+    training = _BlockTraining(recipe, teacher, splits["train"], draws, output, accelerator)
     done = training.finished() if resume else 0
     student = training.run(done, progress)
     if recipe.blockwise.tuning_steps:
@@ -126,28 +126,16 @@ class _BlockTraining:
         split: CachedSplit,
         draws: Draws,
         output: Path,
-        device: torch.device,
-        resume: bool = False,
+        accelerator: Accelerator,
     ) -> None:
         own = recipe.blockwise
         self.recipe = replace(recipe, steps=own.steps, learning_rate=own.learning_rate)
         self._saved = recipe.as_yaml()
-        self.teacher, self.draws, self.output, self.device = teacher.eval(), draws, output, device
+        self.teacher, self.draws, self.output, self.device = teacher.eval(), draws, output, accelerator.device
         self.names = draws.family.blocks(teacher)
         self.folder = output / "checkpoints" / "blocks"
         self.student = copy.deepcopy(teacher, {id(each): each for each in tensors_of(teacher)})
-        widths: dict[str, int] = {}
-        if recipe.quantization.average_bits is not None:
-            kept = self.folder / "widths.json"
-            if resume and kept.exists():
-                check_same_recipe(self.folder, self._saved)
-                widths = json.loads(kept.read_text())
-            else:
-                widths = _widths(recipe, teacher, split, draws)
-                self._write_recipe()
-                with whole(kept) as partial:
-                    partial.write_text(json.dumps(widths))
-        self.config = recipe.config().with_widths(widths)
+        self.config = recipe.config().with_widths(self._widths(recipe, split, accelerator))
         self.chosen = by_block(self.names, targets_of(teacher, self.config))
         numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))
         drawn = [draws.training(split, number, recipe.batch_size) for number in numbers]
@@ -155,6 +143,27 @@ class _BlockTraining:
         self.weights = [draws.error_weight(inputs) if weighted else None for inputs in drawn]
         dtype = next(teacher.parameters()).dtype
         self.batches = [forward_arguments(draws.family, inputs, dtype) for inputs in drawn]
+
+    def _widths(self, recipe: Recipe, split: CachedSplit, accelerator: Accelerator) -> dict[str, int]:
+        """For the recipe's average, chosen once in a run. It takes the codes of a student in the host's memory."""
+        if recipe.quantization.average_bits is None:
+            return {}
+        kept = self.folder / "widths.json"
+        if kept.exists():
+            check_same_recipe(self.folder, self._saved)
+        else:
+            blocks, dtype = _Held(self.teacher, self.names), next(self.teacher.parameters()).dtype
+            started, scored = (
+                [forward_arguments(self.draws.family, inputs, dtype) for inputs in drawn]
+                for drawn in (samples_of(recipe, split, self.draws), scored_samples(split, self.draws))
+            )
+            codes = codes_by_blocks(recipe, blocks, started, accelerator.device)
+            widths = chosen_widths_by_blocks(recipe, codes, blocks, scored, accelerator)
+            self._write_recipe()
+            with whole(kept) as partial:
+                partial.write_text(json.dumps(widths))
+        chosen: dict[str, int] = json.loads(kept.read_text())
+        return chosen
 
     def finished(self) -> int:
         """How many blocks an interrupted run has finished, up to the first whose file is damaged.
@@ -292,9 +301,15 @@ def block_loss(made: Any, wanted: Any, weight: Tensor | None = None) -> Tensor:
     return mean_squared(own.float(), target.float(), weight)
 
 
-def _widths(recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws) -> dict[str, int]:
-    """For the recipe's average. It takes the memory of a whole student in float32, without gradients of its weights."""
-    return chosen_widths(recipe, started_student(recipe, teacher, split, draws), teacher, split, draws)
+class _Held:
+    """A denoiser in the host's memory, as `student.Blocks`."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model, self.names = model, names
+        self._blocks = {name: model.get_submodule(name) for name in names}
+
+    def block(self, name: str) -> nn.Module:
+        return copy.deepcopy(self._blocks[name])
 
 
 def _device_of(module: nn.Module) -> torch.device:

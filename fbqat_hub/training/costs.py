@@ -15,7 +15,6 @@ from typing import Any
 
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped
-from fbqat_hub.quantization.sensitivity import WEIGHT_ERRORS
 from fbqat_hub.text import columns
 from fbqat_hub.training.bases import Configs, build_on_meta, configs_of, parameters
 from fbqat_hub.training.block_footprint import BlockMemory, block_memory
@@ -127,15 +126,40 @@ class Costs:
         return step_memory(self.recipe, configs_of(self.recipe.teacher), 1)
 
     @functools.cached_property
-    def shared_out(self) -> int:
-        """Bytes of an end-to-end step on each of the devices that share out every layer (FSDP2), about."""
-        memory, denoiser = self.memory, build_on_meta(configs_of(self.recipe.teacher)["transformer"])
+    def _largest_and_outside(self) -> tuple[int, int]:
+        """Parameters of the denoiser's largest block, and of what is in none."""
+        denoiser = build_on_meta(configs_of(self.recipe.teacher)["transformer"])
         names = get_family(self.recipe.family).blocks(denoiser)
         blocks = [sum(each.numel() for each in denoiser.get_submodule(name).parameters()) for name in names]
-        outside = sum(each.numel() for each in denoiser.parameters()) - sum(blocks)
+        return max(blocks), sum(each.numel() for each in denoiser.parameters()) - sum(blocks)
+
+    @functools.cached_property
+    def shared_out(self) -> int:
+        """Bytes of an end-to-end step on each of the devices that share out every layer (FSDP2), about."""
+        memory, (largest, outside) = self.memory, self._largest_and_outside
         kept = memory.teacher + 2 * memory.student + memory.frozen + memory.optimizer  # gradients are as the masters
-        whole = 4 * (_WHOLE_BLOCKS * max(blocks) + _WHOLE_OUTSIDE * outside)
+        whole = 4 * (_WHOLE_BLOCKS * largest + _WHOLE_OUTSIDE * outside)
         return -(-kept // self.devices) + whole + memory.activations
+
+    @property
+    def on_each(self) -> int:
+        """The same, or those of the largest component: while data is encoded one is there at a time."""
+        return max(self.shared_out, 4 * self._most_parameters)
+
+    @functools.cached_property
+    def starting(self) -> int:
+        """Bytes of the host's memory that a process takes with FSDP2 until its first step, at most, about."""
+        recipe, (largest, outside) = self.recipe, self._largest_and_outside
+        samples = max(recipe.calibration.samples, recipe.gptq.samples)
+        alone = replace(
+            recipe,
+            batch_size=1,
+            micro_batch_size=None,
+            mixed_precision="no",
+            blockwise=replace(recipe.blockwise, samples=samples, tuning_steps=0),
+        )
+        inputs = block_memory(alone, configs_of(recipe.teacher)).kept
+        return 4 * 2 * (largest + outside) + inputs + (self.codes if recipe.quantization.average_bits else 0)
 
     @property
     def output(self) -> int:
@@ -151,14 +175,23 @@ class Costs:
     def largest_part(self) -> int:
         """Bytes of the largest component, which alone is on the device while block-wise data is made, in the precision
         of training. The denoiser is there only to make pictures of prompts."""
+        return _width(self.recipe) * self._most_parameters
+
+    @property
+    def _most_parameters(self) -> int:
+        """Of the components that encode."""
         sampled = "prompts" in self.recipe.dataset
-        used = [count for name, count in self.parameters.items() if sampled or name != "transformer"]
-        return _width(self.recipe) * max(used, default=0)
+        return max((count for name, count in self.parameters.items() if sampled or name != "transformer"), default=0)
 
     @functools.cached_property
     def blocks(self) -> BlockMemory:
         """Of block-wise training."""
         return block_memory(self.recipe, configs_of(self.recipe.teacher))
+
+    @property
+    def codes(self) -> int:
+        """Bytes of the denoiser at 4 bits, in the host's memory while widths are chosen."""
+        return self.parameters["transformer"] // 2
 
     @property
     def tuning(self) -> int:
@@ -365,8 +398,7 @@ def _blocks(found: Costs) -> list[str]:
         tuning = f"the tuning of scales, {recipe.blockwise.tuning_steps} steps (blockwise.tuning_steps)"
         rows.insert(1, (tuning, gib(found.tuning), "device"))
     if recipe.quantization.average_bits is not None:
-        student = 4 * found.parameters["transformer"] + WEIGHT_ERRORS
-        rows.append(("a whole student in float32, to choose widths (average_bits)", gib(student), "host"))
+        rows.append(("the student's codes, to choose widths (average_bits)", gib(found.codes), "host"))
     return [
         f"Memory, block by block, a batch of {recipe.batch_size} at {recipe.size[0]} x {recipe.size[1]}:",
         columns(rows, numbers_from=1),
@@ -491,11 +523,9 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
     if last.encoding > budget:
         lines.append(f"The whole pipeline takes {gib(last.encoding)} in float32 while the data is encoded.")
-    in_parts = _changed(found.recipe, _SHARED_OUT)
-    if gpus.count > 1 and not needs_whole_layers(in_parts):
-        changed = replace(costs(in_parts), devices=gpus.count)
+    if (changed := in_parts(found, gpus)) is not None:
         lines += _shared_out(changed, gpus)
-        if _on_each(changed) <= budget:
+        if changed.on_each <= budget:
             return lines
     lines.append("End to end no setting makes it fit.")
     change: dict[str, Any] = {
@@ -509,20 +539,33 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
     return [*lines, *_without_training(found)]
 
 
-def _on_each(found: Costs) -> int:
-    """Bytes on each GPU with FSDP2."""
-    return max(found.shared_out, found.encoding)
+def in_parts(found: Costs, gpus: Gpus) -> Costs | None:
+    """The costs with every layer shared out to the GPUs (FSDP2), and with what makes them small there.
+
+    None of one GPU, and of what needs layers whole.
+    """
+    changed = _changed(found.recipe, _SHARED_OUT)
+    if gpus.count == 1 or needs_whole_layers(changed):
+        return None
+    return replace(costs(changed), devices=gpus.count)
+
+
+def launched(gpus: Gpus, name: str) -> list[str]:
+    """The command that trains a recipe with FSDP2, on two lines."""
+    settings = _settings(_SHARED_OUT)
+    start = f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {gpus.count} -m fbqat_hub.cli train"
+    return [f"{start} {name} \\", f"  --output runs/{name} --set {settings}"]
 
 
 def _shared_out(found: Costs, gpus: Gpus) -> list[str]:
-    needs = _on_each(found)
+    needs = found.on_each
     fits = "fits" if needs <= _budget(gpus) else "does not fit"
-    launched = f"accelerate launch --use_fsdp --fsdp_version 2 --num_processes {gpus.count} -m fbqat_hub.cli train"
     return [
         f"With every layer shared out to the {gpus.count}, by FSDP2, it {fits}. On each, it needs about {gib(needs)}; "
         "this was computed, and never measured on GPUs:",
-        f"  {launched} ... --set {_settings(_SHARED_OUT)}",
-        f"  Each process first takes {gib(2 * found.memory.teacher)} of the host's memory, for teacher and student.",
+        *(f"  {line}" for line in launched(gpus, "RECIPE")),
+        f"  Of the host's memory the first process takes {gib(found.encoding)} while it encodes. Then each takes up to "
+        f"{gib(found.starting)} for calibration and GPTQ, block by block.",
     ]
 
 

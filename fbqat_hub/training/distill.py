@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from fbqat_hub.training.checkpoint import differences, newest_checkpoint, widths
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of, distill, own_parts
-from fbqat_hub.training.lora_merge import float_pipeline
+from fbqat_hub.training.lora_merge import float_pipeline, streamed_denoiser
 from fbqat_hub.training.recipe import Recipe, load_recipe
-from fbqat_hub.training.sharding import is_sharded
+from fbqat_hub.training.sharding import is_sharded, share_out
 from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks, resumed_student
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_yaml
@@ -69,26 +70,35 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         return output
     check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)
+    blockwise, sharded = recipe.training == "blockwise", is_sharded(accelerator)
     with accelerator.main_process_first():  # it downloads and encodes; the others read what it left
         source = downloaded(resolve_teacher(recipe.teacher))
         writers = text_encoder_writers(source, recipe.text_encoders)  # refuses them before the training
-        pipeline = load_teacher(recipe)
+        pipeline = load_teacher(recipe, meta=sharded and not accelerator.is_main_process)
         targets(pipeline.transformer, **recipe.config().layer_options())  # so does a pattern that matches no layer
-        splits = _encoded(recipe, pipeline, accelerator.device)
-    blockwise, sharded = recipe.training == "blockwise", is_sharded(accelerator)
+        splits = _encoded(recipe, pipeline, accelerator.device, in_parts=blockwise or sharded)
     device = "cpu" if blockwise or sharded else accelerator.device  # where inputs of blocks are kept
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
-    teacher = pipeline.transformer.to(device)
     student: Any = None
+    skeleton: Any = None
+    teacher = pipeline.transformer
+    del pipeline  # its text encoders would stay in memory
     begun = newest_checkpoint(output / "checkpoints", recipe.as_yaml()) if resume and not blockwise else None
-    if begun:
-        student = resumed_student(recipe, teacher, widths_in(begun))
-    elif sharded:
-        student = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, accelerator)
-    elif not blockwise:
-        student = prepare_student(recipe, teacher, splits["train"], draws)
+    saved = widths_in(begun) if begun else None
     if sharded:
+        blocks, share = streamed_denoiser(recipe), functools.partial(share_out, accelerator)
+        teacher = blocks.model
+        student, skeleton = prepare_student_by_blocks(
+            recipe, blocks, splits["train"], draws, accelerator, saved=saved, share=share if recipe.steps else None
+        )
+        for name in blocks.names if recipe.steps else ():
+            teacher.set_submodule(name, blocks.block(name))
+            share(teacher.get_submodule(name))
         draws.device = accelerator.device
+    elif saved is not None:
+        student = resumed_student(recipe, teacher.to(device), saved)
+    elif not blockwise:
+        student = prepare_student(recipe, teacher.to(device), splits["train"], draws)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
         recipe.save(output / "recipe.yaml")
@@ -96,7 +106,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     if blockwise:
         student = train_blockwise(recipe, teacher, splits, draws, output, accelerator, **options)
     elif recipe.steps:
-        student = distill(recipe, student, teacher, splits, draws, output, accelerator, **options)
+        student = distill(recipe, student, teacher, splits, draws, output, accelerator, skeleton=skeleton, **options)
 
     if accelerator.is_main_process:
         if not blockwise:
@@ -110,15 +120,18 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     return output
 
 
-def load_teacher(recipe: Recipe) -> Any:
+def load_teacher(recipe: Recipe, *, meta: bool = False) -> Any:
     """The recipe's pipeline in float32, or in bfloat16 for blocks that are trained in it.
+
+    Args:
+        meta: without numbers.
 
     Raises:
         ValueError: it is of another family, or quantized.
     """
     family = get_family(recipe.family)
     half = recipe.half if recipe.training == "blockwise" else None
-    pipeline = float_pipeline(recipe, half or torch.float32)
+    pipeline = float_pipeline(recipe, half or torch.float32, meta=meta)
     if type(pipeline).__name__ != family.pipeline_class:
         raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
     if getattr(pipeline.transformer, "is_quantized", False):
@@ -127,9 +140,11 @@ def load_teacher(recipe: Recipe) -> Any:
     return pipeline
 
 
-def _encoded(recipe: Recipe, pipeline: Any, device: torch.device) -> dict[str, CachedSplit]:
+def _encoded(recipe: Recipe, pipeline: Any, device: torch.device, *, in_parts: bool) -> dict[str, CachedSplit]:
     """The recipe's data, encoded on ``device``; the pipeline is on the CPU again, to make room for the training."""
-    if recipe.training == "blockwise" and device.type != "cpu":  # which may have no room for the whole pipeline
+    if pipeline.transformer.device.type == "meta":  # the first process has encoded
+        return cached_splits(recipe, pipeline)
+    if in_parts and device.type != "cpu":  # which may have no room for the whole pipeline
         pipeline.enable_model_cpu_offload(device=device)
         splits = cached_splits(recipe, pipeline)
         pipeline.remove_all_hooks()

@@ -44,7 +44,6 @@ from fbqat_hub.training.sharding import (
     fsdp_plugin,
     is_sharded,
     share_out_blocks,
-    skeleton_of,
     whole_student,
 )
 
@@ -120,6 +119,7 @@ class Loop:
         teacher: the full-precision denoiser.
         splits, draws: what is learned from.
         output: folder of the log, the stages and the checkpoints.
+        skeleton: of a student that is trained in parts; its blocks, and the teacher's, are shared out already.
 
     Raises:
         ValueError: as `own_parts`.
@@ -134,15 +134,15 @@ class Loop:
         draws: Draws,
         output: Path,
         accelerator: Accelerator,
+        skeleton: nn.Module | None = None,
     ) -> None:
         self.recipe, self.student, self.splits, self.draws = recipe, student, splits, draws
         self.output, self.accelerator = output, accelerator
         self.teacher: Any = teacher.eval().requires_grad_(False)
-        self._skeleton: nn.Module | None = None  # of a student that is trained in parts
+        self._skeleton = skeleton
         if is_sharded(accelerator):
             share_out_blocks(accelerator, draws.family, teacher)
             self.teacher = fsdp2_prepare_model(accelerator, self.teacher)
-            self._skeleton = skeleton_of(student)
         else:
             self.teacher.to(accelerator.device)
         if recipe.gradient_checkpointing:
@@ -265,11 +265,12 @@ def distill(
     progress: bool,
     after_step: Callable[[int], None] | None = None,
     stage: str = "",
+    skeleton: nn.Module | None = None,
 ) -> Any:
     """Run the recipe's steps on a prepared student; writes ``output/training_log.jsonl``, stages and checkpoints.
 
     Args:
-        recipe, student, teacher, splits, draws, output, accelerator: as `Loop`.
+        recipe, student, teacher, splits, draws, output, accelerator, skeleton: as `Loop`.
         resume: continue from the newest checkpoint in ``output``.
         progress: show a progress bar.
         after_step: called with the number of each step, from 0, when its update is done.
@@ -281,7 +282,7 @@ def distill(
     Raises:
         FileNotFoundError, FloatingPointError, ValueError: as `Loop.start` and `Loop.step`.
     """
-    loop = Loop(recipe, student, teacher, splits, draws, output, accelerator)
+    loop = Loop(recipe, student, teacher, splits, draws, output, accelerator, skeleton)
     first, writes = loop.start(resume), accelerator.is_main_process
     log = open_log(output / LOG, first) if writes else io.StringIO()
     bar = Progress(stage or f"train {recipe.method}", recipe.steps, "step", start=first, shown=progress and writes)

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fbqat_hub.components import quiet
+from fbqat_hub.components import quiet, read_index
+from fbqat_hub.families import get_family
+from fbqat_hub.integrations.convert_files import checked_tensors
+from fbqat_hub.integrations.streamed import StreamedDenoiser
 from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.text import names
 from fbqat_hub.training.lora_check import adapter_file, load_adapter
@@ -143,16 +146,33 @@ def _give_shapes(model: nn.Module) -> None:
         setattr(model.get_submodule(owner), own, nn.Parameter(empty, requires_grad=False))
 
 
-def float_pipeline(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Any:
+def float_pipeline(recipe: Recipe, dtype: torch.dtype = torch.float32, *, meta: bool = False) -> Any:
     """A recipe's teacher, with its adapter merged where it has one.
+
+    Args:
+        meta: without numbers.
 
     Raises:
         FileNotFoundError, ValueError, HubError: as `load_pipeline`, and as `Merge`.
     """
     folder = downloaded(resolve_teacher(recipe.teacher))
-    pipeline = load_pipeline(folder, dtype)
-    if recipe.lora is not None:
-        merge = Merge(load_pipeline(folder, meta=True), Lora(recipe.lora, recipe.lora_scale))
+    pipeline = load_pipeline(folder, dtype, meta=meta)
+    merge = _merge(recipe, folder)
+    if merge is not None and not meta:
         for name, parameter in pipeline.transformer.named_parameters():
             parameter.data = merge(name, parameter.data).to(dtype)
     return pipeline
+
+
+def streamed_denoiser(recipe: Recipe) -> StreamedDenoiser:
+    """The denoiser of `float_pipeline`, in float32, whose blocks are read when they are asked for."""
+    folder = downloaded(resolve_teacher(recipe.teacher))
+    denoiser = read_index(folder)[1]["transformer"]
+    read = checked_tensors(denoiser, change=_merge(recipe, folder))
+    return StreamedDenoiser(denoiser, get_family(recipe.family).blocks, read)
+
+
+def _merge(recipe: Recipe, folder: Path) -> Merge | None:
+    if recipe.lora is None:
+        return None
+    return Merge(load_pipeline(folder, meta=True), Lora(recipe.lora, recipe.lora_scale))

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
@@ -71,6 +72,13 @@ def share_out_blocks(accelerator: Accelerator, family: Family, denoiser: nn.Modu
     classes = {type(denoiser.get_submodule(name)).__name__ for name in family.blocks(denoiser)}
     plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, sorted(classes)
     plugin.mixed_precision_policy = None  # codes are of float32 weights; autocast rounds what comes after
+
+
+def share_out(accelerator: Accelerator, block: nn.Module) -> None:
+    """Share a block out as accelerate would with the whole model; of a process there stays its part, on the device."""
+    plugin = accelerator.state.fsdp_plugin
+    offload = plugin.cpu_offload or OffloadPolicy()
+    fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, offload_policy=offload)
 
 
 def skeleton_of(student: nn.Module) -> nn.Module:

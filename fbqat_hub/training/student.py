@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fbqat_hub.families import get_family
-from fbqat_hub.integrations.checkpoint import targets_of
-from fbqat_hub.quantization import FakeQuantizedLinear, calibrate, gptq_initialize, named_layers, prepare
+from fbqat_hub.quantization import (
+    FakeQuantizedLinear,
+    PackedLayer,
+    PackedLinear,
+    calibrate,
+    gptq_initialize,
+    named_layers,
+    prepare,
+)
 from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, outputs_of, walk_through
-from fbqat_hub.quantization.convert import Target, matches, prepare_layers, run_batches
+from fbqat_hub.quantization.convert import matches, prepare_layers, run_batches, targets
+from fbqat_hub.quantization.gptq import move_to_codes
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.recipe import Recipe
-from fbqat_hub.training.widths import chosen_widths
+from fbqat_hub.training.sharding import skeleton_of
+from fbqat_hub.training.widths import chosen_widths, chosen_widths_by_blocks, scored_samples
 
 
 def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws) -> Any:
@@ -34,83 +43,136 @@ def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit
     return student
 
 
+class Blocks(Protocol):
+    """A float denoiser of which one block is loaded at a time, as `StreamedDenoiser`."""
+
+    @property
+    def model(self) -> Any:
+        """The denoiser, on the CPU; its blocks need no numbers."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of its blocks."""
+
+    def block(self, name: str) -> Any:
+        """A new copy of a block, on the CPU."""
+
+
 def prepare_student_by_blocks(
-    recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws, accelerator: Accelerator
-) -> Any:
-    """As `prepare_student`, the same numbers, with one block on the device at a time.
+    recipe: Recipe,
+    teacher: Blocks,
+    train_split: CachedSplit,
+    draws: Draws,
+    accelerator: Accelerator,
+    *,
+    saved: Mapping[str, float] | None = None,
+    share: Callable[[nn.Module], None] | None = None,
+) -> tuple[Any, nn.Module]:
+    """As `prepare_student`, the same numbers, with one block on the device, and whole in memory, at a time.
 
     Args:
-        teacher: in the host's memory, where the student is made.
         draws: of inputs in the host's memory, where what goes into a block is kept for all samples.
         accelerator: of all processes, which make the same student.
+        saved: as `resumed_student`; None to start at the recipe's codes.
+        share: shares out a block of the student to the processes; None keeps it whole.
+
+    Returns:
+        The student, and its skeleton (`sharding.skeleton_of`).
 
     Raises:
         ValueError: a model that cannot go block by block.
     """
-    student, batches = started_by_blocks(recipe, teacher, train_split, draws, accelerator.device)
-    if recipe.quantization.average_bits is not None:
-        wider = _of_8(chosen_widths(recipe, student, teacher, train_split, draws, accelerator))
-        chosen = targets_of(teacher, recipe.config().with_widths(wider))
-        anew = [target for target in chosen if target.weight_bits is not None]
-        if anew:
-            _start_by_blocks(recipe, teacher, student, anew, batches, accelerator.device)
-    set_trained_layers(recipe, student)
-    return student
+    batches = [] if saved is not None else samples_of(recipe, train_split, draws)
+    codes: dict[str, PackedLayer] = {}
+    if recipe.quantization.average_bits is not None and saved is None:
+        codes = codes_by_blocks(recipe, teacher, batches, accelerator.device)
+        saved = chosen_widths_by_blocks(recipe, codes, teacher, scored_samples(train_split, draws), accelerator)
+    widths = {} if recipe.quantization.average_bits is None else _of_8(saved or {})
+    student: Any = None
+    skeleton: Any = None
+    for name, module in _started_blocks(recipe, teacher, widths, batches, accelerator.device, codes):
+        set_trained_layers(recipe, module, f"{name}." if name else "")
+        if not name:
+            student, skeleton = module, skeleton_of(module)
+            continue
+        skeleton.set_submodule(name, skeleton_of(module))
+        if share is not None:
+            share(module)
+        else:
+            module.to("cpu")
+        student.set_submodule(name, module)
+    return student, skeleton
 
 
-def started_by_blocks(
-    recipe: Recipe, teacher: nn.Module, split: CachedSplit, draws: Draws, device: torch.device
-) -> tuple[Any, list[Any]]:
-    """As `started_student`, with one block on ``device`` at a time, and the samples that it took."""
-    chosen = targets_of(teacher, recipe.config())
-    replaced = {id(each): each for target in chosen for each in tensors_of(target.layer)}
-    student: Any = copy.deepcopy(teacher, replaced).requires_grad_(False)
-    batches = list(draws.calibration(split, max(recipe.calibration.samples, recipe.gptq.samples)))
-    _start_by_blocks(recipe, teacher, student, chosen, batches, device)
-    return student, batches
+def samples_of(recipe: Recipe, split: CachedSplit, draws: Draws) -> list[dict[str, Any]]:
+    """What a student is calibrated and started on."""
+    return list(draws.calibration(split, max(recipe.calibration.samples, recipe.gptq.samples)))
+
+
+def codes_by_blocks(
+    recipe: Recipe, teacher: Blocks, batches: Sequence[Mapping[str, Any]], device: torch.device
+) -> dict[str, PackedLayer]:
+    """Name -> the layer at the codes that training starts from, every one at the recipe's ``weight_bits``."""
+    codes: dict[str, PackedLayer] = {}
+    for block, module in _started_blocks(recipe, teacher, {}, batches, device):
+        for name, layer in named_layers(module, FakeQuantizedLinear):
+            codes[_full(block, name)] = PackedLinear.from_fake_quantized(layer).to("cpu")
+    return codes
 
 
 @torch.no_grad()
-def _start_by_blocks(
+def _started_blocks(
     recipe: Recipe,
-    teacher: nn.Module,
-    student: nn.Module,
-    chosen: Iterable[Target],
+    teacher: Blocks,
+    widths: Mapping[str, int],
     batches: Sequence[Mapping[str, Any]],
     device: torch.device,
-) -> None:
-    """Put layers at the codes that training starts from into a student, with one block on ``device`` at a time.
+    codes: Mapping[str, PackedLayer] | None = None,
+) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of the denoiser without its blocks, "", and then of each block, with layers that are started.
 
     Args:
-        teacher: in the host's memory, as the student and ``batches``.
-        chosen: of the teacher's layers, those to fake-quantize.
+        widths: of layers that do not have the recipe's ``weight_bits``.
+        batches: to start on; none leaves the layers at their nearest codes.
+        codes: of all layers at ``weight_bits``, where they were found before.
     """
-    names = get_family(recipe.family).blocks(teacher)
-    layers = by_block(names, chosen)
+    scheme, options = recipe.config().weight_scheme(), recipe.config().layer_options()
+    names, model = teacher.names, teacher.model
+    layers = by_block(names, targets(model, **options | {"widths": widths}))
 
-    def started(module: nn.Module, block: str, inputs: Sequence[Any], run: Callable[..., None]) -> None:
-        if not layers[block]:
-            return
-        prepare_layers(module, list(layers[block]), recipe.config().weight_scheme())
-        start(recipe, module, lambda samples: inputs[:samples], run)
-        into = student.get_submodule(block)
-        for name in (name for target in layers[block] for name in target.names):
-            into.set_submodule(name, module.get_submodule(name).requires_grad_(False).to("cpu"))
+    def started(block: str, module: nn.Module, inputs: Sequence[Any], run: Callable[..., None]) -> nn.Module:
+        prepare_layers(module, list(layers[block]), scheme)
+        module.requires_grad_(False)
+        if layers[block] and inputs:
+            own = dict(named_layers(module, FakeQuantizedLinear))
+            known = {name: codes[_full(block, name)] for name in own if not own[name].keeps_width} if codes else {}
+            start(recipe, module, lambda samples: inputs[:samples], run, only=own.keys() - known.keys())
+            for name, layer in known.items() if recipe.initialization == "gptq" else ():
+                move_to_codes(own[name], layer.codes().to(own[name].weight.device), recipe.gptq.margin)
+        return module
 
     def run(block: nn.Module, calls: Iterable[Call]) -> None:
         deque(outputs_of(block, calls, device), maxlen=0)
 
     def walk(model: nn.Module, batches: Iterable[Any]) -> None:
-        walk_through(model, names, batches, device)
+        walk_through(model, names, batches, device, load=teacher.block)
 
-    outside = copy.deepcopy(teacher, {id(each): each for each in tensors_of(teacher)})
-    started(outside, "", batches, walk)
-    with BlockWalk(teacher, names, batches) as through:
-        for name, own in zip(names, through.blocks, strict=True):
-            block = copy.deepcopy(own).to(device)
+    inside = {id(each): each for name in names for each in tensors_of(model.get_submodule(name))}
+    yield "", started("", copy.deepcopy(model, inside), batches, walk)
+    if not batches:
+        for name in names:
+            yield name, started(name, teacher.block(name), (), run)
+        return
+    with BlockWalk(model, names, batches) as through:
+        for name in names:
+            block = teacher.block(name).to(device)
             made = list(outputs_of(block, through.calls, device))
-            started(block, name, through.calls, run)
+            yield name, started(name, block, through.calls, run)
             through.advance(made)
+
+
+def _full(block: str, name: str) -> str:
+    return f"{block}.{name}" if block else name
 
 
 def resumed_student(recipe: Recipe, teacher: nn.Module, widths: Mapping[str, float]) -> Any:
@@ -188,7 +250,7 @@ def start(
     prepared: nn.Module,
     samples: Callable[[int], Iterable[Any]],
     run: Callable[[nn.Module, Iterable[Any]], None] = run_batches,
-    only: Container[str] | None = None,
+    only: Collection[str] | None = None,
 ) -> None:
     """Bring a prepared model, or a part of one, to the codes that training starts from, calibrated where it must be.
 
@@ -200,7 +262,7 @@ def start(
     if recipe.config().needs_calibration:
         options = asdict(recipe.calibration)
         calibrate(prepared, samples(options.pop("samples")), run=run, **options)
-    if recipe.initialization == "gptq":
+    if recipe.initialization == "gptq" and (only is None or only):
         options = asdict(recipe.gptq)
         count = options.pop("samples")
         gptq_initialize(prepared, lambda: samples(count), run=run, only=only, **options)

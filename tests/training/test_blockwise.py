@@ -164,11 +164,15 @@ def test_no_more_than_one_block_is_in_float(blockwise_recipe, tmp_path: Path, mo
     assert max(floats for _, floats in seen) < 2000  # biases of the packed layers outside the blocks
 
 
-def test_bfloat16_trains_blocks_in_bfloat16(blockwise_recipe, tmp_path: Path, monkeypatch, other_precision) -> None:
+@pytest.mark.parametrize("average", [None, 5.0])
+def test_bfloat16_trains_blocks_in_bfloat16(
+    average, blockwise_recipe, tmp_path: Path, monkeypatch, other_precision
+) -> None:
     dtypes: set[torch.dtype] = set()
     plain = blockwise.block_loss
     monkeypatch.setattr(blockwise, "block_loss", lambda made, *rest: (dtypes.add(made.dtype), plain(made, *rest))[1])
-    run = train(blockwise_recipe(mixed_precision="bf16"), tmp_path / "run", progress=False)
+    recipe = blockwise_recipe(mixed_precision="bf16", quantization={"average_bits": average})
+    run = train(recipe, tmp_path / "run", progress=False)
     assert dtypes == {torch.bfloat16}
     assert all(0 < line["loss"] < float("inf") for line in log_of(run))
 

@@ -85,10 +85,14 @@ def test_devices_that_share_out_layers_keep_their_part_and_some_blocks(recipe_fi
     assert memory.activations < one - kept < memory.activations + 5 * memory.teacher
     text = report(found, Gpus(4, RESERVE + found.encoding), None)
     assert "\nWith every layer shared out to the 4, by FSDP2, it " in text
-    assert "--num_processes 4 -m fbqat_hub.cli train ... --set gradient_checkpointing=true mixed_precision=bf16" in text
+    assert "--num_processes 4 -m fbqat_hub.cli train RECIPE \\\n" in text
+    assert "  --output runs/RECIPE --set gradient_checkpointing=true mixed_precision=bf16" in text
     average = replace(found.recipe, quantization=replace(found.recipe.quantization, average_bits=4.5))
-    assert report(costs(average), Gpus(4, RESERVE + found.encoding), None).count("by FSDP2") == 1
-    several = replace(found.recipe, schedule=Schedule(stages=[(8.0, 1.0), (4.0, 1.0)]))
+    mixed, uniform = costs(average), costs(found.recipe)
+    assert report(mixed, Gpus(4, RESERVE + found.encoding), None).count("by FSDP2") == 1
+    assert mixed.starting - uniform.starting == found.parameters["transformer"] // 2  # codes to choose widths with
+    falling = Schedule(stages=[(8.0, 1.0), (4.0, 1.0)])
+    several = replace(found.recipe, schedule=falling, initialization="nearest")
     assert "FSDP2" not in report(costs(several), Gpus(4, RESERVE + found.encoding), None)
 
 
@@ -110,7 +114,7 @@ def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any
     mixed = costs(replace(recipe, quantization=replace(recipe.quantization, average_bits=4.5)))
     assert "Time: 100 steps of 4 for each of 2 blocks; give --seconds-per-step, of one block, for the hours." in text
     assert "Time: 100 steps of 9 s for each of 2 blocks are 0:30:00, without encoding" in report(found, None, 9.0)
-    line = "a whole student in float32, to choose widths (average_bits)"
+    line = "the student's codes, to choose widths (average_bits)"
     assert line in report(mixed, None, None)
     assert line not in report(found, None, None)
 

@@ -28,6 +28,7 @@ from fbqat_hub.training import loop
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.lora_merge import streamed_denoiser
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.sharding import check_sharding, gathered, shared_like, skeleton_of
 from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks
@@ -46,7 +47,7 @@ from fbqat_hub.training import loop, student
 from fbqat_hub.training.sharding import gathered
 
 if "--resume" in sys.argv:
-    student.start = student.chosen_widths = None
+    student.start = student.chosen_widths = student.chosen_widths_by_blocks = None
 init, step, norms = AcceleratorState.__init__, loop.Loop.step, []
 
 def on_cpus(self, *args, fsdp_plugin=None, **options):
@@ -250,7 +251,8 @@ def test_a_student_made_block_by_block_has_the_same_numbers(
     splits = cached_splits(recipe, pipeline)
     draws = Draws(get_family(name), pipeline.scheduler, recipe.seed)
     whole = prepare_student(recipe, teacher, splits["train"], draws)
-    blocks = prepare_student_by_blocks(recipe, teacher, splits["train"], draws, Accelerator(cpu=True))
+    streamed = streamed_denoiser(recipe)
+    blocks, skeleton = prepare_student_by_blocks(recipe, streamed, splits["train"], draws, Accelerator(cpu=True))
     widths = {layer.bit_width for _, layer in named_layers(blocks, FakeQuantizedLinear)}
     assert widths == ({4} if average is None else {4, 8})
     ours, theirs = blocks.state_dict(), whole.state_dict()
@@ -265,8 +267,14 @@ def test_a_student_made_block_by_block_has_the_same_numbers(
             assert torch.equal(value, theirs[key]), key
     trained = [[key for key, value in each.named_parameters() if value.requires_grad] for each in (blocks, whole)]
     assert trained[0] == trained[1]
-    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
-    assert not {id(each) for each in blocks.parameters()} & {id(each) for each in teacher.parameters()}
+    for each in streamed.names:
+        streamed.model.set_submodule(each, streamed.block(each))
+    assert all(torch.equal(value, before[key]) for key, value in streamed.model.state_dict().items())
+    assert not {id(each) for each in blocks.parameters()} & {id(each) for each in streamed.model.parameters()}
+    assert [(key, value.shape) for key, value in skeleton.named_parameters()] == [
+        (key, value.shape) for key, value in blocks.named_parameters()
+    ]
+    assert all(value.is_meta for value in skeleton.parameters())
 
 
 def of_kind(kind: DistributedType, version: int = 2) -> Any:
