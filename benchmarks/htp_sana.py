@@ -31,7 +31,7 @@ from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.files import shipped
 
-PROMPTS = ("a red heart", "two green apples on a plate", "a small dog")
+PROMPTS = ("a red heart", "two green apples on a plate")
 OPTIONS = ("--quick", "--samples", "8", "--images", "1")
 
 
