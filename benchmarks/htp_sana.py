@@ -3,7 +3,7 @@
     python -m benchmarks.htp_sana --work /some/disk    # -> benchmarks/results/htp.json
 
 Every component has the class, widths and layers of Efficient-Large-Model/Sana_600M_512px_diffusers: 28 blocks,
-Gemma-2-2B, the DC-AE of 32 channels, the DPM++ solver; the tokenizer is a tiny one. Weights are random, so the figures
+Gemma-2-2B, the DC-AE of 32 channels; tokenizer and sampler are those of the tiny Sana. Weights are random, so the figures
 check that all of it fits and computes what it should, not pictures. What is in the folder is used again: the pipeline
 (7 GB), and what ``fbqat convert`` made of it (4 GB).
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Gemma2Config, Gemma2Model
 
 from benchmarks.convert_true_size import random_numbers, write_random
@@ -42,7 +42,7 @@ def source(folder: Path) -> None:
         denoiser = SanaTransformer2DModel(**MODELS["sana-600m"].config)
         text_encoder = Gemma2Model(Gemma2Config(**GEMMA_2_2B, num_hidden_layers=26, vocab_size=256000))
     text_encoder.config.architectures = ["Gemma2Model"]
-    for part in ("transformer", "text_encoder", "vae", "scheduler"):
+    for part in ("transformer", "text_encoder", "vae"):
         shutil.rmtree(folder / part)
     denoiser.save_config(folder / "transformer")
     text_encoder.config.save_pretrained(folder / "text_encoder")
@@ -51,9 +51,6 @@ def source(folder: Path) -> None:
     write_random(text_encoder, folder / "text_encoder" / "model.safetensors", numbers)
     torch.manual_seed(0)
     AutoencoderDC(**DC_AE).to(torch.bfloat16).save_pretrained(folder / "vae")
-    DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
-    ).save_pretrained(folder / "scheduler")
 
 
 def exported(packed: Path, output: Path, work: Path) -> dict[str, float]:

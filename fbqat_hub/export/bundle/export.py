@@ -29,7 +29,7 @@ from fbqat_hub.export.bundle.pipeline import (
 )
 from fbqat_hub.export.bundle.targets_table import write_targets
 from fbqat_hub.export.bundle.text_bundle import PROBE, QuantizedText, check_text, compile_text, quantize_text
-from fbqat_hub.export.bundle.text_encoder import COMPONENTS, recorded_tokens
+from fbqat_hub.export.bundle.text_encoder import COMPONENTS, graphs_of, recorded_tokens
 from fbqat_hub.export.bundle.tiles import decoder_tiles
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import staging
@@ -128,11 +128,14 @@ def export_bundle(
         raise ExportError("calibration needs at least 2 prompts: the last one is held out")
     family = check_bundle(pipeline, a16, graphs)
     tiles = decoder_tiles(pipeline, family, call, decoder_tile)
-    encoders = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
-    # generating and recording; tracing, calibrating and quantizing each part; compiling each graph, and pictures
+    encoders = (getattr(pipeline, name, None) for name in COMPONENTS)
     in_stages = tiles is not None and "overlap" not in tiles
-    parts = 1 + len(encoders) + (len(family.decoder_stages(pipeline.vae)) if in_stages else 1)
-    steps = 3 + 3 * parts + graphs - 1 + bool(tuning) + len(targets) * ((graphs - 1 + parts) * len(STEPS) + 1)
+    parts = 1 + sum(graphs_of(each) for each in encoders if each is not None)
+    parts += len(family.decoder_stages(pipeline.vae)) if in_stages else 1
+    records = calibration is None or held_out is None
+    # encoding and generating; tracing, calibrating and quantizing each part; compiling each graph, and pictures
+    steps = 2 + records + (target_db is not None) + 3 * parts + graphs - 1 + bool(tuning)
+    steps += len(targets) * ((graphs - 1 + parts) * len(STEPS) + (not quick))
     with (
         staging(output_dir) as folder,
         tempfile.TemporaryDirectory(prefix=".quantized.", dir=folder.parent) as scratch,
@@ -142,7 +145,7 @@ def export_bundle(
         shared = Path(scratch)
         shown, instruction = prompts[:pictures], family.instruction(pipeline, call)
         with bar.step("encode prompts"), recorded_tokens(pipeline) as tokens:
-            encode_prompts(pipeline, [PROBE, *(prompts if calibration is None or held_out is None else shown)], call)
+            encode_prompts(pipeline, [PROBE, *(prompts if records else shown)], call)
         text = quantize_text(pipeline, tokens, texts or prompts, shown, instruction, shared, bar, load is not None)
         if load is not None:
             pipeline.transformer, pipeline.vae = load("transformer"), load("vae")

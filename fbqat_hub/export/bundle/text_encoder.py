@@ -303,6 +303,12 @@ def _stages(name: str, layers: Sequence[nn.Module]) -> dict[str, tuple[int, int]
     return {f"{name}-{place}": edge for place, edge in enumerate(itertools.pairwise(edges))}
 
 
+def graphs_of(encoder: Any) -> int:
+    """In how many graphs a text encoder is exported; 1 of a class that has none."""
+    kind = GRAPHS.get(type(encoder).__name__)
+    return len(_stages("", list(kind.layers_of(encoder)))) if kind else 1
+
+
 def wrap_text_encoder(name: str, encoder: Any, tokens: int, masked: bool, folder: Path) -> TextEncoder:
     """The graphs of one of a pipeline's text encoders; `encoder` itself is not changed.
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fbqat_hub.export import ExportError
-from fbqat_hub.export.bundle import text_encoder
+from fbqat_hub.export.bundle import export, text_encoder
 from fbqat_hub.export.bundle.embeddings import save_embeddings
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.export.bundle.pipeline import encode_prompts, picture_psnr
@@ -200,10 +200,13 @@ def test_a_quick_export_of_encoders_that_came_packed(tmp_path: Path, monkeypatch
     emulator; the bundle is whole all the same."""
     pytest.importorskip("onnxruntime_qnn")
     monkeypatch.setattr(text_encoder, "MOST_WEIGHTS", 1)
+    bars: list[Progress] = []
+    monkeypatch.setattr(export, "Progress", lambda *given: bars.append(Progress(*given)) or bars[-1])
     packed = convert_pipeline("fbqat-hub/sana-tiny-openmoji", tmp_path / "packed", text_encoders="w8")
     bundle = tmp_path / "out"
     prompts = CAPTIONS[:3]
     certificate = export_run(packed, bundle, prompts=prompts, pictures=1, samples=5, quick=True, progress=False)
+    assert [(bar._done, len(bar.seconds)) for bar in bars] == [(bars[0]._total, bars[0]._total)]
     assert (certificate["pictures"], certificate["calibration_inputs"]) == (None, 5)
     assert certificate["probed_blocks"]["probed"] == 1 < certificate["probed_blocks"]["of"]
     assert len(certificate["parity"]["timesteps"]) == certificate["golden_inputs"] == 1
