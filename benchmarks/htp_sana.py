@@ -3,9 +3,9 @@
     python -m benchmarks.htp_sana --work /some/disk    # -> benchmarks/results/htp.json
 
 Every component has the class, widths and layers of Efficient-Large-Model/Sana_600M_512px_diffusers: 28 blocks,
-Gemma-2-2B, the DC-AE of 32 channels; tokenizer and sampler are those of the tiny Sana. Weights are random, so the figures
-check that all of it fits and computes what it should, not pictures. What is in the folder is used again: the pipeline
-(7 GB), and what ``fbqat convert`` made of it (4 GB).
+Gemma-2-2B, the DC-AE of 32 channels; tokenizer and sampler are those of the tiny Sana. Weights are random, so that the
+figures check that all of it fits and computes what it should, not pictures. What is in the folder is used again: the
+pipeline (7 GB), and what ``fbqat convert`` made of it (4 GB).
 """
 
 from __future__ import annotations
