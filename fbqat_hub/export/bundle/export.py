@@ -221,8 +221,8 @@ def _compile(
     transformer = made.transformer
     section, outputs = compile_transformer(transformer, folder, target, bar, probe_blocks=1 if quick else None)
     section["graphs"] = {}
-    for part in made.decoder.parts:
-        section["graphs"] |= compile_part(part, folder, target, bar, quick=quick)
+    for place, part in enumerate(made.decoder.parts):  # a graph each
+        section["graphs"] |= compile_part(part, folder, target, bar, quick=quick, emulate=int(place == 0))
     text, sections = compile_text(made.text, folder, target, bar, quick)
     section["graphs"] |= sections
     section["text_left_out"] = text.left_out

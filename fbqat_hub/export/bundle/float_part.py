@@ -69,20 +69,22 @@ def quantize_part(
 
 
 def compile_part(
-    part: QuantizedPart, folder: Path, target: Target, bar: Progress, *, quick: bool = False
+    part: QuantizedPart, folder: Path, target: Target, bar: Progress, *, quick: bool = False, emulate: int = 1
 ) -> dict[str, dict[str, Any]]:
     """The part's graphs in `folder`, compiled for `target`; their sections of the certificate by name, gated.
 
     Args:
-        quick: compare one held-out input and no single ops, and emulate the first graph only.
+        quick: compare one held-out input and no single ops, and emulate the first `emulate` graphs only.
 
     Raises:
         ExportError: a failed step, a failed audit or a gate not met.
     """
     from fbqat_hub.export.htp import certificate
 
-    held_out, blocks = (part.held_out[:1], 0) if quick else (part.held_out, None)
-    sections, _ = compile_chain(part.graphs, held_out, folder, target, bar, probe_blocks=blocks, first_only=quick)
+    options: dict[str, int] = {"probe_blocks": 0, "emulate": emulate} if quick else {}
+    sections, _ = compile_chain(
+        part.graphs, part.held_out[:1] if quick else part.held_out, folder, target, bar, **options
+    )
     for graph, rewrites in zip(part.graphs, part.rewrites, strict=True):
         section = sections[graph.name]
         section["model"] = {"class": part.model_class, "packed_layers": len(graph.code_bits)}

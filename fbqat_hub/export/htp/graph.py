@@ -149,7 +149,7 @@ def compile_chain(
     progress: Progress,
     *,
     probe_blocks: int | None = None,
-    first_only: bool = False,
+    emulate: int | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[Feed]]:
     """Context binaries of graphs that run in order, and every comparison, into `folder`.
 
@@ -157,16 +157,17 @@ def compile_chain(
     `compile_graph`.
 
     Args:
-        first_only: emulate the first graph only; the others are compiled and audited, and compared as the exact CPU
-            reference computes them.
+        emulate: how many graphs, from the first; all if None. The others are compiled and audited, and compared as the
+            exact CPU reference computes them.
 
     Returns:
         The graphs' sections by name, and the last one's outputs, of each of `held_out`.
     """
     sections = {}
     for place, graph in enumerate(graphs):
+        runs = emulate is None or place < emulate
         sections[graph.name], emulated = compile_graph(
-            graph, held_out, folder, target, progress, probe_blocks=probe_blocks, emulate=not (first_only and place)
+            graph, held_out, folder, target, progress, probe_blocks=probe_blocks, emulate=runs
         )
         held_out = [{**feed, **outputs} for feed, outputs in zip(held_out, emulated, strict=True)]
     return sections, emulated
