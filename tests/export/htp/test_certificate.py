@@ -127,6 +127,13 @@ def test_the_gate_is_on_both_comparisons() -> None:
                 certificate.gate(copy.deepcopy(good) | {name: {"sqnr_db": wrong}})
 
 
+def test_a_graph_that_was_not_emulated_is_gated_as_the_reference_computes_it() -> None:
+    certificate.gate({"cpu_qdq_vs_torch_packed": {"sqnr_db": 10.0}})
+    for wrong in (9.9, float("nan")):
+        with pytest.raises(ExportError, match="cpu qdq vs torch packed: SQNR is .* dB, at least 10 dB is needed"):
+            certificate.gate({"cpu_qdq_vs_torch_packed": {"sqnr_db": wrong}})
+
+
 @pytest.mark.parametrize(("bits", "stored"), [(4, "two per byte"), (8, "one per byte")])
 def test_codes_stay_at_4_bits_whatever_they_are_stored_in(
     bits: int, stored: str, exported: tuple[Path, dict[str, Any]]
