@@ -130,7 +130,7 @@ def test_the_gate_is_on_both_comparisons() -> None:
 def test_a_graph_that_was_not_emulated_is_gated_as_the_reference_computes_it() -> None:
     certificate.gate({"cpu_qdq_vs_torch_packed": {"sqnr_db": 10.0}})
     for wrong in (9.9, float("nan")):
-        with pytest.raises(ExportError, match="cpu qdq vs torch packed: SQNR is .* dB, at least 10 dB is needed"):
+        with pytest.raises(ExportError, match=r"cpu qdq vs torch packed: SQNR is .* dB, at least 10 dB is needed"):
             certificate.gate({"cpu_qdq_vs_torch_packed": {"sqnr_db": wrong}})
 
 
