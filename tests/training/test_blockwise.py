@@ -105,7 +105,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
         with pytest.raises(KeyboardInterrupt):
             train(recipe, run, progress=False)
     assert (run / "checkpoints" / "blocks" / "0000.safetensors").exists() == (stop > 6)
-    monkeypatch.setattr(blockwise, "_widths", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr(blockwise, "chosen_widths_by_blocks", lambda *_: pytest.fail("chosen again"))
     trained: list[int] = []
     plain_train = blockwise._BlockTraining._train
     monkeypatch.setattr(
