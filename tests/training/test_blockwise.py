@@ -21,6 +21,7 @@ from fbqat_hub.training.blockwise import block_loss, train_blockwise
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.distill import load_teacher, train
 from fbqat_hub.training.draws import Draws
+from fbqat_hub.training.loop import accelerator_of
 from fbqat_hub.training.loss import held_out_loss
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.student import prepare_student
@@ -121,8 +122,8 @@ def test_blocks_of_another_recipe_are_refused(blockwise_recipe, scene_of, tmp_pa
     folder = tmp_path / "checkpoints" / "blocks"
     folder.mkdir(parents=True)
     blockwise_recipe(blockwise={"steps": 7}).save(folder / "recipe.yaml")
-    scene, device = scene_of(**small()), torch.device("cpu")
-    given = (scene.recipe, scene.teacher, scene.splits["train"], scene.draws, tmp_path, device)
+    scene = scene_of(**small())
+    given = (scene.recipe, scene.teacher, scene.splits["train"], scene.draws, tmp_path, accelerator_of(scene.recipe))
     training = blockwise._BlockTraining(*given)
     with pytest.raises(ValueError, match=r"blockwise.steps: 7 -> 6"):
         training.finished()
