@@ -63,9 +63,19 @@ def write_random(model: nn.Module, path: Path, numbers: torch.Tensor) -> None:
             file.write(name, enough[place:end].view(shape))
 
 
-def random_numbers() -> torch.Tensor:
-    """What the weights are cut from: [_NUMBERS], bf16, standard deviation 0.02."""
-    return torch.randn(_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+def put_random(folder: Path, denoiser: Any, text_encoder: Any, name: str) -> None:
+    """Random weights of two models (on the meta device), in the place of a pipeline's transformer and of ``name``.
+
+    Their standard deviation is 0.02.
+    """
+    text_encoder.config.architectures = [type(text_encoder).__name__]
+    for part in ("transformer", name):
+        shutil.rmtree(folder / part)
+    denoiser.save_config(folder / "transformer")
+    text_encoder.config.save_pretrained(folder / name)
+    numbers = torch.randn(_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    write_random(denoiser, folder / "transformer" / "diffusion_pytorch_model.safetensors", numbers)
+    write_random(text_encoder, folder / name / "model.safetensors", numbers)
 
 
 def source(folder: Path, double: int, single: int) -> int:
@@ -74,14 +84,7 @@ def source(folder: Path, double: int, single: int) -> int:
     with torch.device("meta"):
         denoiser = FluxTransformer2DModel(num_layers=double, num_single_layers=single)
         text_encoder = T5EncoderModel(T5Config(**T5))
-    text_encoder.config.architectures = ["T5EncoderModel"]
-    for part in ("transformer", "text_encoder_2"):
-        shutil.rmtree(folder / part)
-    denoiser.save_config(folder / "transformer")
-    text_encoder.config.save_pretrained(folder / "text_encoder_2")
-    numbers = random_numbers()
-    write_random(denoiser, folder / "transformer" / "diffusion_pytorch_model.safetensors", numbers)
-    write_random(text_encoder, folder / "text_encoder_2" / "model.safetensors", numbers)
+    put_random(folder, denoiser, text_encoder, "text_encoder_2")
     return sum(tensor.numel() for tensor in denoiser.parameters())
 
 

@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Gemma2Config, Gemma2Model
 
-from benchmarks.convert_true_size import random_numbers, write_random
+from benchmarks.convert_true_size import put_random
 from benchmarks.htp_parts import DC_AE, GEMMA_2_2B
 from benchmarks.htp_true_size import MODELS, RESULTS, PeakMemory
 from fbqat_hub.evaluation.results import Record, write_records
@@ -41,14 +41,8 @@ def source(folder: Path) -> None:
     with torch.device("meta"):
         denoiser = SanaTransformer2DModel(**MODELS["sana-600m"].config)
         text_encoder = Gemma2Model(Gemma2Config(**GEMMA_2_2B, num_hidden_layers=26, vocab_size=256000))
-    text_encoder.config.architectures = ["Gemma2Model"]
-    for part in ("transformer", "text_encoder", "vae"):
-        shutil.rmtree(folder / part)
-    denoiser.save_config(folder / "transformer")
-    text_encoder.config.save_pretrained(folder / "text_encoder")
-    numbers = random_numbers()
-    write_random(denoiser, folder / "transformer" / "diffusion_pytorch_model.safetensors", numbers)
-    write_random(text_encoder, folder / "text_encoder" / "model.safetensors", numbers)
+    put_random(folder, denoiser, text_encoder, "text_encoder")
+    shutil.rmtree(folder / "vae")
     torch.manual_seed(0)
     AutoencoderDC(**DC_AE).to(torch.bfloat16).save_pretrained(folder / "vae")
 

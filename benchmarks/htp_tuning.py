@@ -65,8 +65,11 @@ def measured(recipe: Recipe, folder: Path, steps: int) -> dict[str, Any]:
     transformer, family = pipeline.transformer, FAMILIES[recipe.family]
     data = export_data(recipe, pipeline.scheduler)
     bar = Progress(20, shown=True)
-    quantized = quantize_transformer(transformer, family, data.calibration, data.held_out, folder, PRESETS["w4a8"], bar)
-    (graph,), wrapper = quantized.graphs, quantized.wrapper
+    wrapper = family.graph(transformer, data.calibration[0])
+    quantized = quantize_transformer(
+        transformer, family, wrapper, data.calibration, data.held_out, folder, PRESETS["w4a8"], bar
+    )
+    (graph,) = quantized.graphs
     draw, teacher = teacher_draws(recipe, pipeline.scheduler)
     tuning = Tuning(steps=steps, seed=recipe.seed, draw=draw, teacher=teacher)
     packed = [each["sample"] for each in graph.expected]

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -271,39 +271,51 @@ def advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
     Returns:
         Of each, KEY=VALUE as ``--set`` takes it, and what the run costs with it.
     """
-    budget, tried = _budget(gpus), []
-    found = replace(found, devices=gpus.count)
+    budget, found = _budget(gpus), replace(found, devices=gpus.count)
     if found.encoding > budget:
         return []
-    for change in _CHANGES:
-        if on_device(found, gpus) <= budget:
-            break
+
+    def fitting(now: Costs, change: dict[str, Any]) -> dict[str, Any] | None:
         if change == {"micro_batch_size": None}:
-            change = {"micro_batch_size": found.largest_micro_batch(budget - _buckets(found, gpus))}
-        if change.get("micro_batch_size") == 0 or ("mixed_precision" in change and found.recipe.half):
-            continue
-        changed = _changed(found.recipe, change)
-        if changed == found.recipe:
-            continue
-        found = replace(costs(changed), devices=gpus.count)
-        tried.append((_settings(change), found))
-    return tried
+            change = {"micro_batch_size": now.largest_micro_batch(budget - _buckets(now, gpus))}
+        return None if change.get("micro_batch_size") == 0 else change
+
+    return _advised(found, _CHANGES, lambda now: on_device(now, gpus) <= budget, fitting)
 
 
 def block_advice(found: Costs, gpus: Gpus) -> list[tuple[str, Costs]]:
     """As ``advice``, of block-wise training, which uses one of the devices."""
-    budget, tried = _budget(gpus), []
-    for change in _BLOCK_CHANGES:
-        if on_one_device(found) <= budget:
+
+    def fitting(now: Costs, change: dict[str, Any]) -> dict[str, Any] | None:
+        larger = change.get("batch_size", 0) >= now.recipe.batch_size
+        without_effect = "gradient_checkpointing" in change and not now.tuning
+        return None if larger or without_effect else change
+
+    return _advised(found, _BLOCK_CHANGES, lambda now: on_one_device(now) <= _budget(gpus), fitting)
+
+
+def _advised(
+    found: Costs,
+    changes: Iterable[dict[str, Any]],
+    fits: Callable[[Costs], bool],
+    fitting: Callable[[Costs, dict[str, Any]], dict[str, Any] | None],
+) -> list[tuple[str, Costs]]:
+    """``advice`` among these changes.
+
+    Args:
+        fitting: a change, as it is made to what there is by then; None where it would be none.
+    """
+    tried: list[tuple[str, Costs]] = []
+    for each in changes:
+        if fits(found):
             break
-        larger = change.get("batch_size", 0) >= found.recipe.batch_size
-        without_effect = "gradient_checkpointing" in change and not found.tuning
-        if larger or without_effect or ("mixed_precision" in change and found.recipe.half):
+        change = fitting(found, each)
+        if change is None or ("mixed_precision" in change and found.recipe.half):
             continue
         changed = _changed(found.recipe, change)
         if changed == found.recipe:
             continue
-        found = costs(changed)
+        found = replace(costs(changed), devices=found.devices)
         tried.append((_settings(change), found))
     return tried
 

@@ -170,6 +170,7 @@ def export_bundle(
         transformer = quantize_transformer(
             pipeline.transformer,
             family,
+            wrapper,
             calibration,
             held_out,
             shared,

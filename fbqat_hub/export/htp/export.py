@@ -89,6 +89,7 @@ def export_htp(
         quantized = quantize_transformer(
             transformer,
             family,
+            family.graph(transformer, calibration[0]),
             calibration,
             held_out,
             folder,
@@ -137,6 +138,7 @@ class _Quantization:
 def quantize_transformer(
     transformer: nn.Module,
     family: Family,
+    wrapper: GraphWrapper,
     calibration: Sequence[Item],
     held_out: Sequence[Item],
     folder: Path,
@@ -149,14 +151,16 @@ def quantize_transformer(
 ) -> QuantizedTransformer:
     """The transformer as QDQ graphs, in `folder`.
 
-    Args: as `export_htp`.
+    Args:
+        wrapper: `Family.graph` of it.
+
+    The others are as `export_htp`.
     """
     from fbqat_hub.export.onnx.rewrite import traced
     from fbqat_hub.export.onnx.split import split_graph
 
     precision = replace(precision, a16_layers=(*family.a16_layers, *precision.a16_layers))
     with progress.step("transformer: trace"):
-        wrapper = family.graph(transformer, calibration[0])
         graph, rewrites = traced(wrapper, calibration[0], packed_layers(transformer))
         parts = {"transformer": graph}
         if graphs != 1:
