@@ -68,7 +68,7 @@ class _NoData:
 
 def stepper(recipe: Recipe, model: nn.Module, given: dict[str, Any], target: Tensor) -> Callable[[], None]:
     """A training step."""
-    optimizer = optimizer_of(recipe, model)
+    optimizer = optimizer_of(recipe, model, model)
 
     def step() -> None:
         made = model(**given, return_dict=False)[0]

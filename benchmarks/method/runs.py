@@ -59,6 +59,9 @@ REPEATS = 4
 HELD_OUT = ("validation", "test")
 # The judge: draws of the teacher's own sampler, at least this many, of captions that nothing was trained on.
 JUDGED, STEPS_OF_A_PICTURE = 2000, 4
+# Rates here are those of all layers: most rows are from when recipes had no others.
+ABSOLUTE = {"learning_rate_unit": "absolute", "clip_learning_rate": 3.0}
+RELATIVE = {"learning_rate_unit": "weight_rms", "clip_learning_rate": 0.2}
 TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[torchao]'"
 
 Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]
@@ -122,9 +125,13 @@ FLOORS: dict[str, Method] = {
 }
 # What stands beside the methods in some tables. The results have more: forms that lost and left the code.
 VARIANTS: dict[str, Method] = {
-    "fbqat blockwise": Method("fbqat", {"training": "blockwise"}, trained=False),
+    # the default as recipes have it: a rate is a share of each layer's weights
+    "fbqat relative": Method("fbqat", {"optimizer": RELATIVE}),
+    "fbqat blockwise": Method("fbqat", {"training": "blockwise", "optimizer": RELATIVE}, trained=False),
     "fbqat blockwise x4": Method(
-        "fbqat", {"training": "blockwise", "blockwise": {"steps": 400, "tuning_steps": 300}}, trained=False
+        "fbqat",
+        {"training": "blockwise", "blockwise": {"steps": 400, "tuning_steps": 300}, "optimizer": RELATIVE},
+        trained=False,
     ),
 }
 
@@ -221,7 +228,7 @@ class Setting:
     def recipe(self) -> Recipe:
         """The family's recipe with the method, the track and the budget."""
         method = method_of(self.method)
-        fields: dict[str, Any] = {"method": method.preset, "seed": self.seed, "save_every": 0}
+        fields: dict[str, Any] = {"method": method.preset, "seed": self.seed, "save_every": 0, "optimizer": ABSOLUTE}
         if method.trained:
             fields |= {"steps": self.steps // (2 if method.halved else 1), "learning_rate": self.rate}
         for changes in (TRACKS[self.track], method.fields):

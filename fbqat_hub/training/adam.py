@@ -11,6 +11,7 @@ the parts are not equal, or 256 does not divide them, its moments keep 32 bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ from fbqat_hub.training.method import Optimizer
 # Of torchao: numbers that share a scale, and the smallest tensor that is quantized.
 _BLOCK, _SMALLEST = 256, 4096
 _TABLE_BYTES = 256 * 4
+# A layer whose weights are smaller, as those that start at zero, is trained as if it had this root mean square
+# (arXiv 1804.04235, section 8).
+_LEAST = 1e-3
 
 
 class Rates(Protocol):
@@ -44,24 +48,41 @@ def check_optimizer(rule: Optimizer) -> None:
         import torchao  # noqa: F401
 
 
-def optimizer_of(recipe: Rates, student: nn.Module) -> torch.optim.Optimizer:
-    """Adam of what is trainable: weights and biases, and clips at a rate of their own.
+def optimizer_of(recipe: Rates, student: nn.Module, teacher: nn.Module) -> torch.optim.Optimizer:
+    """Adam of what is trainable: weights and biases, each layer at its own rate, and clips at one of theirs.
+
+    Args:
+        teacher: whose layers have the same names. A rate that is a share of a layer's weights is one of these, which
+            stay as they are, so that a resumed run has the same.
 
     Raises:
         ImportError: as `check_optimizer`.
     """
-    clips: list[nn.Parameter] = []
-    weights: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            (clips if name.endswith(".log_clip") else weights).append(parameter)
     rule = recipe.optimizer
-    groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0, "weight_decay": rule.weight_decay}]
-    if clips:
-        groups.append({"params": clips, "factor": rule.clip_learning_rate, "weight_decay": 0.0})
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, _, own = name.rpartition(".")
+        if own == "log_clip":
+            group = groups.setdefault(own, {"params": [], "factor": rule.clip_learning_rate, "weight_decay": 0.0})
+        elif rule.learning_rate_unit == "absolute":
+            group = groups.setdefault("", {"params": [], "factor": 1.0, "weight_decay": rule.weight_decay})
+        elif layer in groups:
+            group = groups[layer]
+        else:
+            factor = max(_root_mean_square(teacher.get_parameter(f"{layer}.weight")), _LEAST)
+            group = groups[layer] = {"params": [], "factor": factor, "weight_decay": rule.weight_decay}
+        group["params"].append(parameter)
     if rule.moment_bits == 8:
-        return _adam_8bit()(groups, lr=recipe.learning_rate)
-    return torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
+        return _adam_8bit()([*groups.values()], lr=recipe.learning_rate)
+    return torch.optim.Adam([*groups.values()], lr=recipe.learning_rate, fused=True)
+
+
+def _root_mean_square(value: Tensor) -> float:
+    norm = torch.linalg.vector_norm(value.detach().float())
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return float(whole) / math.sqrt(value.numel())
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

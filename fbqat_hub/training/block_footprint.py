@@ -57,7 +57,7 @@ def block_memory(recipe: Recipe, configs: Configs) -> BlockMemory:
         inputs = tree_map(lambda value: fake.from_tensor(value).clone() if isinstance(value, Tensor) else value, inputs)
         inputs = forward_arguments(family, inputs, dtype)
         teacher: Any = _in_precision(build(configs["transformer"]).eval(), dtype)
-        student = _in_precision(fake_student(recipe, configs), dtype)
+        student = _in_precision(fake_student(recipe, build(configs["transformer"]).requires_grad_(False)), dtype)
         names = family.blocks(teacher)
         with BlockWalk(teacher, names, [inputs]) as walk:
             for number, name in enumerate(names):

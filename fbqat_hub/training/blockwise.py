@@ -98,6 +98,7 @@ def _tuning(recipe: Recipe) -> Recipe:
         training="end_to_end",
         steps=recipe.blockwise.tuning_steps,
         learning_rate=recipe.blockwise.tuning_rate,
+        optimizer=replace(recipe.optimizer, learning_rate_unit="absolute"),  # scales are trained as factors, from 1
     )
 
 
@@ -196,7 +197,8 @@ class _BlockTraining:
                     self._read(number, block, empty)
                 else:
                     self._prepare(block, name, of_teacher.calls)
-                    for line in self._train(number, block, of_student.calls, wanted):
+                    own = of_teacher.blocks[number]
+                    for line in self._train(number, block, own, of_student.calls, wanted):
                         log.write(line.json())
                         bar.update(block=f"{number + 1}/{len(self.names)}", loss=f"{line.loss:.2e}")
                     log.flush()
@@ -207,10 +209,12 @@ class _BlockTraining:
                 of_student.blocks[number] = block.to(_device_of(self.teacher))
         return self.student
 
-    def _train(self, number: int, block: nn.Module, calls: list[Call], wanted: list[Any]) -> Iterator[LogLine]:
+    def _train(
+        self, number: int, block: nn.Module, of_teacher: nn.Module, calls: list[Call], wanted: list[Any]
+    ) -> Iterator[LogLine]:
         """The steps of one block, on the kept batches in an order that is shuffled in each round."""
         recipe, name, count = self.recipe, self.names[number], len(calls)
-        optimizer, schedule = optimizer_of(recipe, block), recipe.bit_schedule()
+        optimizer, schedule = optimizer_of(recipe, block, of_teacher), recipe.bit_schedule()
         order: list[int] = []
         for step in range(recipe.steps):
             if step % count == 0:

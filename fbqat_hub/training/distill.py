@@ -25,7 +25,7 @@ from fbqat_hub.training.loop import accelerator_of, distill, own_parts
 from fbqat_hub.training.lora_merge import float_pipeline, streamed_denoiser
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.sharding import is_sharded, share_out
-from fbqat_hub.training.student import prepare_student, prepare_student_by_blocks, resumed_student
+from fbqat_hub.training.student import narrow_teacher, prepare_student, prepare_student_by_blocks, resumed_student
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_yaml
 
@@ -92,13 +92,17 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
             recipe, blocks, splits["train"], draws, accelerator, saved=saved, share=share if recipe.steps else None
         )
         for name in blocks.names if recipe.steps else ():
-            teacher.set_submodule(name, blocks.block(name))
-            share(teacher.get_submodule(name))
+            block = blocks.block(name)
+            narrow_teacher(recipe, block, student.get_submodule(name))
+            share(block)
+            teacher.set_submodule(name, block)
         draws.device = accelerator.device
     elif saved is not None:
         student = resumed_student(recipe, teacher.to(device), saved)
     elif not blockwise:
         student = prepare_student(recipe, teacher.to(device), splits["train"], draws)
+    if not blockwise:
+        narrow_teacher(recipe, teacher, student)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)  # from here on the recipe and its teacher are known to be good
         recipe.save(output / "recipe.yaml")

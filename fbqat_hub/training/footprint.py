@@ -7,6 +7,7 @@ allocator loses.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from fbqat_hub.training.adam import optimizer_bytes
 from fbqat_hub.training.bases import Configs, build, build_on_meta
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
-from fbqat_hub.training.student import set_trained_layers
+from fbqat_hub.training.student import narrow_teacher, set_trained_layers, tensors_of
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class StepMemory:
     """Bytes at the moment of a step at which most is in use, from the second step on.
 
     Attributes:
-        teacher: its weights.
+        teacher: its layers that are quantized in the student, in the precision of the run.
         student: what is trained, in float32, with the scales.
-        frozen: the student's own copy of what is not trained.
+        frozen: of the student, what is not trained; the teacher has the same tensors where they are not quantized.
         gradients: those that are there at that moment.
         optimizer: Adam's two moments, in 32 bits or 8.
         activations: of teacher and student, what autograd keeps and what operators leave on the way, and the batch.
@@ -69,8 +70,9 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
     inputs = denoiser_arguments(recipe, configs, at_once)
     with FakeTensorMode() as fake, Storages() as storages:
         teacher = build(configs["transformer"]).eval().requires_grad_(False)
-        of_teacher = storages.bytes
-        student = fake_student(recipe, configs).train()
+        student = fake_student(recipe, teacher).train()
+        narrow_teacher(recipe, teacher, student)
+        of_teacher = sum(each.nbytes for each in {*tensors_of(teacher)} - {*tensors_of(student)})
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         weights, trained_bytes = storages.bytes, sum(parameter.nbytes for parameter in trained)
         for parameter in trained:
@@ -99,10 +101,11 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
     )
 
 
-def fake_student(recipe: Recipe, configs: Configs) -> Any:
+def fake_student(recipe: Recipe, teacher: nn.Module) -> Any:
     """As `prepare_student` makes it, but for the numbers: no clip is searched."""
-    config = recipe.config()
-    student = build(configs["transformer"]).requires_grad_(False)
+    config, numbers = recipe.config(), tensors_of(teacher)
+    mode = numbers[0].fake_mode  # type: ignore[attr-defined]  # a module's other tensors would copy it
+    student: Any = copy.deepcopy(teacher, {id(each): each for each in (mode, *numbers)})
     prepare(student, replace(config.weight_scheme(), clip="max_abs"), **config.layer_options())
     if recipe.gradient_checkpointing:
         student.enable_gradient_checkpointing()

@@ -55,14 +55,14 @@ class Distillation:
     Attributes:
         method: its start, grid, widths and optimizer; ``METHODS`` has them.
         steps: updates, of ``batch_size`` lines each.
-        learning_rate: its peak.
+        learning_rate: its peak, as a share of each layer's weights (`method.Optimizer`).
         seed: of the lines that each step takes.
     """
 
     method: Method = METHODS["fbqat"]
     steps: int = 400
     batch_size: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 1.2e-3
     seed: int = 0
 
     @property
@@ -140,7 +140,7 @@ def distil(
     """
     scheme, stages = how.method.quantization, how.method.schedule.stages
     schedule = BitSchedule.preset(stages, scheme.weight_bits) if isinstance(stages, str) else BitSchedule(stages)
-    optimizer = optimizer_of(how, student)
+    optimizer = optimizer_of(how, student, teacher)
     with Progress("train", how.steps, "step", shown=shown) as bar:
         for step in range(how.steps):
             line = set_step(how, schedule, student, optimizer, step)

@@ -147,7 +147,7 @@ class Loop:
             self.teacher.to(accelerator.device)
         if recipe.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        self.optimizer = optimizer_of(recipe, student)
+        self.optimizer = optimizer_of(recipe, student, self.teacher)
         self._parts = own_parts(recipe, accelerator.process_index, accelerator.num_processes)
         self._schedule = recipe.bit_schedule()
         self._text = recipe.as_yaml()

@@ -99,18 +99,24 @@ class Optimizer:
     """Adam, and the rule of its learning rates; the peak rate itself is the recipe's ``learning_rate``.
 
     Attributes:
+        learning_rate_unit: "weight_rms": a layer's weight and bias have the rate times the root mean square of the
+            teacher's weight (the relative step size of Adafactor, arXiv 1804.04235, section 8), so that one rate suits
+            models of any width. "absolute": the rate is that of all.
         learning_rate_schedule: "cosine" (to 0) or "constant", after the warm-up.
         warmup_steps: of a linear warm-up.
-        clip_learning_rate: rate of learned clips, as a multiple of ``learning_rate``.
+        clip_learning_rate: rate of the logarithm of learned clips, as a multiple of ``learning_rate``.
         weight_decay: of weights and biases, not of clips.
         max_grad_norm: to which gradients are clipped; 0 leaves them.
         ewgs: strength of element-wise gradient scaling (arXiv 2104.00903); 0 is off.
         moment_bits: of Adam's two moments, 32, or 8 for a quarter of their memory, by torchao (arXiv 2110.02861).
     """
 
+    learning_rate_unit: Annotated[Literal["weight_rms", "absolute"], Field(description="weight_rms or absolute")] = (
+        "weight_rms"
+    )
     learning_rate_schedule: Annotated[Literal["cosine", "constant"], Field(description="cosine or constant")] = "cosine"
     warmup_steps: Whole = 20
-    clip_learning_rate: Amount = 3.0
+    clip_learning_rate: Amount = 0.2
     weight_decay: Amount = 0.0
     max_grad_norm: Amount = 0.0
     ewgs: Amount = 0.0
@@ -161,11 +167,12 @@ FBQAT = Method(
     train_layers="blocks",
     # Loss: squared error, each sample by what the sampler makes of an error at its timestep.
     loss_weighting="sampler",
-    # Adam: warm-up, then a cosine to 0; clips at three times the weights' rate.
+    # Adam: warm-up, then a cosine to 0; rates relative to the weights they move, and clips at a fifth of that.
     optimizer=Optimizer(
+        learning_rate_unit="weight_rms",
         learning_rate_schedule="cosine",
         warmup_steps=20,
-        clip_learning_rate=3.0,
+        clip_learning_rate=0.2,
         weight_decay=0.0,
         max_grad_norm=0.0,
         ewgs=0.0,

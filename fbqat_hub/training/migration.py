@@ -10,6 +10,7 @@
 | `quantization: {weight_granularity: per_group, group_size: 32}` | `quantization: {group_size: 32}` |
 | `license`, `license_name`, `license_link`, `dataset_license`, `attribution` | data of the card: `fbqat card --data` |
 | empty `start`, `loss_weighting` | left out: the method's |
+| `learning_rate: 1e-4`, of all layers | with `optimizer: {learning_rate_unit: absolute, clip_learning_rate: 3.0}` |
 
 What was removed (the soft staircase, ramps, `slope`, `dampening`, 15 levels, one scale for a whole tensor) is dropped
 where it was off, and is an error where it was on: `method: fbqat` with a `start` had the soft staircase. The recipe of
@@ -23,6 +24,11 @@ from typing import Any
 
 CARD_FIELDS = ("license", "license_name", "license_link", "dataset_license", "attribution")
 _OF_OPTIMIZER = ("learning_rate_schedule", "warmup_steps", "clip_learning_rate", "weight_decay", "max_grad_norm")
+# Of recipes whose rates are those of all layers, where they do not say it.
+RATES_THEN: dict[str, dict[str, Any]] = {
+    "optimizer": {"learning_rate_unit": "absolute", "clip_learning_rate": 3.0},
+    "blockwise": {"learning_rate": 2e-4},
+}
 # (section, key) -> what it was where it was off
 _REMOVED = {
     ("schedule", "softness"): (0, 0.0),
@@ -74,6 +80,9 @@ def migrated(recipe: Mapping[str, Any], *, finished: bool = False) -> dict[str, 
     if moved:
         given = new.get("optimizer", {})
         new["optimizer"] = {**moved, **given} if isinstance(given, dict) else given
+    for section, then in RATES_THEN.items() if finished or new != recipe else ():
+        if isinstance(given := new.get(section, {}), dict):
+            new[section] = {**then, **given}
     return new
 
 

@@ -34,7 +34,7 @@ from fbqat_hub.training.method import (
     Schedule,
     Weighting,
 )
-from fbqat_hub.training.migration import migrated, without_removed
+from fbqat_hub.training.migration import RATES_THEN, migrated, without_removed
 from fbqat_hub.untrusted import read_yaml
 from fbqat_hub.version import __version__
 
@@ -43,6 +43,7 @@ RECIPE_VERSION = 1
 DEFAULT_METHOD = "fbqat"
 _DEFAULT_SIDE = 512
 _STEPS = 1000
+_LEAST_RATE = 1e-5
 
 
 @checked("recipe.calibration")
@@ -87,14 +88,14 @@ class Blockwise:
     Attributes:
         samples: of the training split, with one noise and timestep each, that all blocks are trained on. What goes into
             a block is kept of all of them, of the student and of the teacher.
-        steps, learning_rate: optimizer steps of each block, and their peak rate.
+        steps, learning_rate: optimizer steps of each block, and their peak rate, in the unit of `Optimizer`.
         tuning_steps, tuning_rate: of the last stage, which trains only the scales and biases of the packed model, end
             to end; 0 steps leave it out.
     """
 
     samples: Count = 512
     steps: Count = 100
-    learning_rate: Amount = 2e-4
+    learning_rate: Amount = 3e-3
     tuning_steps: Whole = 100
     tuning_rate: Amount = 3e-3
 
@@ -126,7 +127,7 @@ class Recipe:
         steps, batch_size: optimizer steps, and samples in each, on all devices together.
         micro_batch_size: samples that a device takes at a time, at most; the gradients of a step are added up. Less
             memory, and the same step. None for all at once. Of end-to-end training.
-        learning_rate: peak.
+        learning_rate: peak, as a share of each layer's weights (`Optimizer`: ``learning_rate_unit``).
         seed: of everything random.
         mixed_precision: "no", "bf16" or "fp16", as accelerate takes it.
         gradient_checkpointing: less memory, more time.
@@ -170,7 +171,7 @@ class Recipe:
     micro_batch_size: Annotated[
         Annotated[int, Field(strict=True, ge=1)] | None, Field(description="a whole number of at least 1, or null")
     ] = None
-    learning_rate: Amount = 2e-4
+    learning_rate: Amount = 1.2e-3
     seed: Annotated[Whole, Field(le=2**32 - 1, description="a whole number from 0 to 4294967295")] = 1234
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="'no', bf16 or fp16")] = "no"
     gradient_checkpointing: Flag = False
@@ -236,6 +237,7 @@ class Recipe:
         self._check_start(schedule)
         self._check_stages()
         self._check_blockwise()
+        self._check_rates()
         check_call(family.pipeline_class, self.generation, "recipe: generation.")
         if self.generation.get("num_images_per_prompt") not in (None, 1):
             raise ValueError("recipe: generation.num_images_per_prompt must be 1; pictures are compared by prompt.")
@@ -306,6 +308,19 @@ class Recipe:
                 f"recipe: blockwise.tuning_steps is {self.blockwise.tuning_steps}, and what is tuned is one scale per "
                 "output channel; set it to 0, or leave out quantization.group_size."
             )
+
+    def _check_rates(self) -> None:
+        """Refuse rates of all layers, as recipes had them before, where a share of the weights is meant."""
+        if self.optimizer.learning_rate_unit == "absolute":
+            return
+        for name, rate in (("", self.learning_rate), ("blockwise.", self.blockwise.learning_rate)):
+            if 0 < rate < _LEAST_RATE:
+                raise ValueError(
+                    f"recipe: {name}learning_rate is {rate:g}, and it is a share of each layer's weights; one below "
+                    f"{_LEAST_RATE:g} changes next to nothing. 5e-4 to 2e-3 were good (docs/method.md, learning "
+                    "rates). For one rate of all layers set optimizer.learning_rate_unit=absolute and "
+                    "optimizer.clip_learning_rate=3."
+                )
 
     def _check_stages(self) -> None:
         if not self.keep_stages:
@@ -467,12 +482,12 @@ _LATER: dict[str, Any] = {
     "micro_batch_size": None,
     "text_encoders": None,
     "training": "end_to_end",
-    "blockwise": asdict(Blockwise()),
+    "blockwise": {**asdict(Blockwise()), **RATES_THEN["blockwise"]},
     "calibration_prompts": 0,
     "lora": None,
     "lora_scale": 1.0,
 }
-_LATER_OF_OPTIMIZER: dict[str, Any] = {"moment_bits": 32}
+_LATER_OF_OPTIMIZER: dict[str, Any] = {"learning_rate_unit": "absolute", "moment_bits": 32}
 _FIELDS: tuple[str, ...] = tuple(item.name for item in fields(Recipe))
 _SECTIONS: dict[str, Any] = {
     "evaluation": Evaluation,

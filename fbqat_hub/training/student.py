@@ -33,7 +33,10 @@ from fbqat_hub.training.widths import chosen_widths, chosen_widths_by_blocks, sc
 
 
 def prepare_student(recipe: Recipe, teacher: nn.Module, train_split: CachedSplit, draws: Draws) -> Any:
-    """A copy of the teacher with fake-quantized layers, calibrated, with the recipe's layers trainable."""
+    """The teacher with fake-quantized layers, calibrated, with the recipe's layers trainable.
+
+    What is not quantized are the teacher's own tensors.
+    """
     student = started_student(recipe, teacher, train_split, draws)
     if recipe.quantization.average_bits is not None:
         wider = _of_8(chosen_widths(recipe, student, teacher, train_split, draws))
@@ -187,14 +190,30 @@ def resumed_student(recipe: Recipe, teacher: nn.Module, widths: Mapping[str, flo
     return student
 
 
+def narrow_teacher(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:
+    """Bring the teacher's layers that are quantized in the student to the half precision that the run computes in.
+
+    Autocast rounds these weights so at each forward: predictions are the same, to the bit, in half the memory. The
+    other tensors, which the student has too, stay.
+    """
+    for name, _ in named_layers(student, FakeQuantizedLinear) if recipe.half else ():
+        layer = teacher.get_submodule(name)
+        for own, value in list(layer.named_parameters()):
+            if value.dtype != recipe.half:
+                setattr(layer, own, nn.Parameter(value.detach().to(recipe.half), requires_grad=False))
+
+
 def _of_8(widths: Mapping[str, float]) -> dict[str, int]:
     return {name: 8 for name, bits in widths.items() if bits == 8}
 
 
 def _prepared(recipe: Recipe, teacher: nn.Module, widths: Mapping[str, int] | None) -> Any:
-    """A copy of the teacher, where this is, with fake-quantized layers at the nearest codes, nothing trainable."""
+    """The teacher with fake-quantized layers at the nearest codes, nothing trainable.
+
+    What is not quantized are the teacher's own tensors, where they are.
+    """
     config = recipe.config()
-    student = copy.deepcopy(teacher).requires_grad_(False)
+    student = copy.deepcopy(teacher, {id(each): each for each in tensors_of(teacher)}).requires_grad_(False)
     prepare(student, config.weight_scheme(), **config.layer_options() | {"widths": widths})
     return student.requires_grad_(False)
 

@@ -43,15 +43,19 @@ _PREFIXES = ("a ", "an ", "the ", "emoji of ", "an emoji of a ")
 _SAVE_EVERY = 500
 
 
-def train_teacher(recipe: dict[str, Any], output: Path) -> None:
-    """Train a whole tiny pipeline and save it in ``output`` as a diffusers folder, float16 weights."""
+def train_teacher(recipe: dict[str, Any], output: Path, autoencoder: nn.Module | None = None) -> None:
+    """Train a whole tiny pipeline and save it in ``output`` as a diffusers folder, float16 weights.
+
+    Args:
+        autoencoder: a trained one of the recipe's kind; None to train it, or to take one that was trained before.
+    """
     data = load_openmoji(recipe["size"])["train"]
     images, captions = pixels(data["image"]), list(data["caption"])
     groups = [group_of(code) for code in data["hexcode"]]
     work = output.with_name(output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
 
-    pipeline = untrained_pipeline(recipe, captions, _autoencoder(recipe, images), work)
+    pipeline = untrained_pipeline(recipe, captions, autoencoder or _autoencoder(recipe, images), work)
     family = get_family(recipe["family"])
     latents = _set_latent_scale(recipe, pipeline.vae, images)
     _train_denoiser(recipe, family, pipeline, latents, captions, groups, work)

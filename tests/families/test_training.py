@@ -24,7 +24,7 @@ from fbqat_hub.training.evaluate import evaluate
 from fbqat_hub.training.generate import generate
 from fbqat_hub.training.loop import distill
 from fbqat_hub.training.recipe import Recipe, load_recipe
-from fbqat_hub.training.student import prepare_student
+from fbqat_hub.training.student import narrow_teacher, prepare_student, tensors_of
 from tests.conftest import MOST_FAMILIES, call_of, write_recipe
 
 # nothing reads the text's part of what the last block puts out, so the text's queries go nowhere
@@ -56,6 +56,31 @@ def distilled(recipe: Recipe, output: Path) -> tuple[Any, dict[str, Any], list[d
     before = {name: value.clone() for name, value in student.state_dict().items()}
     distill(recipe, student, pipeline.transformer, splits, draws, output, Accelerator(), resume=False, progress=False)
     return student, before, [yaml.safe_load(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", MOST_FAMILIES)
+def test_a_teacher_in_half_the_memory_predicts_the_same(family: str, fields_of) -> None:
+    """To the bit, in bfloat16. What is not quantized is there once, of teacher and student, in float32."""
+    recipe = Recipe(**{**fields_of(family), "mixed_precision": "bf16", "initialization": "nearest"})
+    pipeline = load_pipeline(recipe.teacher)
+    splits, teacher = cached_splits(recipe, pipeline), pipeline.transformer
+    draws = Draws(FAMILIES[recipe.family], pipeline.scheduler, recipe.seed)
+    student = prepare_student(recipe, teacher, splits["train"], draws)
+    inputs = draws.training(splits["train"], 0, recipe.batch_size)
+    predictions, bytes_of_layers = [], []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            predictions.append(draws.predict(teacher, inputs))
+        own = {*tensors_of(teacher)} - {*tensors_of(student)}
+        bytes_of_layers.append(sum(each.nbytes for each in own))
+        narrow_teacher(recipe, teacher, student)
+    assert torch.equal(*predictions)
+    assert bytes_of_layers[1] == bytes_of_layers[0] / 2
+    layers = dict(named_layers(student, FakeQuantizedLinear))
+    assert bytes_of_layers[0] == 4 * sum(
+        each.numel() for name in layers for each in teacher.get_submodule(name).parameters()
+    )
+    assert {each.dtype for each in student.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", MOST_FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_what_moments_take_is_counted(bits: int, recipe_of: Any) -> None:
     if bits == 8:
         torchao()
     layers = Layers()
-    optimizer = optimizer_of(recipe_of(optimizer={"moment_bits": bits}), layers)
+    optimizer = optimizer_of(recipe_of(optimizer={"moment_bits": bits}), layers, layers)
     layers.stepped(optimizer, 1)
     kept = [plain_tensors("", value) for state in optimizer.state.values() for value in state.values()]
     assert sum(each.nbytes for each in tree_leaves(kept)) == optimizer_bytes(layers.parameters(), bits)
@@ -62,7 +63,13 @@ def test_eight_bits_step_as_32_do(recipe_of: Any) -> None:
     ends = []
     for bits in (32, 8):
         layers = Layers()
-        optimizer = optimizer_of(recipe_of(optimizer={"moment_bits": bits, "clip_learning_rate": 3.0}), layers)
+        optimizer = optimizer_of(
+            recipe_of(
+                optimizer={"moment_bits": bits, "clip_learning_rate": 3.0, "learning_rate_unit": "absolute"},
+            ),
+            layers,
+            layers,
+        )
         before = [parameter.detach().clone() for parameter in layers.parameters()]
         for rate in (1e-3, 5e-4):
             set_rate(optimizer, rate)
@@ -76,6 +83,32 @@ def test_eight_bits_step_as_32_do(recipe_of: Any) -> None:
         else:
             assert torch.allclose(exact, ours, atol=1e-6)  # of numbers of about 1, in float32
     assert ends[0][-1].abs().max() > 2 * ends[0][0].abs().max()  # the clip, at three times the rate
+
+
+@pytest.mark.parametrize("unit", ["weight_rms", "absolute"])
+def test_a_rate_is_a_share_of_each_layers_weights(unit: str, recipe_of: Any) -> None:
+    """A layer of weights 16 times as large moves 16 times as far, and so does its bias; a zero one is not stuck."""
+    layers = nn.ModuleDict({"small": nn.Linear(64, 64), "large": nn.Linear(64, 64), "zero": nn.Linear(64, 64)})
+    layers["clip"] = nn.ParameterDict({"log_clip": nn.Parameter(torch.zeros(64, 1))})
+    with torch.no_grad():
+        layers["small"].weight.div_(layers["small"].weight.square().mean().sqrt() / 0.01)
+        layers["large"].weight.copy_(16 * layers["small"].weight)
+        layers["zero"].weight.zero_()
+    teacher = copy.deepcopy(layers)
+    layers["large"].weight.data.mul_(3)  # the student's own weights do not count
+    recipe = recipe_of(optimizer={"learning_rate_unit": unit, "clip_learning_rate": 2.0}, learning_rate=0.25)
+    optimizer = optimizer_of(recipe, layers, teacher)
+    set_rate(optimizer, 0.25)
+    before = {name: value.detach().clone() for name, value in layers.named_parameters()}
+    for parameter in layers.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    optimizer.step()
+    moved = {name: (before[name] - value).mean().item() for name, value in layers.named_parameters()}
+    expected = {"small": 0.0025, "large": 0.04, "zero": 0.00025} if unit == "weight_rms" else {}
+    for name in ("small", "large", "zero"):
+        for kind in ("weight", "bias"):
+            assert moved[f"{name}.{kind}"] == pytest.approx(expected.get(name, 0.25), rel=1e-4)
+    assert moved["clip.log_clip"] == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.footprint import Storages, step_memory
 from fbqat_hub.training.loop import accelerator_of, distill
 from fbqat_hub.training.recipe import Recipe
-from fbqat_hub.training.student import prepare_student
+from fbqat_hub.training.student import narrow_teacher, prepare_student, tensors_of
 from tests.conftest import MOST_FAMILIES, call_of
 
 
@@ -38,6 +38,9 @@ def test_the_real_loop_takes_what_was_computed(
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     assert computed.trained == sum(parameter.numel() for parameter in trained)
     assert computed.student == sum(parameter.nbytes for parameter in trained)
+    narrow_teacher(recipe, teacher, student)
+    there = {*tensors_of(teacher), *tensors_of(student)}
+    assert computed.teacher + computed.student + computed.frozen == sum(value.nbytes for value in there)
     with Storages() as real:
         for value in (*teacher.state_dict().values(), *student.state_dict().values()):
             real._see(value.untyped_storage())  # or a view of it would count as new

@@ -16,6 +16,7 @@ from fbqat_hub.training.call import check_call
 from fbqat_hub.training.checkpoint import check_same_recipe
 from fbqat_hub.training.distill import is_finished
 from fbqat_hub.training.method import FBQAT, METHODS
+from fbqat_hub.training.migration import RATES_THEN
 from fbqat_hub.training.prompts import PROMPT_SETS
 from fbqat_hub.training.recipe import RECIPE_VERSION, RECIPES, Recipe, load_recipe, recipe_of_run
 from tests.conftest import write_recipe
@@ -61,7 +62,8 @@ def test_every_value_that_runs_is_written_out(tmp_path: Path) -> None:
     assert saved["schedule"] == {"stages": [[4, 1]]}
     assert (saved["initialization"], saved["loss_weighting"], saved["train_layers"]) == ("gptq", "sampler", "blocks")
     assert saved["gptq"] == {"samples": 100, "damping": 0.01, "margin": 0.05}
-    assert saved["optimizer"]["clip_learning_rate"] == 3
+    assert saved["optimizer"]["learning_rate_unit"] == "weight_rms"
+    assert saved["optimizer"]["clip_learning_rate"] == 0.2
     assert saved["generation"] == {"height": 512, "width": 512, "use_resolution_binning": False}
     assert (saved["learning_rate"], saved["prompts"]) == (1e-5, ["Ünïcode – ok"])
 
@@ -95,6 +97,7 @@ def test_with_a_version_a_recipe_is_complete(missing: str, tmp_path: Path) -> No
 def test_a_recipe_of_the_version_before_there_were_versions() -> None:
     """Its default had the soft staircase, which is gone: a run of it is read, and not trained."""
     defaults: Any = {"quantization": {"average_bits": None}, "calibration": {"rule": "mean_3sigma"}}
+    defaults |= {"learning_rate": 1e-4, **RATES_THEN}
     assert yaml.safe_load(OLD.read_text())["start"] == ""
     assert recipe_of_run(OLD) == load_recipe("sana-tiny", **defaults)
     with pytest.raises(ValueError, match=r"schedule.softness is 0\.1; it was removed .* use fbqat_hub 0\.1"):
@@ -136,7 +139,22 @@ def test_a_saved_recipe_that_names_the_staircase(softness: float, tmp_path: Path
     ],
 )
 def test_old_names_are_todays(old: dict[str, Any], new: dict[str, Any], tmp_path: Path) -> None:
-    assert load_recipe(write_recipe(tmp_path / "old.yaml", {**MINIMAL, **old})) == Recipe(**MINIMAL, **new)
+    """And rates are those of all layers, as they were then."""
+    new["optimizer"] = {**RATES_THEN["optimizer"], **new.get("optimizer", {})}
+    path = write_recipe(tmp_path / "old.yaml", {**MINIMAL, **old})
+    assert load_recipe(path) == Recipe(**MINIMAL, **new, blockwise=RATES_THEN["blockwise"])
+
+
+def test_a_saved_recipe_from_before_rates_had_a_unit(tmp_path: Path) -> None:
+    """Its rates keep their meaning; and where a share is meant, the rates of then are refused."""
+    saved = Recipe(**MINIMAL, learning_rate=1e-7, **RATES_THEN).to_dict()
+    del saved["optimizer"]["learning_rate_unit"]
+    path = write_recipe(tmp_path / "recipe.yaml", saved)
+    assert load_recipe(path) == recipe_of_run(path) == Recipe(**MINIMAL, learning_rate=1e-7, **RATES_THEN)
+    for changes in ({"learning_rate": 1e-7}, {"blockwise": {"learning_rate": 1e-7}}):
+        with pytest.raises(ValueError, match=r"learning_rate is 1e-07, and it is a share .*_unit=absolute"):
+            Recipe(**MINIMAL, **changes)
+    Recipe(**MINIMAL, learning_rate=0.0)
 
 
 @pytest.mark.parametrize(
