@@ -22,9 +22,11 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.markdown import markdown
+from benchmarks.method.rows import Results
 from benchmarks.method.runs import Remembered
 from fbqat_hub.evaluation.results import machine, now, versions
-from fbqat_hub.families import get_family
+from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.files import whole
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
@@ -39,6 +41,7 @@ from fbqat_hub.training.teachers import resolve_teacher
 RESULTS = Path(__file__).parent / "results" / "rates.json"
 NAME = "pixart-sigma-tiny"
 WIDTHS, RATES, STEPS, REPEATS = (64, 128, 256), (4e-4, 8e-4, 1.6e-3, 3.2e-3), 400, 4
+FAMILY_RATES = (8e-4, 1.2e-3, 1.5e-3, 3e-3)
 _TEACHER_STEPS, _FROM_SMILEYS, _HEAD = 1500, 300, 32
 
 
@@ -95,6 +98,46 @@ def measure(width: int, work: Path) -> list[dict[str, Any]]:
 def _train(recipe: Recipe, student: Any, teacher: Any, splits: Any, draws: Remembered) -> None:
     with tempfile.TemporaryDirectory() as folder:
         distill(recipe, student, teacher, splits, draws, Path(folder), accelerator_of(recipe), False, False)
+
+
+def rates_table() -> str:
+    """Widths x rates."""
+    found = json.loads(RESULTS.read_text())
+    head = ("width", "root mean square of the weights", "not trained", *(f"{1e3 * rate:g}e-3" for rate in RATES))
+    cells = []
+    for width in sorted({row["width"] for row in found}):
+        rows = {row["rate"]: row for row in found if row["width"] == width}
+        best = min(row["loss"] for row in rows.values())
+        losses = [f"{1e3 * row['loss']:.3f}" for row in rows.values()]
+        shown = [
+            f"**{loss}**" if row["loss"] == best else loss for loss, row in zip(losses, rows.values(), strict=True)
+        ]
+        cells.append((str(width), f"{rows[0.0]['weight_rms']:.3f}", *shown))
+    one = found[0]
+    return (
+        f"{markdown(head, cells)}\n\nLoss ×1e-3 on the validation split ({one['draws']} draws), {STEPS} steps of "
+        f"{one['batch_size']}, 4 bits, seed 1234, by learning rate as a share of each layer's weights; PixArt-Sigma, "
+        f"5 blocks. Remade by `python -m benchmarks.rates --work DISK`."
+    )
+
+
+def families_rates_table() -> str:
+    """Families x rates, of the method benchmark."""
+    results = Results.load()
+    families = [name for name in FAMILIES if results.of(track="uniform-4", method="fbqat relative", family=name)]
+    cells = []
+    for family in families:
+        rows = results.of(track="uniform-4", method="fbqat relative", family=family, seed=1)
+        relative = {row["rate"]: row["validation"] for row in rows}
+        (absolute,) = results.of(track="uniform-4", method="fbqat", family=family, seed=1)
+        losses = [f"{1e3 * relative[rate]:.2f}" for rate in FAMILY_RATES]
+        cells.append((FAMILIES[family].title, *losses, f"{1e3 * absolute['validation']:.2f} ({absolute['rate']:.0e})"))
+    head = ("", *(f"{1e3 * rate:g}e-3" for rate in FAMILY_RATES), "one rate for all layers, the best of those tried")
+    return (
+        f"{markdown(head, cells)}\n\nThe same of the tiny teachers that ship, seed 1, the method benchmark's "
+        "validation split. Remade by `python -m benchmarks.method --tracks uniform-4 --methods 'fbqat relative' fbqat "
+        "--no-pictures`, with `--fixed-rates --seeds 1 --rates` and each of these."
+    )
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from fbqat_hub.components import INDEX, Component, check_pipeline, quiet, read_i
 from fbqat_hub.files import usual_modes, whole
 from fbqat_hub.hub.client import HubError, step
 from fbqat_hub.hub.manifest import check_component
+from fbqat_hub.hub.names import repo_and_revision
 from fbqat_hub.stages import find_stage
 from fbqat_hub.text import names
 
@@ -31,15 +32,16 @@ _SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
 
 def is_folder(source: str | Path) -> bool:
-    """Whether a model's source is a folder here; else it is a Hub id, owner/name, of which only the form is checked.
+    """Whether a model's source is a folder here; else it is a Hub id, owner/name or owner/name@revision, of which only
+    the form is checked.
 
     Raises:
         FileNotFoundError: it is neither.
     """
     if Path(source).is_dir():
         return True
-    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise FileNotFoundError(f"{source} is no folder, nor a Hub id such as owner/name.")
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(source)):
+        raise FileNotFoundError(f"{source} is no folder, nor a Hub id such as owner/name or owner/name@revision.")
     return False
 
 
@@ -47,7 +49,7 @@ def check_source(source: str | Path, variant: str | None = None) -> None:
     """Refuse what cannot be a pipeline, and a local one that is damaged or hostile, before anything is loaded.
 
     Args:
-        source: folder, or Hub id (owner/name; only its form is checked).
+        source: folder, or Hub id (owner/name or owner/name@revision; only its form is checked).
         variant: of the weights, e.g. "fp16"; see ``Component.weights``.
 
     Raises:
@@ -84,7 +86,8 @@ def class_of(source: str | Path) -> str:
     folder = Path(source)
     if not folder.is_dir():
         with step(f"look up {source}, which is no folder here"):
-            folder = Path(hf_hub_download(str(source), INDEX)).parent
+            repo, revision = repo_and_revision(str(source))
+            folder = Path(hf_hub_download(repo, INDEX, revision=revision)).parent
     return read_index(folder)[0]
 
 
@@ -105,24 +108,37 @@ def downloaded(source: str | Path, variant: str | None = None) -> Path:
     if not folder.is_dir():
         variant = _variant_of(str(source), variant)
         with step(f"download {source}, which is no folder here"), quiet():
-            folder = Path(DiffusionPipeline.download(str(source), use_safetensors=True, variant=variant))
+            repo, revision = repo_and_revision(str(source))
+            options = {"revision": revision, "use_safetensors": True, "variant": variant}
+            folder = Path(DiffusionPipeline.download(repo, **options))
         check_source(folder, variant)
     return folder
 
 
-def _variant_of(repo: str, asked: str | None) -> str | None:
+def pinned(source: str, folder: Path) -> str:
+    """The source with the commit that ``downloaded`` took it at, where ``folder`` is in the Hub's cache.
+
+    >>> pinned("org/model", Path("hub/models--org--model/snapshots/2f3c")), pinned("my/model", Path("my/model"))
+    ('org/model@2f3c', 'my/model')
+    """
+    is_from_hub = folder != Path(source) and folder.parent.name == "snapshots"
+    return f"{repo_and_revision(source)[0]}@{folder.name}" if is_from_hub else source
+
+
+def _variant_of(source: str, asked: str | None) -> str | None:
     """The variant to download: the one that is asked for, or that parts of a repository have in place of plain files.
 
     Raises:
         ValueError: there is no such variant, or several to choose from.
     """
     paths: list[str] = []
+    repo, revision = repo_and_revision(source)
     try:
-        with step(f"look up {repo}, which is no folder here"):
-            paths = HfApi().list_repo_files(repo)
+        with step(f"look up {source}, which is no folder here"):
+            paths = HfApi().list_repo_files(repo, revision=revision)
     except HubError:  # the Hub does not answer: as it was when it last did
         with contextlib.suppress(CachedRepoTreeNotFoundError):
-            paths = [file.path for file in get_cached_repo_tree(repo)]
+            paths = [file.path for file in get_cached_repo_tree(repo, revision=revision)]
     files: dict[str, list[str]] = {}
     for folder, _, name in (path.rpartition("/") for path in paths):
         files.setdefault(folder, []).append(name)

@@ -98,7 +98,7 @@ def _train(commands: Any) -> None:
     )
     sub.add_argument("--resume", action="store_true", help="continue an interrupted run of the same recipe")
     _fit_option(sub)
-    _settings(sub, "fields of the recipe", "steps=800 learning_rate=1e-4 quantization.average_bits=4.5")
+    _settings(sub, "fields of the recipe", "steps=800 learning_rate=1e-3 quantization.average_bits=4.5")
 
 
 def _plan(commands: Any) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field
 from fbqat_hub.checked import Text, checked
 from fbqat_hub.config import unknown_key_error
 from fbqat_hub.files import shipped, whole
+from fbqat_hub.hub.names import public_name
 from fbqat_hub.untrusted import read_yaml
 
 SHIPPED = shipped("model_cards")
@@ -94,7 +95,7 @@ def data_of_run(run: Path, recipe: Mapping[str, Any], given: Path | None = None)
     of_recipe = {item.name: recipe[item.name] for item in fields(CardData) if recipe.get(item.name)}
     if of_recipe:  # saved by fbqat_hub 0.1, whose recipes had these fields
         return _of(of_recipe, "recipe.yaml")
-    return shipped_data(str(recipe.get("teacher"))) or CardData()
+    return shipped_data(public_name(str(recipe.get("teacher")))) or CardData()
 
 
 def _of(data: Mapping[str, Any], name: str) -> CardData:

@@ -11,18 +11,29 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
 def public_name(name: str) -> str:
-    """A Hub id as it is; of a local path the last part only.
+    """A Hub id as it is, without a revision; of a local path the last part only.
 
-    >>> public_name("org/model"), public_name("/home/me/teachers/tiny")
+    >>> public_name("org/model@main"), public_name("/home/me/teachers/tiny")
     ('org/model', 'tiny')
     """
     if not is_local(name):
         try:
-            validate_repo_id(name)
-            return name
+            repo, _ = repo_and_revision(name)
+            validate_repo_id(repo)
+            return repo
         except HFValidationError:
             pass
     return Path(name).name or name
+
+
+def repo_and_revision(source: str) -> tuple[str, str | None]:
+    """A model's repository on the Hub, and the branch, tag or commit that is asked for, None for its main branch.
+
+    >>> repo_and_revision("org/model@v1.0"), repo_and_revision("org/model")
+    (('org/model', 'v1.0'), ('org/model', None))
+    """
+    repo, _, revision = source.partition("@")
+    return repo, revision or None
 
 
 def is_local(value: str) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fbqat_hub.components import INDEX, quiet, read_index
 from fbqat_hub.hub.client import step
+from fbqat_hub.hub.names import repo_and_revision
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_json
 
@@ -30,14 +31,16 @@ def configs_of(teacher: str) -> Configs:
         HubError: the Hub refused or failed.
         ValueError: no ``model_index.json`` that names classes.
     """
-    if teacher in _known():
-        return _known()[teacher]
+    repo, revision = repo_and_revision(teacher)
+    if repo in _known():
+        return _known()[repo]
     folder = Path(resolve_teacher(teacher))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         with step(f"look up the configs of {teacher}, which is no folder here"):
-            folder = Path(snapshot_download(teacher, allow_patterns=[INDEX, "*/config.json"]))
+            patterns = [INDEX, "*/config.json"]
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     found = {}
     for name, part in read_index(folder)[1].items():
         path = folder / name / "config.json"

@@ -15,6 +15,7 @@ from typing import Any
 
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped
+from fbqat_hub.hub.names import repo_and_revision
 from fbqat_hub.text import columns
 from fbqat_hub.training.bases import Configs, build_on_meta, configs_of, parameters
 from fbqat_hub.training.block_footprint import BlockMemory, block_memory
@@ -508,10 +509,9 @@ def _measured_steps(found: Costs) -> list[dict[str, Any]]:
 def _measured(found: Costs) -> list[dict[str, Any]]:
     """Rows of benchmarks/results/training.json that are of this teacher, or of some of its blocks, at this size."""
     rows: list[dict[str, Any]] = json.loads(shipped("benchmarks/results/training.json").read_text(encoding="utf-8"))
+    teacher, _ = repo_and_revision(found.recipe.teacher)
     return [
-        row
-        for row in rows
-        if row["size"] == [*found.recipe.size] and load_recipe(row["recipe"]).teacher == found.recipe.teacher
+        row for row in rows if row["size"] == [*found.recipe.size] and load_recipe(row["recipe"]).teacher == teacher
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.integrations.transformers import text_encoder_writers
-from fbqat_hub.pipelines import downloaded, save_quantized
+from fbqat_hub.pipelines import downloaded, pinned, save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
 from fbqat_hub.quantization.convert import targets
 from fbqat_hub.training.adam import check_optimizer
@@ -59,6 +60,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
             "--method gptq --prompts FILE, not of a data set. Convert again, or set calibration_prompts=0."
         )
     check_optimizer(recipe.optimizer)
+    if resume:
+        recipe = as_started(recipe, output)
     finished = is_finished(recipe, output, resume)
     accelerator = accelerator_of(recipe)
     if recipe.steps:  # an error here comes before the hours of encoding
@@ -73,6 +76,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     blockwise, sharded = recipe.training == "blockwise", is_sharded(accelerator)
     with accelerator.main_process_first():  # it downloads and encodes; the others read what it left
         source = downloaded(resolve_teacher(recipe.teacher))
+        recipe = replace(recipe, teacher=pinned(recipe.teacher, source))
         writers = text_encoder_writers(source, recipe.text_encoders)  # refuses them before the training
         pipeline = load_teacher(recipe, meta=sharded and not accelerator.is_main_process)
         targets(pipeline.transformer, **recipe.config().layer_options())  # so does a pattern that matches no layer
@@ -177,6 +181,15 @@ def is_finished(recipe: Recipe, output: Path, resume: bool) -> bool:
         hint = "use --resume to continue it" if started and not finished else "give another --output"
         raise FileExistsError(f"{output} exists and is not empty; {hint}.")
     return finished
+
+
+def as_started(recipe: Recipe, output: Path) -> Recipe:
+    """The recipe with the commit of its teacher that the run in ``output`` began with, where it names none itself."""
+    try:
+        began = str(read_yaml(output / "recipe.yaml")["teacher"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError):  # said later, of what is broken
+        return recipe
+    return replace(recipe, teacher=began) if began.startswith(f"{recipe.teacher}@") else recipe
 
 
 def _other_recipe(recipe: Recipe, saved: Path) -> str:

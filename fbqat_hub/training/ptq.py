@@ -15,7 +15,16 @@ from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
 from fbqat_hub.integrations.convert_files import Read, Save, checked_tensors, convert_files
 from fbqat_hub.integrations.streamed import StreamedDenoiser
 from fbqat_hub.integrations.transformers import text_encoder_writers
-from fbqat_hub.pipelines import PARTIAL, check_source, class_of, copy_parts, downloaded, load_pipeline, replacing
+from fbqat_hub.pipelines import (
+    PARTIAL,
+    check_source,
+    class_of,
+    copy_parts,
+    downloaded,
+    load_pipeline,
+    pinned,
+    replacing,
+)
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization.gptq_blocks import gptq_blocks
 from fbqat_hub.quantization.sensitivity import nearest_errors
@@ -121,7 +130,7 @@ def convert_pipeline(
     fields: dict[str, Any] = {
         "name": output.resolve().name,
         "family": family.name,
-        "teacher": source,
+        "teacher": pinned(source, folder),
         "method": "ptq-gptq" if gptq else "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
         "quantization": dict(settings or {}),
         "text_encoders": text_encoders,

@@ -110,7 +110,8 @@ class Recipe:
         recipe_version: of this format; in a saved file it says that the file is complete.
         name: of the model that is published, e.g. "Sana-600M-FBQAT-W4A8".
         family: "sana", ...
-        teacher: Hub id or folder of the full-precision pipeline.
+        teacher: folder of the full-precision pipeline, or Hub id: owner/name, or owner/name@revision for a branch, tag
+            or commit. The recipe that a run saves has the commit.
         lora, lora_scale: an adapter that is merged into the teacher's denoiser (`fbqat_hub.training.lora_merge`), and
             the factor of its change; None for no adapter.
         method: a key of ``METHODS``.

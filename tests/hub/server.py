@@ -116,8 +116,8 @@ class LoopbackHub:
         self._faults.clear()
 
     def add(self, repo: str, files: dict[str, bytes], **settings: Any) -> Repository:
-        """A repository that is there already."""
-        made = self.repositories[repo] = Repository(**settings)
+        """A repository that is there already; one of the name that was added before gets a new commit."""
+        made = self.repositories.setdefault(repo, Repository(**settings))
         made.commit({path: Blob(content, bool(LFS.fullmatch(path))) for path, content in files.items()})
         self.objects |= {blob.sha256: blob.content for blob in made.files.values() if blob.lfs}
         return made

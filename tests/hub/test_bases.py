@@ -48,10 +48,10 @@ def interrupted(patch: pytest.MonkeyPatch, step: int) -> None:
     """Stop instead of writing the checkpoint of ``step``."""
     save = checkpoint.save_checkpoint
 
-    def saving(folder: Path, done: int, *rest: Any) -> None:
+    def saving(folder: Path, done: int, *rest: Any, **options: Any) -> None:
         if done == step:
             raise KeyboardInterrupt
-        save(folder, done, *rest)
+        save(folder, done, *rest, **options)
 
     patch.setattr(loop, "save_checkpoint", saving)
 

@@ -4,25 +4,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 from fbqat_hub.hub.client import HubError
 from fbqat_hub.hub.contents import collect
 from fbqat_hub.hub.manifest import MANIFEST
+from fbqat_hub.hub.names import public_name
 from fbqat_hub.hub.publish import hashes_of, manifest_of
 from fbqat_hub.hub.pull import pull
 from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training.bases import parameters
 from fbqat_hub.training.distill import train
+from fbqat_hub.training.loop import Loop
 from fbqat_hub.training.ptq import convert_pipeline
-from fbqat_hub.training.recipe import Recipe
+from fbqat_hub.training.recipe import Recipe, recipe_of_run
 from tests.conftest import weights_of
 from tests.hub.conftest import REPO
 from tests.hub.server import LoopbackHub
@@ -175,3 +179,59 @@ def test_a_repository_that_is_not_there_is_said(hub: LoopbackHub, tmp_path: Path
         with pytest.raises(HubError, match=message):
             convert_pipeline(repo, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def other(folder: Path, tmp_path: Path) -> Path:
+    """A pipeline like this one whose denoiser is another."""
+    pipeline = load_pipeline(folder)
+    with torch.no_grad():
+        pipeline.transformer.proj_out.weight.mul_(2)
+    pipeline.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_a_revision_is_taken_and_the_commit_is_written_down(hub: LoopbackHub, half_sana: Path, tmp_path: Path) -> None:
+    """Of ``owner/name@revision``: a commit or a branch; what is unknown is said. Cards name the repository alone."""
+    upload(hub, half_sana)
+    first = HfApi().model_info(TEACHER).sha
+    upload(hub, other(half_sana, tmp_path))
+    second = HfApi().model_info(TEACHER).sha
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    written = {}
+    for asked, commit in ((TEACHER, second), (f"{TEACHER}@main", second), (f"{TEACHER}@{first}", first)):
+        output = convert_pipeline(asked, tmp_path / asked.replace("/", "-"))
+        recipe = recipe_of_run(output / "recipe.yaml")
+        assert recipe.teacher == f"{TEACHER}@{commit}"
+        assert public_name(recipe.teacher) == TEACHER
+        written[asked] = (output / weights).read_bytes()
+    assert written[TEACHER] == written[f"{TEACHER}@main"] != written[f"{TEACHER}@{first}"]
+    assert parameters(f"{TEACHER}@{first}") == parameters(str(half_sana))
+    with pytest.raises(HubError, match=f"{TEACHER}@v9.*HTTP 404"):
+        convert_pipeline(f"{TEACHER}@v9", tmp_path / "out")
+
+
+def test_a_resumed_run_keeps_the_teacher_that_it_began_with(
+    hub: LoopbackHub, half_sana: Path, recipe_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(hub, half_sana)
+    began = HfApi().model_info(TEACHER).sha
+    recipe = Recipe(**{**recipe_fields, "teacher": TEACHER, "steps": 4, "save_every": 2})
+    straight = train(recipe, tmp_path / "straight", progress=False)
+
+    def interrupted(self: Loop, done: int) -> None:
+        keep(self, done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    keep = Loop.keep
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "keep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run", progress=False)
+    upload(hub, other(half_sana, tmp_path))
+    assert HfApi().model_info(TEACHER).sha != began
+    run = train(recipe, tmp_path / "run", resume=True, progress=False)
+    assert recipe_of_run(run / "recipe.yaml").teacher == f"{TEACHER}@{began}"
+    assert weights_of(run / "transformer").read_bytes() == weights_of(straight / "transformer").read_bytes()
+    with pytest.raises(ValueError, match=r"another recipe, .*: teacher: '.*' -> 'me/tiny-teacher@main'"):
+        train(replace(recipe, teacher=f"{TEACHER}@main"), run, resume=True, progress=False)
