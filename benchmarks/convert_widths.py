@@ -69,8 +69,7 @@ def measure(name: str) -> dict[str, Any]:
     }
     by_prompts = block_sensitivity(
         streamed.model, streamed.names, spread(inputs, SCORED), targets_of(streamed.model, config),
-        nearest_errors(scheme, WIDTHS), lambda model, sample: family.prediction(model(**sample)[0]),
-        load=streamed.block,
+        nearest_errors(scheme, WIDTHS), family.predict, load=streamed.block,
     )  # fmt: skip
     widths: dict[str, Mapping[str, int]] = {"4 bits": {}}
     for title, scores in (("weights", by_weights), ("prompts", by_prompts)):

@@ -61,7 +61,7 @@ HELD_OUT = ("validation", "test")
 JUDGED, STEPS_OF_A_PICTURE = 2000, 4
 # Rates here are those of all layers: most rows are from when recipes had no others.
 ABSOLUTE = {"learning_rate_unit": "absolute", "clip_learning_rate": 3.0}
-RELATIVE = {"learning_rate_unit": "weight_rms", "clip_learning_rate": 0.2}
+RELATIVE = {"learning_rate_unit": "relative", "clip_learning_rate": 0.2}
 TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[torchao]'"
 
 Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]

@@ -225,7 +225,7 @@ class Family(ABC):
 
     def predict(self, denoiser: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """What the sampler takes of the denoiser for ``inputs``, keyword arguments of its forward."""
-        return self.prediction(denoiser(**inputs, return_dict=False)[0])
+        return self.prediction(denoiser(**{**inputs, "return_dict": False})[0])
 
     def prediction(self, output: Any) -> Tensor:
         """The part of the denoiser's output that the sampler uses; by default all of it."""

@@ -140,8 +140,8 @@ def _score(
             own[bits] = own[bits] + (gradient * error.to(gradient.device)).sum()
 
     elements = 0
-    reached: set[str] = set()
-    with recorded(model, held, record):
+    called: set[str] = set()  # a layer of them without effect on the output, as the last block's text, loses nothing
+    with recorded(model, held, record, called):
         for batch in batches:
             with torch.enable_grad():
                 output = predict(model, batch)
@@ -150,13 +150,12 @@ def _score(
                 moved.clear()
                 sign = 2.0 * torch.randint(0, 2, output.shape, generator=random) - 1
                 output.backward(sign.to(output), retain_graph=left > 0)
-                reached |= set(moved)
                 for name, by_width in moved.items():
                     for bits, value in by_width.items():
                         sums[name][bits] += float(value) ** 2
     if not elements:
         raise ValueError("no batches to score the layers with; give at least one.")
-    if missed := [name for name in held if name not in reached]:
+    if missed := [name for name in held if name not in called]:
         raise ValueError(f"the output does not depend on {missed[0]}; give batches that run through the whole model.")
     return {
         name: {bits: value / (elements * signs) for bits, value in by_width.items()} for name, by_width in sums.items()
@@ -185,8 +184,11 @@ class _Recorded(torch.autograd.Function):
 
 
 @contextmanager
-def recorded(model: nn.Module, names: Iterable[str], record: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within, a backward pass calls ``record(name, input [tokens, in], gradient of the output [tokens, out])``."""
+def recorded(
+    model: nn.Module, names: Iterable[str], record: Callable[[str, Tensor, Tensor], None], called: set[str]
+) -> Iterator[None]:
+    """Within, a backward pass calls ``record(name, input [tokens, in], gradient of the output [tokens, out])``, and a
+    forward adds the names of the layers that it calls to ``called``."""
     anchor = torch.zeros((), requires_grad=True)  # or the output of a first layer would have no gradient
 
     def watch(name: str, layer: nn.Module) -> Any:
@@ -199,9 +201,11 @@ def recorded(model: nn.Module, names: Iterable[str], record: Callable[[str, Tens
         def show(x: Tensor, grad: Tensor) -> None:
             record(name, rows(x), rows(grad))
 
-        return layer.register_forward_hook(
-            lambda _, inputs, output: _Recorded.apply(output, inputs[0].detach(), anchor, show)
-        )
+        def seen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
+            called.add(name)
+            return _Recorded.apply(output, inputs[0].detach(), anchor, show)
+
+        return layer.register_forward_hook(seen)
 
     with ExitStack() as stack:
         for name in names:

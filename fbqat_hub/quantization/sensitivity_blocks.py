@@ -103,6 +103,7 @@ class _Scored:
         self._inside: dict[str, Any] = {}  # of the block that was loaded last
         self._moved: dict[str, dict[int, float]] = {}
         self._sums: dict[str, dict[int, float]] = {}
+        self._called: dict[str, set[str]] = {}
 
     def recorded(self, module: nn.Module, block: str) -> Any:
         """A context in which the forward of ``module``, a block or the model, is one that is scored on the way back."""
@@ -112,7 +113,8 @@ class _Scored:
             self._inside = weights
         else:
             self._outside = weights
-        return recorded(module, full, lambda name, x, grad: self._record(full[name], x, grad))
+        called = self._called.setdefault(block, set())
+        return recorded(module, full, lambda name, x, grad: self._record(full[name], x, grad), called)
 
     def forget(self) -> None:
         """Let go of the block that was loaded last."""
@@ -128,12 +130,16 @@ class _Scored:
 
     def scores(self, elements: int) -> Scores:
         """Means over so many elements of the output."""
-        wanted = [_full(block, each) for block, layers in self._layers.items() for each in layers]
-        if missed := [name for name in wanted if name not in self._sums]:
+        layers = [(block, each) for block, own in self._layers.items() for each in own]
+        wanted = [_full(block, each) for block, each in layers]
+        if missed := [_full(block, each) for block, each in layers if each.names[0] not in self._called.get(block, ())]:
             raise ValueError(
                 f"the output does not depend on {missed[0]}; give batches that run through the whole model."
             )
-        return {name: {bits: value / elements for bits, value in self._sums[name].items()} for name in wanted}
+        # what was called and has no effect on the output loses nothing
+        nothing = dict.fromkeys(next(iter(self._sums.values())), 0.0)
+        sums = {name: self._sums.get(name, nothing) for name in wanted}
+        return {name: {bits: value / elements for bits, value in own.items()} for name, own in sums.items()}
 
     @torch.no_grad()
     def _record(self, name: str, x: Tensor, grad: Tensor) -> None:

@@ -29,6 +29,8 @@ _TABLE_BYTES = 256 * 4
 # A layer whose weights are smaller, as those that start at zero, is trained as if it had this root mean square
 # (arXiv 1804.04235, section 8).
 _LEAST = 1e-3
+# Inputs of the layers that relative rates were chosen at.
+_INPUTS = 128
 
 
 class Rates(Protocol):
@@ -71,7 +73,7 @@ def optimizer_of(recipe: Rates, student: nn.Module, teacher: nn.Module) -> torch
         elif layer in groups:
             group = groups[layer]
         else:
-            factor = max(_root_mean_square(teacher.get_parameter(f"{layer}.weight")), _LEAST)
+            factor = relative_unit(teacher.get_parameter(f"{layer}.weight"))
             group = groups[layer] = {"params": [], "factor": factor, "weight_decay": rule.weight_decay}
         group["params"].append(parameter)
     if rule.moment_bits == 8:
@@ -79,10 +81,19 @@ def optimizer_of(recipe: Rates, student: nn.Module, teacher: nn.Module) -> torch
     return torch.optim.Adam([*groups.values()], lr=recipe.learning_rate, fused=True)
 
 
-def _root_mean_square(value: Tensor) -> float:
-    norm = torch.linalg.vector_norm(value.detach().float())
+def relative_unit(weight: Tensor) -> float:
+    """What a relative rate is a share of, for a weight [out, in, ...]: its root mean square, times sqrt(128 / in).
+
+    Adam moves all weights of a row by about the rate, and the row's output by up to ``in`` times that, while the output
+    itself grows with sqrt(in) (maximal update parametrization, arXiv 2203.03466; a spectral view, 2310.17813).
+
+    >>> relative_unit(torch.full((4, 512), 0.25)), relative_unit(torch.zeros(4, 128))
+    (0.125, 0.001)
+    """
+    norm = torch.linalg.vector_norm(weight.detach().float())
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return float(whole) / math.sqrt(value.numel())
+    mean = max(float(whole) / math.sqrt(weight.numel()), _LEAST)
+    return mean * math.sqrt(_INPUTS / weight.shape[1])
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

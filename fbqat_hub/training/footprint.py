@@ -85,8 +85,8 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
         inputs = tree_map(lambda value: fake.from_tensor(value).clone() if isinstance(value, Tensor) else value, inputs)
         with torch.autocast("cpu", recipe.half, enabled=recipe.half is not None):
             with torch.no_grad():
-                target = family.prediction(teacher(**inputs, return_dict=False)[0])
-            made = family.prediction(student(**inputs, return_dict=False)[0])
+                target = family.predict(teacher, inputs)
+            made = family.predict(student, inputs)
         mean_squared(made.float(), target.float(), None).backward()
         peak, gradients = storages.peak, storages.gradients_at_peak
         stepped = [parameter for parameter in trained if parameter.grad is not None]

@@ -99,9 +99,9 @@ class Optimizer:
     """Adam, and the rule of its learning rates; the peak rate itself is the recipe's ``learning_rate``.
 
     Attributes:
-        learning_rate_unit: "weight_rms": a layer's weight and bias have the rate times the root mean square of the
-            teacher's weight (the relative step size of Adafactor, arXiv 1804.04235, section 8), so that one rate suits
-            models of any width. "absolute": the rate is that of all.
+        learning_rate_unit: "relative": a layer's weight and bias have the rate times the root mean square of the
+            teacher's weight and sqrt(128 / inputs) (`adam.relative_unit`), so that one rate suits models of any width.
+            "absolute": the rate is that of all.
         learning_rate_schedule: "cosine" (to 0) or "constant", after the warm-up.
         warmup_steps: of a linear warm-up.
         clip_learning_rate: rate of the logarithm of learned clips, as a multiple of ``learning_rate``.
@@ -111,8 +111,8 @@ class Optimizer:
         moment_bits: of Adam's two moments, 32, or 8 for a quarter of their memory, by torchao (arXiv 2110.02861).
     """
 
-    learning_rate_unit: Annotated[Literal["weight_rms", "absolute"], Field(description="weight_rms or absolute")] = (
-        "weight_rms"
+    learning_rate_unit: Annotated[Literal["relative", "absolute"], Field(description="relative or absolute")] = (
+        "relative"
     )
     learning_rate_schedule: Annotated[Literal["cosine", "constant"], Field(description="cosine or constant")] = "cosine"
     warmup_steps: Whole = 20
@@ -169,7 +169,7 @@ FBQAT = Method(
     loss_weighting="sampler",
     # Adam: warm-up, then a cosine to 0; rates relative to the weights they move, and clips at a fifth of that.
     optimizer=Optimizer(
-        learning_rate_unit="weight_rms",
+        learning_rate_unit="relative",
         learning_rate_schedule="cosine",
         warmup_steps=20,
         clip_learning_rate=0.2,

@@ -214,7 +214,7 @@ class _GPTQ:
                 scored,
                 chosen,
                 nearest_errors(config.weight_scheme(), WIDTHS),
-                lambda model, sample: self.family.prediction(model(**sample)[0]),
+                self.family.predict,
                 load=streamed.block,
                 device=self.device,
                 done=bar.update,

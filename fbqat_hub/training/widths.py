@@ -110,7 +110,7 @@ def layer_scores_by_blocks(
         batches,
         targets_of(teacher.model, recipe.config()),
         _errors_of(recipe, lambda name, device: copy.deepcopy(codes[name]).to(device).dequantize()),
-        lambda model, inputs: family.prediction(model(**{**inputs, "return_dict": False})[0]),
+        family.predict,
         load=teacher.block,
         signs=_SIGNS,
         seed=recipe.seed,

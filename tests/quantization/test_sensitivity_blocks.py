@@ -7,7 +7,7 @@ import weakref
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from fbqat_hub.quantization.convert import targets
 from fbqat_hub.quantization.sensitivity import nearest_errors, output_sensitivity, rounding_errors
@@ -66,6 +66,31 @@ def test_one_block_is_held_at_a_time() -> None:
     assert len(most) == 2 * 3 * 4  # there and back, for each batch
     assert max(most) <= 1
     assert all(parameter.is_meta for block in model.blocks for parameter in block.parameters())
+
+
+class Unread(Model):
+    """Calls a layer whose output nothing reads, as the text's of a last block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unread = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unread(x)
+        return super().forward(x)
+
+
+def test_a_layer_without_effect_loses_nothing() -> None:
+    model = Unread()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    errors = {
+        name: lambda layer=layer: rounding_errors(layer.weight.detach(), WEIGHTS, (4, 8))
+        for name, layer in layers.items()
+    }
+    whole = output_sensitivity(model, errors, batches, lambda m, batch: m(**batch))
+    in_blocks = of_blocks(model, load=loaded_from(model))
+    assert whole["unread"] == in_blocks["unread"] == {4: 0.0, 8: 0.0}
+    assert min(by_width[4] for name, by_width in in_blocks.items() if name != "unread") > 0
 
 
 def test_what_is_wrong_is_said() -> None:

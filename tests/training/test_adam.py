@@ -85,14 +85,16 @@ def test_eight_bits_step_as_32_do(recipe_of: Any) -> None:
     assert ends[0][-1].abs().max() > 2 * ends[0][0].abs().max()  # the clip, at three times the rate
 
 
-@pytest.mark.parametrize("unit", ["weight_rms", "absolute"])
+@pytest.mark.parametrize("unit", ["relative", "absolute"])
 def test_a_rate_is_a_share_of_each_layers_weights(unit: str, recipe_of: Any) -> None:
-    """A layer of weights 16 times as large moves 16 times as far, and so does its bias; a zero one is not stuck."""
-    layers = nn.ModuleDict({"small": nn.Linear(64, 64), "large": nn.Linear(64, 64), "zero": nn.Linear(64, 64)})
+    """A layer of weights 16 times as large moves 16 times as far, one of four times the inputs half as far, and so do
+    their biases; a zero one is not stuck."""
+    layers = nn.ModuleDict({"small": nn.Linear(128, 64), "large": nn.Linear(128, 64), "zero": nn.Linear(128, 64)})
+    layers["wide"] = nn.Linear(512, 64)
     layers["clip"] = nn.ParameterDict({"log_clip": nn.Parameter(torch.zeros(64, 1))})
     with torch.no_grad():
-        layers["small"].weight.div_(layers["small"].weight.square().mean().sqrt() / 0.01)
-        layers["large"].weight.copy_(16 * layers["small"].weight)
+        for name, root_mean_square in (("small", 0.01), ("large", 0.16), ("wide", 0.01)):
+            layers[name].weight.mul_(root_mean_square / layers[name].weight.square().mean().sqrt())
         layers["zero"].weight.zero_()
     teacher = copy.deepcopy(layers)
     layers["large"].weight.data.mul_(3)  # the student's own weights do not count
@@ -104,10 +106,10 @@ def test_a_rate_is_a_share_of_each_layers_weights(unit: str, recipe_of: Any) -> 
         parameter.grad = torch.full_like(parameter, 7.0)
     optimizer.step()
     moved = {name: (before[name] - value).mean().item() for name, value in layers.named_parameters()}
-    expected = {"small": 0.0025, "large": 0.04, "zero": 0.00025} if unit == "weight_rms" else {}
-    for name in ("small", "large", "zero"):
+    shares = {"small": 0.0025, "large": 0.04, "zero": 0.00025, "wide": 0.00125} if unit == "relative" else {}
+    for name in ("small", "large", "zero", "wide"):
         for kind in ("weight", "bias"):
-            assert moved[f"{name}.{kind}"] == pytest.approx(expected.get(name, 0.25), rel=1e-4)
+            assert moved[f"{name}.{kind}"] == pytest.approx(shares.get(name, 0.25), rel=1e-4)
     assert moved["clip.log_clip"] == pytest.approx(0.5, rel=1e-4)
 
 

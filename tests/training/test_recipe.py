@@ -62,7 +62,7 @@ def test_every_value_that_runs_is_written_out(tmp_path: Path) -> None:
     assert saved["schedule"] == {"stages": [[4, 1]]}
     assert (saved["initialization"], saved["loss_weighting"], saved["train_layers"]) == ("gptq", "sampler", "blocks")
     assert saved["gptq"] == {"samples": 100, "damping": 0.01, "margin": 0.05}
-    assert saved["optimizer"]["learning_rate_unit"] == "weight_rms"
+    assert saved["optimizer"]["learning_rate_unit"] == "relative"
     assert saved["optimizer"]["clip_learning_rate"] == 0.2
     assert saved["generation"] == {"height": 512, "width": 512, "use_resolution_binning": False}
     assert (saved["learning_rate"], saved["prompts"]) == (1e-5, ["Ünïcode – ok"])
