@@ -1,4 +1,4 @@
-"""Learning rates that are a share of each layer's weights, from one width of a model to another.
+"""Relative learning rates, from one width of a model to another.
 
     python -m benchmarks.rates --work DISK                  # -> benchmarks/results/rates.json; 90 minutes of one core
     python -m benchmarks.rates --work DISK --widths 64      # some of the rows; the others stay
@@ -23,10 +23,9 @@ import torch
 import yaml
 
 from benchmarks.markdown import markdown
-from benchmarks.method.rows import Results
 from benchmarks.method.runs import Remembered
 from fbqat_hub.evaluation.results import machine, now, versions
-from fbqat_hub.families import FAMILIES, get_family
+from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
@@ -41,7 +40,6 @@ from fbqat_hub.training.teachers import resolve_teacher
 RESULTS = Path(__file__).parent / "results" / "rates.json"
 NAME = "pixart-sigma-tiny"
 WIDTHS, RATES, STEPS, REPEATS = (64, 128, 256), (4e-4, 8e-4, 1.6e-3, 3.2e-3), 400, 4
-FAMILY_RATES = (8e-4, 1.2e-3, 1.5e-3, 3e-3)
 _TEACHER_STEPS, _FROM_SMILEYS, _HEAD = 1500, 300, 32
 
 
@@ -115,28 +113,9 @@ def rates_table() -> str:
         cells.append((str(width), f"{rows[0.0]['weight_rms']:.3f}", *shown))
     one = found[0]
     return (
-        f"{markdown(head, cells)}\n\nLoss ×1e-3 on the validation split ({one['draws']} draws), {STEPS} steps of "
-        f"{one['batch_size']}, 4 bits, seed 1234, by learning rate as a share of each layer's weights; PixArt-Sigma, "
-        f"5 blocks. Remade by `python -m benchmarks.rates --work DISK`."
-    )
-
-
-def families_rates_table() -> str:
-    """Families x rates, of the method benchmark."""
-    results = Results.load()
-    families = [name for name in FAMILIES if results.of(track="uniform-4", method="fbqat relative", family=name)]
-    cells = []
-    for family in families:
-        rows = results.of(track="uniform-4", method="fbqat relative", family=family, seed=1)
-        relative = {row["rate"]: row["validation"] for row in rows}
-        (absolute,) = results.of(track="uniform-4", method="fbqat", family=family, seed=1)
-        losses = [f"{1e3 * relative[rate]:.2f}" for rate in FAMILY_RATES]
-        cells.append((FAMILIES[family].title, *losses, f"{1e3 * absolute['validation']:.2f} ({absolute['rate']:.0e})"))
-    head = ("", *(f"{1e3 * rate:g}e-3" for rate in FAMILY_RATES), "one rate for all layers, the best of those tried")
-    return (
-        f"{markdown(head, cells)}\n\nThe same of the tiny teachers that ship, seed 1, the method benchmark's "
-        "validation split. Remade by `python -m benchmarks.method --tracks uniform-4 --methods 'fbqat relative' fbqat "
-        "--no-pictures`, with `--fixed-rates --seeds 1 --rates` and each of these."
+        f"{markdown(head, cells)}\n\nLoss ×1e-3 on the validation split ({one['draws']} draws) by `learning_rate`; "
+        f"PixArt-Sigma, 5 blocks, 4 bits, {STEPS} steps of {one['batch_size']}, seed 1234. Remade by `python -m "
+        "benchmarks.rates --work DISK`."
     )
 
 

@@ -25,7 +25,7 @@ from benchmarks.method.findings import CHOICES, JUDGED, OLDER, Finding, findings
 from benchmarks.method.judge import judge_rows
 from benchmarks.method.rows import OURS, Results
 from benchmarks.method.widths import half_bits
-from benchmarks.rates import families_rates_table, rates_table
+from benchmarks.rates import rates_table
 from benchmarks.speed_gpu import speed_gpu_table
 from benchmarks.triton_code import triton_code_table
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
@@ -67,8 +67,8 @@ def demo_table() -> str:
     one, average = next(iter(rows.values())), load_recipe("sana-tiny").quantization.average_bits
     budget = rows["fbqat"]["kd_loss"].extra
     trained = (
-        f" ({budget['steps']} steps of {budget['batch_size']} at a learning rate of {budget['learning_rate']:.1e} of "
-        "each layer's weights)"
+        f" ({budget['steps']} steps of {budget['batch_size']} at a relative learning rate of "
+        f"{budget['learning_rate']:.1e})"
     )
     return (
         f"{markdown(head, cells)}\n\n"
@@ -917,7 +917,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "half-bits": half_bits_table,
     "blockwise": blockwise_table,
     "rates": rates_table,
-    "rates-of-families": families_rates_table,
     "speed": speed_table,
     "speed-cpu": speed_cpu_table,
     "speed-peers": speed_peers_table,

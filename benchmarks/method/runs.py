@@ -125,7 +125,7 @@ FLOORS: dict[str, Method] = {
 }
 # What stands beside the methods in some tables. The results have more: forms that lost and left the code.
 VARIANTS: dict[str, Method] = {
-    # the default as recipes have it: a rate is a share of each layer's weights
+    # the default as recipes have it
     "fbqat relative": Method("fbqat", {"optimizer": RELATIVE}),
     "fbqat blockwise": Method("fbqat", {"training": "blockwise", "optimizer": RELATIVE}, trained=False),
     "fbqat blockwise x4": Method(

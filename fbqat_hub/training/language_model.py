@@ -55,7 +55,7 @@ class Distillation:
     Attributes:
         method: its start, grid, widths and optimizer; ``METHODS`` has them.
         steps: updates, of ``batch_size`` lines each.
-        learning_rate: its peak, as a share of each layer's weights (`method.Optimizer`).
+        learning_rate: its peak, relative to each layer's weights (`method.Optimizer`).
         seed: of the lines that each step takes.
     """
 

@@ -128,7 +128,7 @@ class Recipe:
         steps, batch_size: optimizer steps, and samples in each, on all devices together.
         micro_batch_size: samples that a device takes at a time, at most; the gradients of a step are added up. Less
             memory, and the same step. None for all at once. Of end-to-end training.
-        learning_rate: peak, as a share of each layer's weights (`Optimizer`: ``learning_rate_unit``).
+        learning_rate: peak, relative to each layer's weights (`Optimizer`: ``learning_rate_unit``).
         seed: of everything random.
         mixed_precision: "no", "bf16" or "fp16", as accelerate takes it.
         gradient_checkpointing: less memory, more time.
@@ -311,13 +311,13 @@ class Recipe:
             )
 
     def _check_rates(self) -> None:
-        """Refuse rates of all layers, as recipes had them before, where a share of the weights is meant."""
+        """Refuse rates of all layers, as recipes had them before, where relative ones are meant."""
         if self.optimizer.learning_rate_unit == "absolute":
             return
         for name, rate in (("", self.learning_rate), ("blockwise.", self.blockwise.learning_rate)):
             if 0 < rate < _LEAST_RATE:
                 raise ValueError(
-                    f"recipe: {name}learning_rate is {rate:g}, and it is a share of each layer's weights; one below "
+                    f"recipe: {name}learning_rate is {rate:g}, and it is relative to each layer's weights; one below "
                     f"{_LEAST_RATE:g} changes next to nothing. 5e-4 to 2e-3 were good (docs/method.md, learning "
                     "rates). For one rate of all layers set optimizer.learning_rate_unit=absolute and "
                     "optimizer.clip_learning_rate=3."

@@ -152,7 +152,7 @@ def test_a_saved_recipe_from_before_rates_had_a_unit(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "recipe.yaml", saved)
     assert load_recipe(path) == recipe_of_run(path) == Recipe(**MINIMAL, learning_rate=1e-7, **RATES_THEN)
     for changes in ({"learning_rate": 1e-7}, {"blockwise": {"learning_rate": 1e-7}}):
-        with pytest.raises(ValueError, match=r"learning_rate is 1e-07, and it is a share .*_unit=absolute"):
+        with pytest.raises(ValueError, match=r"learning_rate is 1e-07, and it is relative .*_unit=absolute"):
             Recipe(**MINIMAL, **changes)
     Recipe(**MINIMAL, learning_rate=0.0)
 
