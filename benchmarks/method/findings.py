@@ -68,7 +68,7 @@ JUDGED = (
     Finding("training, 4 bits: against GPTQ", DEFAULT, Side(UNIFORM, "ptq-gptq", 0)),
     Finding("training, 4 bits: against nearest codes, MSE clip", DEFAULT, Side(UNIFORM, "ptq-mse", 0)),
     Finding("GPTQ codes to start from: against LSQ", DEFAULT, Side(UNIFORM, "lsq-qat")),
-    Finding("relative rates, 1.2e-3 on all: against the best of one rate for all layers", RELATIVE, DEFAULT),
+    Finding("relative rates, 1.3e-3 on all: against the best of one rate for all layers", RELATIVE, DEFAULT),
     Finding("a learned clip: LSQ against vanilla QAT", Side(UNIFORM, "lsq-qat"), Side(UNIFORM, "vqat")),
     Finding("at 4.2 stored bits: against torchao's QAT at 5.0 to 5.1", DEFAULT, Side(UNIFORM, "torchao-qat")),
     Finding("4.5 bits on average: against 4", HALF_A_BIT, DEFAULT),

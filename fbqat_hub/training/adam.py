@@ -12,6 +12,7 @@ the parts are not equal, or 256 does not divide them, its moments keep 32 bits.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -29,8 +30,8 @@ _TABLE_BYTES = 256 * 4
 # A layer whose weights are smaller, as those that start at zero, is trained as if it had this root mean square
 # (arXiv 1804.04235, section 8).
 _LEAST = 1e-3
-# Inputs of the layers that relative rates were chosen at.
-_INPUTS = 128
+# Of the models that relative rates were chosen at.
+_WIDTH = 128
 
 
 class Rates(Protocol):
@@ -60,7 +61,7 @@ def optimizer_of(recipe: Rates, student: nn.Module, teacher: nn.Module) -> torch
     Raises:
         ImportError: as `check_optimizer`.
     """
-    rule = recipe.optimizer
+    rule, width = recipe.optimizer, _width_of(student)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
@@ -73,7 +74,7 @@ def optimizer_of(recipe: Rates, student: nn.Module, teacher: nn.Module) -> torch
         elif layer in groups:
             group = groups[layer]
         else:
-            factor = relative_unit(teacher.get_parameter(f"{layer}.weight"))
+            factor = relative_unit(teacher.get_parameter(f"{layer}.weight"), width)
             group = groups[layer] = {"params": [], "factor": factor, "weight_decay": rule.weight_decay}
         group["params"].append(parameter)
     if rule.moment_bits == 8:
@@ -81,19 +82,29 @@ def optimizer_of(recipe: Rates, student: nn.Module, teacher: nn.Module) -> torch
     return torch.optim.Adam([*groups.values()], lr=recipe.learning_rate, fused=True)
 
 
-def relative_unit(weight: Tensor) -> float:
-    """What a relative rate is a share of, for a weight [out, in, ...]: its root mean square, times sqrt(128 / in).
+def relative_unit(weight: Tensor, width: float) -> float:
+    """What a relative rate is a share of: the root mean square of a weight, times sqrt(128 / width).
 
-    Adam moves all weights of a row by about the rate, and the row's output by up to ``in`` times that, while the output
-    itself grows with sqrt(in) (maximal update parametrization, arXiv 2203.03466; a spectral view, 2310.17813).
+    The first is the relative step size of Adafactor (arXiv 1804.04235, section 8). The second is how rates go with
+    width (maximal update parametrization, arXiv 2203.03466): Adam moves all weights of a row by about the rate, and the
+    row's output by up to ``width`` times that, while the output itself grows with the root of the width.
 
-    >>> round(relative_unit(torch.full((4, 512), 0.25)), 6), relative_unit(torch.zeros(4, 128))
+    Args:
+        weight: of any shape.
+        width: inputs of most layers of the model.
+
+    >>> round(relative_unit(torch.full((4, 8), 0.25), 512), 6), relative_unit(torch.zeros(4, 8), 128)
     (0.125, 0.001)
     """
     norm = torch.linalg.vector_norm(weight.detach().float())
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    mean = max(float(whole) / math.sqrt(weight.numel()), _LEAST)
-    return mean * math.sqrt(_INPUTS / weight.shape[1])
+    return max(float(whole) / math.sqrt(weight.numel()), _LEAST) * math.sqrt(_WIDTH / width)
+
+
+def _width_of(student: nn.Module) -> float:
+    """The median of the inputs of its layers that are trained, 128 if there is none."""
+    inputs = [each.shape[1] for each in student.parameters() if each.requires_grad and each.shape[1:].numel() > 1]
+    return statistics.median_low(inputs) if inputs else _WIDTH
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -62,7 +62,7 @@ class Distillation:
     method: Method = METHODS["fbqat"]
     steps: int = 400
     batch_size: int = 8
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 1.3e-3
     seed: int = 0
 
     @property

@@ -100,7 +100,7 @@ class Optimizer:
 
     Attributes:
         learning_rate_unit: "relative": a layer's weight and bias have the rate times the root mean square of the
-            teacher's weight and sqrt(128 / inputs) (`adam.relative_unit`), so that one rate suits models of any width.
+            teacher's weight and sqrt(128 / the model's width) (`adam.relative_unit`), so that one rate suits any model.
             "absolute": the rate is that of all.
         learning_rate_schedule: "cosine" (to 0) or "constant", after the warm-up.
         warmup_steps: of a linear warm-up.

@@ -172,7 +172,7 @@ class Recipe:
     micro_batch_size: Annotated[
         Annotated[int, Field(strict=True, ge=1)] | None, Field(description="a whole number of at least 1, or null")
     ] = None
-    learning_rate: Amount = 1.2e-3
+    learning_rate: Amount = 1.3e-3
     seed: Annotated[Whole, Field(le=2**32 - 1, description="a whole number from 0 to 4294967295")] = 1234
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="'no', bf16 or fp16")] = "no"
     gradient_checkpointing: Flag = False

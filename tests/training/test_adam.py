@@ -86,31 +86,31 @@ def test_eight_bits_step_as_32_do(recipe_of: Any) -> None:
 
 
 @pytest.mark.parametrize("unit", ["relative", "absolute"])
-def test_a_rate_is_a_share_of_each_layers_weights(unit: str, recipe_of: Any) -> None:
-    """A layer of weights 16 times as large moves 16 times as far, one of four times the inputs half as far, and so do
-    their biases; a zero one is not stuck."""
-    layers = nn.ModuleDict({"small": nn.Linear(128, 64), "large": nn.Linear(128, 64), "zero": nn.Linear(128, 64)})
-    layers["wide"] = nn.Linear(512, 64)
-    layers["clip"] = nn.ParameterDict({"log_clip": nn.Parameter(torch.zeros(64, 1))})
-    with torch.no_grad():
-        for name, root_mean_square in (("small", 0.01), ("large", 0.16), ("wide", 0.01)):
-            layers[name].weight.mul_(root_mean_square / layers[name].weight.square().mean().sqrt())
-        layers["zero"].weight.zero_()
-    teacher = copy.deepcopy(layers)
-    layers["large"].weight.data.mul_(3)  # the student's own weights do not count
-    recipe = recipe_of(optimizer={"learning_rate_unit": unit, "clip_learning_rate": 2.0}, learning_rate=0.25)
-    optimizer = optimizer_of(recipe, layers, teacher)
-    set_rate(optimizer, 0.25)
-    before = {name: value.detach().clone() for name, value in layers.named_parameters()}
-    for parameter in layers.parameters():
-        parameter.grad = torch.full_like(parameter, 7.0)
-    optimizer.step()
-    moved = {name: (before[name] - value).mean().item() for name, value in layers.named_parameters()}
-    shares = {"small": 0.0025, "large": 0.04, "zero": 0.00025, "wide": 0.00125} if unit == "relative" else {}
-    for name in ("small", "large", "zero", "wide"):
-        for kind in ("weight", "bias"):
-            assert moved[f"{name}.{kind}"] == pytest.approx(shares.get(name, 0.25), rel=1e-4)
-    assert moved["clip.log_clip"] == pytest.approx(0.5, rel=1e-4)
+def test_a_rate_is_relative_to_each_layers_weights_and_to_the_width(unit: str, recipe_of: Any) -> None:
+    """A layer of weights 16 times as large moves 16 times as far, and so does its bias; a zero one is not stuck; a
+    model of four times the width moves half as far."""
+    for width, moves in ((128, 1.0), (512, 0.5)):
+        kinds = {name: nn.Linear(width, 8) for name in ("small", "large", "zero")}
+        layers = nn.ModuleDict({**kinds, "narrow": nn.Linear(32, 8)})
+        layers["clip"] = nn.ParameterDict({"log_clip": nn.Parameter(torch.zeros(64, 1))})
+        with torch.no_grad():
+            for name, root_mean_square in (("small", 0.01), ("large", 0.16), ("zero", 0.0), ("narrow", 0.01)):
+                layers[name].weight.mul_(root_mean_square / layers[name].weight.square().mean().sqrt())
+        teacher = copy.deepcopy(layers)
+        layers["large"].weight.data.mul_(3)  # the student's own weights do not count
+        recipe = recipe_of(optimizer={"learning_rate_unit": unit, "clip_learning_rate": 2.0}, learning_rate=0.25)
+        optimizer = optimizer_of(recipe, layers, teacher)
+        set_rate(optimizer, 0.25)
+        before = {name: value.detach().clone() for name, value in layers.named_parameters()}
+        for parameter in layers.parameters():
+            parameter.grad = torch.full_like(parameter, 7.0)
+        optimizer.step()
+        moved = {name: (before[name] - value).mean().item() for name, value in layers.named_parameters()}
+        for name, share in (("small", 0.0025), ("large", 0.04), ("zero", 0.00025), ("narrow", 0.0025)):
+            expected = share * moves if unit == "relative" else 0.25
+            assert moved[f"{name}.weight"] == pytest.approx(expected, rel=1e-4)
+            assert moved[f"{name}.bias"] == pytest.approx(expected, rel=1e-4)
+        assert moved["clip.log_clip"] == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.slow
