@@ -186,7 +186,7 @@ def test_a_repository_is_downloaded_then_checked_then_loaded(packed_folder: Path
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     assert type(load_pipeline("me/sana")).__name__ == "SanaPipeline"
-    assert asked == [("me/sana", {"use_safetensors": True, "variant": None})]
+    assert asked == [("me/sana", {"revision": None, "use_safetensors": True, "variant": None})]
     link_out(folder)
     with pytest.raises(ValueError, match=r"vae/config\.json is a link out of the folder"):
         load_pipeline("me/sana")

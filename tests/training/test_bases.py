@@ -57,7 +57,12 @@ def test_of_another_id_only_configs_are_downloaded(tiny_sana: Path, monkeypatch:
         huggingface_hub, "snapshot_download", lambda repo, **given: [asked.update(given, repo=repo), str(tiny_sana)][1]
     )
     assert bases.configs_of("me/my-finetune").keys() == {"transformer", "vae", "text_encoder"}
-    assert asked == {"repo": "me/my-finetune", "allow_patterns": ["model_index.json", "*/config.json"]}
+    patterns = ["model_index.json", "*/config.json"]
+    assert asked == {"repo": "me/my-finetune", "revision": None, "allow_patterns": patterns}
+    bases.configs_of("me/my-finetune@v2")
+    assert (asked["repo"], asked["revision"]) == ("me/my-finetune", "v2")
+    known = "Efficient-Large-Model/Sana_600M_512px_diffusers"
+    assert bases.configs_of(f"{known}@v2") == bases.configs_of(known)
 
 
 def test_a_class_that_is_no_model_is_named() -> None:

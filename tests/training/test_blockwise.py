@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,7 +206,8 @@ def test_recipes_that_were_saved_before_there_was_a_choice_are_read(recipe_of, t
     old = recipe_of().to_dict()
     del old["training"], old["blockwise"], old["micro_batch_size"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
-    assert load_recipe(tmp_path / "recipe.yaml") == recipe_of()
+    then = replace(recipe_of().blockwise, learning_rate=2e-4)  # of all layers
+    assert load_recipe(tmp_path / "recipe.yaml") == replace(recipe_of(), blockwise=then)
 
 
 def test_block_loss_is_of_the_picture() -> None:
