@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped
 from fbqat_hub.hub.names import repo_and_revision
@@ -357,9 +359,9 @@ def report(found: Costs, gpus: Gpus | None, seconds_per_step: float | None) -> s
     total, blockwise = sum(found.parameters.values()), recipe.training == "blockwise"
     numbers = [(name, f"{count / 1e6:,.1f} M") for name, count in found.parameters.items()]
     of_memory = [
-        ("teacher, float32", memory.teacher),
+        (f"teacher's quantized layers, {_precision(found.recipe)}", memory.teacher),
         ("student, masters in float32", memory.student),
-        ("student, what is not trained", memory.frozen),
+        ("what is not trained, of both", memory.frozen),
         (f"Adam's moments, {recipe.optimizer.moment_bits} bits", memory.optimizer),
         ("gradients at the peak", memory.gradients),
         ("activations at the peak", memory.activations),
@@ -404,7 +406,7 @@ def _blocks(found: Costs) -> list[str]:
     rows = [
         (f"a step of the largest block, {memory.name}", gib(memory.block), "device"),
         ("the largest part, while encoding", gib(found.largest_part), "device"),
-        (f"the teacher, {'bfloat16' if recipe.half else 'float32'}", gib(memory.teacher), "host"),
+        (f"the teacher, {_precision(recipe)}", gib(memory.teacher), "host"),
         (f"inputs and outputs of a block, {recipe.blockwise.samples} samples", gib(memory.kept), "host"),
     ]
     if memory.tuning:
@@ -616,6 +618,11 @@ def _sampler_steps(recipe: Recipe) -> int:
 def _width(recipe: Recipe) -> int:
     """Bytes of a number in the precision of training."""
     return _HALF if recipe.half else 4
+
+
+def _precision(recipe: Recipe) -> str:
+    """In which the teacher computes."""
+    return {None: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[recipe.half]
 
 
 def _yaml(value: Any) -> str:
