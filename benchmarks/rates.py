@@ -29,6 +29,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import FakeQuantizedLinear, named_layers
+from fbqat_hub.training.adam import relative_unit
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.loop import accelerator_of, distill
 from fbqat_hub.training.loss import held_out_loss
@@ -101,21 +102,22 @@ def _train(recipe: Recipe, student: Any, teacher: Any, splits: Any, draws: Remem
 def rates_table() -> str:
     """Widths x rates."""
     found = json.loads(RESULTS.read_text())
-    head = ("width", "root mean square of the weights", "not trained", *(f"{1e3 * rate:g}e-3" for rate in RATES))
+    columns = ("not trained", *(f"{1e3 * rate:g}e-3" for rate in RATES), "the best, as one rate for all layers")
+    head = ("width", "root mean square of the weights", *columns)
     cells = []
     for width in sorted({row["width"] for row in found}):
         rows = {row["rate"]: row for row in found if row["width"] == width}
-        best = min(row["loss"] for row in rows.values())
-        losses = [f"{1e3 * row['loss']:.3f}" for row in rows.values()]
-        shown = [
-            f"**{loss}**" if row["loss"] == best else loss for loss, row in zip(losses, rows.values(), strict=True)
+        size, best = rows[0.0]["weight_rms"], min(rows, key=lambda rate: rows[rate]["loss"])
+        losses = [
+            f"**{1e3 * row['loss']:.3f}**" if rate == best else f"{1e3 * row['loss']:.3f}" for rate, row in rows.items()
         ]
-        cells.append((str(width), f"{rows[0.0]['weight_rms']:.3f}", *shown))
-    one = found[0]
+        absolute = best * relative_unit(torch.tensor(size), width)
+        cells.append((str(width), f"{size:.3f}", *losses, f"{absolute:.1e}"))
+    one, recipe = found[0], load_recipe(NAME)
     return (
         f"{markdown(head, cells)}\n\nLoss ×1e-3 on the validation split ({one['draws']} draws) by `learning_rate`; "
-        f"PixArt-Sigma, 5 blocks, 4 bits, {STEPS} steps of {one['batch_size']}, seed 1234. Remade by `python -m "
-        "benchmarks.rates --work DISK`."
+        f"PixArt-Sigma, 5 blocks, 4 bits, {STEPS} steps of {one['batch_size']}, seed {recipe.seed}. Remade by "
+        "`python -m benchmarks.rates --work DISK`."
     )
 
 

@@ -40,6 +40,8 @@ from fbqat_hub.training.cache import CachedSplit, cache_key, cached_splits
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import distill
 from fbqat_hub.training.loss import held_out_loss
+from fbqat_hub.training.method import FBQAT
+from fbqat_hub.training.migration import RATES_THEN
 from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.samples import generate_samples
@@ -60,8 +62,8 @@ HELD_OUT = ("validation", "test")
 # The judge: draws of the teacher's own sampler, at least this many, of captions that nothing was trained on.
 JUDGED, STEPS_OF_A_PICTURE = 2000, 4
 # Rates here are those of all layers: most rows are from when recipes had no others.
-ABSOLUTE = {"learning_rate_unit": "absolute", "clip_learning_rate": 3.0}
-RELATIVE = {"learning_rate_unit": "relative", "clip_learning_rate": 0.2}
+ABSOLUTE = RATES_THEN["optimizer"]
+RELATIVE = {name: getattr(FBQAT.optimizer, name) for name in ABSOLUTE}
 TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[torchao]'"
 
 Prepare = Callable[[Recipe, nn.Module, CachedSplit, Draws], Any]

@@ -141,7 +141,7 @@ def _score(
 
     elements = 0
     called: set[str] = set()  # a layer of them without effect on the output, as the last block's text, loses nothing
-    with recorded(model, held, record, called):
+    with recorded(model, held, record, called.add):
         for batch in batches:
             with torch.enable_grad():
                 output = predict(model, batch)
@@ -185,10 +185,13 @@ class _Recorded(torch.autograd.Function):
 
 @contextmanager
 def recorded(
-    model: nn.Module, names: Iterable[str], record: Callable[[str, Tensor, Tensor], None], called: set[str]
+    model: nn.Module,
+    names: Iterable[str],
+    record: Callable[[str, Tensor, Tensor], None],
+    called: Callable[[str], None],
 ) -> Iterator[None]:
-    """Within, a backward pass calls ``record(name, input [tokens, in], gradient of the output [tokens, out])``, and a
-    forward adds the names of the layers that it calls to ``called``."""
+    """Within, a forward calls ``called(name)`` of each layer that it comes to, and a backward pass ``record(name, input
+    [tokens, in], gradient of the output [tokens, out])``."""
     anchor = torch.zeros((), requires_grad=True)  # or the output of a first layer would have no gradient
 
     def watch(name: str, layer: nn.Module) -> Any:
@@ -202,7 +205,7 @@ def recorded(
             record(name, rows(x), rows(grad))
 
         def seen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
-            called.add(name)
+            called(name)
             return _Recorded.apply(output, inputs[0].detach(), anchor, show)
 
         return layer.register_forward_hook(seen)

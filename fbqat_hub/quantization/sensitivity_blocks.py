@@ -103,7 +103,7 @@ class _Scored:
         self._inside: dict[str, Any] = {}  # of the block that was loaded last
         self._moved: dict[str, dict[int, float]] = {}
         self._sums: dict[str, dict[int, float]] = {}
-        self._called: dict[str, set[str]] = {}
+        self._called: set[str] = set()
 
     def recorded(self, module: nn.Module, block: str) -> Any:
         """A context in which the forward of ``module``, a block or the model, is one that is scored on the way back."""
@@ -113,8 +113,12 @@ class _Scored:
             self._inside = weights
         else:
             self._outside = weights
-        called = self._called.setdefault(block, set())
-        return recorded(module, full, lambda name, x, grad: self._record(full[name], x, grad), called)
+        return recorded(
+            module,
+            full,
+            lambda name, x, grad: self._record(full[name], x, grad),
+            lambda name: self._called.add(full[name]),
+        )
 
     def forget(self) -> None:
         """Let go of the block that was loaded last."""
@@ -130,9 +134,8 @@ class _Scored:
 
     def scores(self, elements: int) -> Scores:
         """Means over so many elements of the output."""
-        layers = [(block, each) for block, own in self._layers.items() for each in own]
-        wanted = [_full(block, each) for block, each in layers]
-        if missed := [_full(block, each) for block, each in layers if each.names[0] not in self._called.get(block, ())]:
+        wanted = [_full(block, each) for block, layers in self._layers.items() for each in layers]
+        if missed := [name for name in wanted if name not in self._called]:
             raise ValueError(
                 f"the output does not depend on {missed[0]}; give batches that run through the whole model."
             )

@@ -30,6 +30,7 @@ _TABLE_BYTES = 256 * 4
 # A layer whose weights are smaller, as those that start at zero, is trained as if it had this root mean square
 # (arXiv 1804.04235, section 8).
 _LEAST = 1e-3
+_CLIPS = "log_clip"
 # Of the models that relative rates were chosen at.
 _WIDTH = 128
 
@@ -62,21 +63,22 @@ def optimizer_of(recipe: Rates, student: nn.Module, teacher: nn.Module) -> torch
         ImportError: as `check_optimizer`.
     """
     rule, width = recipe.optimizer, _width_of(student)
+    relative = rule.learning_rate_unit == "relative"
     groups: dict[str, dict[str, Any]] = {}
+
+    def of(group: str) -> dict[str, Any]:
+        if group == _CLIPS:
+            return {"params": [], "factor": rule.clip_learning_rate, "weight_decay": 0.0}
+        factor = relative_unit(teacher.get_parameter(f"{group}.weight"), width) if relative else 1.0
+        return {"params": [], "factor": factor, "weight_decay": rule.weight_decay}
+
     for name, parameter in student.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer, _, own = name.rpartition(".")
-        if own == "log_clip":
-            group = groups.setdefault(own, {"params": [], "factor": rule.clip_learning_rate, "weight_decay": 0.0})
-        elif rule.learning_rate_unit == "absolute":
-            group = groups.setdefault("", {"params": [], "factor": 1.0, "weight_decay": rule.weight_decay})
-        elif layer in groups:
-            group = groups[layer]
-        else:
-            factor = relative_unit(teacher.get_parameter(f"{layer}.weight"), width)
-            group = groups[layer] = {"params": [], "factor": factor, "weight_decay": rule.weight_decay}
-        group["params"].append(parameter)
+        if parameter.requires_grad:
+            layer, _, own = name.rpartition(".")
+            group = own if own == _CLIPS else layer if relative else ""
+            if group not in groups:
+                groups[group] = of(group)
+            groups[group]["params"].append(parameter)
     if rule.moment_bits == 8:
         return _adam_8bit()([*groups.values()], lr=recipe.learning_rate)
     return torch.optim.Adam([*groups.values()], lr=recipe.learning_rate, fused=True)

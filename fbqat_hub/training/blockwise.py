@@ -42,7 +42,7 @@ from fbqat_hub.training.loop import LOG, LogLine, distill, not_finite, open_log,
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
-from fbqat_hub.training.student import codes_by_blocks, samples_of, set_trained_layers, start, tensors_of
+from fbqat_hub.training.student import codes_by_blocks, samples_of, set_trained_layers, start, with_same_tensors
 from fbqat_hub.training.widths import chosen_widths_by_blocks, scored_samples
 
 
@@ -135,7 +135,7 @@ class _BlockTraining:
         self.teacher, self.draws, self.output, self.device = teacher.eval(), draws, output, accelerator.device
         self.names = draws.family.blocks(teacher)
         self.folder = output / "checkpoints" / "blocks"
-        self.student = copy.deepcopy(teacher, {id(each): each for each in tensors_of(teacher)})
+        self.student = with_same_tensors(teacher)
         self.config = recipe.config().with_widths(self._widths(recipe, split, accelerator))
         self.chosen = by_block(self.names, targets_of(teacher, self.config))
         numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))

@@ -140,7 +140,8 @@ class Costs:
     def shared_out(self) -> int:
         """Bytes of an end-to-end step on each of the devices that share out every layer (FSDP2), about."""
         memory, (largest, outside) = self.memory, self._largest_and_outside
-        kept = memory.teacher + 2 * memory.student + memory.frozen + memory.optimizer  # gradients are as the masters
+        # gradients are as the masters, and what is not trained each of the two has for itself
+        kept = memory.teacher + 2 * memory.student + 2 * memory.frozen + memory.optimizer
         whole = 4 * (_WHOLE_BLOCKS * largest + _WHOLE_OUTSIDE * outside)
         return -(-kept // self.devices) + whole + memory.activations
 

@@ -7,7 +7,6 @@ allocator loses.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import weakref
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from fbqat_hub.training.adam import optimizer_bytes
 from fbqat_hub.training.bases import Configs, build, build_on_meta
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
-from fbqat_hub.training.student import narrow_teacher, set_trained_layers, tensors_of
+from fbqat_hub.training.student import narrow_teacher, set_trained_layers, tensors_of, with_same_tensors
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,9 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
 
 def fake_student(recipe: Recipe, teacher: nn.Module) -> Any:
     """As `prepare_student` makes it, but for the numbers: no clip is searched."""
-    config, numbers = recipe.config(), tensors_of(teacher)
-    mode = numbers[0].fake_mode  # type: ignore[attr-defined]  # a module's other tensors would copy it
-    student: Any = copy.deepcopy(teacher, {id(each): each for each in (mode, *numbers)})
+    config = recipe.config()
+    mode = tensors_of(teacher)[0].fake_mode  # type: ignore[attr-defined]  # a module's other tensors would copy it
+    student = with_same_tensors(teacher, mode)
     prepare(student, replace(config.weight_scheme(), clip="max_abs"), **config.layer_options())
     if recipe.gradient_checkpointing:
         student.enable_gradient_checkpointing()

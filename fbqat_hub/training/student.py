@@ -213,7 +213,7 @@ def _prepared(recipe: Recipe, teacher: nn.Module, widths: Mapping[str, int] | No
     What is not quantized are the teacher's own tensors, where they are.
     """
     config = recipe.config()
-    student = copy.deepcopy(teacher, {id(each): each for each in tensors_of(teacher)}).requires_grad_(False)
+    student = with_same_tensors(teacher).requires_grad_(False)
     prepare(student, config.weight_scheme(), **config.layer_options() | {"widths": widths})
     return student.requires_grad_(False)
 
@@ -232,6 +232,11 @@ def set_trained_layers(recipe: Recipe, model: nn.Module, within: str = "") -> No
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
+
+
+def with_same_tensors(model: nn.Module, *kept: Any) -> Any:
+    """A copy of a model's modules, whose parameters and buffers are the model's own, and ``kept`` too."""
+    return copy.deepcopy(model, {id(each): each for each in (*tensors_of(model), *kept)})
 
 
 def started_student(
