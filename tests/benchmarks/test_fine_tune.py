@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.fine_tune import RESULTS, _once, in_style, write_pictures
-from benchmarks.tables import _WAYS
+from benchmarks.tables.lora import _WAYS
 from fbqat_hub.training.recipe import load_recipe
 
 
