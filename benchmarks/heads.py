@@ -11,7 +11,10 @@ import re
 import sys
 
 from fbqat_hub.families import FAMILIES
-from fbqat_hub.training.costs import RESERVE, Costs, Gpus, costs, fits_at_all, gb, gib, in_parts, launched
+from fbqat_hub.training.advice import fits_at_all, in_parts, launched
+from fbqat_hub.training.costs import Costs, costs
+from fbqat_hub.training.costs_report import gb, gib
+from fbqat_hub.training.gpus import Gpus
 from fbqat_hub.training.recipe import RECIPES, load_recipe
 
 _TINY = {family.tiny for family in FAMILIES.values()}
@@ -44,7 +47,7 @@ def head(name: str, found: Costs) -> str:
 def _several(name: str, found: Costs) -> list[str]:
     """With every layer shared out to several devices."""
     changed = in_parts(found, _SEVERAL)
-    if changed is None or changed.on_each > _SEVERAL.bytes - RESERVE:
+    if changed is None or changed.on_each > _SEVERAL.budget:
         return []
     return [
         f"#   {_SEVERAL.count} devices of 80 GB train it with every layer shared out (FSDP2), as computed:",

@@ -222,14 +222,16 @@ def test_plan_without_weights(recipe_fields: dict[str, Any], tmp_path: Path, cap
     """Of a teacher whose weights are gone, and without the warnings of models that are only counted."""
     from transformers.utils.logging import get_verbosity
 
-    from fbqat_hub.training import costs
+    from fbqat_hub.training import costs_report
 
     folder = shutil.copytree(recipe_fields["teacher"], tmp_path / "teacher")
     for path in folder.rglob("*.safetensors"):
         path.unlink()
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_fields | {"teacher": str(folder)})
     said: list[int] = []
-    monkeypatch.setattr(costs, "gib", lambda size, plain=costs.gib: said.append(get_verbosity()) or plain(size))
+    monkeypatch.setattr(
+        costs_report, "gib", lambda size, plain=costs_report.gib: said.append(get_verbosity()) or plain(size)
+    )
     status, out, err = run(capsys, "plan", recipe, "--gpus", "1x1GB", "--seconds-per-step", "2", "--set", "steps=30")
     assert (status, err) == (0, "")
     assert set(said) == {logging.CRITICAL}

@@ -1,19 +1,30 @@
-"""What can be typed: the verbs with their options, each with an example, and the checks of single values."""
+"""What can be typed: the verbs with their options, each with an example."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 from fbqat_hub.cli import verbs
-from fbqat_hub.cli.errors import UsageError
-from fbqat_hub.inputs import MAX_SEED, local_path, model_source, output_folder, output_picture, whole_number
-
-Value = TypeVar("Value")
+from fbqat_hub.cli.options import (
+    NEW_FOLDER,
+    SOURCE,
+    Parser,
+    checked,
+    compiling,
+    device,
+    fit_option,
+    list_option,
+    measuring,
+    number,
+    quantizing,
+    seconds,
+    settings,
+    verb,
+)  # fmt: skip
+from fbqat_hub.inputs import MAX_SEED, local_path, output_picture
+from fbqat_hub.training.gpus import Gpus
 
 _EXAMPLES = """examples:
   fbqat demo                                          a tiny Sana: train, pack, compare, compile, card; all local
@@ -44,26 +55,11 @@ _RUN = "folder of a run: what fbqat train or convert left"
 _RECIPE = "YAML file, or the name of a recipe that ships, e.g. sana-tiny"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line; what a verb is given may stand after its options too."""
-
-    _verb_read = False
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._subparsers or self._verb_read:  # of a verb argparse's own way calls this method
-            return super().parse_known_args(args, namespace)
-        self._verb_read = True
-        return self.parse_known_intermixed_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"fbqat: error: {message} (see {self.prog} --help)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command; ``run`` of what it returns is the verb's function."""
     from fbqat_hub.version import __version__
 
-    whole = _Parser(
+    whole = Parser(
         prog="fbqat",
         description="4-bit diffusion models by fractional-bit quantization-aware training.",
         epilog=_EXAMPLES,
@@ -81,15 +77,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _demo(commands: Any) -> None:
-    sub = _verb(commands, verbs.demo, "quantize the tiny Sana that ships, from end to end", "demo --output runs/demo")
+    sub = verb(commands, verbs.demo, "quantize the tiny Sana that ships, from end to end", "demo --output runs/demo")
     sub.add_argument(
         "--output", type=NEW_FOLDER, default=Path("runs/demo"), help="folder to leave (default: runs/demo)"
     )
-    sub.add_argument("--steps", type=_number(1, 10**7), help="training steps of each method (default: the recipe's)")
+    sub.add_argument("--steps", type=number(1, 10**7), help="training steps of each method (default: the recipe's)")
 
 
 def _train(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands, verbs.train, "train a W4A8 model by a recipe", "train sana-tiny --output runs/tiny --set steps=800"
     )
     sub.add_argument("recipe", type=SOURCE, help=_RECIPE)
@@ -97,12 +93,12 @@ def _train(commands: Any) -> None:
         "--output", type=NEW_FOLDER, required=True, help="new folder for the packed pipeline, its log and recipe"
     )
     sub.add_argument("--resume", action="store_true", help="continue an interrupted run of the same recipe")
-    _fit_option(sub)
-    _settings(sub, "fields of the recipe", "steps=800 learning_rate=1e-3 quantization.average_bits=4.5")
+    fit_option(sub)
+    settings(sub, "fields of the recipe", "steps=800 learning_rate=1e-3 quantization.average_bits=4.5")
 
 
 def _plan(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.plan,
         "say what a run costs, memory, disk and time, and whether it fits, without its weights; or measure short runs",
@@ -112,13 +108,13 @@ def _plan(commands: Any) -> None:
     sub.add_argument("recipe", type=SOURCE, help=_RECIPE)
     sub.add_argument(
         "--gpus",
-        type=_checked(_gpus),
+        type=checked(Gpus.parse),
         metavar="NxMGB",
         help="what it is to run on, e.g. 1x24GB or 8x80GB: says whether it fits, and which settings to change",
     )
     sub.add_argument(
         "--seconds-per-step",
-        type=_checked(_seconds),
+        type=checked(seconds),
         metavar="S",
         help="of your device, for the hours; of one block where training is blockwise (default: measured steps)",
     )
@@ -128,12 +124,12 @@ def _plan(commands: Any) -> None:
         help="load the teacher and measure what there is to choose from: bit widths, layers to train, time and memory",
     )
     sub.add_argument("--output", type=NEW_FOLDER, help="with --measure: folder for plan.json and curve.png")
-    _fit_option(sub)
-    _settings(sub, "fields of the recipe", "method=fbqat-paper")
+    fit_option(sub)
+    settings(sub, "fields of the recipe", "method=fbqat-paper")
 
 
 def _convert(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.convert,
         "quantize a pipeline without training",
@@ -144,67 +140,8 @@ def _convert(commands: Any) -> None:
     quantizing(sub)
 
 
-def quantizing(sub: argparse.ArgumentParser) -> None:
-    """The options of ``fbqat convert`` but what it reads and writes."""
-    sub.add_argument(
-        "--method",
-        choices=("nearest", "gptq"),
-        default="nearest",
-        help="nearest: each weight to its nearest code; gptq: codes whose errors cancel out on what the sampler asks "
-        "of the model for --prompts, one block in memory at a time (default: nearest)",
-    )
-    sub.add_argument(
-        "--prompts",
-        type=_checked(local_path),
-        metavar="FILE",
-        help="with --method gptq: text file with a prompt on each line",
-    )
-    sub.add_argument(
-        "--samples",
-        type=_number(1, 10_000),
-        metavar="N",
-        help="with --method gptq: inputs of the model to calibrate on, all in memory at each block (default: 100)",
-    )
-    sub.add_argument(
-        "--average-bits",
-        type=float,
-        metavar="BITS",
-        help="8 bits for the layers that matter most, so many bits a weight on average, e.g. 4.5: to the output with "
-        "--method gptq, else those whose weights lose most (default: 4)",
-    )
-    _fit_option(sub)
-    sub.add_argument(
-        "--text-encoders",
-        choices=("w8a8", "w8", "w4a8", "w4"),
-        help="quantize these too: bits of weights and of activations, float without a8 (default: copied as they are)",
-    )
-    sub.add_argument("--variant", help="of the weight files, e.g. fp16 for *.fp16.safetensors (default: those without)")
-    sub.add_argument(
-        "--clip",
-        choices=("mse", "max_abs"),
-        default="mse",
-        help="how the scale of each output channel is found: least squared error, or the largest weight (default: mse)",
-    )
-    _list_option(sub, "--leave", "PATTERN", "modules to leave in float, e.g. 'proj_out' or '*.attn2.*'")
-    sub.add_argument(
-        "--lora",
-        type=SOURCE,
-        metavar="ADAPTER",
-        help="merge this adapter first: safetensors file, folder or Hub id; of diffusers' or peft's layout",
-    )
-    sub.add_argument("--lora-scale", type=float, metavar="SCALE", help="of the adapter's change (default: 1)")
-    sub.add_argument(
-        "--device", help="with --method gptq: cpu, cuda, cuda:1, mps or xpu, for one block (default: a GPU if any)"
-    )
-    _settings(
-        sub,
-        "arguments of the pipeline call (its recipe keeps them, gptq samples with them)",
-        "height=512 guidance_scale=3.5",
-    )
-
-
 def _generate(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.generate,
         "generate pictures with a packed or a full-precision pipeline",
@@ -212,35 +149,33 @@ def _generate(commands: Any) -> None:
     )
     sub.add_argument("model", type=SOURCE, help="folder or Hub id of a pipeline")
     sub.add_argument("prompt", nargs="*", help="what is to be seen, in quotes; several give a grid")
-    sub.add_argument(
-        "--prompts", type=_checked(local_path), metavar="FILE", help="text file with a prompt on each line"
-    )
+    sub.add_argument("--prompts", type=checked(local_path), metavar="FILE", help="text file with a prompt on each line")
     sub.add_argument(
         "--output",
-        type=_checked(lambda text: output_picture(local_path(text))),
+        type=checked(lambda text: output_picture(local_path(text))),
         default=Path("generated.png"),
         help="PNG to write (default: generated.png)",
     )
     sub.add_argument(
         "--seed",
-        type=_number(0, MAX_SEED),
+        type=number(0, MAX_SEED),
         default=0,
         help="of the first picture, a whole number (default: 0); the next one has the next seed",
     )
-    _device(sub)
-    _settings(sub, "arguments of the pipeline call", "num_inference_steps=20 negative_prompt=blurry")
+    device(sub)
+    settings(sub, "arguments of the pipeline call", "num_inference_steps=20 negative_prompt=blurry")
 
 
 def _evaluate(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.evaluate,
         "measure a run against its teacher, the full-precision model that it was made from",
         "evaluate runs/tiny --prompts openmoji --images 32 --metrics psnr ssim fd_teacher",
     )
-    sub.add_argument("run_folder", metavar="RUN", type=_checked(local_path), help=_RUN)
+    sub.add_argument("run_folder", metavar="RUN", type=checked(local_path), help=_RUN)
     sub.add_argument(
-        "--stage", type=_number(3, 8), metavar="BITS", help="measure what the run kept at this width (keep_stages)"
+        "--stage", type=number(3, 8), metavar="BITS", help="measure what the run kept at this width (keep_stages)"
     )
     sub.add_argument(
         "--prompts",
@@ -250,11 +185,11 @@ def _evaluate(commands: Any) -> None:
     )
     sub.add_argument(
         "--images",
-        type=_number(1, 100_000),
+        type=number(1, 100_000),
         metavar="N",
         help="how many pictures of each model (default: the recipe's)",
     )
-    _measuring(
+    measuring(
         sub,
         "kd_loss, bits_per_weight, denoiser_mib, peak_rss_mib (not by default), fd_teacher, fd_real, fid_teacher, "
         "fid_real, clip_fid_teacher, clip_fid_real",
@@ -262,31 +197,29 @@ def _evaluate(commands: Any) -> None:
 
 
 def _compare(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.compare,
         "measure two folders of pictures, matched by file name, against each other",
         "compare runs/tiny runs/other --metrics psnr ssim fd --output compared",
     )
     sub.add_argument(
-        "a", metavar="A", type=_checked(local_path), help="folder of pictures (PNG, JPEG, WebP) or of an evaluated run"
+        "a", metavar="A", type=checked(local_path), help="folder of pictures (PNG, JPEG, WebP) or of an evaluated run"
     )
-    sub.add_argument("b", metavar="B", type=_checked(local_path), help="the same; the reference")
+    sub.add_argument("b", metavar="B", type=checked(local_path), help="the same; the reference")
     sub.add_argument("--output", type=NEW_FOLDER, help="folder for comparison.json and comparison.png")
-    _measuring(sub, "fd, fid, clip_fid")
+    measuring(sub, "fd, fid, clip_fid")
 
 
 def _card(commands: Any) -> None:
-    sub = _verb(
-        commands, verbs.card, "write a run's model card from what was measured", "card runs/tiny --repo me/tiny"
-    )
-    sub.add_argument("run_folder", metavar="RUN", type=_checked(local_path), help=_RUN)
+    sub = verb(commands, verbs.card, "write a run's model card from what was measured", "card runs/tiny --repo me/tiny")
+    sub.add_argument("run_folder", metavar="RUN", type=checked(local_path), help=_RUN)
     sub.add_argument("--repo", help="Hub id it will be published as, for the code block")
     sub.add_argument("--data", type=Path, metavar="FILE", help="YAML file: license, license_link, attribution, notes")
 
 
 def _space(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.space,
         "serve a page that generates with teacher and quantized model side by side",
@@ -300,12 +233,12 @@ def _space(commands: Any) -> None:
         help="folder or Hub id of a run (default: all in runs/)",
     )
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    sub.add_argument("--port", type=_number(1, 65535), default=7860, help="port to listen on (default: 7860)")
-    _device(sub)
+    sub.add_argument("--port", type=number(1, 65535), default=7860, help="port to listen on (default: 7860)")
+    device(sub)
 
 
 def _export(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.export,
         "compile a run for a Snapdragon's NPU (QNN HTP) and certify it, or write it in another library's format",
@@ -329,67 +262,8 @@ def _export(commands: Any) -> None:
     compiling(sub)
 
 
-def compiling(sub: argparse.ArgumentParser) -> None:
-    """The options of ``fbqat export`` for a Snapdragon but what it reads and writes."""
-    _list_option(sub, "--soc", "SOC", "target; of several a bundle each, OUTPUT/SOC (default: sm8750, 8 Elite)")
-    sub.add_argument(
-        "--precision",
-        default="w4a8",
-        choices=("w4a8", "w4a16", "w8a8", "w8a16", "auto"),
-        help="weights and activations (default: w4a8; w8a8 and w8a16: the same 4-bit codes, stored one per byte; auto: "
-        "8 bits where they cost least)",
-    )
-    _list_option(sub, "--a16", "PATTERN", "layers at 16 activation bits, e.g. '*.attn2.*'")
-    sub.add_argument(
-        "--graphs", type=_number(1, 1000), default=1, metavar="N", help="split the model into N graphs (default: 1)"
-    )
-    sub.add_argument(
-        "--prompts",
-        type=_checked(local_path),
-        metavar="FILE",
-        help="text file with a prompt on each line, to calibrate on and to generate (default: the recipe's data)",
-    )
-    sub.add_argument(
-        "--images",
-        type=_number(1, 1000),
-        default=2,
-        metavar="N",
-        help="how many pictures to generate with the emulator (default: 2)",
-    )
-    sub.add_argument(
-        "--tune",
-        type=_number(0, 10**6),
-        default=0,
-        metavar="STEPS",
-        help="train scales, ranges and biases as the NPU computes with them, towards the run's teacher, before "
-        "compiling, e.g. 100 (default: 0, as they are)",
-    )
-    sub.add_argument(
-        "--decoder-tile",
-        type=_number(1, 100_000),
-        metavar="PIXELS",
-        help="decode larger pictures in overlapping tiles of this side (default: at most 128, for 8 GB of memory)",
-    )
-    sub.add_argument(
-        "--samples",
-        type=_number(1, 10**6),
-        default=100,
-        metavar="N",
-        help="inputs of the denoiser to calibrate on, at most (default: 100)",
-    )
-    sub.add_argument(
-        "--quick",
-        action="store_true",
-        help="for models of true size, of which the emulator takes minutes a forward: compare one forward, look for "
-        "wrong ops in the first block of the denoiser only, emulate the first of several graphs of a text encoder or "
-        "decoder only, and generate no picture on the emulator",
-    )
-    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune", "decoder_tile", "samples", "quick")
-    sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})
-
-
 def _doctor(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.doctor,
         "say what will fail before it is compiled, whether a bundle is whole, what a device's error means",
@@ -403,7 +277,7 @@ def _doctor(commands: Any) -> None:
         help="folder of a bundle, or a packed pipeline",
     )
     sub.add_argument("--soc", default="sm8750", help="target (default: sm8750, the Snapdragon 8 Elite)")
-    sub.add_argument("--log", type=_checked(local_path), help="text file of a device's log")
+    sub.add_argument("--log", type=checked(local_path), help="text file of a device's log")
 
 
 def _lora(commands: Any) -> None:
@@ -414,7 +288,7 @@ def _lora(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = whole.add_subparsers(title="commands", required=True, metavar="ACTION", dest="action")
-    sub = _verb(
+    sub = verb(
         actions,
         verbs.lora_check,
         "say what of an adapter matches a 4-bit base, what it changes, and how near that is to its change in float",
@@ -428,11 +302,11 @@ def _lora(commands: Any) -> None:
     )
     sub.add_argument("--base", required=True, type=SOURCE, help="folder or Hub id of a 4-bit pipeline")
     sub.add_argument("--float", dest="float_base", metavar="BASE", type=SOURCE, help="the full-precision pipeline")
-    _list_option(sub, "--prompt", "TEXT", "generate these without and with the adapter (with --output)")
+    list_option(sub, "--prompt", "TEXT", "generate these without and with the adapter (with --output)")
     sub.add_argument(
         "--output",
         metavar="FILE",
-        type=_checked(local_path),
+        type=checked(local_path),
         help="JSON file to write; pictures go beside it, as PNG (default: print only)",
     )
     sub.add_argument(
@@ -440,8 +314,8 @@ def _lora(commands: Any) -> None:
         action="store_true",
         help="write it into the README.md of the adapter's folder too, with the pictures",
     )
-    sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of inputs and pictures (default: 0)")
-    sub = _verb(
+    sub.add_argument("--seed", type=number(0, MAX_SEED), default=0, help="of inputs and pictures (default: 0)")
+    sub = verb(
         actions,
         verbs.lora_train,
         "train an adapter on captioned pictures; the base stays packed and as it is",
@@ -450,36 +324,36 @@ def _lora(commands: Any) -> None:
     sub.add_argument(
         "pictures",
         metavar="FOLDER",
-        type=_checked(local_path),
+        type=checked(local_path),
         help="pictures, and a metadata.jsonl with file_name and caption of each, or a text file beside each",
     )
     sub.add_argument("--base", required=True, type=SOURCE, help="folder or Hub id of a 4-bit pipeline")
     sub.add_argument("--output", required=True, type=NEW_FOLDER, help="new folder for the adapter and its card")
-    sub.add_argument("--rank", type=_number(1, 1024), default=8, help="of the adapter (default: 8)")
-    sub.add_argument("--steps", type=_number(1, 10**7), default=200, help="training steps (default: 200)")
-    sub.add_argument("--batch-size", type=_number(1, 4096), default=4, metavar="N", help="pictures a step (default: 4)")
+    sub.add_argument("--rank", type=number(1, 1024), default=8, help="of the adapter (default: 8)")
+    sub.add_argument("--steps", type=number(1, 10**7), default=200, help="training steps (default: 200)")
+    sub.add_argument("--batch-size", type=number(1, 4096), default=4, metavar="N", help="pictures a step (default: 4)")
     sub.add_argument("--learning-rate", type=float, default=1e-3, metavar="RATE", help="of Adam (default: 1e-3)")
-    sub.add_argument("--seed", type=_number(0, MAX_SEED), default=0, help="of first values and draws (default: 0)")
-    _device(sub)
-    sub = _verb(
+    sub.add_argument("--seed", type=number(0, MAX_SEED), default=0, help="of first values and draws (default: 0)")
+    device(sub)
+    sub = verb(
         actions,
         verbs.lora_publish,
         "publish an adapter on the Hub, for a base that is there: checked first, one commit, verified after",
         "publish style/ --repo me/style --base me/Sana-tiny-FBQAT-W4A8 --dry-run",
     )
-    sub.add_argument("adapter", metavar="FOLDER", type=_checked(local_path), help="of an adapter with its card")
+    sub.add_argument("adapter", metavar="FOLDER", type=checked(local_path), help="of an adapter with its card")
     _publishing(sub)
     sub.add_argument("--base", metavar="REPO", help="Hub id of the 4-bit pipeline (default: the one in the card)")
 
 
 def _publish(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.publish,
         "publish a run on the Hub: checked first, one commit, verified after",
         "publish runs/tiny --repo me/Sana-tiny-FBQAT-W4A8 --dry-run",
     )
-    sub.add_argument("run_folder", metavar="RUN", type=_checked(local_path), help="folder of a run with its card")
+    sub.add_argument("run_folder", metavar="RUN", type=checked(local_path), help="folder of a run with its card")
     _publishing(sub)
     sub.add_argument("--device-repo", action="store_true", help="put htp/ into REPO-QNN-SM8750 (default: a subfolder)")
     sub.add_argument("--branches", action="store_true", help="a branch for each width of keep_stages: w8, w6, w4")
@@ -493,7 +367,7 @@ def _publishing(sub: argparse.ArgumentParser) -> None:
 
 
 def _pull(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands,
         verbs.pull,
         "download a published model, complete and verified by its manifest",
@@ -508,98 +382,9 @@ def _pull(commands: Any) -> None:
 
 
 def _list(commands: Any) -> None:
-    sub = _verb(
+    sub = verb(
         commands, verbs.list_models, "list published, downloaded and local models", "list --author me --runs runs"
     )
     sub.add_argument("--author", help="only this user's or organization's on the Hub")
-    sub.add_argument("--runs", type=_checked(local_path), default=Path("runs"), help="folder of runs (default: runs)")
+    sub.add_argument("--runs", type=checked(local_path), default=Path("runs"), help="folder of runs (default: runs)")
     sub.add_argument("--local", action="store_true", help="do not ask the Hub")
-
-
-def _verb(commands: Any, run: Callable[[Any], None], text: str, example: str) -> argparse.ArgumentParser:
-    """A verb, called by the first word of its example."""
-    sub: argparse.ArgumentParser = commands.add_parser(
-        example.partition(" ")[0],
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    sub.epilog = f"example:\n  {sub.prog.rpartition(' ')[0]} {example}"  # prog: "fbqat lora check"
-    sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    sub.set_defaults(run=run)
-    return sub
-
-
-def _measuring(sub: argparse.ArgumentParser, own: str) -> None:
-    metrics = f"of psnr, ssim, lpips, {own}, clip_score, clip_iqa, image_reward (default: those without a download)"
-    _list_option(sub, "--metrics", "METRIC", metrics)
-    _device(sub)
-
-
-def _device(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", help="cpu, cuda, cuda:1, mps or xpu: where networks run (default: a GPU if any)")
-
-
-def _settings(sub: argparse.ArgumentParser, what: str, example: str) -> None:
-    _list_option(sub, "--set", "KEY=VALUE", f"change {what}, e.g. {example}")
-
-
-def _fit_option(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--fit",
-        type=_checked(_fit),
-        metavar="SIZE",
-        help="the best widths with which the pipeline's files fit, e.g. 6GB, or the denoiser's: transformer=3GB",
-    )
-
-
-def _list_option(sub: argparse.ArgumentParser, name: str, metavar: str, text: str) -> None:
-    """An option of several values; given again, it adds to them."""
-    sub.add_argument(name, nargs="+", action="extend", default=[], metavar=metavar, help=text)
-
-
-def _checked(check: Callable[[str], Value]) -> Callable[[str], Value]:
-    """A check of one value as argparse takes it: the sentence of its error is shown."""
-
-    @functools.wraps(check)
-    def convert(text: str) -> Value:
-        try:
-            return check(text)
-        except (ValueError, OSError) as error:
-            raise argparse.ArgumentTypeError(" ".join(str(error).split())) from None
-
-    return convert
-
-
-def _number(least: int, most: int) -> Callable[[str], int]:
-    return _checked(lambda text: whole_number(text, least, most))
-
-
-def _gpus(text: str) -> Any:
-    from fbqat_hub.training.costs import Gpus  # brings torch, which `fbqat --help` need not take
-
-    return Gpus.parse(text)
-
-
-def _fit(text: str) -> Any:
-    from fbqat_hub.training.fit import Fit
-
-    return Fit.parse(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ValueError(f"{text!r} is no number of seconds above 0.")
-    return value
-
-
-def _folder(text: str) -> Path:
-    return output_folder(local_path(text))
-
-
-# As types of arguments: what a verb reads and what it makes.
-SOURCE, NEW_FOLDER = _checked(model_source), _checked(_folder)

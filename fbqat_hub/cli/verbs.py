@@ -46,7 +46,8 @@ def plan(options: argparse.Namespace) -> None:
         if options.output:
             raise ValueError("--output keeps what --measure measures; give both, or neither.")
         from fbqat_hub.components import quiet
-        from fbqat_hub.training.costs import costs, report
+        from fbqat_hub.training.costs import costs
+        from fbqat_hub.training.costs_report import report
 
         with quiet(), warnings.catch_warnings(action="ignore"):  # of the models that are built without numbers
             text = report(costs(recipe), options.gpus, options.seconds_per_step)

@@ -7,7 +7,8 @@ import yaml
 
 from benchmarks.heads import REAL, head
 from fbqat_hub.training.bases import configs_of
-from fbqat_hub.training.costs import cached_bytes, costs, gb
+from fbqat_hub.training.costs import cached_bytes, costs
+from fbqat_hub.training.costs_report import gb
 from fbqat_hub.training.recipe import RECIPES, load_recipe
 from tests.conftest import ROOT
 

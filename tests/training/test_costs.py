@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 
 from benchmarks.training_memory import RESULTS
-from fbqat_hub.training import costs as module
-from fbqat_hub.training.costs import RESERVE, Gpus, advice, block_advice, costs, on_device, on_one_device, report
+from fbqat_hub.training.advice import advice, block_advice, on_device, on_one_device
+from fbqat_hub.training.costs import Costs, costs
+from fbqat_hub.training.costs_report import report
+from fbqat_hub.training.gpus import RESERVE, Gpus
 from fbqat_hub.training.method import Schedule
 from fbqat_hub.training.recipe import Recipe, load_recipe
 
 
 @pytest.fixture(scope="module")
-def sana() -> module.Costs:
+def sana() -> Costs:
     return costs(load_recipe("sana-600m", gradient_checkpointing=False))
 
 
-def test_disk_is_computed(sana: module.Costs) -> None:
+def test_disk_is_computed(sana: Costs) -> None:
     assert sana.embeddings == (300 * 2304 + 300) * 2  # bf16, and a mask
     assert sana.latents == 32 * 16 * 16 * 2
     assert sana.pictures == 48_000
@@ -39,7 +41,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, 
     tried = advice(found, gpus)
     assert tried[0][0] == "gradient_checkpointing=true"
     assert re.fullmatch(r"micro_batch_size=\d+", tried[-1][0])
-    assert on_device(found, gpus) > gpus.bytes - RESERVE >= on_device(tried[-1][1], gpus)
+    assert on_device(found, gpus) > gpus.budget >= on_device(tried[-1][1], gpus)
     text = report(found, gpus, None)
     assert "it does not fit. On each, it needs" in text
     assert "\n  --set gradient_checkpointing=true: " in text
@@ -48,7 +50,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, 
 
 
 def test_all_that_there_is_to_change_is_tried(recipe_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.Costs, "encoding", 0)  # nothing is advised where not even that fits
+    monkeypatch.setattr(Costs, "encoding", 0)  # nothing is advised where not even that fits
     tried = advice(costs(Recipe(**recipe_fields)), Gpus(1, RESERVE + 1))
     assert [change for change, _ in tried] == [
         "gradient_checkpointing=true",
@@ -143,12 +145,12 @@ def test_block_by_block_what_does_not_fit_is_said_with_what_to_change(recipe_fie
     assert "\nBlock by block no setting makes it fit.\nWithout training:\n" in text
 
 
-def test_several_gpus_need_buckets_each(sana: module.Costs) -> None:
+def test_several_gpus_need_buckets_each(sana: Costs) -> None:
     one, eight = (on_device(sana, Gpus.parse(text)) for text in ("1x80GB", "8x80GB"))
     assert eight - one == sana.memory.student
 
 
-def test_hours_are_those_of_the_given_pace_or_of_a_measured_one(sana: module.Costs) -> None:
+def test_hours_are_those_of_the_given_pace_or_of_a_measured_one(sana: Costs) -> None:
     assert "8900 steps of 2 s are 4:56:40" in report(sana, None, 2.0)
     text = report(sana, None, None)
     assert "give --seconds-per-step" in text

@@ -15,7 +15,8 @@ from fbqat_hub.families import FAMILIES, Family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training import cache, loop
 from fbqat_hub.training.cache import SampledSplit, cache_folder, cached_splits
-from fbqat_hub.training.costs import costs, report
+from fbqat_hub.training.costs import costs
+from fbqat_hub.training.costs_report import report
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.distill import train
 from fbqat_hub.training.draws import Draws

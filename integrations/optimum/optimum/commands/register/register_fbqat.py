@@ -20,7 +20,7 @@ class QuantizeCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """The options of `fbqat convert`."""
-        from fbqat_hub.cli.parser import NEW_FOLDER, SOURCE, quantizing
+        from fbqat_hub.cli.options import NEW_FOLDER, SOURCE, quantizing
 
         parser.add_argument("--model", "-m", type=SOURCE, required=True, help="folder or Hub id of a float pipeline")
         parser.add_argument("output", type=NEW_FOLDER, help="new folder for the packed pipeline")
@@ -39,7 +39,7 @@ class QNNExportCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """The options of `fbqat export`."""
-        from fbqat_hub.cli.parser import NEW_FOLDER, SOURCE, compiling
+        from fbqat_hub.cli.options import NEW_FOLDER, SOURCE, compiling
 
         parser.add_argument("--model", "-m", type=SOURCE, required=True, help="folder or Hub id of a packed pipeline")
         parser.add_argument("output", type=NEW_FOLDER, help="new folder")
