@@ -114,7 +114,7 @@ def layer(rounds: int) -> list[dict[str, Any]]:
         (f"{quantizing}, bfloat16", "torch's operators", lambda: by_torch(half.float())),
         (f"{quantizing}, bfloat16", "the same, 64 tokens at a time", partial(in_pieces, half)),
         (product, "float32", lambda: linear(x, weight, bias)),
-        (product, "oneDNN, int8", lambda: cpu._integer_matmul(x_codes, 1.0, 128, prepared, scale, None)),
+        (product, "oneDNN, int8", lambda: cpu._integer_matmul(x_codes, 128, prepared, scale)),
         (
             product,
             "FBGEMM, int8",

@@ -49,6 +49,11 @@ def largest_magnitude(x: Tensor, scheme: ActivationScheme) -> Tensor:
     return x.abs().amax() if x.numel() else x.new_zeros(())
 
 
+def scale_or_nan(tokens: Tensor, input_scale: Tensor) -> Tensor:
+    """fp32 [..., 1]: a static range's scale for each token, NaN where the token has one, for which there is no code."""
+    return torch.where(tokens.isnan().any(-1, keepdim=True), torch.nan, input_scale)
+
+
 def fake_quantize_activation(
     x: Tensor, scheme: ActivationScheme, input_scale: Tensor | None = None, input_zero_point: Tensor | None = None
 ) -> Tensor:

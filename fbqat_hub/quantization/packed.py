@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fbqat_hub.quantization.kernels import packed_linear
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
@@ -169,7 +170,10 @@ class PackedLayer(QuantizedLayer):
             self._check_range(place, value)
 
     def _check_codes(self, place: str, value: Tensor) -> None:
-        """Two codes of four bits fill a byte, whatever they are; those of other widths can leave their grid."""
+        """Two codes of four bits fill a byte, whatever they are; those of other widths can leave their grid. In the last
+        byte of an odd row the second is 0."""
+        if value.dtype == torch.uint8 and self.in_features % 2 and bool((value[:, -1] >> 4).any()):
+            raise ValueError(f"{place} has a code beyond its {self.in_features} inputs; the file is damaged.")
         if self.weight_bits != NIBBLE:
             try:
                 check_codes(value if value.dtype == torch.int8 else unpack(value, self.in_features), self.weight_bits)
@@ -240,6 +244,9 @@ class PackedLayer(QuantizedLayer):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
+        # torch's operators without a rule for it would pass it on as 0
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("a packed layer has no forward-mode derivative (jvp); the float model has.")
         activation = (self.activation_scheme, self.input_scale, self.input_zero_point)
         y = packed_linear(x, self.weight_packed, self.weight_scale, self.bias, *activation)
         if self.delta_down is None or self.delta_up is None:

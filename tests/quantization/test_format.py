@@ -210,3 +210,11 @@ def test_three_bits_are_stored_in_four_which_can_hold_more() -> None:
     model.load_state_dict({**stored, "0.weight_packed": torch.full((3, 2), 0x3C, dtype=torch.uint8)})  # 3 and -4
     with pytest.raises(RuntimeError, match=r"0\.weight_packed: codes run from 4 to 4; 3 bits hold -4 to 3"):
         model.load_state_dict({**stored, "0.weight_packed": torch.full((3, 2), 0x44, dtype=torch.uint8)})
+
+
+def test_an_odd_row_has_no_code_beyond_its_inputs() -> None:
+    model = torch.nn.Sequential(PackedLinear(3, 2))
+    stored = {**model.state_dict(), "0.weight_scale": torch.ones(2), "0.bias": torch.zeros(2)}
+    model.load_state_dict({**stored, "0.weight_packed": torch.tensor([[0xC7, 0x02]] * 2, dtype=torch.uint8)})
+    with pytest.raises(RuntimeError, match=r"0\.weight_packed has a code beyond its 3 inputs; the file is damaged"):
+        model.load_state_dict({**stored, "0.weight_packed": torch.tensor([[0xC7, 0x12]] * 2, dtype=torch.uint8)})

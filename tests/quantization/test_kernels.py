@@ -23,7 +23,7 @@ from fbqat_hub.quantization.packing import pack, pack_int4
 from tests.conftest import subprocess_environment
 
 needs_cpu_kernel = pytest.mark.skipif(
-    not cpu.is_supported(torch.ones(1), ActivationScheme()), reason="the CPU kernels need x86 with AVX2"
+    not cpu.is_supported(torch.ones(1), ActivationScheme(), 1), reason="the CPU kernels need x86 with AVX2"
 )
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 33, 17), (256, 1152, 144), (2, 1153, 64), (9, 8000, 5)]
 
@@ -215,14 +215,60 @@ def test_native_takes_any_strides_and_ignores_what_pads_an_odd_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("compiled")
-def test_native_keeps_what_is_not_finite_in_its_token(dtype: torch.dtype) -> None:
-    layer = layer_of(33, 17, ActivationScheme())
-    x = torch.randn(3, 33, dtype=dtype)
+@pytest.mark.parametrize("activation_range", ["per_token", "static"])
+@pytest.mark.parametrize("kernel", ["native", "onednn", "int8_linear"])
+def test_what_is_not_finite_does_not_vanish(
+    kernel: str, activation_range: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A static range has codes for all numbers; a NaN must not become one of them."""
+    layer = layer_of(40, 16, ActivationScheme(range=activation_range))
+    x = torch.randn(3, 40, dtype=dtype)
     x[1, 4] = torch.nan
-    y = native.packed_linear_native(x, *operands(layer))
+    if kernel == "native" and native.load() is None:
+        pytest.skip("no C compiler, or no x86 with AVX2")
+    if kernel == "onednn":
+        monkeypatch.setattr(cpu.native, "load", lambda: None)
+    compute = {"native": native.packed_linear_native, "onednn": cpu.packed_linear_cpu, "int8_linear": gpu.int8_linear}
+    y = compute[kernel](x, *operands(layer))
     assert y[1].isnan().all()
-    assert torch.equal(y[::2], reference(layer, x[::2]))
+    torch.testing.assert_close(y[::2], reference(layer, x[::2]))
+
+
+@needs_cpu_kernel
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
+@pytest.mark.parametrize("kernel", ["native", "onednn", "gpu"])
+def test_the_default_dtype_changes_nothing(
+    kernel: str, activation_range: str, default: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The C code writes fp32 into what it is given."""
+    if kernel == "native" and native.load() is None:
+        pytest.skip("no C compiler, or no x86 with AVX2")
+    if kernel == "onednn":
+        monkeypatch.setattr(cpu.native, "load", lambda: None)
+    compute = gpu.packed_linear_gpu if kernel == "gpu" else cpu.packed_linear_cpu
+    cpu._has_exact_sums.cache_clear()
+    layer, x = layer_of(64, 8, ActivationScheme(range=activation_range)), torch.randn(100, 64)
+    expected, given = compute(x, *operands(layer)), operands(layer)
+    cpu._has_exact_sums.cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        found = compute(x, *given)
+        assert gpu.multiplies_exactly(gpu.int8_linear, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@needs_cpu_kernel
+def test_sums_that_32_bits_do_not_hold_are_left_to_the_reference() -> None:
+    layer = layer_of(cpu.MAX_INPUTS + 1, 8, ActivationScheme(), bits=8)
+    layer.weight_packed.data.fill_(127)
+    x = torch.full((2, layer.in_features), 127.0)
+    assert torch.equal(cpu.packed_linear_cpu(x, *operands(layer)), reference(layer, x))
+    wide = torch.zeros(1, gpu.MAX_INPUTS + 1)
+    chosen = gpu.implementation(wide, layer.weight_packed, layer.weight_scale, layer.activation_scheme)
+    assert chosen is gpu.dequantized_linear
 
 
 @pytest.mark.parametrize(
@@ -305,13 +351,13 @@ def test_both_quantizers_give_the_same(
 
 @needs_cpu_kernel
 @pytest.mark.usefixtures("compiled")
-def test_onednn_layer_is_one_product_and_one_pass_over_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_layer_is_one_product_and_one_pass_over_input_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_has_exact_sums", lambda: True)  # as with VNNI
     layer, x = layer_of(64, 8, ActivationScheme()), torch.randn(5, 64)
     layer(x)
     with torch.no_grad(), Operators() as ran:
         cpu.packed_linear_cpu(x, *operands(layer))
-    assert ran.names == ["aten::empty", "aten::empty", "onednn::qlinear_pointwise", "aten::addcmul"]
+    assert ran.names == ["aten::sum", "aten::empty", "aten::empty", "onednn::qlinear_pointwise", "aten::addcmul"]
 
 
 @pytest.mark.parametrize(
@@ -376,6 +422,17 @@ def swapped_by_data(layer: PackedLinear) -> PackedLinear:
     return layer
 
 
+def overwritten_by_data(layer: PackedLinear) -> PackedLinear:
+    """As an offloader with a buffer of its own writes, and FSDP2: torch counts no version."""
+    layer.weight_packed.data.copy_(other_weight(layer))
+    return layer
+
+
+def overwritten_by_numpy(layer: PackedLinear) -> PackedLinear:
+    layer.weight_packed.numpy()[:] = other_weight(layer).numpy()
+    return layer
+
+
 def offloaded(layer: PackedLinear) -> PackedLinear:
     """accelerate's hook puts the weight in place at each forward, and takes it away after."""
     layer(torch.ones(1, layer.in_features))
@@ -405,6 +462,8 @@ def moved_and_changed(layer: PackedLinear) -> PackedLinear:
         loaded,
         lambda layer: loaded(layer, assign=True),
         swapped_by_data,
+        overwritten_by_data,
+        overwritten_by_numpy,
         offloaded,
         changed_after_a_copy,
         changed_after_pickling,
@@ -564,3 +623,11 @@ def test_other_widths_run_on_the_reference(scheme: ActivationScheme) -> None:
 def test_bfloat16_in_bfloat16_out() -> None:
     layer = layer_of(64, 8, ActivationScheme())
     assert layer(torch.randn(5, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_forward_mode_derivative_is_refused() -> None:
+    layer, x = layer_of(16, 8, ActivationScheme()), torch.randn(3, 16)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():  # of something else
+        assert torch.equal(layer(x), reference(layer, x))

@@ -81,12 +81,15 @@ static float largest(const void *x, int64_t n, int dtype) {
   return found;
 }
 
-// round(x / scale) + zero_point, held in 0..255; `padded` codes, those beyond n are 0
-static void quantize(const void *x, int64_t n, int64_t padded, int dtype, float scale, int zero_point, uint8_t *codes) {
+// round(x / scale) + zero_point, held in 0..255; `padded` codes, those beyond n are 0. Gives whether x has a NaN, for
+// which there is no code.
+static int quantize(const void *x, int64_t n, int64_t padded, int dtype, float scale, int zero_point, uint8_t *codes) {
   const __m256 s = _mm256_set1_ps(scale);
+  __m256 nan = _mm256_setzero_ps();
   const __m256 lowest = _mm256_set1_ps(-zero_point), highest = _mm256_set1_ps(255 - zero_point);
   for (int64_t i = 0; i < n; i += 8) {
     __m256 steps = _mm256_div_ps(load_some(x, i, n - i, dtype), s);
+    nan = _mm256_or_ps(nan, _mm256_cmp_ps(steps, steps, _CMP_UNORD_Q));
     __m256i v = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(steps, lowest), highest));
     v = _mm256_add_epi32(v, _mm256_set1_epi32(zero_point));
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -97,6 +100,7 @@ static void quantize(const void *x, int64_t n, int64_t padded, int dtype, float 
       memcpy(codes + i, &bytes, 8);  // a store, where a length that is not known is a call
   }
   memset(codes + n, 0, padded - n);
+  return _mm256_movemask_ps(nan) != 0;
 }
 
 // 32 codes of an output, from input i: signed digits `low`, and `high` where codes have more than 4 bits
@@ -201,8 +205,8 @@ static __attribute__((noinline)) void tile(const uint8_t *a, int64_t stride, con
   }
 }
 
-// Codes of x: [tokens, in], `stride` values from a token to the next. scale: fp32 [tokens], written if `per_token`,
-// else one value. codes: [tokens, padded].
+// Codes of x: [tokens, in], `stride` values from a token to the next. scale: fp32 [tokens], found if `per_token`, else
+// read; that of a token with a NaN becomes NaN. codes: [tokens, padded].
 void fbqat_quantize(const void *x, int64_t stride, int64_t tokens, int64_t in, int dtype, int per_token, float *scale,
                     int zero_point, uint8_t *codes, int64_t padded, int threads) {
   const size_t size = dtype == FLOAT32 ? 4 : 2;
@@ -213,14 +217,14 @@ void fbqat_quantize(const void *x, int64_t stride, int64_t tokens, int64_t in, i
       float most = largest(token, in, dtype);
       scale[m] = (most < 1e-8f ? 1e-8f : most) / 127.0f;
     }
-    quantize(token, in, padded, dtype, scale[per_token ? m : 0], zero_point, codes + m * padded);
+    if (quantize(token, in, padded, dtype, scale[m], zero_point, codes + m * padded)) scale[m] = __builtin_nanf("");
   }
 }
 
 // y: [tokens, out] from the codes of fbqat_quantize, whose memory has room for tokens rounded up to 6, and `in` rounded
 // up to 32 of each. panels: `threads` times 2 * 16 * (in rounded up to 32) bytes to work in, 32-byte aligned. The rest
 // is as packed_linear_reference has it.
-void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, int per_token, const float *scale, int zero_point,
+void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, const float *scale, int zero_point,
                     const uint8_t *weight, int64_t weight_stride, int64_t out, int wide, const float *weight_scale,
                     const float *bias, int8_t *panels, void *y, int dtype, int threads) {
   const int64_t padded = (in + STEP - 1) / STEP * STEP;
@@ -248,7 +252,7 @@ void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, int per_to
             sums[i] = _mm256_add_epi32(sums[i], _mm256_slli_epi32(high_sums[i], 4));
         }
         for (int r = 0; r < ROWS && m + r < tokens; r++) {
-          const __m256 s = _mm256_set1_ps(scale[per_token ? m + r : 0]);
+          const __m256 s = _mm256_set1_ps(scale[m + r]);
           for (int64_t part = 0; part < 2 && 8 * part < outputs; part++) {
             __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums[2 * r + part], shift[part]));
             v = _mm256_mul_ps(_mm256_mul_ps(v, _mm256_loadu_ps(scales + 8 * part)), s);

@@ -9,7 +9,8 @@
 For oneDNN the weight is unpacked to its own int8 layout and kept beside the packed one (``memory.py``): 8 more bits a
 weight in memory. It is an opaque tensor, which a traced operator cannot take as an argument.
 
-The integer part is exact up to 2^31 / (255 * 128) = 65,793 inputs, where 32-bit sums end.
+The integer part is exact up to 2^31 / (255 * 128) = 65,793 inputs, where 32-bit sums end; layers of more take the
+reference.
 
 Activations must reach oneDNN as *unsigned* bytes: for int8 ones it has no fast kernel on AVX-512 and falls back to its
 reference loop (7 s instead of 2 ms for 256 x 1152 x 1152). A symmetric code c is therefore passed as c + 128 with
@@ -26,11 +27,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude
+from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude, scale_or_nan
 from fbqat_hub.quantization.kernels import memory, native
 from fbqat_hub.quantization.kernels.reference import packed_linear_reference
 from fbqat_hub.quantization.packing import unpack
 from fbqat_hub.quantization.scheme import ActivationScheme
+
+# int32 holds the sums of this many products of codes 0..255 with -128..127.
+MAX_INPUTS = (2**31 - 1) // (255 * 128)
 
 
 class PreparedWeight(NamedTuple):
@@ -57,7 +61,7 @@ def packed_linear_cpu(
     """As ``packed_linear_reference``: [..., in] -> [..., out], equal to it but for the order of float roundings."""
     activation = (scheme, input_scale, input_zero_point)
     in_features = x.shape[-1]
-    supported = x.numel() > 0 and is_supported(weight_scale, scheme)
+    supported = x.numel() > 0 and is_supported(weight_scale, scheme, in_features)
     if supported and _is_native():
         memory.forget(weight_packed)
         return native.packed_linear_native(x, weight_packed, weight_scale, bias, *activation)
@@ -65,18 +69,14 @@ def packed_linear_cpu(
     if weight is None:
         return packed_linear_reference(x, weight_packed, weight_scale, bias, *activation)
     codes, scale, zero_point = _quantize(x.reshape(-1, in_features), *activation)
-    bias = None if bias is None else bias.float()
-    if scheme.range == "per_token":  # oneDNN takes one scale of x; each token has its own
-        y = _integer_matmul(codes, 1.0, zero_point, weight, weight_scale, None)
-        y = y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
-    else:
-        y = _integer_matmul(codes, float(scale), zero_point, weight, weight_scale, bias)
+    y = _integer_matmul(codes, zero_point, weight, weight_scale)  # oneDNN takes one scale of x; each token has its own
+    y = y.mul_(scale) if bias is None else torch.addcmul(bias.float(), y, scale, out=y)
     return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
-def is_supported(weight_scale: Tensor, scheme: ActivationScheme) -> bool:
-    """True where this kernel applies: x86 with AVX2, per-channel scales, 8-bit activations."""
-    return weight_scale.dim() == 1 and scheme.bits == 8 and _has_fast_products()
+def is_supported(weight_scale: Tensor, scheme: ActivationScheme, in_features: int) -> bool:
+    """True where these kernels apply: x86 with AVX2, per-channel scales, 8-bit activations, sums that 32 bits hold."""
+    return weight_scale.dim() == 1 and scheme.bits == 8 and in_features <= MAX_INPUTS and _has_fast_products()
 
 
 def _is_native() -> bool:
@@ -98,8 +98,8 @@ def _has_exact_sums() -> bool:
     """Whether oneDNN sums the largest u8 x s8 products without saturating. Asked of the kernel itself: which
     instructions it uses depends on the processor and on ONEDNN_MAX_CPU_ISA."""
     largest = _prepack(torch.full((16, 64), 127, dtype=torch.int8))
-    codes = torch.full((1, 64), 255, dtype=torch.uint8)
-    return bool((_integer_matmul(codes, 1.0, 0, largest, torch.ones(16), None) == 64 * 255 * 127).all())
+    codes, ones = torch.full((1, 64), 255, dtype=torch.uint8), torch.ones(16, dtype=torch.float32)
+    return bool((_integer_matmul(codes, 0, largest, ones) == 64 * 255 * 127).all())
 
 
 def prepared(weight_packed: Tensor, in_features: int) -> PreparedWeight | None:
@@ -126,7 +126,7 @@ def _prepack(codes: Tensor) -> PreparedWeight:
 def _quantize(
     tokens: Tensor, scheme: ActivationScheme, input_scale: Tensor | None, input_zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
-    """uint8 codes, scale and zero_point of [tokens, in]; the codes of ``quantize_activation``, 128 added if dynamic."""
+    """As ``native.quantize``, without its padding."""
     if native.load() is not None and tokens.dtype in native.DTYPES:  # one pass over x, not six
         rows, padded = tokens.shape
         return native.quantize(tokens, scheme, input_scale, input_zero_point, padded=padded, rows=rows)
@@ -135,26 +135,25 @@ def _quantize(
     if scheme.range == "static":
         assert input_scale is not None
         assert input_zero_point is not None
-        scale, zero_point = input_scale, int(input_zero_point)
-        shifted = torch.div(tokens, scale).round_().add_(zero_point - 128).clamp_(-128, 127)
+        scale, zero_point = scale_or_nan(tokens, input_scale), int(input_zero_point)
+        shifted = torch.div(tokens, input_scale).round_().add_(zero_point - 128).clamp_(-128, 127)
     else:
         scale, zero_point = largest_magnitude(tokens, scheme).clamp_min_(TINY_ACTIVATION).div_(127), 128
         shifted = torch.div(tokens, scale).round_()
+        scale = scale.expand(len(tokens), 1)
     return shifted.to(torch.int8).view(torch.uint8).bitwise_xor_(128), scale, zero_point
 
 
-def _integer_matmul(
-    codes: Tensor, scale: float, zero_point: int, weight: PreparedWeight, weight_scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    """fp32 scale * scale_w * (codes - zero_point) @ codes_w^T + bias."""
+def _integer_matmul(codes: Tensor, zero_point: int, weight: PreparedWeight, weight_scale: Tensor) -> Tensor:
+    """fp32 scale_w * (codes - zero_point) @ codes_w^T."""
     return torch.ops.onednn.qlinear_pointwise(
         codes,
-        scale,
+        1.0,
         zero_point,
         weight.codes,
         weight_scale.contiguous(),
         weight.zero_point,
-        bias,
+        None,
         1.0,
         0,
         torch.float32,

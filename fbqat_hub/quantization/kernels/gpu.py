@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fbqat_hub.quantization.activation import fake_quantize_activation, quantize_activation
+from fbqat_hub.quantization.activation import fake_quantize_activation, quantize_activation, scale_or_nan
 from fbqat_hub.quantization.kernels import memory
 from fbqat_hub.quantization.kernels.reference import dequantize_weight, packed_linear_reference
 from fbqat_hub.quantization.packing import pack, unpack
@@ -34,6 +34,8 @@ from fbqat_hub.quantization.scheme import ActivationScheme
 # what torch._int_mm asks for on CUDA: more than 16 rows, inner and outer sizes that 8 divides
 MIN_ROWS = 17
 MULTIPLE = 8
+# int32 holds the sums of this many products of two int8 codes.
+MAX_INPUTS = (2**31 - 1) // (128 * 128)
 # AMD's architectures with int8 matrix instructions: CDNA, RDNA 3 and 4
 _AMD_INT8 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
@@ -66,9 +68,9 @@ def implementation(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, scheme: ActivationScheme
 ) -> Callable[..., Tensor]:
     """The function that multiplies such operands, with the arguments of ``packed_linear_reference``."""
-    if not x.numel() or weight_scale.dim() != 1 or scheme.bits != 8:
-        return dequantized_linear
     inputs = x.shape[-1]
+    if not x.numel() or weight_scale.dim() != 1 or scheme.bits != 8 or inputs > MAX_INPUTS:
+        return dequantized_linear
     kernels = triton_kernels(x.device)
     if kernels is not None and inputs <= kernels.MAX_INPUTS:
         found: Callable[..., Tensor] = kernels.triton_linear
@@ -111,11 +113,11 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
 
 def multiplies_exactly(linear: Callable[..., Tensor], device: torch.device) -> bool:
     """Whether a function gives the reference's numbers to the bit, for 4-bit and 8-bit codes of a small layer."""
-    x = torch.linspace(-3, 3, 5 * 96).view(5, 96).sin()
+    x = torch.linspace(-3, 3, 5 * 96, dtype=torch.float32).view(5, 96).sin()
     scheme = ActivationScheme()
     for bits in (4, 8):
         codes = (torch.arange(40 * 96) * 7 % 2**bits - 2 ** (bits - 1)).to(torch.int8).view(40, 96)
-        operands = x, pack(codes, bits), torch.linspace(0.01, 0.02, 40)
+        operands = x, pack(codes, bits), torch.linspace(0.01, 0.02, 40, dtype=torch.float32)
         found = linear(*(operand.to(device) for operand in operands), None, scheme).cpu()
         if not torch.equal(found, packed_linear_reference(*operands, None, scheme)):
             return False
@@ -146,6 +148,7 @@ def int8_linear(
     weight = unpack(weight_packed, in_features)
     sums = torch._int_mm(codes, weight.t())[:tokens]
     if static:
+        scale = scale_or_nan(x.reshape(-1, in_features), scale)
         sums = sums - (zero_point.to(torch.int32) - 128) * weight.sum(1, dtype=torch.int32)
     y = sums.float() * weight_scale * scale
     if bias is not None:

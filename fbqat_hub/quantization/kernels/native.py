@@ -45,7 +45,7 @@ _ARGUMENTS = {
     ],
     "fbqat_multiply": [
         _POINTER, _WHOLE, _WHOLE,  # codes, tokens, in
-        _INT, _POINTER, _INT,  # per_token, scale, zero_point
+        _POINTER, _INT,  # scale, zero_point
         _POINTER, _WHOLE, _WHOLE, _INT,  # weight, weight_stride, out, wide
         _POINTER, _POINTER,  # weight_scale, bias
         _POINTER, _POINTER, _INT, _INT,  # panels, y, dtype, threads
@@ -117,19 +117,19 @@ def quantize(
 
     Returns:
         codes: [rows, padded].
-        scale: fp32 [tokens, 1] per token, else a scalar.
+        scale: fp32 [tokens, 1], whatever the range; NaN of a token that has one.
     """
     functions = load()
     assert functions is not None
     tokens, zero_point = _rows_apart(tokens), 128
-    if scheme.range == "per_token":
-        scale = torch.empty(len(tokens), 1)
-    elif scheme.range == "per_tensor":
-        scale = largest_magnitude(tokens, scheme).float().clamp_min_(TINY_ACTIVATION).div_(127)
-    else:
+    scale = torch.empty(len(tokens), 1, dtype=torch.float32)
+    if scheme.range == "per_tensor":
+        scale.copy_(largest_magnitude(tokens, scheme).float().clamp_min_(TINY_ACTIVATION).div_(127))
+    elif scheme.range == "static":
         assert input_scale is not None
         assert input_zero_point is not None
-        scale, zero_point = input_scale.float(), int(input_zero_point)
+        scale.copy_(input_scale)
+        zero_point = int(input_zero_point)
     codes = torch.empty(rows, padded, dtype=torch.uint8)
     functions.quantize(
         tokens.data_ptr(), tokens.stride(0), *tokens.shape, DTYPES[tokens.dtype],
@@ -172,7 +172,7 @@ def packed_linear_native(
     bias = None if bias is None else bias.float().contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     functions.multiply(
-        codes.data_ptr(), *tokens.shape, scheme.range == "per_token", scale.data_ptr(), zero_point,
+        codes.data_ptr(), *tokens.shape, scale.data_ptr(), zero_point,
         weight.data_ptr(), weight.stride(0), out_features, weight.dtype == torch.int8,
         weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
         panels.data_ptr(), y.data_ptr(), DTYPES[x.dtype], threads,

@@ -63,14 +63,17 @@ def _quantize(
         steps = tl.minimum(tl.maximum(steps, -zero_point), 255.0 - zero_point)
         code = (steps + _ROUNDER) - _ROUNDER + (zero_point - 128.0)
         code = tl.where(column < inputs, code, 0.0)
+        # no code holds a NaN
+        nans = tl.sum(tl.where(value == value, 0, 1), axis=0)
+        tl.store(scales + token, tl.where(nans == 0, tl.load(input_scale), float("nan")))
     else:
         if RANGE == "per_token":
             # a NaN among the inputs makes the scale infinite, so that it does not vanish
             largest = tl.max(tl.where(value == value, tl.abs(value), float("inf")), axis=0)
             scale = tl.div_rn(tl.maximum(largest, _TINY), 127.0)
-            tl.store(scales + token, scale)
         else:
             scale = tl.load(input_scale)
+        tl.store(scales + token, scale)
         code = (tl.div_rn(value, scale) + _ROUNDER) - _ROUNDER
     code = code.to(tl.int8)
     row = codes + token * (2 * half)
@@ -195,10 +198,7 @@ def _multiply(
         total = total >> 4
     stored = output < outputs
     scaled = total.to(tl.float32) * tl.load(weight_scale + output, mask=stored, other=0.0)[None, :]
-    if RANGE == "per_token":
-        scaled = scaled * tl.load(scales + token, mask=token < tokens, other=0.0)[:, None]
-    else:
-        scaled = scaled * tl.load(scales)
+    scaled = scaled * tl.load(scales + token, mask=token < tokens, other=0.0)[:, None]
     if BIAS:
         scaled += tl.load(bias + output, mask=stored, other=0.0).to(tl.float32)[None, :]
     y_at = y + token.to(tl.int64)[:, None] * outputs + output[None, :]
@@ -244,24 +244,20 @@ def quantize(
 
     Returns:
         codes: int8 [tokens, 2, half], zeros behind; a static code 0..255 less 128.
-        scales: fp32 [tokens] per token, else a scalar.
+        scales: fp32 [tokens], whatever the range.
     """
     tokens, inputs = rows.shape
     half = -(-inputs // (2 * _ALIGNMENT)) * _ALIGNMENT
     codes = torch.empty((tokens, 2, half), dtype=torch.int8, device=rows.device)
-    if scheme.range == "per_token":
-        scales = input_scale = torch.empty(tokens, dtype=torch.float32, device=rows.device)
-    elif scheme.range == "per_tensor":
-        scales = input_scale = largest_magnitude(rows.float(), scheme).clamp_min_(TINY_ACTIVATION).div_(127)
-    else:
-        assert input_scale is not None
-        scales = input_scale
+    scales = torch.empty(tokens, dtype=torch.float32, device=rows.device)
+    if scheme.range == "per_tensor":
+        input_scale = largest_magnitude(rows.float(), scheme).clamp_min_(TINY_ACTIVATION).div_(127)
     block = triton.next_power_of_2(2 * half)
     _quantize[(tokens,)](
         rows,
         codes,
         scales,
-        input_scale,
+        scales if input_scale is None else input_scale,
         scales if input_zero_point is None else input_zero_point,
         inputs,
         rows.stride(0),
@@ -295,7 +291,7 @@ def multiply_arguments(
         scales,
         weight_packed.contiguous(),
         weight_scale.contiguous(),
-        scales if bias is None else bias,
+        scales if bias is None else bias.contiguous(),
         scales if input_zero_point is None else input_zero_point,
         y,
         tokens,
