@@ -4,7 +4,8 @@
     python -m benchmarks.speed_gpu --device cpu --small --output rows.json      # tries the harness; not to be quoted
 
 Denoisers of true size with random weights in bf16. "gemm" times each linear layer's shape alone, "step" one forward of
-the denoiser, eager and compiled; FLUX.1 has one double and two single blocks, as many to one as in the whole. Each way
+the denoiser, eager and compiled; 1x1 convolutions, most of Sana's weights, are linear layers for the other libraries,
+which would leave them in bf16; FLUX.1 has one double and two single blocks, as many to one as in the whole. Each way
 is applied to a fresh copy, warmed up, and timed; values are medians. A way that is not installed, or fails, is a row
 with its reason.
 """
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import fbqat_hub
 from benchmarks.markdown import markdown
+from benchmarks.speed_peers import pointwise_as_linear
 
 RESULTS = Path(__file__).parent / "results" / "speed-gpu.json"
 COMMAND = "python -m benchmarks.speed_gpu"
@@ -71,6 +73,7 @@ def _torchao(config: str, **options: Any) -> Callable[[Any, Any], Any]:
     def apply(model: Any, recipe: Any) -> Any:
         from torchao import quantization
 
+        model = pointwise_as_linear(model)
         quantization.quantize_(model, getattr(quantization, config)(**options))
         return model
 
@@ -81,16 +84,20 @@ def _sdnq(model: Any, recipe: Any) -> Any:
     from sdnq import sdnq_post_load_quant
 
     return sdnq_post_load_quant(
-        model, weights_dtype="uint4", quantized_matmul_dtype="int8", use_quantized_matmul=True, add_skip_keys=False
+        pointwise_as_linear(model),
+        weights_dtype="uint4",
+        quantized_matmul_dtype="int8",
+        use_quantized_matmul=True,
+        add_skip_keys=False,
     )
 
 
 def _each_linear(model: Any, replaced: Callable[[Any], Any]) -> Any:
     from torch import nn
 
+    model = pointwise_as_linear(model)
     for name, layer in [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, replaced(layer))
+        model.set_submodule(name, replaced(layer))
     return model
 
 
@@ -134,7 +141,14 @@ WAYS = (
     Way("this project", "W4A8, dynamic per-token ranges", "", _ours),
     Way("this project, int8 kept", "the same, memory is large", "", _ours, "large"),
     Way("torchao int8", "dynamic W8A8", "torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
-    Way("torchao int4", "weights only, groups of 128", "torchao", _torchao("Int4WeightOnlyConfig", group_size=128)),
+    Way(
+        "torchao int4", "weights only, groups of 128, tiles", "torchao",
+        _torchao("Int4WeightOnlyConfig", group_size=128, int4_packing_format="tile_packed_to_4d"),
+    ),
+    Way(
+        "torchao int4, mslk", "weights only, groups of 128, plain", "mslk",
+        _torchao("Int4WeightOnlyConfig", group_size=128),
+    ),
     Way("SDNQ", "uint4, int8 matmul", "sdnq", _sdnq),
     Way("bitsandbytes", "NF4, bf16 compute", "bitsandbytes", _bitsandbytes),
     Way("GGUF", "Q4_0, diffusers' layers", "gguf", _gguf),

@@ -65,7 +65,7 @@ def _layers(model: Any) -> dict[str, Any]:
     }
 
 
-def _pointwise_as_linear(model: Any) -> Any:
+def pointwise_as_linear(model: Any) -> Any:
     """The model with its 1x1 convolutions as linear layers."""
     import torch
 
@@ -89,7 +89,7 @@ def _pointwise_as_linear(model: Any) -> Any:
 
 
 def _each_layer(model: Any, made: Callable[[Any], Any]) -> Any:
-    model = _pointwise_as_linear(model)
+    model = pointwise_as_linear(model)
     for name, layer in _layers(model).items():
         model.set_submodule(name, made(layer))
     return model
@@ -99,7 +99,7 @@ def torchao_w4a8(model: Any) -> Any:
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
 
-    model = _pointwise_as_linear(model)
+    model = pointwise_as_linear(model)
     chosen = set(_layers(model))
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
     quantize_(model, config, filter_fn=lambda _, name: name in chosen)
@@ -109,7 +109,7 @@ def torchao_w4a8(model: Any) -> Any:
 def torchao_int4(model: Any) -> Any:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    model = _pointwise_as_linear(model)
+    model = pointwise_as_linear(model)
     chosen = set(_layers(model))
     quantize_(model, Int4WeightOnlyConfig(group_size=128), filter_fn=lambda _, name: name in chosen)
     return model
@@ -120,7 +120,7 @@ def sdnq_quantized(model: Any, **how: Any) -> Any:
     from sdnq import sdnq_post_load_quant
 
     model = sdnq_post_load_quant(
-        _pointwise_as_linear(model),
+        pointwise_as_linear(model),
         weights_dtype="int4",
         add_skip_keys=False,
         modules_to_not_convert=["proj_out"],
@@ -134,7 +134,7 @@ def sdnq_quantized(model: Any, **how: Any) -> Any:
 def quanto_int4(model: Any) -> Any:
     from optimum.quanto import freeze, qint4, quantize
 
-    quantize(_pointwise_as_linear(model), weights=qint4, exclude=["proj_out"])
+    quantize(pointwise_as_linear(model), weights=qint4, exclude=["proj_out"])
     freeze(model)
     return model
 

@@ -170,8 +170,8 @@ class PackedLayer(QuantizedLayer):
             self._check_range(place, value)
 
     def _check_codes(self, place: str, value: Tensor) -> None:
-        """Two codes of four bits fill a byte, whatever they are; those of other widths can leave their grid. In the last
-        byte of an odd row the second is 0."""
+        """Two codes of four bits fill a byte, whatever they are; those of other widths can leave their grid. In the
+        last byte of an odd row the second is 0."""
         if value.dtype == torch.uint8 and self.in_features % 2 and bool((value[:, -1] >> 4).any()):
             raise ValueError(f"{place} has a code beyond its {self.in_features} inputs; the file is damaged.")
         if self.weight_bits != NIBBLE:
