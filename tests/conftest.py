@@ -21,9 +21,6 @@ if not torch.cuda.is_available():  # asked by Triton when it is imported; whoeve
 
 from fbqat_hub.families import FAMILIES, Family, component_configs
 from fbqat_hub.pipelines import load_pipeline, save_pipeline
-from fbqat_hub.training.ptq import convert_pipeline
-from fbqat_hub.training.recipe import Recipe
-from fbqat_hub.training.teacher import RECIPES, untrained_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = [
@@ -285,6 +282,8 @@ def teacher_recipe(family: str) -> dict[str, Any]:
     Args:
         family: or another of `MODELS`.
     """
+    from fbqat_hub.training.teacher import RECIPES  # brings diffusers, without which tests/quantization starts faster
+
     if family in VARIANTS:
         like, changes = VARIANTS[family]
         recipe = teacher_recipe(like)
@@ -322,6 +321,8 @@ def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     Not to be written to.
     """
 
+    from fbqat_hub.training.teacher import untrained_pipeline
+
     @functools.cache
     def make(family: str) -> Path:
         folder = tmp_path_factory.mktemp("teacher") / f"tiny-{family}"
@@ -348,6 +349,8 @@ def half_sana(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def packed_folder(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed pipeline of the tiny Sana. Not to be written to."""
+    from fbqat_hub.training.ptq import convert_pipeline
+
     return convert_pipeline(str(tiny_sana), tmp_path_factory.mktemp("packed") / "sana")
 
 
@@ -404,6 +407,7 @@ def recipe_fields(tiny_sana: Path, pictures: Path, fbqat_cache: Path) -> dict[st
 def run_folder(recipe_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of that recipe. Not to be written to."""
     from fbqat_hub.training.distill import train
+    from fbqat_hub.training.recipe import Recipe
 
     return train(Recipe(**recipe_fields), tmp_path_factory.mktemp("runs") / "tiny", progress=False)
 
@@ -416,6 +420,7 @@ STAGES: dict[str, Any] = {"method": "integer", "steps": 10, "keep_stages": [8, 6
 def staged_run(recipe_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that kept stages of 8 and 6 bits. Not to be written to."""
     from fbqat_hub.training.distill import train
+    from fbqat_hub.training.recipe import Recipe
 
     recipe = Recipe(**recipe_fields | STAGES)
     return train(recipe, tmp_path_factory.mktemp("staged") / "run", progress=False)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -435,6 +434,8 @@ def overwritten_by_numpy(layer: PackedLinear) -> PackedLinear:
 
 def offloaded(layer: PackedLinear) -> PackedLinear:
     """accelerate's hook puts the weight in place at each forward, and takes it away after."""
+    import accelerate
+
     layer(torch.ones(1, layer.in_features))
     accelerate.cpu_offload(layer, torch.device("cpu"), state_dict=loaded(copy.deepcopy(layer)).state_dict())
     return layer

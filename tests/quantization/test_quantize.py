@@ -13,7 +13,6 @@ from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, Weight
 from fbqat_hub.quantization import clip as clip_module
 from fbqat_hub.quantization.clip import CLIPS, mse_clip
 from fbqat_hub.quantization.quantize import grouped
-from fbqat_hub.training.footprint import Storages
 
 GRANULARITIES: dict[str, dict[str, Any]] = {
     "per_tensor": {"granularity": "per_tensor"},
@@ -88,6 +87,8 @@ def test_rows_are_taken_some_at_a_time_and_nothing_depends_on_how_many(granulari
 
 
 def test_beside_the_codes_there_is_no_memory_of_the_weights_size(monkeypatch) -> None:
+    from fbqat_hub.training.footprint import Storages  # brings diffusers
+
     weight = torch.randn(1024, 128).bfloat16()
     monkeypatch.setattr(clip_module, "_BLOCK", 5 * 128)
     with Storages() as storages:

@@ -20,7 +20,7 @@ from fbqat_hub.quantization import ActivationScheme, FakeQuantizedLinear, Packed
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
 from fbqat_hub.quantization.packing import pack
 
-DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
+DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "format.md").read_text()
 
 
 @pytest.fixture(scope="module")
