@@ -40,8 +40,9 @@ def judge(results: Results) -> str:
 _HEAD = """The squared distance of student and teacher where the sampler asks them: at the latents that the teacher's
 own sampler passes through, with and without the prompt where it guides, for the 89 captions of OpenMoji's test split,
 on which neither was trained; at least 2,000 draws a family, the same for every method and seed. Blocks trained, the
-loss weighted on PixArt-Sigma. Each method has the learning rate that was best of those tried in the tables above; the
-default 1e-4 (SD3.5: 5e-5). With 4.5 bits on average, layers of 8 bits are chosen in one pass of Gauss-Newton over 100
+loss weighted on PixArt-Sigma. Each method has the learning rate that was best of those tried in the tables above, one
+for all layers; the default 1e-4 (SD3.5: 5e-5, in groups of 32 1e-4). Recipes have relative rates now, which change the
+loss of 4 bits by -2 to +1%. With 4.5 bits on average, layers of 8 bits are chosen in one pass of Gauss-Newton over 100
 training samples. Made by `python -m benchmarks.method --tracks uniform-4 mixed-4.5 --methods METHOD --rates RATE
 --fixed-rates --no-pictures`.
 """

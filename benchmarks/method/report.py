@@ -169,6 +169,7 @@ def comparisons(results: Results) -> Iterator[Comparison]:
                 for method in results.distinct("method", family=family)
             }
             ours, bits = values.pop(OURS, {}), stored_bits(results, family)
+            values.pop("fbqat", None)  # ours too
             means = {
                 method: (-1 if metric == "psnr" else 1) * statistics.fmean(found.values())
                 for method, found in values.items()

@@ -61,8 +61,8 @@ REPEATS = 4
 HELD_OUT = ("validation", "test")
 # The judge: draws of the teacher's own sampler, at least this many, of captions that nothing was trained on.
 JUDGED, STEPS_OF_A_PICTURE = 2000, 4
-# Rates here are those of all layers: most rows are from when recipes had no others.
-ABSOLUTE = RATES_THEN["optimizer"]
+# Rates here are those of all layers, for most rows are from when recipes had no others, and annealed for every method.
+ABSOLUTE = {**RATES_THEN["optimizer"], "learning_rate_schedule": "cosine", "warmup_steps": 20}
 RELATIVE = {name: getattr(FBQAT.optimizer, name) for name in ABSOLUTE}
 TORCHAO_NEEDED = "method 'torchao-qat' needs torchao: pip install 'fbqat-hub[torchao]'"
 

@@ -153,7 +153,7 @@ def quantizing(sub: argparse.ArgumentParser) -> None:
         choices=("w8a8", "w8", "w4a8", "w4"),
         help="quantize these too: bits of weights and of activations, float without a8 (default: copied as they are)",
     )
-    sub.add_argument("--variant", help="of the weight files, e.g. fp16 for *.fp16.safetensors (default: those without)")
+    sub.add_argument("--variant", help="variant of the weight files, e.g. fp16 (default: files without one)")
     sub.add_argument(
         "--clip",
         choices=("mse", "max_abs"),
@@ -167,7 +167,7 @@ def quantizing(sub: argparse.ArgumentParser) -> None:
         metavar="ADAPTER",
         help="merge this adapter first: safetensors file, folder or Hub id; of diffusers' or peft's layout",
     )
-    sub.add_argument("--lora-scale", type=float, metavar="SCALE", help="of the adapter's change (default: 1)")
+    sub.add_argument("--lora-scale", type=float, metavar="SCALE", help="factor on the adapter's change (default: 1)")
     sub.add_argument(
         "--device", help="with --method gptq: cpu, cuda, cuda:1, mps or xpu, for one block (default: a GPU if any)"
     )
@@ -217,7 +217,7 @@ def compiling(sub: argparse.ArgumentParser) -> None:
         "--decoder-tile",
         type=number(1, 100_000),
         metavar="PIXELS",
-        help="decode larger pictures in overlapping tiles of this side (default: at most 128, for 8 GB of memory)",
+        help="decode larger pictures in tiles of this side (default: at most 128, for 8 GB of memory)",
     )
     sub.add_argument(
         "--samples",

@@ -148,7 +148,7 @@ def _generate(commands: Any) -> None:
         'generate runs/tiny "red heart" "flag of france" --seed 3 --set num_inference_steps=12',
     )
     sub.add_argument("model", type=SOURCE, help="folder or Hub id of a pipeline")
-    sub.add_argument("prompt", nargs="*", help="what is to be seen, in quotes; several give a grid")
+    sub.add_argument("prompt", nargs="*", help="text prompt, in quotes; several give a grid")
     sub.add_argument("--prompts", type=checked(local_path), metavar="FILE", help="text file with a prompt on each line")
     sub.add_argument(
         "--output",
@@ -329,11 +329,16 @@ def _lora(commands: Any) -> None:
     )
     sub.add_argument("--base", required=True, type=SOURCE, help="folder or Hub id of a 4-bit pipeline")
     sub.add_argument("--output", required=True, type=NEW_FOLDER, help="new folder for the adapter and its card")
-    sub.add_argument("--rank", type=number(1, 1024), default=8, help="of the adapter (default: 8)")
+    sub.add_argument("--rank", type=number(1, 1024), default=8, help="rank of the adapter (default: 8)")
     sub.add_argument("--steps", type=number(1, 10**7), default=200, help="training steps (default: 200)")
     sub.add_argument("--batch-size", type=number(1, 4096), default=4, metavar="N", help="pictures a step (default: 4)")
     sub.add_argument("--learning-rate", type=float, default=1e-3, metavar="RATE", help="of Adam (default: 1e-3)")
-    sub.add_argument("--seed", type=number(0, MAX_SEED), default=0, help="of first values and draws (default: 0)")
+    sub.add_argument(
+        "--seed",
+        type=number(0, MAX_SEED),
+        default=0,
+        help="seed of weights and draws (default: 0)",
+    )
     device(sub)
     sub = verb(
         actions,
@@ -355,7 +360,7 @@ def _publish(commands: Any) -> None:
     )
     sub.add_argument("run_folder", metavar="RUN", type=checked(local_path), help="folder of a run with its card")
     _publishing(sub)
-    sub.add_argument("--device-repo", action="store_true", help="put htp/ into REPO-QNN-SM8750 (default: a subfolder)")
+    sub.add_argument("--device-repo", action="store_true", help="put htp/ into REPO-QNN-SOC (default: a subfolder)")
     sub.add_argument("--branches", action="store_true", help="a branch for each width of keep_stages: w8, w6, w4")
     sub.add_argument("--collection", metavar="TITLE", help="add it to this collection, by title or slug")
 

@@ -194,6 +194,11 @@ METHODS: dict[str, Method] = {
     "lsq-qat": replace(_VQAT, quantization=Quantization(weight_clip="learned")),
     "integer": replace(_VQAT, schedule=Schedule(stages="integer")),
     "simple": replace(_VQAT, schedule=Schedule(stages="simple")),
-    # The widths of arXiv 2510.14823. Its rate is constant (optimizer: learning_rate_schedule), which is worse here.
-    "fbqat-paper": replace(_VQAT, schedule=Schedule(stages="paper")),
+    # arXiv 2510.14823 as published: its widths, all layers, a constant rate. (Its rates, 1e-7 and 1e-6, are absolute.)
+    "fbqat-paper": replace(
+        _VQAT,
+        schedule=Schedule(stages="paper"),
+        train_layers="all",
+        optimizer=Optimizer(learning_rate_schedule="constant", warmup_steps=0),
+    ),
 }

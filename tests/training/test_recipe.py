@@ -234,7 +234,7 @@ def test_recipe_wins_over_method_and_family() -> None:
     assert Recipe(**MINIMAL).config().module_overrides == {"proj_out": {"bits": 16}}
     assert recipe.bit_schedule().bit_width(0.25) == 5
     assert recipe.optimizer.ewgs == 0.2
-    assert recipe.optimizer.warmup_steps == 20
+    assert recipe.optimizer.warmup_steps == 0
 
 
 def test_a_named_schedule_ends_at_the_stored_width() -> None:
@@ -274,6 +274,7 @@ def test_recipes_of_real_models_have_the_papers_budget(name: str) -> None:
     assert recipe.steps == 25 * epoch
     at = [recipe.bit_schedule().bit_width((number * epoch + 1) / recipe.steps) for number in range(25)]
     assert at == [8, 7, 6, 5.5, 5, *[4.75] * 2, *[4.5] * 2, *[4.25] * 2, *[4] * 14]
+    assert (recipe.train_layers, recipe.optimizer.learning_rate_schedule) == ("all", "constant")
 
 
 # mistakes
