@@ -68,8 +68,11 @@ class Row:
     share: int = 0
 
     def resolved(self) -> Recipe:
-        """The recipe of a few steps from nearest codes."""
-        same = {"steps": _STEPS, "batch_size": 1, "mixed_precision": "no", "save_every": 0, "validate_every": 0}
+        """The recipe of a few steps from nearest codes, every layer at 4 bits: widths are chosen by data."""
+        same = {
+            "steps": _STEPS, "batch_size": 1, "mixed_precision": "no", "save_every": 0, "validate_every": 0,
+            "quantization": {"average_bits": None},
+        }  # fmt: skip
         recipe = load_recipe(self.recipe, **same | self.changes)
         return replace(recipe, initialization="nearest", loss_weighting="none")
 
@@ -98,7 +101,6 @@ ROWS = {
         {"num_layers": 1, "num_single_layers": 2},
         {
             "training": "blockwise",
-            "quantization": {"average_bits": None},
             "blockwise": {"samples": 2, "steps": 5, "tuning_steps": 0},
         },
         twice=False, share=19,
