@@ -22,7 +22,10 @@ from fbqat_hub.untrusted import read_json, read_yaml
 
 ROOT = Path(__file__).parent
 # Of a run's folder; the weights stay where they are, and only their sizes are taken over.
-KEPT = ("recipe.yaml", "results.json", "images/comparison.png", "images/curve.png", "htp/certificate.json")
+KEPT = (
+    "recipe.yaml", "results.json", "images/comparison.png", "images/curve.png", "images/widths.png",
+    "htp/certificate.json",
+)  # fmt: skip
 SIZES = "files.json"
 
 
