@@ -145,7 +145,7 @@ def _fetch_manifest(repo: str, revision: str, commit: str, output: Path | None) 
 def _wanted(repo: str, manifest: Manifest, use: Use | None) -> list[str]:
     paths = manifest.files_for(use)
     if use == "htp" and not any(path.startswith("htp/") for path in paths):
-        raise ValueError(f"{repo} has no HTP bundle; look for one such as {repo}-QNN-SM8750, or make one with fbqat export.")
+        raise ValueError(f"{repo} has no HTP bundle; look for e.g. {repo}-QNN-SM8750, or make one: fbqat export.")
     if use == "diffusers" and "model_index.json" not in paths:
         raise ValueError(f"{repo} has no diffusers pipeline; pull it with --for htp.")
     return paths

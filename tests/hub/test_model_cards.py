@@ -84,7 +84,7 @@ def test_a_number_is_there_only_if_it_was_measured(name: str) -> None:
     assert ("## Results" in text) == measured
     assert ("model-index:" in text.split("\n---\n")[0]) == measured
     assert f"fbqat train {name} --output runs/{name}" in text
-    assert "| HTP context binary on a phone | Snapdragon 8 Elite (SM8750) | never run |" in text
+    assert "| HTP context binary on a phone | any Snapdragon | never run |" in text
     if not measured:
         assert "| Training and evaluation | anywhere | never run |" in text
         assert " MiB" not in text
