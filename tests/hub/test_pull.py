@@ -172,7 +172,7 @@ def test_errors_say_what_to_do(published: LoopbackHub, run: Path, tmp_path: Path
 
 def test_no_bundle_no_pipeline(published: LoopbackHub, run: Path, tmp_path: Path) -> None:
     publish(run, "me/two", device_repo=True)
-    with pytest.raises(ValueError, match="me/two has no HTP bundle; look for e.g. me/two-QNN-SM8750"):
+    with pytest.raises(ValueError, match="me/two has no HTP bundle; look for e\\.g\\. me/two-QNN-SM8750"):
         pull("me/two", tmp_path / "a", use="htp")
     pull("me/two-QNN-SM8750", tmp_path / "b", use="htp")
     with pytest.raises(ValueError, match="no diffusers pipeline; pull it with --for htp"):
