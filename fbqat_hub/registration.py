@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _DIFFUSERS_MODELS = "fbqat_hub.integrations.diffusers_models"
+_DIFFUSERS_ADAPTERS = "fbqat_hub.integrations.diffusers_adapters"
 # another library's module -> our module and its function that has to be called once that one has been executed
 REGISTRARS = {
     "diffusers.quantizers.auto": ("fbqat_hub.integrations.diffusers", "register"),
@@ -24,8 +25,8 @@ REGISTRARS = {
     "diffusers.models.transformers.transformer_sd3": (_DIFFUSERS_MODELS, "register_sd3"),
     "diffusers.pipelines.pipeline_utils": (_DIFFUSERS_MODELS, "register_pipelines"),
     "diffusers.loaders.single_file_model": ("fbqat_hub.integrations.diffusers", "register_single_file"),
-    "diffusers.loaders.peft": (_DIFFUSERS_MODELS, "register_adapters"),
-    "diffusers.loaders.lora_pipeline": (_DIFFUSERS_MODELS, "register_lora_pipelines"),
+    "diffusers.loaders.peft": (_DIFFUSERS_ADAPTERS, "register_adapters"),
+    "diffusers.loaders.lora_pipeline": (_DIFFUSERS_ADAPTERS, "register_lora_pipelines"),
     "transformers.quantizers": ("fbqat_hub.integrations.transformers", "register"),
     "peft.tuners.lora.model": ("fbqat_hub.integrations.peft", "register"),
 }

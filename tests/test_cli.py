@@ -107,6 +107,12 @@ def test_version(capsys) -> None:
     assert capsys.readouterr().out == f"fbqat_hub {__version__}\n"
 
 
+def test_an_option_of_export_is_not_one_of_convert(capsys) -> None:
+    status, _, err = run(capsys, "convert", "runs/tiny", "--output", "out", "--to", "sdnq")
+    assert status == 2
+    assert "unrecognized arguments: --to sdnq; a packed model is written in another format by fbqat export --to" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

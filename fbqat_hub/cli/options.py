@@ -27,6 +27,8 @@ class Parser(argparse.ArgumentParser):
         return self.parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:") and "--to" in message.split():
+            message += "; a packed model is written in another format by fbqat export --to"
         raise UsageError(f"fbqat: error: {message} (see {self.prog} --help)")
 
 

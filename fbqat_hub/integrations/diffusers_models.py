@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fbqat_hub.integrations.wrapping import around
-from fbqat_hub.quantization.convert import named_layers
+from fbqat_hub.quantization.convert import matches, named_layers, quantizable
 from fbqat_hub.quantization.packed import PackedLayer, PackedLinear
 from fbqat_hub.text import names as listed
-from fbqat_hub.weights import check_values
 
 # what diffusers fuses -> what it fuses it of
 _FUSED = {
@@ -24,8 +23,6 @@ _FUSED = {
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-# first parts of the names in an adapter of a pipeline's other models
-_OTHERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def register_models() -> None:
@@ -65,42 +62,30 @@ def register_sd3() -> None:
     around(SD3Transformer2DModel, "fuse_qkv_projections", _fuse_sd3)
 
 
-def register_adapters() -> None:
-    """Loading of adapters into a model."""
-    from diffusers.loaders.peft import PeftAdapterMixin
-
-    around(PeftAdapterMixin, "load_lora_adapter", _load_adapter)
-
-
-def register_lora_pipelines() -> None:
-    """Loading of adapters into a FLUX pipeline."""
-    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
-
-    around(FluxLoraLoaderMixin, "_maybe_expand_transformer_param_shape_or_error_", _widen)
-    around(FluxLoraLoaderMixin, "_maybe_expand_lora_state_dict", _expand)
-
-
-def adapted_layers(model: nn.Module) -> list[str]:
-    """Names of the packed layers that an adapter's layer stands in the place of, or into which one was fused."""
-    packed = dict(named_layers(model, PackedLayer))
-    return [name for name, layer in packed.items() if name.endswith(".base_layer") or layer.delta_down is not None]
-
-
 def refuse_adapters(model: nn.Module, what: str) -> None:
     """Raise ValueError if an adapter is loaded into, or fused with, a packed model, which ``what`` would lose or break.
 
     Args:
         what: the operation, as a sentence begins with it.
     """
-    if found := adapted_layers(model):
+    packed = dict(named_layers(model, PackedLayer))
+    loaded = [name for name in packed if name.endswith(".base_layer")]
+    fused = [name for name, layer in packed.items() if layer.delta_down is not None and name not in loaded]
+    if fused:
         raise ValueError(
-            f"{what} is not possible with an adapter loaded or fused ({listed(found)}). Call unfuse_lora() if it was "
+            f"{what} is not possible with an adapter fused whose own layers are unloaded ({listed(fused)}): it cannot "
+            "be taken out any more. Load the base again; to ship a merged model use `fbqat convert --lora ADAPTER`."
+        )
+    if loaded:
+        raise ValueError(
+            f"{what} is not possible with an adapter loaded or fused ({listed(loaded)}). Call unfuse_lora() if it was "
             "fused, then unload_lora_weights() (a model: unload_lora()); save the adapter by itself, with "
             "save_lora_adapter() or save_lora_weights()."
         )
 
 
-def _is_packed(model: object) -> bool:
+def is_packed_model(model: object) -> bool:
+    """True of a module that has packed layers."""
     return isinstance(model, nn.Module) and next(named_layers(model, PackedLayer), None) is not None
 
 
@@ -118,7 +103,7 @@ def _count(original: Callable[..., int], model: nn.Module, only_trainable: bool 
 
 def _move(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """``save_lora_adapter`` asks for ``to(dtype=None)``, which diffusers takes for a cast of a quantized model."""
-    if "dtype" in kwargs and kwargs["dtype"] is None and _is_packed(model):
+    if "dtype" in kwargs and kwargs["dtype"] is None and is_packed_model(model):
         del kwargs["dtype"]
         if not args and not kwargs:
             return model
@@ -138,11 +123,19 @@ def _save_pipeline(original: Callable[..., Any], pipeline: Any, *args: Any, **kw
 
 def _refuse_saving(model: Any, options: Mapping[str, Any]) -> None:
     """Before anything is written."""
-    if not _is_packed(model):
+    if not is_packed_model(model):
         return
     if not options.get("safe_serialization", True):
         raise ValueError("packed weights are saved as safetensors only; leave safe_serialization=True.")
     refuse_adapters(model, "save_pretrained of a packed model")
+    quantizer = getattr(model, "hf_quantizer", None)
+    kept = quantizer.quantization_config.modules_to_not_convert if quantizer is not None else ["*"]
+    if new := [name for name in quantizable(model) if not matches(name, kept)]:
+        raise ValueError(
+            f"save_pretrained of a packed model is not possible: {listed(new)} are float layers, which the config says "
+            "nothing of, so that what is written could not be loaded. Take away what put them there (an IP-Adapter: "
+            "unload_ip_adapter()), or load the base again."
+        )
 
 
 # attention
@@ -158,7 +151,9 @@ def _fuse(original: Callable[..., None], attention: Any, *args: Any, **kwargs: A
     fused = "to_kv" if getattr(attention, "is_cross_attention", False) else "to_qkv"
     groups = {name: [getattr(attention, part, None) for part in _FUSED[name]] for name in (fused, "to_added_qkv")}
     found = {
-        name: parts for name, parts in groups.items() if None not in parts and any(_is_packed(part) for part in parts)
+        name: parts
+        for name, parts in groups.items()
+        if None not in parts and any(is_packed_model(part) for part in parts)
     }
     made = {name: _concatenated(name, parts) for name, parts in found.items()}
     original(attention, *args, **kwargs)
@@ -173,7 +168,7 @@ def _fuse_sd3(original: Callable[..., None], model: Any) -> None:
     It takes no dual attention, at which the next forward would fail, and leaves out the normalisation of query and key.
     """
     lacking = [name for name in ("dual_attention_layers", "qk_norm") if model.config.get(name)]
-    if lacking and _is_packed(model):
+    if lacking and is_packed_model(model):
         raise ValueError(
             f"fuse_qkv_projections is not possible with {' and '.join(lacking)}, which SD3.5 has: diffusers' fused "
             "processor computes without. Leave the projections as they are."
@@ -194,129 +189,20 @@ def _concatenated(name: str, parts: Iterable[Any]) -> PackedLinear:
     return PackedLinear.concatenated(layers)
 
 
+def fused_parts(attention: nn.Module) -> tuple[str, ...]:
+    """Names of the projections that an attention module does not use, since it has them fused."""
+    from diffusers.models.attention import AttentionModuleMixin
+
+    # the older class is not told when its projections are not fused any more; its processor is another then
+    own = isinstance(attention, AttentionModuleMixin)
+    used = own or type(getattr(attention, "processor", None)).__name__.startswith("Fused")
+    if not used or not getattr(attention, "fused_projections", False):
+        return ()
+    return tuple(part for name, parts in _FUSED.items() if name in attention._modules for part in parts)
+
+
 def is_fused_copy(key: str, state_dict: Mapping[str, Any]) -> bool:
     """True for a tensor of fused projections whose parts are in the state dict as well."""
     parent, _, _ = key.rpartition(".")
     parent, _, name = parent.rpartition(".")
     return name in _FUSED and f"{parent}.{_FUSED[name][-1]}.weight_packed" in state_dict
-
-
-# adapters
-
-
-def _load_adapter(
-    original: Callable[..., None], model: Any, source: Any, prefix: str | None = "transformer", **kwargs: Any
-) -> None:
-    """Never silent where an adapter leaves a packed model as it was.
-
-    Raises:
-        ValueError: no tensor of the adapter belongs to the model, its tensors have other shapes, or values that are not
-            finite.
-    """
-    before = set(getattr(model, "peft_config", {}))
-    taken = kwargs.get("adapter_name") in before and not kwargs.get("hotswap")  # diffusers says so
-    if taken or not _is_packed(model):
-        return original(model, source, prefix, **kwargs)
-    tensors = dict(source) if isinstance(source, Mapping) else None
-    if tensors is not None:
-        for name, values in tensors.items():
-            check_values(values, f"the adapter's {name}")
-        _refuse_foreign(model, tensors, prefix)
-    try:
-        original(model, source, prefix, **kwargs)
-    except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        _forget(model, set(getattr(model, "peft_config", {})) - before)
-        raise ValueError(
-            f"the adapter does not fit this {type(model).__name__}: {' '.join(str(error).split())[:400].rstrip('.')}. "
-            "It was made for another architecture or size, or is damaged; nothing of it is loaded."
-        ) from error
-    if tensors is None and not kwargs.get("hotswap"):
-        new = set(getattr(model, "peft_config", {})) - before
-        if not new:
-            raise _nothing_matches(model, prefix, {})
-        try:
-            for name, values in model.named_parameters():
-                if any(f".{adapter}" in name for adapter in new):
-                    check_values(values.detach(), f"the adapter's {name}")
-        except ValueError:
-            _forget(model, new)
-            raise
-    return None
-
-
-def _lora_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.lora.layer import LoraLayer
-
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-def _forget(model: Any, adapters: Iterable[str]) -> None:
-    """Take away what a failed load left, so that the next finds the model as it was."""
-    for adapter in adapters:
-        model.delete_adapters(adapter)
-    if not getattr(model, "peft_config", None) and _lora_layers(model):
-        model.unload_lora()
-        model._hf_peft_config_loaded = False
-
-
-def _refuse_foreign(model: Any, tensors: Mapping[str, Tensor], prefix: str | None) -> None:
-    """Raise ValueError if the adapter names modules, and the model has none of them; diffusers loads those in part."""
-    start = f"{prefix}." if prefix else ""
-    ours = [key.removeprefix(start) for key in tensors if key.startswith(start)]
-    modules = {key.partition(".lora")[0].partition(".lokr")[0] for key in ours}
-    known = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
-    if not modules & known and (ours or not any(key.partition(".")[0] in _OTHERS for key in tensors)):
-        raise _nothing_matches(model, prefix, tensors)
-
-
-def _nothing_matches(model: Any, prefix: str | None, tensors: Mapping[str, Tensor]) -> ValueError:
-    start = f"{prefix}." if prefix else ""
-    example = next(name for name, _ in named_layers(model, PackedLayer)).replace(".base_layer", "")
-    given = f"has {listed(list(tensors)[:3])}" if tensors else f"has no name that begins with {start!r}"
-    return ValueError(
-        f"no tensor of the adapter belongs to this {type(model).__name__}, so it would change nothing: it {given}; "
-        f"names here are like {start}{example}.lora_A.weight. It was made for another architecture, or needs another "
-        "prefix."
-    )
-
-
-def _widen(
-    original: Callable[..., bool], cls: type, transformer: Any, lora_state_dict: Any = None, *args: Any, **kwargs: Any
-) -> bool:
-    """A control adapter may widen the input layer; where any other differs, it is an adapter of another model.
-
-    Raises:
-        ValueError: names that layer.
-    """
-    tensors = lora_state_dict or {}
-    for name, layer in named_layers(transformer, PackedLayer):
-        place = f"transformer.{name.replace('.base_layer', '')}"
-        down, up = (tensors.get(f"{place}.{part}.weight") for part in ("lora_A", "lora_B"))
-        if down is None or up is None or place.endswith("x_embedder"):
-            continue
-        given, has = (len(up), down.shape[1]), (layer.out_features, layer.in_features)
-        if given != has:
-            raise ValueError(
-                f"the adapter does not fit this {type(transformer).__name__}: it has {place} of {given[1]} inputs and "
-                f"{given[0]} outputs, the model of {has[1]} and {has[0]}. It was made for another size."
-            )
-    return original(cls, transformer, lora_state_dict, *args, **kwargs)
-
-
-def _expand(original: Callable[..., Any], cls: type, transformer: Any, lora_state_dict: Any) -> Any:
-    """diffusers looks shapes up in the state dict, which has no ``weight`` of a packed layer."""
-    return original(cls, _Described(transformer) if _is_packed(transformer) else transformer, lora_state_dict)
-
-
-class _Described:
-    """A model whose state dict has each packed layer's logical weight as well."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        weights = {f"{name}.weight": layer.weight for name, layer in named_layers(self._model, PackedLayer)}
-        return {**self._model.state_dict(), **weights}

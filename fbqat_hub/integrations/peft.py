@@ -7,15 +7,19 @@ LoHa, ...) compute beside a packed layer as well; their merge writes into the we
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
+from fbqat_hub.integrations.wrapping import around
+from fbqat_hub.quantization.logical import READ_ONLY
 from fbqat_hub.quantization.packed import PackedLayer, PackedPointwiseConv2d
+from fbqat_hub.weights import is_finite
 
 
 def register() -> None:
@@ -24,6 +28,8 @@ def register() -> None:
     peft asks a list of dispatchers that it looks up by name at each call; the last of them is wrapped.
     ``LoraConfig._register_custom_module`` would serve only the configurations that a user makes, not diffusers' own.
     """
+    around(BaseTuner, "merge_adapter", _merge_adapter)
+    around(BaseTuner, "_unload_and_optionally_merge", _unload)
     original = lora_model.dispatch_default
     if getattr(original, "knows_packed", False):
         return
@@ -49,6 +55,61 @@ def register() -> None:
     lora_model.dispatch_default = dispatch_default
 
 
+def check_merge(models: Iterable[nn.Module], adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """What ``merge`` of a layer would refuse, before the first of them is merged.
+
+    Args:
+        models: nothing is checked if none has packed layers.
+        adapter_names: the active ones if None.
+        safe_merge: refuse values that are not finite, in layers that were left in float too.
+
+    Raises:
+        ValueError: names the adapter.
+    """
+    modules = [module for model in models for module in model.modules()]
+    if not any(isinstance(module, PackedLayer) for module in modules):
+        return
+    for layer in modules:
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        held = layer._all_available_adapter_names()
+        names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in held]
+        with onload_layer(layer):
+            for name in names:
+                if isinstance(layer, _PackedLora):
+                    layer.check_pair(name, safe_merge)
+                elif isinstance(layer.get_base_layer(), PackedLayer):
+                    raise ValueError(f"adapter {name!r} cannot be fused ({type(layer).__name__}): {READ_ONLY}")
+                elif isinstance(layer, LoraLayer) and safe_merge:
+                    _refuse_broken(layer, name)
+
+
+def _merge_adapter(
+    original: Callable[..., None], tuner: Any, adapter_names: list[str] | None = None, safe_merge: bool = False
+) -> None:
+    check_merge([tuner.model], adapter_names, safe_merge)
+    original(tuner, adapter_names, safe_merge)
+
+
+def _unload(
+    original: Callable[..., Any],
+    tuner: Any,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> Any:
+    if merge:
+        check_merge([tuner.model], adapter_names, safe_merge)
+    return original(tuner, merge, progressbar, safe_merge, adapter_names)
+
+
+def _refuse_broken(layer: Any, name: str) -> None:
+    for part in (layer.lora_A, layer.lora_B):
+        if name in part and not is_finite(part[name].weight.detach()):
+            raise ValueError(f"adapter {name!r} has values that are not finite; it is broken. Nothing was fused.")
+
+
 class _PackedLora(LoraLayer):
     """Merging beside the codes; the rest is peft's own."""
 
@@ -62,7 +123,9 @@ class _PackedLora(LoraLayer):
                 with values that are not finite. Nothing is fused then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
-        pairs = [self._pair(name, safe_merge) for name in names]
+        for name in names:
+            self.check_pair(name, safe_merge)
+        pairs = [self._pair(name) for name in names]
         if not pairs:
             return
         base = self.base_layer
@@ -84,17 +147,20 @@ class _PackedLora(LoraLayer):
         base.delta_up = base.delta_up[:, :rank].clone() if rank else None
         self.merged_adapters.clear()
 
-    def _pair(self, name: str, check: bool) -> tuple[Tensor, Tensor]:
-        """[rank, in] and [out, rank], the scaling in the second."""
-        if name in self.lora_variant or self.lora_bias[name]:
+    def check_pair(self, name: str, finite: bool) -> None:
+        """Raise ValueError for an adapter that ``merge`` does not take; ``finite``: also for NaN and infinity."""
+        if name in self.lora_variant or self.lora_bias.get(name):
             what = type(self.lora_variant[name]).__name__ if name in self.lora_variant else "lora_bias"
             raise ValueError(
                 f"adapter {name!r} ({what}) changes more than a low-rank pair, and cannot be fused into a packed "
                 "layer; use it unfused, which gives the same picture."
             )
+        if finite:
+            _refuse_broken(self, name)
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """[rank, in] and [out, rank], the scaling in the second."""
         down, up = (part[name].weight.detach().flatten(1) for part in (self.lora_A, self.lora_B))
-        if check and not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-            raise ValueError(f"adapter {name!r} has values that are not finite; it is broken. Nothing was fused.")
         return down.clone(), up * self.scaling[name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fbqat_hub.generation import generate_pictures
 from fbqat_hub.hub.adapter import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from fbqat_hub.hub.client import step
 from fbqat_hub.inputs import seeds
+from fbqat_hub.lora import AdapterError, pairs_of
 from fbqat_hub.pictures import as_image
 from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.text import names
@@ -30,7 +31,7 @@ from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.version import __version__
-from fbqat_hub.weights import check_finite
+from fbqat_hub.weights import check_finite, read_header
 
 _ADAPTER = "checked"
 # beside the card, and around what the card has of it
@@ -238,9 +239,21 @@ def adapter_file(adapter: str) -> Path:
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: another kind of file, or a folder with none or several to choose from.
+        ValueError: another kind of file, or a folder with none or several to choose from; half of a low-rank pair, or
+            one of two ranks; a configuration of peft's that is not one of a LoRA.
         HubError: the Hub refused or failed.
     """
+    file = _found(adapter)
+    pairs_of({key: tensor.shape for key, tensor in read_header(file).items()}, str(file))
+    if (path := file.parent / PEFT_CONFIG).is_file():
+        config = read_json(path)
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        if kind != "LORA":
+            raise ValueError(f"{path} has peft_type {kind}; it must be a LoRA's configuration, with peft_type LORA.")
+    return file
+
+
+def _found(adapter: str) -> Path:
     place = Path(adapter)
     if place.is_file():
         if place.suffix != ".safetensors":
@@ -268,19 +281,18 @@ def load_adapter(pipeline: Any, file: Path, name: str = _ADAPTER) -> tuple[int, 
         How many of its tensors belong to a module of the pipeline, and the names of those that do not.
 
     Raises:
-        ValueError: none does.
+        ValueError: none does, one has another shape, or diffusers loads no adapter into such a pipeline.
     """
-    if (file.parent / PEFT_CONFIG).is_file():
-        tensors = _load_peft(pipeline.transformer, file, name)
-    elif hasattr(pipeline, "load_lora_weights"):
-        found = type(pipeline).lora_state_dict(str(file))
-        tensors = found[0] if isinstance(found, tuple) else found
-        pipeline.load_lora_weights(str(file), adapter_name=name)
-    else:
+    try:
+        tensors = _load(pipeline, file, name)
+    except AdapterError:
+        raise
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+        said = " ".join(str(error).split())[:400].rstrip(".")
         raise ValueError(
-            f"diffusers loads no adapter into a {type(pipeline).__name__}; give one in peft's layout, a folder with "
-            f"{PEFT_CONFIG} and {PEFT_FILE}."
-        )
+            f"{file} does not fit this {type(pipeline.transformer).__name__}: {said}. It was made for another "
+            "architecture or size, or is damaged."
+        ) from error
     known = {
         f"{part}.{module}"
         for part, model in pipeline.components.items()
@@ -294,13 +306,28 @@ def load_adapter(pipeline: Any, file: Path, name: str = _ADAPTER) -> tuple[int, 
     return len(tensors) - len(unmatched), unmatched
 
 
+def _load(pipeline: Any, file: Path, name: str) -> Mapping[str, Any]:
+    """The adapter's tensors, by the names that their modules have."""
+    if (file.parent / PEFT_CONFIG).is_file():
+        return _load_peft(pipeline.transformer, file, name)
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise AdapterError(
+            f"diffusers loads no adapter into a {type(pipeline).__name__}; give one in peft's layout, a folder with "
+            f"{PEFT_CONFIG} and {PEFT_FILE}."
+        )
+    found = type(pipeline).lora_state_dict(str(file))
+    pipeline.load_lora_weights(str(file), adapter_name=name)
+    tensors: Mapping[str, Any] = found[0] if isinstance(found, tuple) else found
+    return tensors
+
+
 def _load_peft(model: Any, file: Path, name: str) -> dict[str, Tensor]:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     tensors = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
     known = dict(model.named_modules())
     if not any(key.partition(".lora_")[0] in known for key in tensors):
-        raise ValueError(f"no tensor of {file} belongs to {type(model).__name__}: it has {names(list(tensors)[:3])}.")
+        raise AdapterError(f"no tensor of {file} belongs to {type(model).__name__}: it has {names(list(tensors)[:3])}.")
     inject_adapter_in_model(LoraConfig.from_pretrained(str(file.parent)), model, name)
     set_peft_model_state_dict(model, tensors, name)
     return tensors

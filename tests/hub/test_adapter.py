@@ -38,7 +38,8 @@ pipeline.load_lora_weights("ADAPTER")
 def style(tmp_path: Path) -> Path:
     folder = tmp_path / "my style"
     (folder / "checkpoints").mkdir(parents=True)
-    save_file({"transformer.to_q.lora_A.weight": torch.ones(2, 4)}, folder / WEIGHTS)
+    pair = {"transformer.to_q.lora_A.weight": torch.ones(2, 4), "transformer.to_q.lora_B.weight": torch.ones(4, 2)}
+    save_file(pair, folder / WEIGHTS)
     (folder / "README.md").write_text(CARD)
     (folder / "check-0.png").write_bytes(b"picture")
     (folder / "lora-check.json").write_text("{}")

@@ -11,7 +11,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload, remove_hook_from_module
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from diffusers import (
+    DiffusionPipeline,
+    GGUFQuantizationConfig,
+    PipelineQuantizationConfig,
+    SanaTransformer2DModel,
+)
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from safetensors.torch import load_file
 from torch import nn
@@ -30,7 +35,7 @@ from fbqat_hub.quantization import (
 )
 from fbqat_hub.training.ptq import convert_pipeline
 from tests.conftest import MOST_FAMILIES
-from tests.integrations.tiny import pack_denoiser, predict, refused
+from tests.integrations.tiny import layers_of, pack_denoiser, predict, refused
 
 
 @pytest.fixture(params=MOST_FAMILIES)
@@ -227,11 +232,22 @@ def test_only_safetensors_are_written(packed, tmp_path: Path, record_property) -
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.cell("quantizing twice")
+@pytest.mark.cell("quantizing a packed model again, in memory")
 def test_a_packed_model_is_not_quantized_again(packed, tmp_path: Path, record_property) -> None:
     _, pipeline = packed
     with refused("quantized already", record_property):
         prepare(pipeline.transformer, WeightScheme(), ActivationScheme())
+
+
+def test_a_second_config_of_a_packed_folder_is_ignored_with_a_warning(packed_folder: Path) -> None:
+    """diffusers does not show it to the quantizer."""
+    before = {name: layer.weight_bits for name, layer in layers_of(packed_folder).items()}
+    for config in (FBQATConfig(weight_bits=8), GGUFQuantizationConfig(compute_dtype=torch.float32)):
+        with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
+            model = SanaTransformer2DModel.from_pretrained(
+                packed_folder, subfolder="transformer", quantization_config=config
+            )
+        assert {name: layer.weight_bits for name, layer in named_layers(model, PackedLayer)} == before
 
 
 def test_a_packed_folder_is_not_converted_again(packed_folder: Path, tmp_path: Path) -> None:

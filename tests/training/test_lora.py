@@ -17,7 +17,7 @@ from benchmarks.fine_tune import in_style
 from fbqat_hub import cli
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training.lora_check import DIFFUSERS_FILE, adapter_file, check, load_adapter
+from fbqat_hub.training.lora_check import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, adapter_file, check, load_adapter
 from fbqat_hub.training.lora_train import train
 from fbqat_hub.training.openmoji import load_openmoji
 from fbqat_hub.training.ptq import Calibrated, convert_pipeline
@@ -217,6 +217,59 @@ def test_training_that_cannot_be_leaves_nothing(change, message, pictures, packe
     assert status == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def peft_adapter(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("peft")
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    get_peft_model(load_pipeline(tiny_sana).transformer, config).save_pretrained(folder)
+    return folder
+
+
+SIDE = "base_model.model.transformer_blocks.1.attn2.to_k.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: {n: v for n, v in t.items() if n != SIDE}, "half of a low-rank pair of .*attn2.to_k; it is damaged"),
+        (lambda t: t | {SIDE: t[SIDE][:2]}, "has two ranks in .*attn2.to_k: 2 of lora_A and 4 of lora_B"),
+        (lambda t: {n: v[:2] if "lora_A" in n else v[:, :2] for n, v in t.items()}, "does not fit this Sana.*mismatch"),
+        (lambda t: t | {SIDE: torch.ones(4, 32)}, "does not fit this SanaTransformer2DModel: .*size mismatch"),
+    ],
+    ids=["half", "two-ranks", "another-rank", "another-size"],
+)
+def test_a_damaged_adapter_of_peft_is_told_from_a_fault(
+    edit, message, peft_adapter, packed_folder, tmp_path, capsys
+) -> None:
+    (tmp_path / PEFT_CONFIG).write_bytes((peft_adapter / PEFT_CONFIG).read_bytes())
+    tensors = {name: value.contiguous() for name, value in edit(load_file(peft_adapter / PEFT_FILE)).items()}
+    save_file(tensors, tmp_path / PEFT_FILE)
+    status, _, err = run(capsys, "check", tmp_path, "--base", packed_folder)
+    assert status == 1
+    assert re.search(f"fbqat: error: .*{PEFT_FILE} .*{message}", err)
+    assert "fault in fbqat_hub" not in err
+
+
+@pytest.mark.parametrize(("text", "message"), [("[]", "has peft_type None; it must be"), ("{", "is not JSON")])
+def test_a_broken_configuration_of_peft_is_named(text, message, peft_adapter, packed_folder, tmp_path, capsys) -> None:
+    (tmp_path / PEFT_FILE).write_bytes((peft_adapter / PEFT_FILE).read_bytes())
+    (tmp_path / PEFT_CONFIG).write_text(text)
+    status, _, err = run(capsys, "check", tmp_path, "--base", packed_folder)
+    assert status == 1
+    assert f"fbqat: error: {tmp_path / PEFT_CONFIG} {message}" in err
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_half_an_adapter_is_not_called_whole(side, adapter, packed_folder, tmp_path, capsys) -> None:
+    def without_one(tensors: dict[str, Any]) -> dict[str, Any]:
+        name = next(name for name in tensors if side in name)
+        return {other: value for other, value in tensors.items() if other != name}
+
+    status, _, err = run(capsys, "check", edited(adapter, tmp_path, without_one), "--base", packed_folder)
+    assert status == 1
+    assert "has half of a low-rank pair of transformer.transformer_blocks" in err
 
 
 @pytest.mark.slow

@@ -144,11 +144,11 @@ NAME = "transformer.proj_out.lora_B.weight"
             lambda t: t | {NAME: torch.ones(3, 4)},
             r"does not fit this SanaTransformer2DModel: .*size mismatch.*proj_out",
         ),
-        (lambda t: t | {NAME: torch.ones(t[NAME].shape[0], 5)}, "does not fit this SanaTransformer2DModel: .*proj_out"),
+        (lambda t: t | {NAME: torch.ones(t[NAME].shape[0], 5)}, r"has two ranks in transformer\.proj_out: 4 of"),
         (lambda t: t | {NAME: torch.full_like(t[NAME], torch.nan)}, "proj_out has values that are not finite"),
         (lambda t: {name: value * ("lora_A" in name) for name, value in t.items()}, "all its lora_B are zero"),
         (
-            lambda t: t | {"text_encoder.layers.0.lora_A.weight": torch.ones(4, 8)},
+            lambda t: t | {f"text_encoder.layers.0.lora_{side}.weight": torch.ones(4, 4) for side in "AB"},
             "a text encoder's part, which is not",
         ),
         (lambda t: t | {"transformer.proj_out.lora_magnitude_vector": torch.ones(4)}, "DoRA, which is not merged"),
