@@ -10,15 +10,15 @@ import torch
 
 from fbqat_hub.components import read_index
 from fbqat_hub.evaluation.pictures import grid
-from fbqat_hub.families import component_configs, find_family
+from fbqat_hub.families import Family, component_configs, find_family
 from fbqat_hub.files import whole
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.inputs import checked_device, output_picture, seeds
 from fbqat_hub.pictures import as_image, is_one_colour
 from fbqat_hub.pipelines import downloaded, load_pipeline
 from fbqat_hub.training.call import check_call
-from fbqat_hub.training.recipe import recipe_of_run
-from fbqat_hub.training.teachers import resolve_teacher
+from fbqat_hub.training.recipe import load_recipe, recipe_of_run
+from fbqat_hub.training.teachers import SHIPPED, resolve_teacher
 
 
 def generate(
@@ -68,11 +68,20 @@ def generate(
 
 
 def generation_of(folder: Path, pipeline: Any) -> dict[str, Any]:
-    """Arguments of a pipeline's call: those of the ``recipe.yaml`` in its folder, else the size that its denoiser was
-    trained for; nothing of a pipeline of no family.
+    """Arguments of a pipeline's call: those of the ``recipe.yaml`` in its folder, of a teacher that ships those of its
+    recipe, else the size that its denoiser was trained for; nothing of a pipeline of no family.
     """
     recipe = folder / "recipe.yaml"
     if recipe.is_file():
         return dict(recipe_of_run(recipe).generation)
     family = find_family(type(pipeline).__name__)
-    return dict(family.native_size(component_configs(pipeline))) if family else {}
+    if family is None:
+        return {}
+    return shipped_call(folder, family) or dict(family.native_size(component_configs(pipeline)))
+
+
+def shipped_call(folder: Path, family: Family) -> dict[str, Any]:
+    """The arguments that the recipe of a teacher which ships calls its pipeline with; none of any other folder."""
+    if family.tiny is None or folder.resolve() not in SHIPPED.values():
+        return {}
+    return dict(load_recipe(family.tiny).generation)

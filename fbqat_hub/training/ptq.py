@@ -31,11 +31,12 @@ from fbqat_hub.quantization.sensitivity import nearest_errors
 from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
 from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
+from fbqat_hub.training.generate import shipped_call
 from fbqat_hub.training.lora_merge import Lora, Merge
 from fbqat_hub.training.method import METHODS
-from fbqat_hub.training.recipe import Recipe, load_recipe
+from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.sampled import open_sampler, sampled_inputs
-from fbqat_hub.training.teachers import SHIPPED, resolve_teacher
+from fbqat_hub.training.teachers import resolve_teacher
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.weights import stored_dtype
 
@@ -136,7 +137,7 @@ def convert_pipeline(
         "text_encoders": text_encoders,
         "generation": {
             **family.native_size(component_configs(pipeline)),
-            **_shipped_call(teacher, family),
+            **shipped_call(Path(teacher), family),
             **(call or {}),
         },
     }
@@ -160,13 +161,6 @@ def convert_pipeline(
         convert_files(denoiser, config, partial / "transformer", variant, done=bar.update, change=merge, pack=pack)
         recipe.save(partial / "recipe.yaml")
     return output
-
-
-def _shipped_call(teacher: str, family: Family) -> dict[str, Any]:
-    """The arguments that the recipe of a teacher which ships calls its pipeline with; none of any other folder."""
-    if family.tiny is None or Path(teacher).resolve() not in SHIPPED.values():
-        return {}
-    return dict(load_recipe(family.tiny).generation)
 
 
 @dataclass(frozen=True)

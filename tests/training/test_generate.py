@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.pictures import pixels
 from fbqat_hub.pipelines import load_pipeline
-from fbqat_hub.training.generate import generate
+from fbqat_hub.training.generate import generate, generation_of
+from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.teachers import SHIPPED
 from tests.conftest import CALL
 
 
@@ -95,6 +97,14 @@ def test_a_float_pipeline_without_a_recipe_is_run_at_its_own_size(tiny_sana: Pat
     steps = {"num_inference_steps": 2, "complex_human_instruction": None, "max_sequence_length": 8}
     path = generate(str(tiny_sana), ["red"], tmp_path / "out.png", call=steps)
     assert Image.open(path).size == (32, 32)  # 4 x 4 latents by 8
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_teacher_that_ships_is_called_as_its_recipe_says(name: str) -> None:
+    """Not with 512 tokens of T5, nor with the long instruction before the prompt that SanaPipeline has by default."""
+    recipe = load_recipe(name.removeprefix("fbqat-hub/").removesuffix("-openmoji"))
+    pipeline = load_pipeline(SHIPPED[name])
+    assert generation_of(SHIPPED[name], pipeline) == recipe.generation
 
 
 def test_pictures_are_those_of_the_pipeline_to_the_bit(run_folder: Path) -> None:

@@ -290,9 +290,10 @@ def test_training_and_check_of_the_other_families(family, teacher_of, pictures, 
 
 
 @pytest.mark.slow
-def test_an_adapter_of_the_float_base_does_the_same_on_4_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sana-tiny", "pixart-sigma-tiny", "sd3-tiny", "flux-schnell-tiny"])
+def test_an_adapter_of_the_float_base_does_the_same_on_4_bits(name: str, tmp_path: Path) -> None:
     """A trained teacher, an adapter trained on it in float, and the bits that recipes ship with."""
-    teacher = str(resolve_teacher(load_recipe("sana-tiny").teacher))
+    teacher = str(resolve_teacher(load_recipe(name).teacher))
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     data = load_openmoji(64, ["Food & Drink"])["train"].select(range(32))
