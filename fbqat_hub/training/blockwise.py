@@ -38,7 +38,7 @@ from fbqat_hub.training.adam import optimizer_of
 from fbqat_hub.training.cache import CachedSplit
 from fbqat_hub.training.checkpoint import check_same_recipe, is_whole
 from fbqat_hub.training.draws import Draws
-from fbqat_hub.training.loop import LOG, LogLine, distill, not_finite, open_log, set_step
+from fbqat_hub.training.loop import LOG, LogLine, check_trained, distill, not_finite, open_log, set_step
 from fbqat_hub.training.loss import mean_squared
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
@@ -69,7 +69,7 @@ def train_blockwise(
         resume: go on with what is not finished; the student is the same, bit for bit.
 
     Raises:
-        FloatingPointError: a loss that is not finite; names the block and the step.
+        FloatingPointError: a loss, or what the last update left, that is not finite; names the block and the step.
         ValueError: more than one process, a model that cannot go block by block, or blocks that were finished with
             another recipe.
     """
@@ -234,6 +234,7 @@ class _BlockTraining:
             optimizer.zero_grad()
             yield line
         set_bit_width(block, recipe.quantization.weight_bits)
+        check_trained(line, recipe, self.output, block)
 
     def _quantize_outside(self) -> None:
         """Pack the layers that are in no block; the blocks are still the teacher's."""

@@ -105,7 +105,7 @@ class Optimizer:
         learning_rate_schedule: "cosine" (to 0) or "constant", after the warm-up.
         warmup_steps: of a linear warm-up.
         clip_learning_rate: rate of the logarithm of learned clips, as a multiple of ``learning_rate``.
-        weight_decay: of weights and biases, not of clips.
+        weight_decay: of weights and biases, not of clips and scales.
         max_grad_norm: to which gradients are clipped; 0 leaves them.
         ewgs: strength of element-wise gradient scaling (arXiv 2104.00903); 0 is off.
         moment_bits: of Adam's two moments, 32, or 8 for a quarter of their memory, by torchao (arXiv 2110.02861).

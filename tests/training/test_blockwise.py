@@ -149,6 +149,27 @@ def test_a_loss_that_is_not_finite_names_its_block(blockwise_recipe, tmp_path: P
         train(blockwise_recipe(blockwise={"learning_rate": 1e30}), tmp_path / "run", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("blockwise", "message"),
+    [
+        (
+            {"steps": 1, "learning_rate": 1e38},
+            r"^\S+ \(4 bits\) after the last update, transformer_blocks\.0, step 1: its .* not finite.* "
+            r"Lower blockwise\.learning_rate \(1e\+38\)",
+        ),
+        (
+            {"tuning_steps": 1, "tuning_rate": 1e38},
+            r"\(4 bits\) after the last update, step 1: its weight_scale has .* Lower blockwise\.tuning_rate",
+        ),
+    ],
+)
+def test_a_last_update_that_diverges_saves_nothing(blockwise, message: str, blockwise_recipe, tmp_path: Path) -> None:
+    recipe = blockwise_recipe(blockwise=blockwise, optimizer={"warmup_steps": 0})
+    with pytest.raises(FloatingPointError, match=message):
+        train(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
 def test_no_more_than_one_block_is_in_float(blockwise_recipe, tmp_path: Path, monkeypatch) -> None:
     """While a block trains, the rest of the student is packed, or is the teacher's very tensors."""
     seen: list[tuple[int, int]] = []

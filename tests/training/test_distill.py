@@ -228,6 +228,18 @@ def test_diverging_run_names_the_layer_and_says_what_to_do(kept: bool, recipe_of
     assert said.endswith("/checkpoints." if kept else "There is no checkpoint yet.")
 
 
+def test_a_last_update_that_diverges_saves_nothing(recipe_of, tmp_path: Path) -> None:
+    """No loss is computed after it; its clips are infinite."""
+    recipe = recipe_of(method="lsq-qat", steps=1, learning_rate=1e4, optimizer={"warmup_steps": 0})
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^transformer_blocks\.0\.\S+ \(4 bits\) after the last update, step 1: its weight_scale has values that "
+        r"are not finite and above 0\. Lower learning_rate \(10000\) or set optimizer.max_grad_norm\. There is no",
+    ):
+        train(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
 # a teacher that cannot be one
 
 
