@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import glob
 import hashlib
 import json
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.families import Family, get_family
@@ -174,9 +176,14 @@ def cache_folder(recipe: Recipe) -> Path:
     teacher, dataset = resolve_teacher(recipe.teacher), dict(recipe.dataset)
     if "prompts" in dataset:  # what the denoiser makes of them, its adapter too
         dataset["prompts"] = training_prompts(dataset)
-        dataset["lora"] = [recipe.lora, recipe.lora_scale, _files(recipe.lora)]
+        dataset["lora"] = adapter_key(recipe)
     key = cache_key(teacher, dataset, recipe.size, recipe.generation, recipe.half)
     return default_cache_dir() / "encoded" / f"{recipe.family}-{key}"
+
+
+def adapter_key(recipe: Recipe) -> list[Any]:
+    """What a key has of the adapter that is merged into the teacher: its files too, which one name can stand for."""
+    return [recipe.lora, recipe.lora_scale, _files(recipe.lora)]
 
 
 def build_cache(
@@ -207,20 +214,31 @@ def build_cache(
 def cache_key(
     teacher: str, dataset: Mapping[str, Any], size: Any, generation: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> str:
-    """A short name for what a cache depends on; local folders count by the names, sizes and times of their files."""
+    """A short name for what a cache depends on; local files count by their names, sizes and times."""
     data = {key: value for key, value in dataset.items() if key != "skip"}
     folders = [_files(teacher), *(_files(data.get(key)) for key in ("path", "data_dir"))]
+    if "data_files" in data:
+        folders.append(_data_files(data))
     given = [_VERSION, teacher, folders, data, size, dict(generation), str(dtype)]
     return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _files(folder: str | None) -> list[tuple[str, int, int]]:
-    """Of a local folder, else nothing."""
-    root = Path(folder) if folder else None
-    if root is None or not root.is_dir():
+def _files(place: str | Path | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file of a local folder, or of a local file; else nothing."""
+    root = Path(place) if place else None
+    if root is None or not root.exists():
         return []
-    files = [(path, path.stat()) for path in sorted(root.rglob("*")) if path.is_file()]
+    files = [(path, path.stat()) for path in (sorted(root.rglob("*")) if root.is_dir() else [root]) if path.is_file()]
     return [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in files]
+
+
+def _data_files(dataset: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Of what ``data_files`` names: a file, a pattern, or lists and mappings of such."""
+    path = str(dataset.get("path", ""))
+    base = Path(path if Path(path).is_dir() else "", dataset.get("data_dir") or "")
+    patterns = [str(each).rpartition("::")[2] for each in tree_leaves(dataset["data_files"])]  # zip://*.jpg::a.zip
+    found = [file for each in patterns for file in sorted(glob.glob(str(base / each), recursive=True))]
+    return [(file, *stat[1:]) for file in found for stat in _files(file)]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.families.sana import Sana
@@ -205,6 +206,28 @@ def test_key_depends_on_all_that_is_encoded(tiny_sana: Path, pictures: Path, tmp
     (teacher / "tokenizer" / "tokenizer.json").write_text("{}")
     others.append(cache_key(**given))
     assert len({key, *others}) == 8
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{}/a.parquet",
+        "{}/*.parquet",
+        ["{}/a.parquet", "{}/none.parquet"],
+        {"train": ["{}/a.parquet"], "test": "{}/a.parquet"},
+        {"train": "zip://*.png::{}/a.parquet"},
+    ],
+)
+def test_key_depends_on_the_data_files(named: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("old")
+    files = tree_map(lambda text: text.format(tmp_path), named)
+    given: dict[str, Any] = {"teacher": "owner/name", "size": (32, 32), "generation": CALL}
+    for place in ({"path": "parquet"}, {"path": "parquet", "data_dir": str(tmp_path)}):
+        keys = []
+        for text in ("one", "three"):
+            (tmp_path / "a.parquet").write_text(text)
+            keys.append(cache_key(dataset={**place, "data_files": files}, **given))
+        assert keys[0] != keys[1]
 
 
 @pytest.mark.parametrize(

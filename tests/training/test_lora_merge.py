@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from fbqat_hub.cli import main
 from fbqat_hub.hub.card import card, facts_of_run
 from fbqat_hub.pipelines import load_pipeline, save_pipeline
+from fbqat_hub.training import samples
 from fbqat_hub.training.lora_check import DIFFUSERS_FILE, PEFT_FILE, adapter_file, load_adapter
 from fbqat_hub.training.lora_merge import Lora, float_pipeline
 from fbqat_hub.training.ptq import Calibrated, convert_pipeline
@@ -185,3 +186,18 @@ def test_scales(tiny_sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             Lora("adapter", scale)
     assert main(["convert", str(tiny_sana), "--output", str(tmp_path / "out"), "--lora-scale", "0.5"]) == 1
     assert "--lora-scale is of an adapter; give --lora ADAPTER too" in capsys.readouterr().err
+
+
+def test_pictures_of_a_teacher_are_those_of_the_adapter_as_it_is(recipe_of: Any, tmp_path: Path, monkeypatch) -> None:
+    """A folder, and a file, which holds another adapter by now."""
+    made: list[Path] = []
+    monkeypatch.setattr(samples, "generate_folder", lambda load, prompts, recipe, folder, *_, **__: made.append(folder))
+    file = tmp_path / "adapter.safetensors"
+    for lora in (str(tmp_path), str(file)):
+        for text in ("old", "newer", "newer"):
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
+            samples.teacher_pictures(recipe_of(lora=lora), ["a cat"])
+    assert len({*made[:2]}) == len({*made[3:5]}) == 2
+    assert made[1] == made[2]
+    assert made[4] == made[5]
