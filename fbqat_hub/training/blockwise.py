@@ -36,14 +36,16 @@ from fbqat_hub.quantization.convert import prepare_layers
 from fbqat_hub.quantization.tuning import scales_tuned
 from fbqat_hub.training.adam import optimizer_of
 from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.checkpoint import check_same_recipe, is_whole
+from fbqat_hub.training.checkpoint import is_of_recipe, is_whole
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import LOG, LogLine, check_trained, distill, not_finite, open_log, set_step
 from fbqat_hub.training.loss import mean_squared
+from fbqat_hub.training.method import Schedule
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.student import codes_by_blocks, samples_of, set_trained_layers, start, with_same_tensors
 from fbqat_hub.training.widths import chosen_widths_by_blocks, scored_samples
+from fbqat_hub.untrusted import read_json
 
 
 def train_blockwise(
@@ -98,6 +100,7 @@ def _tuning(recipe: Recipe) -> Recipe:
         training="end_to_end",
         steps=recipe.blockwise.tuning_steps,
         learning_rate=recipe.blockwise.tuning_rate,
+        schedule=Schedule(stages="constant"),  # codes stay as they are
         optimizer=replace(recipe.optimizer, learning_rate_unit="absolute"),  # scales are trained as factors, from 1
     )
 
@@ -150,9 +153,7 @@ class _BlockTraining:
         if recipe.quantization.average_bits is None:
             return {}
         kept = self.folder / "widths.json"
-        if kept.exists():
-            check_same_recipe(self.folder, self._saved)
-        else:
+        if not kept.exists() or not is_of_recipe(self.folder, self._saved):
             blocks, dtype = _Held(self.teacher, self.names), next(self.teacher.parameters()).dtype
             started, scored = (
                 [forward_arguments(self.draws.family, inputs, dtype) for inputs in drawn]
@@ -163,17 +164,17 @@ class _BlockTraining:
             self._write_recipe()
             with whole(kept) as partial:
                 partial.write_text(json.dumps(widths))
-        chosen: dict[str, int] = json.loads(kept.read_text())
+        chosen: dict[str, int] = read_json(kept)
         return chosen
 
     def finished(self) -> int:
-        """How many blocks an interrupted run has finished, up to the first whose file is damaged.
+        """How many blocks an interrupted run has finished, up to the first whose file is damaged; 0 if the recipe is.
 
         Raises:
             ValueError: with another recipe.
         """
-        if (self.folder / "recipe.yaml").exists():
-            check_same_recipe(self.folder, self._saved)
+        if self.folder.exists() and not is_of_recipe(self.folder, self._saved):
+            return 0
         files = map(self._file, range(len(self.names)))
         return sum(1 for _ in itertools.takewhile(lambda file: file.exists() and is_whole(file), files))
 

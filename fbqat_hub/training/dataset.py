@@ -18,6 +18,7 @@ LOADED = {"name", "data_dir", "data_files", "split", "revision", "cache_dir", "i
 SKIP = 0.01
 # Of prompts alone: how many pictures the teacher's sampler makes of each, every one from a noise of its own.
 SEEDS = 4
+_MOST_SEEDS = 10_000
 # Builders of datasets that take local files; they are no folders and no Hub ids.
 BUILDERS = ("imagefolder", "webdataset", "parquet", "json", "csv", "arrow")
 
@@ -48,7 +49,7 @@ def check_dataset(dataset: Mapping[str, Any]) -> None:
         if key == "count":
             good, must = type(value) is int and value >= 3, "a whole number of at least 3"
         elif key == "seeds":
-            good, must = type(value) is int and value >= 1, "a whole number of at least 1"
+            good, must = type(value) is int and 1 <= value <= _MOST_SEEDS, f"a whole number from 1 to {_MOST_SEEDS}"
         elif key == "skip":
             good, must = type(value) in (int, float) and 0 <= value <= 1, "a share from 0 to 1, e.g. 0.01"
         elif key == "groups":

@@ -71,7 +71,7 @@ class GPTQ:
     """
 
     samples: Count = 100
-    damping: Amount = 0.01
+    damping: Annotated[Amount, Field(gt=0, le=1, description="a number above 0, at most 1")] = 0.01
     margin: Annotated[Amount, Field(le=0.5, description="a number from 0 to 0.5")] = 0.05
 
 

@@ -177,7 +177,7 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
     widths = widths_to(recipe.quantization.weight_bits)
     curve = loss_against_width(student, teacher, splits["validation"], draws, widths, progress=progress)
     del student
-    steps = min(PROBE_STEPS, recipe.steps)
+    steps = min(max(PROBE_STEPS, recipe.bit_schedule().least_steps), recipe.steps)
     probes = probe_layers(recipe, teacher, splits, draws, accelerator, steps, progress=progress)
     made = Plan(recipe, curve, probes, steps)
     if output:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from fbqat_hub.families import get_family
@@ -128,6 +129,20 @@ def test_blocks_of_another_recipe_are_refused(blockwise_recipe, scene_of, tmp_pa
     training = blockwise._BlockTraining(*given)
     with pytest.raises(ValueError, match=r"blockwise.steps: 7 -> 6"):
         training.finished()
+
+
+@pytest.mark.parametrize("average", [None, 5.0])
+def test_blocks_whose_recipe_is_damaged_are_trained_again(average, scene_of, tmp_path: Path, capsys) -> None:
+    """The widths that were chosen are not used either."""
+    scene = scene_of(**small(quantization={"average_bits": average}))
+    given = (scene.recipe, scene.teacher, scene.splits["train"], scene.draws, tmp_path, accelerator_of(scene.recipe))
+    folder = tmp_path / "checkpoints" / "blocks"
+    folder.mkdir(parents=True)
+    save_file({}, folder / "0000.safetensors")
+    (folder / "widths.json").write_text("{}")
+    (folder / "recipe.yaml").write_text("a: [1")
+    assert blockwise._BlockTraining(*given).finished() == 0
+    assert capsys.readouterr().err.count(f"{folder / 'recipe.yaml'} is damaged (") == 1
 
 
 def test_a_damaged_block_is_named_and_trained_again(blockwise_recipe, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.training_memory import RESULTS
+from fbqat_hub.cli.settings import changes_of
 from fbqat_hub.training.advice import advice, block_advice, on_device, on_one_device
 from fbqat_hub.training.costs import Costs, costs
 from fbqat_hub.training.costs_report import report
@@ -66,6 +68,35 @@ def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
     text = report(found, Gpus(8, RESERVE + found.memory.teacher), None)
     assert "\nEnd to end no setting makes it fit" in text
     assert "\nWith --set training=blockwise mixed_precision=bf16 batch_size=4:\n" in text
+    assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"quantization": {"group_size": 2}}, "batch_size=4 blockwise.tuning_steps=0"),
+        (
+            {"method": "fbqat-paper", "steps": 30, "keep_stages": [8]},
+            "batch_size=4 keep_stages=[]",
+        ),
+        ({"blockwise": {"tuning_steps": 0}, "quantization": {"group_size": 2}}, "batch_size=4"),
+    ],
+)
+def test_block_by_block_is_advised_with_what_it_allows(
+    changes: dict[str, Any], settings: str, recipe_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    found = costs(Recipe(**recipe_fields | changes))
+    text = report(found, Gpus(1, RESERVE + found.memory.teacher), None)
+    assert f"\nWith --set training=blockwise mixed_precision=bf16 {settings}:\n" in text
+    found.recipe.save(tmp_path / "recipe.yaml")
+    load_recipe(tmp_path / "recipe.yaml", training="blockwise", mixed_precision="bf16", **changes_of(settings.split()))
+
+
+def test_what_cannot_go_block_by_block_keeps_its_report(recipe_fields: dict[str, Any]) -> None:
+    falling = {"method": "fbqat-paper", "steps": 30, "blockwise": {"steps": 1}}  # too few to come to 4 bits
+    found = costs(Recipe(**recipe_fields | falling))
+    text = report(found, Gpus(1, RESERVE + found.memory.teacher), None)
+    assert "\nNor block by block: recipe: schedule.stages" in text
     assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
 
 

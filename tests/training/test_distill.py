@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fbqat_hub.pipelines import load_pipeline, load_stage
@@ -400,6 +400,20 @@ def test_a_run_of_a_newer_version_is_not_continued(recipe_of, run_folder: Path, 
     (run / "recipe.yaml").write_text(yaml.safe_dump({**fields, "recipe_version": 99}))
     with pytest.raises(ValueError, match=r"recipe_version 99; .*Update with"):
         train(recipe_of(), run, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("content", ["a: [1", "", "- 1", None])
+def test_a_checkpoint_whose_recipe_is_damaged_is_not_used(content: str | None, tmp_path: Path, capsys) -> None:
+    for step in (1, 2):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        save_file({}, folder / "state.safetensors")
+        (folder / "recipe.yaml").write_text("steps: 4\n")
+    file = tmp_path / "step-00000002" / "recipe.yaml"
+    file.unlink() if content is None else file.write_text(content)
+    assert checkpoint.newest_checkpoint(tmp_path, "steps: 4") == tmp_path / "step-00000001"
+    assert f"{file} is damaged (" in capsys.readouterr().err
+    assert not file.parent.exists()
 
 
 @pytest.mark.parametrize("left", [1, 0], ids=["one before", "none before"])
