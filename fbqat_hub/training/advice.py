@@ -82,11 +82,11 @@ def _advised(
             continue
         try:
             changed = _changed(found.recipe, change)
+            if changed == found.recipe:
+                continue
+            found = replace(costs(changed), devices=found.devices)
         except ValueError:  # not with the recipe's other settings
             continue
-        if changed == found.recipe:
-            continue
-        found = replace(costs(changed), devices=found.devices)
         tried.append((as_settings(change), found))
     return tried
 

@@ -32,7 +32,7 @@ from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import PackedLayer, convert, set_bit_width
 from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, moved_tensors, outputs_of, walk_through
-from fbqat_hub.quantization.convert import prepare_layers
+from fbqat_hub.quantization.convert import matches, prepare_layers
 from fbqat_hub.quantization.tuning import scales_tuned
 from fbqat_hub.training.adam import optimizer_of
 from fbqat_hub.training.cache import CachedSplit
@@ -119,6 +119,7 @@ class _BlockTraining:
     Attributes:
         student: the modules of the teacher, and its very tensors where a layer is not quantized yet.
         chosen: name of a block, or "" of what is outside -> its layers to quantize, named from the block.
+        trained: of each block, whether a layer of it is; a block of which none is takes no steps.
         batches: keyword arguments of the denoiser, all that is trained on; ``weights`` are those of their errors.
         folder: of the finished blocks.
     """
@@ -141,6 +142,10 @@ class _BlockTraining:
         self.student = with_same_tensors(teacher)
         self.config = recipe.config().with_widths(self._widths(recipe, split, accelerator))
         self.chosen = by_block(self.names, targets_of(teacher, self.config))
+        patterns = draws.family.layer_groups[recipe.train_layers]
+        self.trained = [
+            any(matches(f"{name}.{each.names[0]}", patterns) for each in self.chosen[name]) for name in self.names
+        ]
         numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))
         drawn = [draws.training(split, number, recipe.batch_size) for number in numbers]
         weighted = recipe.loss_weighting == "sampler"
@@ -181,12 +186,13 @@ class _BlockTraining:
     def run(self, done: int, progress: bool) -> Any:
         """Train all blocks but the first ``done``, which are read."""
         steps, empty = self.recipe.steps, packed_layers(self.teacher, self.config) if done else {}
-        bar = Progress("train blocks", len(self.names) * steps, "step", start=done * steps, shown=progress)
+        first = steps * sum(self.trained[:done])
+        bar = Progress("train blocks", sum(self.trained) * steps, "step", start=first, shown=progress)
         self.output.mkdir(parents=True, exist_ok=True)
         self._quantize_outside()
         with (
             bar,
-            open_log(self.output / LOG, done * steps) as log,
+            open_log(self.output / LOG, first) as log,
             BlockWalk(self.teacher, self.names, self.batches) as of_teacher,
             BlockWalk(self.student, self.names, self.batches) as of_student,
         ):
@@ -199,11 +205,13 @@ class _BlockTraining:
                 else:
                     self._prepare(block, name, of_teacher.calls)
                     own = of_teacher.blocks[number]
-                    for line in self._train(number, block, own, of_student.calls, wanted):
+                    lines = self._train(number, block, own, of_student.calls, wanted) if self.trained[number] else ()
+                    for line in lines:
                         log.write(line.json())
                         bar.update(block=f"{number + 1}/{len(self.names)}", loss=f"{line.loss:.2e}")
                     log.flush()
-                    convert(block)
+                    if self.chosen[name]:
+                        convert(block)
                     self._write(number, block)
                 of_student.advance(self._outputs(block, of_student.calls))
                 of_teacher.advance(wanted)
@@ -215,6 +223,7 @@ class _BlockTraining:
     ) -> Iterator[LogLine]:
         """The steps of one block, on the kept batches in an order that is shuffled in each round."""
         recipe, name, count = self.recipe, self.names[number], len(calls)
+        before = recipe.steps * sum(self.trained[:number])
         optimizer, schedule = optimizer_of(recipe, block, of_teacher), recipe.bit_schedule()
         order: list[int] = []
         for step in range(recipe.steps):
@@ -222,7 +231,7 @@ class _BlockTraining:
                 order = torch.randperm(count, generator=generator(recipe.seed, "blocks", number, step)).tolist()
             index = order[step % count]
             line = set_step(recipe, schedule, block, optimizer, step)
-            line.step, line.block = number * recipe.steps + step + 1, name
+            line.step, line.block = before + step + 1, name
             call, target, weight = moved_tensors((calls[index], wanted[index], self.weights[index]), self.device)
             loss = block_loss(call.run(block), target, weight)
             line.loss = loss.item()

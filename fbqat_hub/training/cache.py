@@ -162,6 +162,9 @@ def cached_splits(recipe: Recipe, pipeline: Any) -> dict[str, CachedSplit]:
         pipeline: the teacher, with its adapter merged.
     """
     family, folder = get_family(recipe.family), cache_folder(recipe)
+    own = recipe.teacher_dtype
+    if own != torch.float32 and not (folder / SPLITS[0]).exists() and (dtype := _dtype_of(pipeline)) != own:
+        folder = cache_folder(recipe, dtype)  # a run is measured whose own data is gone
     if "prompts" in recipe.dataset:
         encoder = _Encoder(pipeline, family, recipe.size, recipe.generation, recipe.half)
         prompts, seeds = training_prompts(recipe.dataset), recipe.dataset.get("seeds", SEEDS)
@@ -171,13 +174,23 @@ def cached_splits(recipe: Recipe, pipeline: Any) -> dict[str, CachedSplit]:
     return build_cache(pipeline, family, data, recipe.size, recipe.generation, folder, **options)
 
 
-def cache_folder(recipe: Recipe) -> Path:
-    """Where what the teacher makes of the recipe's data is kept."""
+def _dtype_of(pipeline: Any) -> torch.dtype:
+    found: torch.dtype = next(pipeline.vae.parameters()).dtype
+    return found
+
+
+def cache_folder(recipe: Recipe, encoded_in: torch.dtype | None = None) -> Path:
+    """Where what the teacher makes of the recipe's data is kept.
+
+    Args:
+        encoded_in: the teacher's precision, if it is not the recipe's.
+    """
     teacher, dataset = resolve_teacher(recipe.teacher), dict(recipe.dataset)
     if "prompts" in dataset:  # what the denoiser makes of them, its adapter too
         dataset["prompts"] = training_prompts(dataset)
         dataset["lora"] = adapter_key(recipe)
-    key = cache_key(teacher, dataset, recipe.size, recipe.generation, recipe.half)
+    precisions = recipe.half, encoded_in or recipe.teacher_dtype
+    key = cache_key(teacher, dataset, recipe.size, recipe.generation, *precisions)
     return default_cache_dir() / "encoded" / f"{recipe.family}-{key}"
 
 
@@ -212,14 +225,26 @@ def build_cache(
 
 
 def cache_key(
-    teacher: str, dataset: Mapping[str, Any], size: Any, generation: Mapping[str, Any], dtype: torch.dtype | None = None
+    teacher: str,
+    dataset: Mapping[str, Any],
+    size: Any,
+    generation: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    encoded_in: torch.dtype = torch.float32,
 ) -> str:
-    """A short name for what a cache depends on; local files count by their names, sizes and times."""
+    """A short name for what a cache depends on; local files count by their names, sizes and times.
+
+    Args:
+        dtype: that is kept, as `build_cache`.
+        encoded_in: the encoders' own.
+    """
     data = {key: value for key, value in dataset.items() if key != "skip"}
     folders = [_files(teacher), *(_files(data.get(key)) for key in ("path", "data_dir"))]
     if "data_files" in data:
         folders.append(_data_files(data))
     given = [_VERSION, teacher, folders, data, size, dict(generation), str(dtype)]
+    if encoded_in != torch.float32:
+        given.append(str(encoded_in))
     return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -75,8 +75,8 @@ def check_local_data(dataset: Mapping[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: ``path`` or ``data_dir`` is no folder.
-        ValueError: a row of a ``metadata.jsonl`` that is not JSON, or whose caption is not text (file and row are
-            named); an unknown group of OpenMoji; or as ``prompts.training_prompts`` of a file.
+        ValueError: a ``metadata.jsonl`` without rows, or with one that is not JSON, or whose caption is not text (file
+            and row are named); an unknown group of OpenMoji; or as ``prompts.training_prompts`` of a file.
     """
     path = source_of(dataset)
     if path == "openmoji":
@@ -127,6 +127,11 @@ def _check_captions(file: Path, column: str) -> None:
         if not isinstance(row, dict):
             raise ValueError(f"{file}, row {number} is {row!r:.80}; it must be an object with file_name.")
         rows.append((number, row))
+    if not rows:
+        raise ValueError(
+            f'{file} has no rows; write one for each picture, e.g. {{"file_name": "a.png", "caption": "a cat"}}, or '
+            "delete it where each picture has a text file beside it."
+        )
     if not any(column in row for _, row in rows):
         return  # the column has another name, which is said when the columns are known
     for number, row in rows:

@@ -268,6 +268,11 @@ class Recipe:
         """The half precision that the run computes in; None where it computes in float32."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """Of the teacher's parts, in which data is encoded too: half precision only where blocks are trained in it."""
+        return (self.half if self.training == "blockwise" else None) or torch.float32
+
     def config(self) -> FBQATConfig:
         """The quantization this recipe trains for."""
         return config_of(self.quantization)

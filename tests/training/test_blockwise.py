@@ -20,7 +20,8 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training import blockwise
 from fbqat_hub.training.blockwise import block_loss, train_blockwise
-from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.cache import cache_folder, cached_splits
+from fbqat_hub.training.costs import costs
 from fbqat_hub.training.distill import load_teacher, train
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of
@@ -165,6 +166,37 @@ def test_a_loss_that_is_not_finite_names_its_block(blockwise_recipe, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("left_out", "train_layers"),
+    [("transformer_blocks.0.*", "blocks"), ("transformer_blocks.0.attn*", "attention")],
+    ids=["no layer of it", "none of those that are trained"],
+)
+def test_a_block_of_which_nothing_is_trained_takes_no_steps(
+    left_out: str, train_layers: str, blockwise_recipe, tmp_path: Path, monkeypatch
+) -> None:
+    recipe = blockwise_recipe(
+        train_layers=train_layers, quantization={"modules_to_not_convert": [left_out]}, blockwise={"tuning_steps": 0}
+    )
+    assert costs(recipe).blocks.count == 1
+    run = train(recipe, tmp_path / "run", progress=False)
+    log = log_of(run)
+    assert [(line["step"], line["block"]) for line in log] == [(n, "transformer_blocks.1") for n in range(1, 7)]
+    packed = [name for name, _ in named_layers(load_pipeline(run).transformer, PackedLayer)]
+    assert any(name.startswith("transformer_blocks.0") for name in packed) == (train_layers == "attention")
+    plain = blockwise._BlockTraining._write
+
+    def stopped(self: Any, number: int, block: nn.Module) -> None:
+        plain(self, number, block)
+        if not number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise._BlockTraining, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "resumed", progress=False)
+    same_run(train(recipe, tmp_path / "resumed", resume=True, progress=False), run)
+
+
+@pytest.mark.parametrize(
     ("blockwise", "message"),
     [
         (
@@ -244,6 +276,24 @@ def test_recipes_that_were_saved_before_there_was_a_choice_are_read(recipe_of, t
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
     then = replace(recipe_of().blockwise, learning_rate=2e-4)  # of all layers
     assert load_recipe(tmp_path / "recipe.yaml") == replace(recipe_of(), blockwise=then)
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_data_is_kept_by_the_precision_that_it_was_encoded_in(blockwise_recipe, monkeypatch, tmp_path: Path) -> None:
+    """Blocks are trained on what a teacher in bfloat16 encodes, models on what one in float32 does."""
+    monkeypatch.setenv("FBQAT_CACHE", str(tmp_path))
+    blocks = blockwise_recipe(mixed_precision="bf16")
+    whole = replace(blocks, training="end_to_end")
+    folders = [cache_folder(each) for each in (blocks, whole)]
+    assert folders[0] != folders[1]
+    exact = [cache_folder(replace(each, mixed_precision="no")) for each in (blocks, whole)]
+    assert exact[0] == exact[1]
+    pipeline = load_teacher(whole)
+    cached_splits(blocks, pipeline)  # as an evaluation does
+    assert [(folder / "train").exists() for folder in folders] == [False, True]
+    encoded = [cached_splits(each, load_teacher(each))["train"].batch(torch.arange(4))[0] for each in (blocks, whole)]
+    assert not torch.equal(*encoded)
+    assert torch.equal(cached_splits(blocks, pipeline)["train"].batch(torch.arange(4))[0], encoded[0])
 
 
 def test_block_loss_is_of_the_picture() -> None:

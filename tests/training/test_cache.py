@@ -254,6 +254,13 @@ def test_too_little_data_is_said(folder: str, message: str, fbqat_cache: Path, t
         load_pictures({"path": str(tmp_path / "few"), "cache_dir": str(fbqat_cache / "datasets")}, 32)
 
 
+def test_a_table_without_rows_is_said(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl has no rows; write one for each picture, e\.g\. \{"):
+        load_pictures({"path": str(tmp_path)}, 32)
+
+
 def test_a_folder_of_texts_alone_is_said_to_hold_no_pictures(fbqat_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "0.txt").write_text("a red heart")
     with pytest.raises(ValueError, match=rf"{tmp_path} holds no pictures \(\.png, .*\); give a folder of them"):

@@ -18,6 +18,7 @@ from fbqat_hub.training.costs_report import report
 from fbqat_hub.training.gpus import RESERVE, Gpus
 from fbqat_hub.training.method import Schedule
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from tests.training.conftest import NO_ATTENTION
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,39 @@ def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any
     line = "the student's codes, to choose widths (average_bits)"
     assert line in report(mixed, None, None)
     assert line not in report(found, None, None)
+
+
+def test_the_tuning_takes_parts_of_a_batch(recipe_fields: dict[str, Any]) -> None:
+    fields = {"training": "blockwise", "batch_size": 16, "blockwise": {"samples": 16, "tuning_steps": 5}}
+    whole, parts, one = (
+        costs(Recipe(**recipe_fields | fields | changes))
+        for changes in ({}, {"micro_batch_size": 1}, {"batch_size": 1})
+    )
+    assert whole.tuning > parts.tuning == one.tuning
+    assert whole.blocks.block == parts.blocks.block
+
+
+def test_pictures_of_a_folder_are_counted_where_they_can_be(recipe_fields: dict[str, Any], tmp_path: Path) -> None:
+    def counted() -> int | None:
+        return costs(Recipe(**recipe_fields | {"dataset": {"path": str(tmp_path)}})).captions
+
+    (tmp_path / "a.parquet").write_bytes(b"rows")
+    assert counted() is None
+    found = costs(Recipe(**recipe_fields | {"dataset": {"path": str(tmp_path)}}))
+    assert "embeddings of a caption, at most" in report(found, None, None)
+    (tmp_path / "0.png").write_bytes(b"")
+    (tmp_path / "1.png").write_bytes(b"")
+    assert counted() == 2
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "x"}\n\n')
+    assert counted() == 1
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text('file_name,caption\n0.png,"a\nb"\n1.png,c\n0.png,d\n')
+    assert counted() == 3
+
+
+def test_nothing_to_train_is_said(recipe_fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="nothing is trained: of the 11 layers that are quantized none is of"):
+        costs(Recipe(**recipe_fields | NO_ATTENTION))
 
 
 def test_block_by_block_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, Any]) -> None:
