@@ -5,7 +5,7 @@
 ...     minutes: Count = 3
 >>> Tea(minutes=0)
 Traceback (most recent call last):
-ValueError: the tea: minutes is 0; it must be a whole number of at least 1.
+ValueError: the tea: minutes is 0; it must be a whole number of at least 1, at most 10000000.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from fbqat_hub.config import unknown_key_error
 
 Made = TypeVar("Made")
 
+# Of steps, samples, pictures: what is computed of so many stays within the numbers of Python's and torch's types.
+MOST = 10**7
 # Strict: what YAML says is a number, and no text that looks like one. The description ends the error's line.
 Text = Annotated[str, Field(strict=True, pattern=r"\S", description="text that is not empty")]
 Texts = Annotated[list[Text], Field(description="a list of texts that are not empty")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
-Whole = Annotated[int, Field(strict=True, ge=0, description="a whole number of at least 0")]
-Count = Annotated[int, Field(strict=True, ge=1, description="a whole number of at least 1")]
+Whole = Annotated[int, Field(strict=True, ge=0, le=MOST, description=f"a whole number of at least 0, at most {MOST}")]
+Count = Annotated[int, Field(strict=True, ge=1, le=MOST, description=f"a whole number of at least 1, at most {MOST}")]
 Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number of at least 0")]
 Options = Annotated[dict[str, Any], Field(description="a mapping of keys to values")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,29 @@ def read_yaml(path: Path) -> Any:
     if size > _LARGEST_YAML:
         raise ValueError(f"{path} has {size} bytes; a file of this kind has at most {_LARGEST_YAML}.")
     try:
-        return yaml.load(path.read_bytes(), _PlainLoader)
+        return plain_yaml(path.read_bytes())
     except RecursionError:
         raise ValueError(f"{path} is nested too deep to be read.") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that is none, say
         raise ValueError(f"{path} is not YAML: {error}") from None
+
+
+def plain_yaml(text: str | bytes) -> Any:
+    """YAML as `read_yaml` takes it.
+
+    >>> plain_yaml("[10, 1_000, 0x10]")
+    [10, 1000, 16]
+
+    Raises:
+        yaml.YAMLError: it is not such text.
+        OtherNumberError: a number that YAML 1.1 reads in base 8 or 60.
+        RecursionError, ValueError: nested too deep, or a date or number that is none.
+    """
+    return yaml.load(text, _PlainLoader)
+
+
+class OtherNumberError(ValueError):
+    """A number that YAML reads as another one than is written: 010 as 8, 12:30 as 750."""
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -69,6 +88,20 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{name} stands twice, again on line {key.start_mark.line + 1}; give it once.")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        whole = node.tag.endswith(":int")
+        read = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        if ":" in node.value or (whole and re.match(r"[-+]?0[0-9_]", node.value)):
+            raise OtherNumberError(
+                f"{node.value:.50} is {read:g} to YAML, which reads it in base {60 if ':' in node.value else 8}; write "
+                "the number without it, or text in quotes."
+            )
+        return read
+
+
+for _tag in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _PlainLoader.construct_number)
 
 
 def check_links(folder: Path) -> None:

@@ -92,7 +92,8 @@ def test_a_prompt_may_begin_with_a_dash() -> None:
             "nonsense",
             "'nonsense' is not a number of GPUs and the memory of each; write e.g. 1x24GB or 8x80GB.",
         ),
-        ("--seconds-per-step", "0", "'0' is no number of seconds above 0."),
+        ("--seconds-per-step", "0", "'0' is no number of seconds above 0, at most 86400 (a day)."),
+        ("--seconds-per-step", "1e300", "'1e300' is no number of seconds above 0, at most 86400 (a day)."),
     ],
 )
 def test_what_a_plan_cannot_read(option: str, value: str, says: str, capsys) -> None:
@@ -122,6 +123,9 @@ def test_an_option_of_export_is_not_one_of_convert(capsys) -> None:
         (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "schedule={preset"], "schedule: '{preset' is not YAML"),
         (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "teacher={tmp}/t"], "{tmp}/t is no folder"),
         (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "steps"], "--set takes KEY=VALUE, got 'steps'"),
+        (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "steps=010"], "--set steps: 010 is 8 to YAML"),
+        (["train", "sana-tiny", "--output", "{tmp}/o", "--set", "seed=12:30"], "--set seed: 12:30 is 750 to YAML"),
+        (["plan", "sana-tiny", "--set", f"steps={10**29}", "--seconds-per-step", "1"], "at most 10000000"),
         (["train", "{tmp}/broken.yaml", "--output", "{tmp}/o"], "{tmp}/broken.yaml is not YAML"),
         (["train", "sana-tiny", "--output", "{tmp}"], "{tmp} exists and is not empty; give another --output"),
         (["plan", "sana-tiny", "--set", "method=ptq-mse"], "method ptq-mse does not train, so there is nothing"),

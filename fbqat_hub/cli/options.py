@@ -13,6 +13,7 @@ from fbqat_hub.cli.errors import UsageError
 from fbqat_hub.inputs import local_path, model_source, output_folder, whole_number
 
 Value = TypeVar("Value")
+_DAY = 86_400
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,13 +112,13 @@ def _fit(text: str) -> Any:
 
 
 def seconds(text: str) -> float:
-    """A finite number above 0."""
+    """A number above 0, at most a day."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise ValueError(f"{text!r} is no number of seconds above 0.")
+    if not 0 < value <= _DAY:
+        raise ValueError(f"{text!r:.50} is no number of seconds above 0, at most {_DAY} (a day).")
     return value
 
 

@@ -45,8 +45,12 @@ def changes_of(pairs: Sequence[str], texts: Collection[str] = ()) -> dict[str, A
 def _value(key: str, value: str) -> Any:
     import yaml
 
+    from fbqat_hub.untrusted import OtherNumberError, plain_yaml
+
     try:
-        read = yaml.safe_load(value) if value else ""
+        read = plain_yaml(value) if value else ""
+    except OtherNumberError as error:
+        raise ValueError(f"--set {key}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError of a date that is none
         raise ValueError(f"--set {key}: {value!r:.80} is not YAML, such as 5, true or '{{preset: paper}}'.") from None
     if isinstance(read, str) and "e" in read:

@@ -274,8 +274,8 @@ def convert(model: nn.Module) -> list[str]:
     A layer that is registered under several names stays one. Layers that share a weight have packed ones of their own.
 
     Raises:
-        ValueError: no layer to convert, or one that is not at a width that is stored (``set_bit_width(model, 4)``), or
-            not calibrated; the model is left as it was.
+        ValueError: no layer to convert, or one that is not at a width that is stored (``set_bit_width(model, 4)``), not
+            calibrated, or not finite; the model is left as it was.
     """
     return replace_layers(model, _packed_layers(model))
 

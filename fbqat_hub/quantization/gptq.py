@@ -58,7 +58,8 @@ def gptq_initialize(
         name -> the layer's expected squared output error as a share of that of nearest rounding.
 
     Raises:
-        ValueError: nothing to initialise, a margin out of range, or a layer that no batch reached.
+        ValueError: nothing to initialise, a margin out of range, a layer that no batch reached, or one whose moments
+            cannot be inverted with this damping.
     """
     if not 0 <= margin <= 0.5:
         raise ValueError(f"margin is {margin}; it must be within 0 and 0.5, half a bin.")
@@ -73,7 +74,8 @@ def gptq_initialize(
     for chunk in _chunks(list(by_weight.values()), max_bytes):
         moments = _second_moments(model, chunk, lambda: run(model, batches()))
         for layers in chunk:
-            codes, ratio = _codes(next(iter(layers.values())), moments.pop(next(iter(layers))), damping)
+            name, layer = next(iter(layers.items()))
+            codes, ratio = _codes(name, layer, moments.pop(name), damping)
             found.append(codes)
             ratios |= dict.fromkeys(layers, ratio)
     # only now: the moments of a later chunk are of the float model as well
@@ -111,7 +113,7 @@ def gptq_codes(weight: Tensor, scale: Tensor, inverse_root: Tensor, low: float, 
     return codes.T
 
 
-def _codes(layer: FakeQuantizedLinear, moments: Tensor, damping: float) -> tuple[Tensor, float]:
+def _codes(name: str, layer: FakeQuantizedLinear, moments: Tensor, damping: float) -> tuple[Tensor, float]:
     """GPTQ's codes [out, in], nearest ones where these are no worse, int8 if they fit; and the ratio of the errors."""
     low, high = grid(layer.bit_width)
     scale = _scale(layer)
@@ -121,8 +123,14 @@ def _codes(layer: FakeQuantizedLinear, moments: Tensor, damping: float) -> tuple
     order = moments.diagonal().argsort(descending=True)
     h = moments[order][:, order]
     h += damping * h.diagonal().mean().clamp_min(torch.finfo(h.dtype).tiny) * torch.eye(len(h), device=h.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    root = torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        root = torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"GPTQ's second moments of what goes into {name} cannot be inverted with damping {damping:g}; take 0.01, "
+            "or 0.1 if that does not do, or more samples."
+        ) from None
     codes = torch.empty_like(weight)
     codes[:, order] = gptq_codes(weight[:, order], scale[:, order], root, low, high)
 

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def are_scales(values: Tensor) -> bool:
+    """Whether all are finite and above 0."""
+    return bool((torch.isfinite(values) & (values > 0)).all())
+
+
 def is_pointwise(module: nn.Module) -> bool:
     """True for a 1x1 convolution that is a linear layer by another name: no stride, padding or groups."""
     return (
@@ -45,6 +50,19 @@ class QuantizedLayer(nn.Module):
             )
         if x.device != device:
             raise ValueError(f"the input is on {x.device}, the layer on {device}; move one to the other.")
+
+    def numbers(self) -> dict[str, Tensor | None]:
+        """Name -> what is stored of the layer in float, as it is now; names of scales end in ``scale``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def check_numbers(self) -> None:
+        """Raise ValueError, which names the tensor, for numbers that a stored layer cannot have."""
+        for name, value in self.numbers().items():
+            if value is not None and name.endswith("scale") and not are_scales(value):
+                raise ValueError(f"its {name} has values that are not finite and above 0.")
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"its {name} has values that are not finite.")
 
     def _fits(self, x: Tensor) -> bool:
         return x.dim() > 0 and x.shape[-1] == self.in_features

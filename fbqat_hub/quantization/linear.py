@@ -86,6 +86,10 @@ class FakeQuantizedLinear(QuantizedLayer):
         """What is stored, as ``quantize_weight`` gives it: int8 codes [out, in], fp32 scales [out] or [out, groups]."""
         return quantize_weight(self.weight, self.weight_scheme, clip=self.current_clip(), bit_width=self.bit_width)
 
+    def numbers(self) -> dict[str, Tensor | None]:
+        scale = symmetric_scale(self.current_clip(), self.bit_width)
+        return {"weight": self.weight, "weight_scale": scale, "bias": self.bias}
+
     def grouped_weight(self) -> Tensor:
         """The weight as [..., values that share a scale], fp32."""
         return grouped(self.weight, self.weight_scheme)

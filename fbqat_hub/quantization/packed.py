@@ -17,13 +17,15 @@ from torch.autograd import forward_ad
 
 from fbqat_hub.quantization.kernels import packed_linear
 from fbqat_hub.quantization.kernels.reference import dequantize_weight
-from fbqat_hub.quantization.layer import Pointwise, QuantizedLayer
+from fbqat_hub.quantization.layer import Pointwise, QuantizedLayer, are_scales
 from fbqat_hub.quantization.linear import FakeQuantizedLinear
 from fbqat_hub.quantization.logical import READ_ONLY, LogicalWeight
 from fbqat_hub.quantization.packing import NIBBLE, check_codes, pack, packed_dtype, packed_width, unpack
 from fbqat_hub.quantization.quantize import group_count
 from fbqat_hub.quantization.scheme import ActivationScheme
 
+# The parameter that a packed layer has while its scales are trained (``tuning.py``).
+SCALE_FACTOR = "scale_factor"
 # What a packed layer stores beside its codes and bias, in these dtypes whatever the model's is (docs/format.md).
 BUFFERS: Mapping[str, torch.dtype] = {
     "weight_scale": torch.float32,
@@ -121,7 +123,7 @@ class PackedLayer(QuantizedLayer):
 
         Raises:
             ValueError: the layer is at more than 8 bits, or at a fraction of one above 4, or it lacks its static range,
-                or is not finite.
+                or has what `check_stored` refuses: a tensor that is not finite, a scale that is not above 0.
         """
         if layer.bit_width > 8 or (layer.bit_width > NIBBLE and layer.bit_width % 1):
             raise ValueError(
@@ -149,7 +151,13 @@ class PackedLayer(QuantizedLayer):
                 raise ValueError("the activation range is static, but the layer was never calibrated.")
             packed.input_scale.copy_(layer.input_scale)
             packed.input_zero_point.copy_(layer.input_zero_point)
+        packed.check_numbers()
         return packed
+
+    def numbers(self) -> dict[str, Tensor | None]:
+        factor = getattr(self, SCALE_FACTOR, None)
+        scale = self.weight_scale if factor is None else self.weight_scale * factor
+        return {"weight_scale": scale, "input_scale": self.input_scale, "bias": self.bias}
 
     def check_stored(self, tensor: str, value: Tensor, place: str) -> None:
         """Raise ValueError if a tensor is not what docs/format.md has in its place.
@@ -182,7 +190,7 @@ class PackedLayer(QuantizedLayer):
 
     def _check_range(self, place: str, value: Tensor) -> None:
         if value.is_floating_point():
-            if not bool((torch.isfinite(value) & (value > 0)).all()):
+            if not are_scales(value):
                 raise ValueError(f"{place} has scales that are not finite and above 0; the file is damaged.")
             return
         highest = 2**self.activation_bits - 1

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 from fbqat_hub.quantization.fake_quantize import check_bit_width
 
+# What a place in the schedule may miss its stage by, as a share of the whole.
+_SLACK = 1e-12
+# What is said of a share that no number of steps would come to.
+_MOST_STEPS = 1e12
+
 
 @dataclass(frozen=True)
 class BitSchedule:
@@ -26,6 +31,8 @@ class BitSchedule:
         pairs = tuple((check_bit_width(width), float(share)) for width, share in stages)
         if not pairs or not all(math.isfinite(share) and share > 0 for _, share in pairs):
             raise ValueError(f"stages are {list(stages)}; give at least one (bit width, share) with a share above 0.")
+        if not math.isfinite(sum(share for _, share in pairs)):
+            raise ValueError(f"stages are {list(stages)}; their shares are relative, and the sum of these is infinite.")
         object.__setattr__(self, "stages", pairs)
 
     @classmethod
@@ -54,6 +61,25 @@ class BitSchedule:
         """The bit width at the end of training."""
         return self.stages[-1][0]
 
+    @property
+    def least_steps(self) -> int:
+        """Of how many training steps, at least, one is at the last width.
+
+        >>> BitSchedule([(8, 3), (4, 1)]).least_steps, BitSchedule.preset("constant").least_steps
+        (4, 1)
+        """
+        total, last = sum(share for _, share in self.stages), self.stages[-1][1]
+        return math.ceil(min(total / last * (1 - _SLACK), _MOST_STEPS))
+
+    def check_steps(self, steps: int, name: str = "steps") -> None:
+        """Raise ValueError where none of so many steps is at the last width, which is stored."""
+        if steps < self.least_steps:
+            width, share = self.stages[-1]
+            raise ValueError(
+                f"schedule.stages ends with [{width:g}, {share:g}], and {name} is {steps}, of which none is left for "
+                f"it; give it a larger share, or at least {self.least_steps:,} steps."
+            )
+
     def bit_width(self, progress: float) -> float:
         """The bit width at ``progress`` in [0, 1]."""
         return self.stages[self.stage(progress)][0]
@@ -64,7 +90,7 @@ class BitSchedule:
         position = _check_progress(progress) * total
         for index, (_, share) in enumerate(self.stages):
             position -= share
-            if position < -1e-12 * total:  # step 3 of 25 is at 3.0000000000000004 or 2.9999999999999996
+            if position < -_SLACK * total:  # step 3 of 25 is at 3.0000000000000004 or 2.9999999999999996
                 return index
         return len(self.stages) - 1
 

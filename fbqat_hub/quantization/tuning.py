@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from fbqat_hub.quantization.convert import named_layers
 from fbqat_hub.quantization.layer import Pointwise
-from fbqat_hub.quantization.packed import PackedLayer
-
-_FACTOR = "scale_factor"
+from fbqat_hub.quantization.packed import SCALE_FACTOR, PackedLayer
 
 
 @contextmanager
@@ -38,7 +36,7 @@ def scales_tuned(model: nn.Module) -> Iterator[None]:
     model.requires_grad_(False)
     hooks = []
     for layer in layers.values():
-        layer.register_parameter(_FACTOR, nn.Parameter(torch.ones_like(layer.weight_scale)))
+        layer.register_parameter(SCALE_FACTOR, nn.Parameter(torch.ones_like(layer.weight_scale)))
         if layer.bias is not None:
             layer.bias.requires_grad_(True)
         hooks.append(layer.register_forward_hook(_scaled))
@@ -46,17 +44,17 @@ def scales_tuned(model: nn.Module) -> Iterator[None]:
         yield
         with torch.no_grad():
             for layer in layers.values():
-                layer.weight_scale *= getattr(layer, _FACTOR)
+                layer.weight_scale *= getattr(layer, SCALE_FACTOR)
     finally:
         for hook, layer in zip(hooks, layers.values(), strict=True):
             hook.remove()
-            delattr(layer, _FACTOR)
+            delattr(layer, SCALE_FACTOR)
         model.requires_grad_(False)
 
 
 def _scaled(layer: Any, _: Any, output: Tensor) -> Tensor:
     shape = (-1, 1, 1) if isinstance(layer, Pointwise) else (-1,)
-    factor = getattr(layer, _FACTOR).to(output.dtype).view(shape)
+    factor = getattr(layer, SCALE_FACTOR).to(output.dtype).view(shape)
     if layer.bias is None:
         return output * factor
     bias = layer.bias.to(output.dtype).view(shape)

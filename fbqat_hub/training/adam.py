@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fbqat_hub.quantization.packed import SCALE_FACTOR
 from fbqat_hub.training.method import Optimizer
 
 # Of torchao: numbers that share a scale, and the smallest tensor that is quantized.
@@ -31,6 +32,8 @@ _TABLE_BYTES = 256 * 4
 # (arXiv 1804.04235, section 8).
 _LEAST = 1e-3
 _CLIPS = "log_clip"
+# Parameters that are scales, or their factors: no weight decay, which would pull these from 1 to 0.
+_SCALES = (_CLIPS, SCALE_FACTOR)
 # Of the models that relative rates were chosen at.
 _WIDTH = 128
 
@@ -67,15 +70,15 @@ def optimizer_of(recipe: Rates, student: nn.Module, teacher: nn.Module) -> torch
     groups: dict[str, dict[str, Any]] = {}
 
     def of(group: str) -> dict[str, Any]:
-        if group == _CLIPS:
-            return {"params": [], "factor": rule.clip_learning_rate, "weight_decay": 0.0}
+        if group in _SCALES:
+            return {"params": [], "factor": rule.clip_learning_rate if group == _CLIPS else 1.0, "weight_decay": 0.0}
         factor = relative_unit(teacher.get_parameter(f"{group}.weight"), width) if relative else 1.0
         return {"params": [], "factor": factor, "weight_decay": rule.weight_decay}
 
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             layer, _, own = name.rpartition(".")
-            group = own if own == _CLIPS else layer if relative else ""
+            group = own if own in _SCALES else layer if relative else ""
             if group not in groups:
                 groups[group] = of(group)
             groups[group]["params"].append(parameter)

@@ -80,10 +80,13 @@ def _advised(
         change = fitting(found, each)
         if change is None or ("mixed_precision" in change and found.recipe.half):
             continue
-        changed = _changed(found.recipe, change)
-        if changed == found.recipe:
+        try:
+            changed = _changed(found.recipe, change)
+            if changed == found.recipe:
+                continue
+            found = replace(costs(changed), devices=found.devices)
+        except ValueError:  # not with the recipe's other settings
             continue
-        found = replace(costs(changed), devices=found.devices)
         tried.append((as_settings(change), found))
     return tried
 
@@ -120,12 +123,33 @@ def fits_at_all(found: Costs, gpus: Gpus) -> bool:
 def in_parts(found: Costs, gpus: Gpus) -> Costs | None:
     """The costs with every layer shared out to the GPUs (FSDP2), and with what makes them small there.
 
-    None of one GPU, and of what needs layers whole.
+    None of one GPU, of what needs layers whole, and of a recipe that cannot have these settings.
     """
-    changed = _changed(found.recipe, _SHARED_OUT)
+    try:
+        changed = _changed(found.recipe, _SHARED_OUT)
+    except ValueError:
+        return None
     if gpus.count == 1 or needs_whole_layers(changed):
         return None
     return replace(costs(changed), devices=gpus.count)
+
+
+def block_by_block(recipe: Recipe) -> tuple[str, Costs]:
+    """The settings that make a recipe one of block-wise training, as ``--set`` takes them, and what it costs then.
+
+    Raises:
+        ValueError: there are none, for the reason that it says.
+    """
+    change: dict[str, Any] = {
+        "training": "blockwise",
+        "mixed_precision": "bf16",
+        "batch_size": min(8, recipe.batch_size),
+    }
+    if recipe.keep_stages:
+        change["keep_stages"] = []
+    if recipe.quantization.group_size and recipe.blockwise.tuning_steps:
+        change["blockwise.tuning_steps"] = 0
+    return as_settings(change), costs(_changed(recipe, change))
 
 
 def launched(gpus: Gpus, name: str) -> list[str]:

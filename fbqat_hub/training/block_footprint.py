@@ -29,7 +29,7 @@ class BlockMemory:
     Attributes:
         block: on the device, of the largest block: its weights, gradients, optimizer and activations.
         name: of that block.
-        count: how many blocks there are.
+        count: how many blocks are trained.
         kept: in the host's memory, of all samples: what goes into a block of the teacher and of the student, and what
             comes out.
         teacher: in the host's memory, its denoiser in the precision of training.
@@ -51,11 +51,18 @@ def block_memory(recipe: Recipe, configs: Configs) -> BlockMemory:
         configs: of the teacher's models, "transformer" and "vae" among them.
     """
     family, dtype = get_family(recipe.family), recipe.half or torch.float32
-    inputs = denoiser_arguments(recipe, configs, recipe.batch_size)
-    largest, kept, seen = (0, ""), 0, set()
+    inputs, of_tuning = (
+        denoiser_arguments(recipe, configs, size)
+        for size in (recipe.batch_size, min(recipe.batch_size, recipe.micro_batch_size or recipe.batch_size))
+    )
+    largest, kept, steps, seen = (0, ""), 0, 0, set()
     with FakeTensorMode() as fake, Storages() as storages:
-        inputs = tree_map(lambda value: fake.from_tensor(value).clone() if isinstance(value, Tensor) else value, inputs)
-        inputs = forward_arguments(family, inputs, dtype)
+
+        def shaped(given: dict[str, Any]) -> dict[str, Any]:
+            fakes = tree_map(lambda each: fake.from_tensor(each).clone() if isinstance(each, Tensor) else each, given)
+            return forward_arguments(family, fakes, dtype)
+
+        inputs = shaped(inputs)
         teacher: Any = _in_precision(build(configs["transformer"]).eval(), dtype)
         student = _in_precision(fake_student(recipe, build(configs["transformer"]).requires_grad_(False)), dtype)
         names = family.blocks(teacher)
@@ -65,6 +72,7 @@ def block_memory(recipe: Recipe, configs: Configs) -> BlockMemory:
                 made = call.run(walk.blocks[number])
                 kept = max(kept, 2 * _bytes(call) + _bytes(made))
                 kind = (type(block), tuple(each.shape for each in block.parameters()))
+                steps += any(each.requires_grad for each in block.parameters())
                 if kind not in seen:
                     seen.add(kind)
                     largest = max(largest, (_step(recipe, block, call, made, storages), name))
@@ -72,10 +80,10 @@ def block_memory(recipe: Recipe, configs: Configs) -> BlockMemory:
         weights = sum(each.nbytes for each in teacher.parameters())
         if recipe.gradient_checkpointing:
             teacher.enable_gradient_checkpointing()
-        tuning = weights + _tuned(teacher.train(), inputs, storages) if recipe.blockwise.tuning_steps else 0
+        tuning = weights + _tuned(teacher.train(), shaped(of_tuning), storages) if recipe.blockwise.tuning_steps else 0
     batches = -(-recipe.blockwise.samples // recipe.batch_size)
     return BlockMemory(
-        block=largest[0], name=largest[1], count=len(names), kept=batches * kept, teacher=weights, tuning=tuning
+        block=largest[0], name=largest[1], count=steps, kept=batches * kept, teacher=weights, tuning=tuning
     )
 
 

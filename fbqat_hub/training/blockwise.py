@@ -32,18 +32,20 @@ from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
 from fbqat_hub.progress import Progress
 from fbqat_hub.quantization import PackedLayer, convert, set_bit_width
 from fbqat_hub.quantization.blocks import BlockWalk, Call, by_block, moved_tensors, outputs_of, walk_through
-from fbqat_hub.quantization.convert import prepare_layers
+from fbqat_hub.quantization.convert import matches, prepare_layers
 from fbqat_hub.quantization.tuning import scales_tuned
 from fbqat_hub.training.adam import optimizer_of
 from fbqat_hub.training.cache import CachedSplit
-from fbqat_hub.training.checkpoint import check_same_recipe, is_whole
+from fbqat_hub.training.checkpoint import is_of_recipe, is_whole
 from fbqat_hub.training.draws import Draws
-from fbqat_hub.training.loop import LOG, LogLine, distill, not_finite, open_log, set_step
+from fbqat_hub.training.loop import LOG, LogLine, check_trained, distill, not_finite, open_log, set_step
 from fbqat_hub.training.loss import mean_squared
+from fbqat_hub.training.method import Schedule
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.student import codes_by_blocks, samples_of, set_trained_layers, start, with_same_tensors
 from fbqat_hub.training.widths import chosen_widths_by_blocks, scored_samples
+from fbqat_hub.untrusted import read_json
 
 
 def train_blockwise(
@@ -69,7 +71,7 @@ def train_blockwise(
         resume: go on with what is not finished; the student is the same, bit for bit.
 
     Raises:
-        FloatingPointError: a loss that is not finite; names the block and the step.
+        FloatingPointError: a loss, or what the last update left, that is not finite; names the block and the step.
         ValueError: more than one process, a model that cannot go block by block, or blocks that were finished with
             another recipe.
     """
@@ -98,6 +100,7 @@ def _tuning(recipe: Recipe) -> Recipe:
         training="end_to_end",
         steps=recipe.blockwise.tuning_steps,
         learning_rate=recipe.blockwise.tuning_rate,
+        schedule=Schedule(stages="constant"),  # codes stay as they are
         optimizer=replace(recipe.optimizer, learning_rate_unit="absolute"),  # scales are trained as factors, from 1
     )
 
@@ -116,6 +119,7 @@ class _BlockTraining:
     Attributes:
         student: the modules of the teacher, and its very tensors where a layer is not quantized yet.
         chosen: name of a block, or "" of what is outside -> its layers to quantize, named from the block.
+        trained: of each block, whether a layer of it is; a block of which none is takes no steps.
         batches: keyword arguments of the denoiser, all that is trained on; ``weights`` are those of their errors.
         folder: of the finished blocks.
     """
@@ -138,6 +142,10 @@ class _BlockTraining:
         self.student = with_same_tensors(teacher)
         self.config = recipe.config().with_widths(self._widths(recipe, split, accelerator))
         self.chosen = by_block(self.names, targets_of(teacher, self.config))
+        patterns = draws.family.layer_groups[recipe.train_layers]
+        self.trained = [
+            any(matches(f"{name}.{each.names[0]}", patterns) for each in self.chosen[name]) for name in self.names
+        ]
         numbers = range(math.ceil(recipe.blockwise.samples / recipe.batch_size))
         drawn = [draws.training(split, number, recipe.batch_size) for number in numbers]
         weighted = recipe.loss_weighting == "sampler"
@@ -150,9 +158,7 @@ class _BlockTraining:
         if recipe.quantization.average_bits is None:
             return {}
         kept = self.folder / "widths.json"
-        if kept.exists():
-            check_same_recipe(self.folder, self._saved)
-        else:
+        if not kept.exists() or not is_of_recipe(self.folder, self._saved):
             blocks, dtype = _Held(self.teacher, self.names), next(self.teacher.parameters()).dtype
             started, scored = (
                 [forward_arguments(self.draws.family, inputs, dtype) for inputs in drawn]
@@ -163,29 +169,30 @@ class _BlockTraining:
             self._write_recipe()
             with whole(kept) as partial:
                 partial.write_text(json.dumps(widths))
-        chosen: dict[str, int] = json.loads(kept.read_text())
+        chosen: dict[str, int] = read_json(kept)
         return chosen
 
     def finished(self) -> int:
-        """How many blocks an interrupted run has finished, up to the first whose file is damaged.
+        """How many blocks an interrupted run has finished, up to the first whose file is damaged; 0 if the recipe is.
 
         Raises:
             ValueError: with another recipe.
         """
-        if (self.folder / "recipe.yaml").exists():
-            check_same_recipe(self.folder, self._saved)
+        if self.folder.exists() and not is_of_recipe(self.folder, self._saved):
+            return 0
         files = map(self._file, range(len(self.names)))
         return sum(1 for _ in itertools.takewhile(lambda file: file.exists() and is_whole(file), files))
 
     def run(self, done: int, progress: bool) -> Any:
         """Train all blocks but the first ``done``, which are read."""
         steps, empty = self.recipe.steps, packed_layers(self.teacher, self.config) if done else {}
-        bar = Progress("train blocks", len(self.names) * steps, "step", start=done * steps, shown=progress)
+        first = steps * sum(self.trained[:done])
+        bar = Progress("train blocks", sum(self.trained) * steps, "step", start=first, shown=progress)
         self.output.mkdir(parents=True, exist_ok=True)
         self._quantize_outside()
         with (
             bar,
-            open_log(self.output / LOG, done * steps) as log,
+            open_log(self.output / LOG, first) as log,
             BlockWalk(self.teacher, self.names, self.batches) as of_teacher,
             BlockWalk(self.student, self.names, self.batches) as of_student,
         ):
@@ -198,11 +205,13 @@ class _BlockTraining:
                 else:
                     self._prepare(block, name, of_teacher.calls)
                     own = of_teacher.blocks[number]
-                    for line in self._train(number, block, own, of_student.calls, wanted):
+                    lines = self._train(number, block, own, of_student.calls, wanted) if self.trained[number] else ()
+                    for line in lines:
                         log.write(line.json())
                         bar.update(block=f"{number + 1}/{len(self.names)}", loss=f"{line.loss:.2e}")
                     log.flush()
-                    convert(block)
+                    if self.chosen[name]:
+                        convert(block)
                     self._write(number, block)
                 of_student.advance(self._outputs(block, of_student.calls))
                 of_teacher.advance(wanted)
@@ -214,6 +223,7 @@ class _BlockTraining:
     ) -> Iterator[LogLine]:
         """The steps of one block, on the kept batches in an order that is shuffled in each round."""
         recipe, name, count = self.recipe, self.names[number], len(calls)
+        before = recipe.steps * sum(self.trained[:number])
         optimizer, schedule = optimizer_of(recipe, block, of_teacher), recipe.bit_schedule()
         order: list[int] = []
         for step in range(recipe.steps):
@@ -221,7 +231,7 @@ class _BlockTraining:
                 order = torch.randperm(count, generator=generator(recipe.seed, "blocks", number, step)).tolist()
             index = order[step % count]
             line = set_step(recipe, schedule, block, optimizer, step)
-            line.step, line.block = number * recipe.steps + step + 1, name
+            line.step, line.block = before + step + 1, name
             call, target, weight = moved_tensors((calls[index], wanted[index], self.weights[index]), self.device)
             loss = block_loss(call.run(block), target, weight)
             line.loss = loss.item()
@@ -234,6 +244,7 @@ class _BlockTraining:
             optimizer.zero_grad()
             yield line
         set_bit_width(block, recipe.quantization.weight_bits)
+        check_trained(line, recipe, self.output, block)
 
     def _quantize_outside(self) -> None:
         """Pack the layers that are in no block; the blocks are still the teacher's."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import glob
 import hashlib
 import json
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.families import Family, get_family
@@ -160,6 +162,9 @@ def cached_splits(recipe: Recipe, pipeline: Any) -> dict[str, CachedSplit]:
         pipeline: the teacher, with its adapter merged.
     """
     family, folder = get_family(recipe.family), cache_folder(recipe)
+    own = recipe.teacher_dtype
+    if own != torch.float32 and not (folder / SPLITS[0]).exists() and (dtype := _dtype_of(pipeline)) != own:
+        folder = cache_folder(recipe, dtype)  # a run is measured whose own data is gone
     if "prompts" in recipe.dataset:
         encoder = _Encoder(pipeline, family, recipe.size, recipe.generation, recipe.half)
         prompts, seeds = training_prompts(recipe.dataset), recipe.dataset.get("seeds", SEEDS)
@@ -169,14 +174,29 @@ def cached_splits(recipe: Recipe, pipeline: Any) -> dict[str, CachedSplit]:
     return build_cache(pipeline, family, data, recipe.size, recipe.generation, folder, **options)
 
 
-def cache_folder(recipe: Recipe) -> Path:
-    """Where what the teacher makes of the recipe's data is kept."""
+def _dtype_of(pipeline: Any) -> torch.dtype:
+    found: torch.dtype = next(pipeline.vae.parameters()).dtype
+    return found
+
+
+def cache_folder(recipe: Recipe, encoded_in: torch.dtype | None = None) -> Path:
+    """Where what the teacher makes of the recipe's data is kept.
+
+    Args:
+        encoded_in: the teacher's precision, if it is not the recipe's.
+    """
     teacher, dataset = resolve_teacher(recipe.teacher), dict(recipe.dataset)
     if "prompts" in dataset:  # what the denoiser makes of them, its adapter too
         dataset["prompts"] = training_prompts(dataset)
-        dataset["lora"] = [recipe.lora, recipe.lora_scale, _files(recipe.lora)]
-    key = cache_key(teacher, dataset, recipe.size, recipe.generation, recipe.half)
+        dataset["lora"] = adapter_key(recipe)
+    precisions = recipe.half, encoded_in or recipe.teacher_dtype
+    key = cache_key(teacher, dataset, recipe.size, recipe.generation, *precisions)
     return default_cache_dir() / "encoded" / f"{recipe.family}-{key}"
+
+
+def adapter_key(recipe: Recipe) -> list[Any]:
+    """What a key has of the adapter that is merged into the teacher: its files too, which one name can stand for."""
+    return [recipe.lora, recipe.lora_scale, _files(recipe.lora)]
 
 
 def build_cache(
@@ -205,22 +225,45 @@ def build_cache(
 
 
 def cache_key(
-    teacher: str, dataset: Mapping[str, Any], size: Any, generation: Mapping[str, Any], dtype: torch.dtype | None = None
+    teacher: str,
+    dataset: Mapping[str, Any],
+    size: Any,
+    generation: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    encoded_in: torch.dtype = torch.float32,
 ) -> str:
-    """A short name for what a cache depends on; local folders count by the names, sizes and times of their files."""
+    """A short name for what a cache depends on; local files count by their names, sizes and times.
+
+    Args:
+        dtype: that is kept, as `build_cache`.
+        encoded_in: the encoders' own.
+    """
     data = {key: value for key, value in dataset.items() if key != "skip"}
     folders = [_files(teacher), *(_files(data.get(key)) for key in ("path", "data_dir"))]
+    if "data_files" in data:
+        folders.append(_data_files(data))
     given = [_VERSION, teacher, folders, data, size, dict(generation), str(dtype)]
+    if encoded_in != torch.float32:
+        given.append(str(encoded_in))
     return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _files(folder: str | None) -> list[tuple[str, int, int]]:
-    """Of a local folder, else nothing."""
-    root = Path(folder) if folder else None
-    if root is None or not root.is_dir():
+def _files(place: str | Path | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file of a local folder, or of a local file; else nothing."""
+    root = Path(place) if place else None
+    if root is None or not root.exists():
         return []
-    files = [(path, path.stat()) for path in sorted(root.rglob("*")) if path.is_file()]
+    files = [(path, path.stat()) for path in (sorted(root.rglob("*")) if root.is_dir() else [root]) if path.is_file()]
     return [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in files]
+
+
+def _data_files(dataset: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Of what ``data_files`` names: a file, a pattern, or lists and mappings of such."""
+    path = str(dataset.get("path", ""))
+    base = Path(path if Path(path).is_dir() else "", dataset.get("data_dir") or "")
+    patterns = [str(each).rpartition("::")[2] for each in tree_leaves(dataset["data_files"])]  # zip://*.jpg::a.zip
+    found = [file for each in patterns for file in sorted(glob.glob(str(base / each), recursive=True))]
+    return [(file, *stat[1:]) for file in found for stat in _files(file)]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fbqat_hub.training.prompts import load_prompts
 
 # What `datasets` calls the columns of WebDataset shards, where a recipe does not say: the endings of the files in them.
 _COLUMNS = {"webdataset": ("jpg", "txt")}
+_TABLES = ("jsonl", "csv", "parquet")
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -93,7 +95,7 @@ def _loaded(options: dict[str, Any]) -> Any:
 
 def _has_texts_beside(folder: Path) -> bool:
     """Captions in ``name.txt`` beside the pictures, and none in a table, which would come first."""
-    if any(next(folder.rglob(f"metadata.{ending}"), None) for ending in ("jsonl", "csv", "parquet")):
+    if any(next(folder.rglob(f"metadata.{ending}"), None) for ending in _TABLES):
         return False
     return any(picture.with_suffix(".txt").is_file() for picture in pictures_in(folder))
 
@@ -109,6 +111,25 @@ def _with_texts_beside(folder: Path) -> datasets.DatasetDict:
         of_split["caption"].append(" ".join(read_text(beside).split()) if beside.is_file() else "")
     features = datasets.Features({"image": datasets.Image(decode=False), "caption": datasets.Value("string")})
     return datasets.DatasetDict({split: datasets.Dataset.from_dict(found, features) for split, found in rows.items()})
+
+
+def captions_in(folder: Path) -> int | None:
+    """How many captioned pictures a folder holds: rows of its tables (``metadata.*``), or picture files; None where
+    there is neither, as of a folder of parquet files or archives."""
+    tables = [table for ending in _TABLES for table in folder.rglob(f"metadata.{ending}")]
+    return sum(map(_rows_in, tables)) if tables else len(pictures_in(folder)) or None
+
+
+def _rows_in(table: Path) -> int:
+    if table.suffix == ".parquet":
+        from pyarrow import parquet  # type: ignore[import-untyped]  # of datasets
+
+        return int(parquet.read_metadata(table).num_rows)
+    if table.suffix == ".csv":
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            return max(0, sum(1 for row in csv.reader(file) if row) - 1)  # but that of the columns' names
+    with table.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from torch import nn
 from fbqat_hub.training.adam import joined_tensors, plain_tensors
 from fbqat_hub.training.migration import without_removed
 from fbqat_hub.training.sharding import gathered, shared_like
+from fbqat_hub.untrusted import read_yaml
 
 _KEEP = 2
 _STATE = "state.safetensors"
@@ -123,8 +124,7 @@ def newest_checkpoint(folder: Path, recipe: str) -> Path | None:
         ValueError: it was made with another recipe; the values that differ are listed.
     """
     for checkpoint in reversed(_complete(folder)):
-        if is_whole(checkpoint / _STATE):
-            check_same_recipe(checkpoint, recipe)
+        if is_whole(checkpoint / _STATE) and is_of_recipe(checkpoint, recipe):
             return checkpoint
         shutil.rmtree(checkpoint, ignore_errors=True)
     return None
@@ -138,14 +138,31 @@ def widths_in(checkpoint: Path) -> dict[str, float]:
         return {key.removeprefix(start).removesuffix(end): file.get_tensor(key).item() for key in keys}
 
 
-def check_same_recipe(folder: Path, recipe: str) -> None:
-    """ValueError that lists the values which differ, where ``folder/recipe.yaml`` is not the ``recipe``, YAML."""
-    saved = without_removed(yaml.safe_load((folder / "recipe.yaml").read_text()))
+def is_of_recipe(folder: Path, recipe: str) -> bool:
+    """Whether ``folder/recipe.yaml`` can be read; with one that is damaged the folder is deleted, and that is said.
+
+    Args:
+        recipe: YAML, that it must be.
+
+    Raises:
+        ValueError: it is another one; the values that differ are listed.
+    """
+    path = folder / "recipe.yaml"
+    try:
+        read = read_yaml(path)
+        if not isinstance(read, Mapping):
+            raise ValueError("no mapping of keys to values")
+    except (FileNotFoundError, ValueError) as error:
+        print(f"{path} is damaged ({error}); {folder} is deleted, and what was before it is used.", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    saved = without_removed(read)
     if different := differences(saved, yaml.safe_load(recipe)):
         raise ValueError(
             f"{folder} was made with another recipe, so it cannot be continued with this one: {'; '.join(different)}. "
             "Give another --output, or the recipe it was started with."
         )
+    return True
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -13,13 +13,14 @@ from typing import Any
 from fbqat_hub.families import get_family
 from fbqat_hub.training.bases import Configs, build_on_meta, configs_of, parameters
 from fbqat_hub.training.block_footprint import BlockMemory, block_memory
-from fbqat_hub.training.captioned import pictures_in
+from fbqat_hub.training.captioned import captions_in
 from fbqat_hub.training.dataset import SEEDS, folder_of, source_of
 from fbqat_hub.training.fit import other_bytes, packed_size
 from fbqat_hub.training.footprint import StepMemory, step_memory
 from fbqat_hub.training.prompts import PROMPT_SETS, training_prompts
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.states import STEPS
+from fbqat_hub.training.student import check_layers
 
 # Two checkpoints are kept while the third is written.
 _CHECKPOINTS = 3
@@ -181,11 +182,12 @@ def costs(recipe: Recipe) -> Costs:
     """What a run costs; no weights are needed, and of a teacher on the Hub only its configs.
 
     Raises:
-        ValueError: a method that does not train.
+        ValueError: a method that does not train, or as `check_layers`.
         HubError: a teacher that is not known here and cannot be looked up.
     """
     check_trains(recipe)
     configs, counts = configs_of(recipe.teacher), parameters(recipe.teacher)
+    check_layers(recipe, build_on_meta(configs["transformer"]))
     embeddings, latents = cached_bytes(recipe, configs)
     captions = _captions(recipe.dataset)
     return Costs(
@@ -222,7 +224,7 @@ def _captions(dataset: Mapping[str, Any]) -> int | None:
     if "prompts" in dataset:
         return None if source_of(dataset) in PROMPT_SETS else sum(map(len, training_prompts(dataset).values()))
     folder: Path | None = folder_of(dataset)
-    return len(pictures_in(folder)) if folder else None
+    return captions_in(folder) if folder else None
 
 
 def pictures_of_a_prompt(recipe: Recipe) -> int:

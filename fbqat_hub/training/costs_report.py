@@ -17,13 +17,14 @@ from fbqat_hub.training.advice import (
     advice,
     as_settings,
     block_advice,
+    block_by_block,
     buckets,
     in_parts,
     launched,
     on_device,
     on_one_device,
 )  # fmt: skip
-from fbqat_hub.training.costs import Costs, costs, pictures_of_a_prompt, sampler_steps
+from fbqat_hub.training.costs import Costs, pictures_of_a_prompt, sampler_steps
 from fbqat_hub.training.dataset import source_of
 from fbqat_hub.training.gpus import Gpus
 from fbqat_hub.training.prompts import PROMPT_SETS
@@ -220,13 +221,11 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
         if changed.on_each <= budget:
             return lines
     lines.append("End to end no setting makes it fit.")
-    change: dict[str, Any] = {
-        "training": "blockwise",
-        "mixed_precision": "bf16",
-        "batch_size": min(8, found.recipe.batch_size),
-    }
-    blocks = costs(replace(found.recipe, **change))
-    lines.append(f"With --set {as_settings(change)}:")
+    try:
+        settings, blocks = block_by_block(found.recipe)
+    except ValueError as error:
+        return [*lines, f"Nor block by block: {error}", *_without_training(found)]
+    lines.append(f"With --set {settings}:")
     lines += [f"  {line}" for line in [*"\n".join(_blocks(blocks)).splitlines(), *_blocks_fit(blocks, gpus)]]
     return [*lines, *_without_training(found)]
 

@@ -18,6 +18,7 @@ LOADED = {"name", "data_dir", "data_files", "split", "revision", "cache_dir", "i
 SKIP = 0.01
 # Of prompts alone: how many pictures the teacher's sampler makes of each, every one from a noise of its own.
 SEEDS = 4
+_MOST_SEEDS = 10_000
 # Builders of datasets that take local files; they are no folders and no Hub ids.
 BUILDERS = ("imagefolder", "webdataset", "parquet", "json", "csv", "arrow")
 
@@ -48,7 +49,7 @@ def check_dataset(dataset: Mapping[str, Any]) -> None:
         if key == "count":
             good, must = type(value) is int and value >= 3, "a whole number of at least 3"
         elif key == "seeds":
-            good, must = type(value) is int and value >= 1, "a whole number of at least 1"
+            good, must = type(value) is int and 1 <= value <= _MOST_SEEDS, f"a whole number from 1 to {_MOST_SEEDS}"
         elif key == "skip":
             good, must = type(value) in (int, float) and 0 <= value <= 1, "a share from 0 to 1, e.g. 0.01"
         elif key == "groups":
@@ -74,8 +75,8 @@ def check_local_data(dataset: Mapping[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: ``path`` or ``data_dir`` is no folder.
-        ValueError: a row of a ``metadata.jsonl`` that is not JSON, or whose caption is not text (file and row are
-            named); an unknown group of OpenMoji; or as ``prompts.training_prompts`` of a file.
+        ValueError: a ``metadata.jsonl`` without rows, or with one that is not JSON, or whose caption is not text (file
+            and row are named); an unknown group of OpenMoji; or as ``prompts.training_prompts`` of a file.
     """
     path = source_of(dataset)
     if path == "openmoji":
@@ -126,6 +127,11 @@ def _check_captions(file: Path, column: str) -> None:
         if not isinstance(row, dict):
             raise ValueError(f"{file}, row {number} is {row!r:.80}; it must be an object with file_name.")
         rows.append((number, row))
+    if not rows:
+        raise ValueError(
+            f'{file} has no rows; write one for each picture, e.g. {{"file_name": "a.png", "caption": "a cat"}}, or '
+            "delete it where each picture has a text file beside it."
+        )
     if not any(column in row for _, row in rows):
         return  # the column has another name, which is said when the columns are known
     for number, row in rows:

@@ -13,9 +13,8 @@ import torch
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.integrations.transformers import text_encoder_writers
-from fbqat_hub.pipelines import downloaded, pinned, save_quantized
+from fbqat_hub.pipelines import save_quantized
 from fbqat_hub.quantization import PackedLayer, convert, named_layers, set_bit_width
-from fbqat_hub.quantization.convert import targets
 from fbqat_hub.training.adam import check_optimizer
 from fbqat_hub.training.blockwise import train_blockwise
 from fbqat_hub.training.cache import CachedSplit, cached_splits
@@ -23,11 +22,16 @@ from fbqat_hub.training.checkpoint import differences, newest_checkpoint, widths
 from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of, distill, own_parts
-from fbqat_hub.training.lora_merge import float_pipeline, streamed_denoiser
+from fbqat_hub.training.lora_merge import float_pipeline, pinned_recipe, streamed_denoiser
 from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.sharding import is_sharded, share_out
-from fbqat_hub.training.student import narrow_teacher, prepare_student, prepare_student_by_blocks, resumed_student
-from fbqat_hub.training.teachers import resolve_teacher
+from fbqat_hub.training.student import (
+    check_layers,
+    narrow_teacher,
+    prepare_student,
+    prepare_student_by_blocks,
+    resumed_student,
+)
 from fbqat_hub.untrusted import read_yaml
 
 
@@ -75,11 +79,10 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     torch.manual_seed(recipe.seed)
     blockwise, sharded = recipe.training == "blockwise", is_sharded(accelerator)
     with accelerator.main_process_first():  # it downloads and encodes; the others read what it left
-        source = downloaded(resolve_teacher(recipe.teacher))
-        recipe = replace(recipe, teacher=pinned(recipe.teacher, source))
+        recipe, source = pinned_recipe(recipe)
         writers = text_encoder_writers(source, recipe.text_encoders)  # refuses them before the training
         pipeline = load_teacher(recipe, meta=sharded and not accelerator.is_main_process)
-        targets(pipeline.transformer, **recipe.config().layer_options())  # so does a pattern that matches no layer
+        check_layers(recipe, pipeline.transformer)  # so do patterns that match no layer
         splits = _encoded(recipe, pipeline, accelerator.device, in_parts=blockwise or sharded)
     device = "cpu" if blockwise or sharded else accelerator.device  # where inputs of blocks are kept
     draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
@@ -138,8 +141,7 @@ def load_teacher(recipe: Recipe, *, meta: bool = False) -> Any:
         ValueError: it is of another family, or quantized.
     """
     family = get_family(recipe.family)
-    half = recipe.half if recipe.training == "blockwise" else None
-    pipeline = float_pipeline(recipe, half or torch.float32, meta=meta)
+    pipeline = float_pipeline(recipe, recipe.teacher_dtype, meta=meta)
     if type(pipeline).__name__ != family.pipeline_class:
         raise ValueError(f"teacher {recipe.teacher} is a {type(pipeline).__name__}; {family.name} is not its family.")
     if getattr(pipeline.transformer, "is_quantized", False):
@@ -184,12 +186,15 @@ def is_finished(recipe: Recipe, output: Path, resume: bool) -> bool:
 
 
 def as_started(recipe: Recipe, output: Path) -> Recipe:
-    """The recipe with the commit of its teacher that the run in ``output`` began with, where it names none itself."""
+    """The recipe with the commits of its teacher and adapter that the run in ``output`` began with, where it names none
+    itself."""
     try:
-        began = str(read_yaml(output / "recipe.yaml")["teacher"])
+        saved = read_yaml(output / "recipe.yaml")
+        began = {"teacher": str(saved["teacher"]), "lora": str(saved.get("lora"))}
     except (FileNotFoundError, KeyError, TypeError, ValueError):  # said later, of what is broken
         return recipe
-    return replace(recipe, teacher=began) if began.startswith(f"{recipe.teacher}@") else recipe
+    same: dict[str, Any] = {key: value for key, value in began.items() if value.startswith(f"{getattr(recipe, key)}@")}
+    return replace(recipe, **same)
 
 
 def _other_recipe(recipe: Recipe, saved: Path) -> str:

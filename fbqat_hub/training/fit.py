@@ -43,10 +43,10 @@ class Fit:
         >>> Fit.parse("6GB"), Fit.parse("transformer=900MiB")
         (Fit(bytes=6000000000, denoiser_only=False), Fit(bytes=943718400, denoiser_only=True))
         """
-        found = re.fullmatch(r"(transformer=)?(\d+(?:\.\d+)?) ?([MG]i?B)", text.strip(), re.IGNORECASE)
+        found = re.fullmatch(r"(transformer=)?(\d{1,9}(?:\.\d{1,9})?) ?([MG]i?B)", text.strip(), re.IGNORECASE)
         if not found or not float(found[2]):
             raise ValueError(
-                f"{text!r} is no size; write e.g. 6GB or 900MB (or GiB, MiB) for the whole pipeline, or "
+                f"{text!r:.50} is no size; write e.g. 6GB or 900MB (or GiB, MiB) for the whole pipeline, or "
                 "transformer=3GB for its denoiser alone."
             )
         return cls(int(float(found[2]) * _UNITS[found[3].upper()]), found[1] is not None)

@@ -8,6 +8,7 @@ allocator loses.
 from __future__ import annotations
 
 import dataclasses
+import json
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -64,8 +65,36 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
         configs: of the teacher's models, "transformer" and "vae" among them.
         batch_size: instead of the recipe's, all at once.
     """
-    family, at_once = get_family(recipe.family), batch_size or recipe.micro_batch_size or recipe.batch_size
+    at_once = batch_size or recipe.micro_batch_size or recipe.batch_size
     added_up = not batch_size and at_once < recipe.batch_size
+    key = _key(recipe, configs, at_once, added_up)
+    if key not in _TRACED:
+        _TRACED[key] = _traced(recipe, configs, at_once, added_up)
+    memory, stepped = _TRACED[key]
+    return replace(memory, optimizer=optimizer_bytes(stepped, recipe.optimizer.moment_bits))
+
+
+# What was traced in this process: each takes seconds, and advice asks for the same ones again.
+_TRACED: dict[str, tuple[StepMemory, list[nn.Parameter]]] = {}
+
+
+def _key(recipe: Recipe, configs: Configs, at_once: int, added_up: bool) -> str:
+    """Of what a step is traced of: of all settings but those that change its batch, given here, or its moments."""
+    fields = recipe.to_dict()
+    for name in ("batch_size", "micro_batch_size"):
+        del fields[name]
+    del fields["optimizer"]["moment_bits"]
+    return json.dumps([fields, configs, at_once, added_up], sort_keys=True, default=str)
+
+
+def _traced(recipe: Recipe, configs: Configs, at_once: int, added_up: bool) -> tuple[StepMemory, list[nn.Parameter]]:
+    """`step_memory` without the optimizer's, and the parameters that get a gradient, without numbers.
+
+    Args:
+        at_once: samples.
+        added_up: whether gradients of samples before them are there.
+    """
+    family = get_family(recipe.family)
     inputs = denoiser_arguments(recipe, configs, at_once)
     with FakeTensorMode() as fake, Storages() as storages:
         teacher = build(configs["transformer"]).eval().requires_grad_(False)
@@ -89,15 +118,16 @@ def step_memory(recipe: Recipe, configs: Configs, batch_size: int | None = None)
         mean_squared(made.float(), target.float(), None).backward()
         peak, gradients = storages.peak, storages.gradients_at_peak
         stepped = [parameter for parameter in trained if parameter.grad is not None]
-    return StepMemory(
+    memory = StepMemory(
         teacher=of_teacher,
         student=trained_bytes,
         frozen=weights - of_teacher - trained_bytes,
         gradients=gradients,
-        optimizer=optimizer_bytes(stepped, recipe.optimizer.moment_bits),
+        optimizer=0,
         activations=peak - weights - gradients,
         trained=sum(parameter.numel() for parameter in trained),
     )
+    return memory, [nn.Parameter(torch.empty(each.shape, dtype=each.dtype, device="meta")) for each in stepped]
 
 
 def fake_student(recipe: Recipe, teacher: nn.Module) -> Any:

@@ -137,9 +137,11 @@ def distil(
 
     Raises:
         FloatingPointError: the loss is not finite.
+        ValueError: so few steps that none is at the method's last width.
     """
     scheme, stages = how.method.quantization, how.method.schedule.stages
     schedule = BitSchedule.preset(stages, scheme.weight_bits) if isinstance(stages, str) else BitSchedule(stages)
+    schedule.check_steps(how.steps)
     optimizer = optimizer_of(how, student, teacher)
     with Progress("train", how.steps, "step", shown=shown) as bar:
         for step in range(how.steps):

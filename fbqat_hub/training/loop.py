@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +31,16 @@ from fbqat_hub.config import FBQATConfig
 from fbqat_hub.integrations.diffusers import attach
 from fbqat_hub.pipelines import save_stage
 from fbqat_hub.progress import Progress
-from fbqat_hub.quantization import BitSchedule, FakeQuantizedLinear, Rounding, converted, named_layers, set_bit_width
+from fbqat_hub.quantization import (
+    BitSchedule,
+    FakeQuantizedLinear,
+    PackedLayer,
+    Rounding,
+    converted,
+    named_layers,
+    set_bit_width,
+)
+from fbqat_hub.quantization.layer import QuantizedLayer
 from fbqat_hub.stages import stage_folder
 from fbqat_hub.training.adam import Rates, optimizer_of, set_rate
 from fbqat_hub.training.cache import CachedSplit
@@ -280,9 +289,9 @@ def distill(
         As `Loop.finish`.
 
     Raises:
-        FileNotFoundError, FloatingPointError, ValueError: as `Loop.start` and `Loop.step`.
+        FileNotFoundError, FloatingPointError, ValueError: as `Loop.start`, `Loop.step` and `check_trained`.
     """
-    loop = Loop(recipe, student, teacher, splits, draws, output, accelerator, skeleton)
+    loop, line = Loop(recipe, student, teacher, splits, draws, output, accelerator, skeleton), None
     first, writes = loop.start(resume), accelerator.is_main_process
     log = open_log(output / LOG, first) if writes else io.StringIO()
     bar = Progress(stage or f"train {recipe.method}", recipe.steps, "step", start=first, shown=progress and writes)
@@ -298,7 +307,10 @@ def distill(
                 log.flush()
                 loop.keep(line.step)
             bar.update(loss=f"{line.loss:.2e}", bits=f"{line.bit_width:g}")
-    return loop.finish()
+    student = loop.finish()
+    if line is not None and student is not None:
+        check_trained(line, recipe, output, student)
+    return student
 
 
 def set_step(
@@ -328,26 +340,58 @@ def not_finite(
     """
     found: list[str] = []
 
-    def look(name: str, layer: FakeQuantizedLinear, made: Tensor) -> None:
+    def look(name: str, layer: QuantizedLayer, made: Tensor) -> None:
         if not found and not bool(made.isfinite().all()):
-            found.append(f"{name} ({layer.bit_width:g} bits)")
+            found.append(f"{name} ({_bits(layer):g} bits)")
 
     hooks = [
         layer.register_forward_hook(lambda layer, _, made, name=name: look(name, layer, made))
-        for name, layer in named_layers(model, FakeQuantizedLinear)
+        for name, layer in named_layers(model, QuantizedLayer)
     ]
     with torch.no_grad():
         again()
     for hook in hooks:
         hook.remove()
-    where = f"{line.block}, step {line.step}" if line.block else f"step {line.step}"
     cause = f"the first output that is not finite is that of {found[0]}" if found else "all layers' outputs are finite"
+    said = f"the loss is {line.loss} at {_where(line)}, {line.bit_width:g} bits; {cause}"
+    return FloatingPointError(f"{said}. {_what_to_change(line, recipe, output, model)}")
+
+
+def check_trained(line: LogLine, recipe: Recipe, output: Path, model: nn.Module) -> None:
+    """Refuse what the last update left, of which no loss was computed, where it cannot be stored.
+
+    Args:
+        line: of that update.
+        model: the student, or the block that is trained.
+
+    Raises:
+        FloatingPointError: names the layer, its width, the step and what to change.
+    """
+    for name, layer in named_layers(model, QuantizedLayer):
+        try:
+            layer.check_numbers()
+        except ValueError as error:
+            raise FloatingPointError(
+                f"{name} ({_bits(layer):g} bits) after the last update, {_where(line)}: {error} "
+                f"{_what_to_change(line, recipe, output, model)}"
+            ) from None
+
+
+def _where(line: LogLine) -> str:
+    return f"{line.block}, step {line.step}" if line.block else f"step {line.step}"
+
+
+def _bits(layer: QuantizedLayer) -> float:
+    return layer.bit_width if isinstance(layer, FakeQuantizedLinear) else cast(PackedLayer, layer).weight_bits
+
+
+def _what_to_change(line: LogLine, recipe: Recipe, output: Path, model: nn.Module) -> str:
+    rate = "blockwise.learning_rate" if line.block else "learning_rate"
+    if next(named_layers(model, PackedLayer), None):  # whose scales are tuned
+        rate = "blockwise.tuning_rate"
     folder = output / "checkpoints"
     kept = f"The last checkpoint is kept in {folder}." if folder.is_dir() else "There is no checkpoint yet."
-    return FloatingPointError(
-        f"the loss is {line.loss} at {where}, {line.bit_width:g} bits; {cause}. Lower learning_rate "
-        f"({recipe.learning_rate:g}) or set optimizer.max_grad_norm. {kept}"
-    )
+    return f"Lower {rate} ({recipe.learning_rate:g}) or set optimizer.max_grad_norm. {kept}"
 
 
 def learning_rate_factor(recipe: Rates, step: int) -> float:

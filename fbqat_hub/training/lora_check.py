@@ -21,6 +21,7 @@ from fbqat_hub.files import whole
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.hub.adapter import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from fbqat_hub.hub.client import step
+from fbqat_hub.hub.names import repo_and_revision
 from fbqat_hub.inputs import seeds
 from fbqat_hub.lora import AdapterError, pairs_of
 from fbqat_hub.pictures import as_image
@@ -260,10 +261,14 @@ def _found(adapter: str) -> Path:
             raise ValueError(f"{adapter} is no safetensors file; other formats can run programs and are not read.")
         return place
     if not place.is_dir():
-        if place.is_absolute() or adapter.count("/") != 1 or adapter.startswith("."):
-            raise FileNotFoundError(f"{adapter} is no file or folder, nor a Hub id such as owner/name.")
+        repo, revision = repo_and_revision(adapter)
+        if place.is_absolute() or repo.count("/") != 1 or adapter.startswith("."):
+            raise FileNotFoundError(
+                f"{adapter} is no file or folder, nor a Hub id such as owner/name or owner/name@revision."
+            )
         with step(f"download the adapter {adapter}"):
-            place = Path(snapshot_download(adapter, allow_patterns=["*.safetensors", PEFT_CONFIG]))
+            wanted = ["*.safetensors", PEFT_CONFIG]
+            place = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     for name in (DIFFUSERS_FILE, PEFT_FILE):
         if (place / name).is_file():
             return place / name

@@ -6,7 +6,7 @@ shapes that holds no numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from fbqat_hub.components import quiet, read_index
 from fbqat_hub.families import get_family
 from fbqat_hub.integrations.convert_files import checked_tensors
 from fbqat_hub.integrations.streamed import StreamedDenoiser
-from fbqat_hub.pipelines import downloaded, load_pipeline
+from fbqat_hub.pipelines import downloaded, load_pipeline, pinned
 from fbqat_hub.text import names
 from fbqat_hub.training.lora_check import adapter_file, load_adapter
 from fbqat_hub.training.recipe import Recipe
@@ -128,6 +128,24 @@ def _give_shapes(model: nn.Module) -> None:
         owner, _, own = name.rpartition(".")
         empty = torch.zeros(()).expand(parameter.shape)
         setattr(model.get_submodule(owner), own, nn.Parameter(empty, requires_grad=False))
+
+
+def pinned_recipe(recipe: Recipe) -> tuple[Recipe, Path]:
+    """The recipe with the commits of what it takes from the Hub, its teacher and its adapter, and the teacher's folder.
+
+    Both are downloaded if need be.
+
+    Raises:
+        FileNotFoundError, ValueError, HubError: as `downloaded` and `adapter_file`.
+    """
+    folder = downloaded(resolve_teacher(recipe.teacher))
+    lora = None if recipe.lora is None else pinned_adapter(recipe.lora)
+    return replace(recipe, teacher=pinned(recipe.teacher, folder), lora=lora), folder
+
+
+def pinned_adapter(adapter: str) -> str:
+    """An adapter with the commit that is in the Hub's cache, if it is a Hub id; downloaded if need be."""
+    return adapter if Path(adapter).exists() else pinned(adapter, adapter_file(adapter).parent)
 
 
 def float_pipeline(recipe: Recipe, dtype: torch.dtype = torch.float32, *, meta: bool = False) -> Any:

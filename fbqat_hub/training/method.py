@@ -71,7 +71,7 @@ class GPTQ:
     """
 
     samples: Count = 100
-    damping: Amount = 0.01
+    damping: Annotated[Amount, Field(gt=0, le=1, description="a number above 0, at most 1")] = 0.01
     margin: Annotated[Amount, Field(le=0.5, description="a number from 0 to 0.5")] = 0.05
 
 
@@ -105,7 +105,7 @@ class Optimizer:
         learning_rate_schedule: "cosine" (to 0) or "constant", after the warm-up.
         warmup_steps: of a linear warm-up.
         clip_learning_rate: rate of the logarithm of learned clips, as a multiple of ``learning_rate``.
-        weight_decay: of weights and biases, not of clips.
+        weight_decay: of weights and biases, not of clips and scales.
         max_grad_norm: to which gradients are clipped; 0 leaves them.
         ewgs: strength of element-wise gradient scaling (arXiv 2104.00903); 0 is off.
         moment_bits: of Adam's two moments, 32, or 8 for a quarter of their memory, by torchao (arXiv 2110.02861).

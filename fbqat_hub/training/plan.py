@@ -22,6 +22,7 @@ from fbqat_hub.training.dataset import check_local_data
 from fbqat_hub.training.distill import load_teacher
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of
+from fbqat_hub.training.lora_merge import pinned_recipe
 from fbqat_hub.training.probe import (
     DRAWS,
     Estimate,
@@ -34,7 +35,7 @@ from fbqat_hub.training.probe import (
 )
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.sharding import is_sharded
-from fbqat_hub.training.student import prepare_student
+from fbqat_hub.training.student import check_layers, prepare_student
 
 PROBE_STEPS = 40
 _INK = "#3355c8"
@@ -154,17 +155,25 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
         progress: show progress bars.
 
     Raises:
-        ValueError: a method that does not train, or a teacher that is not a float pipeline of the recipe's family.
+        ValueError: a method that does not train, block-wise training, a teacher that is not a float pipeline of the
+            recipe's family, or one of whose layers none is trained.
         ImportError: 8-bit moments of Adam without torchao.
     """
     check_trains(recipe)
+    if recipe.training == "blockwise":
+        raise ValueError(
+            "fbqat plan --measure runs end-to-end steps, and the recipe's training is blockwise; leave out --measure, "
+            "or set training=end_to_end."
+        )
     check_optimizer(recipe.optimizer)
     accelerator = accelerator_of(recipe)
     if is_sharded(accelerator):
         raise ValueError("fbqat plan --measure does not share out layers (FSDP2); start it in one process.")
     check_local_data(recipe.dataset)
     torch.manual_seed(recipe.seed)
+    recipe, _ = pinned_recipe(recipe)
     pipeline = load_teacher(recipe)
+    check_layers(recipe, pipeline.transformer)
     if output:
         output.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
     splits = cached_splits(recipe, pipeline.to(accelerator.device))
@@ -177,7 +186,7 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
     widths = widths_to(recipe.quantization.weight_bits)
     curve = loss_against_width(student, teacher, splits["validation"], draws, widths, progress=progress)
     del student
-    steps = min(PROBE_STEPS, recipe.steps)
+    steps = min(max(PROBE_STEPS, recipe.bit_schedule().least_steps), recipe.steps)
     probes = probe_layers(recipe, teacher, splits, draws, accelerator, steps, progress=progress)
     made = Plan(recipe, curve, probes, steps)
     if output:

@@ -32,7 +32,7 @@ from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
 from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
 from fbqat_hub.training.generate import shipped_call
-from fbqat_hub.training.lora_merge import Lora, Merge
+from fbqat_hub.training.lora_merge import Lora, Merge, pinned_adapter
 from fbqat_hub.training.method import METHODS
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.sampled import open_sampler, sampled_inputs
@@ -144,7 +144,7 @@ def convert_pipeline(
     if gptq:
         fields |= {"gptq": {"samples": gptq.samples}, "calibration_prompts": len(gptq.prompts[: gptq.samples])}
     if lora:
-        fields |= {"lora": lora.adapter, "lora_scale": float(lora.scale)}
+        fields |= {"lora": pinned_adapter(lora.adapter), "lora_scale": float(lora.scale)}
     recipe = Recipe(**fields)
     merge = Merge(pipeline, lora) if lora else None
     writers = text_encoder_writers(folder, text_encoders)

@@ -17,10 +17,11 @@ import yaml
 from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
 
-from fbqat_hub.checked import Amount, Count, Flag, Options, Text, Texts, Whole, checked, one_of
+from fbqat_hub.checked import MOST, Amount, Count, Flag, Options, Text, Texts, Whole, checked, one_of
 from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped, whole
+from fbqat_hub.inputs import MAX_SEED
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.training.call import call_types, check_call
 from fbqat_hub.training.dataset import check_dataset
@@ -61,7 +62,7 @@ class Calibration:
     rule: Annotated[
         Literal["mean_3sigma", "min_max", "percentile"], Field(description="mean_3sigma, min_max or percentile")
     ] = "min_max"
-    percentile: Annotated[Amount, Field(le=100, description="a number from 0 to 100")] = 99.9
+    percentile: Annotated[Amount, Field(gt=0, le=100, description="a number above 0, at most 100")] = 99.9
 
 
 @checked("recipe.evaluation")
@@ -170,10 +171,13 @@ class Recipe:
     steps: Whole
     batch_size: Count = 8
     micro_batch_size: Annotated[
-        Annotated[int, Field(strict=True, ge=1)] | None, Field(description="a whole number of at least 1, or null")
+        Annotated[int, Field(strict=True, ge=1, le=MOST)] | None,
+        Field(description="a whole number of at least 1, or null"),
     ] = None
     learning_rate: Amount = 1.3e-3
-    seed: Annotated[Whole, Field(le=2**32 - 1, description="a whole number from 0 to 4294967295")] = 1234
+    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")] = (
+        1234
+    )
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="'no', bf16 or fp16")] = "no"
     gradient_checkpointing: Flag = False
     save_every: Whole = 200
@@ -232,8 +236,19 @@ class Recipe:
                 f"recipe: dataset has prompts alone, and a {family.title} needs pictures: {family.needs_pictures}. "
                 "Give dataset.path."
             )
+        if self.lora is None and self.lora_scale != 1.0:
+            raise ValueError(
+                f"recipe: lora_scale is {self.lora_scale:g}, and there is no lora; give the adapter too, or leave it "
+                "out."
+            )
+        if self.quantization.activation_bits == 32 and self.quantization.activation_range == "static":
+            raise ValueError(
+                "recipe: quantization.activation_range is static, and activation_bits 32 leaves activations in float; "
+                "leave the range out, or set activation_bits to 8 or 16."
+            )
         self.config()  # these two check their own values
         schedule = self.bit_schedule()
+        self._check_last_stage(schedule)
         self._check_average(schedule)
         self._check_start(schedule)
         self._check_stages()
@@ -252,6 +267,11 @@ class Recipe:
     def half(self) -> torch.dtype | None:
         """The half precision that the run computes in; None where it computes in float32."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """Of the teacher's parts, in which data is encoded too: half precision only where blocks are trained in it."""
+        return (self.half if self.training == "blockwise" else None) or torch.float32
 
     def config(self) -> FBQATConfig:
         """The quantization this recipe trains for."""
@@ -277,6 +297,16 @@ class Recipe:
             if width in range(3, 9) and width != schedule.final_bits:
                 ends[int(width)] = step + 1
         return ends
+
+    def _check_last_stage(self, schedule: BitSchedule) -> None:
+        if not self.steps:
+            return
+        blockwise = self.training == "blockwise"
+        steps, name = (self.blockwise.steps, "blockwise.steps") if blockwise else (self.steps, "steps")
+        try:
+            schedule.check_steps(steps, name)
+        except ValueError as error:
+            raise ValueError(f"recipe: {error}") from None
 
     def _check_average(self, schedule: BitSchedule) -> None:
         average = self.quantization.average_bits
@@ -369,7 +399,8 @@ def load_recipe(source: str | Path, **changes: Any) -> Recipe:
     Args:
         source: path of a YAML file, or a name such as "sana-tiny".
         changes: fields that replace the file's. Of a section (``schedule``, say) what is given replaces, and the rest
-            stays. A changed ``method`` takes the method's own values with it where the file was saved by a run.
+            stays; of ``dataset`` too, unless it is given a path or prompts. A changed ``method`` takes the method's own
+            values with it where the file was saved by a run.
 
     Raises:
         FileNotFoundError: neither a file nor a shipped name.
@@ -442,7 +473,7 @@ def _checked_version(path: Path, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with ``changes``; of a section and of ``generation`` only what they name changes."""
+    """The recipe with ``changes``; of a section, ``generation`` and the same data set only what they name changes."""
     new = dict(data)
     method = changes.get("method", data.get("method"))
     if method != data.get("method"):
@@ -456,10 +487,17 @@ def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
             new["steps"] = 0
     for name, value in changes.items():
         old = new.get(name)
-        if (name in _SECTIONS or name == "generation") and isinstance(value, Mapping) and isinstance(old, Mapping):
+        if _is_part(name, value) and isinstance(old, Mapping):
             value = {**old, **value}
         new[name] = value
     return new
+
+
+def _is_part(name: str, value: Any) -> bool:
+    """Whether a change is of what it names alone; one of ``dataset`` that names another one's source is not."""
+    if name == "dataset":
+        return isinstance(value, Mapping) and not {"path", "prompts"} & set(value)
+    return (name in _SECTIONS or name == "generation") and isinstance(value, Mapping)
 
 
 def _whole_section(default: Any, given: Any) -> Any:

@@ -20,7 +20,7 @@ from fbqat_hub.generation import generate_pictures
 from fbqat_hub.inputs import read_prompts, seeds
 from fbqat_hub.pictures import as_image, is_one_colour, read_picture
 from fbqat_hub.progress import Progress, each
-from fbqat_hub.training.cache import CachedSplit, cache_folder, cache_key
+from fbqat_hub.training.cache import CachedSplit, adapter_key, cache_folder, cache_key
 from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.pictures import picture_of
@@ -162,10 +162,9 @@ def teacher_pictures(
     Args:
         pipeline: gives its pipeline; loaded here if it is None and the pictures are not there.
     """
-    teacher = resolve_teacher(recipe.teacher)
-    if recipe.lora is not None:
-        teacher = f"{teacher} with {recipe.lora_scale} x {recipe.lora}"
-    folder = cache_folder(recipe) / f"teacher-{_key(teacher, recipe, prompts)}"
+    adapter = {} if recipe.lora is None else {"lora": adapter_key(recipe)}
+    key = _key(resolve_teacher(recipe.teacher), recipe, prompts, **adapter)
+    folder = cache_folder(recipe) / f"teacher-{key}"
     load = pipeline or (lambda: float_pipeline(recipe))
     return generate_folder(load, prompts, recipe, folder, "generate with the teacher", progress=progress)
 
@@ -251,6 +250,6 @@ def _real_of_recipe(data: Any, texts: Sequence[str]) -> Iterator[Image.Image]:
             yield picture_of(data[split][row]["image"], f"{split}, row {row + 1}")
 
 
-def _key(model: str, recipe: Recipe, prompts: Sequence[str]) -> str:
+def _key(model: str, recipe: Recipe, prompts: Sequence[str], **beside: Any) -> str:
     """Of the pictures that a model generates."""
-    return cache_key(model, {"prompts": list(prompts), **vars(recipe.evaluation)}, 0, recipe.generation)
+    return cache_key(model, {"prompts": list(prompts), **vars(recipe.evaluation), **beside}, 0, recipe.generation)

@@ -229,6 +229,22 @@ def set_trained_layers(recipe: Recipe, model: nn.Module, within: str = "") -> No
         layer.requires_grad_(matches(f"{within}{name}", patterns))
 
 
+def check_layers(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse a recipe that quantizes no layer of a float denoiser, or trains none of those.
+
+    Raises:
+        ValueError: also a pattern of layers that matches none.
+    """
+    names = [target.names[0] for target in targets(model, **recipe.config().layer_options())]
+    patterns = get_family(recipe.family).layer_groups[recipe.train_layers]
+    if recipe.steps and not any(matches(name, patterns) for name in names):
+        raise ValueError(
+            f"recipe: nothing is trained: of the {len(names)} layers that are quantized none is of train_layers: "
+            f"{recipe.train_layers}. Take train_layers: all, or leave fewer layers out "
+            "(quantization.modules_to_not_convert)."
+        )
+
+
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers."""
     return [*module.parameters(), *module.buffers()]

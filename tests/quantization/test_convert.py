@@ -263,6 +263,21 @@ def test_convert_replaces_all_or_nothing(tree: Tree, width: float, message: str)
     assert [name for name, _ in named_layers(tree, FakeQuantizedLinear)] == LAYERS
 
 
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_numbers_that_no_file_may_have_are_not_packed(tree: Tree, value: float) -> None:
+    prepare(tree, WeightScheme(clip="mse"), ActivationScheme())
+    tree.proj_out.clip.found.fill_(value)
+    with pytest.raises(ValueError, match="proj_out cannot be packed: its weight_scale has values that are not finite"):
+        convert(tree)
+
+
+def test_a_bias_that_is_not_finite_is_not_packed(tree: Tree) -> None:
+    prepare(tree, WeightScheme(), ActivationScheme())
+    tree.proj_out.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="proj_out cannot be packed: its bias has values that are not finite"):
+        convert(tree)
+
+
 def test_set_bit_width_reaches_every_layer(tree: Tree) -> None:
     prepared(tree, ActivationScheme())
     assert set_bit_width(tree, 4.5, Rounding(0.2)) == []

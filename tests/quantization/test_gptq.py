@@ -48,6 +48,13 @@ def x() -> Tensor:
     return correlated(512, 96)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e39])
+def test_a_damping_that_does_not_do_is_named(damping: float) -> None:
+    """Eight inputs of 96 numbers."""
+    with pytest.raises(ValueError, match=r"into first cannot be inverted with damping (0|1e\+39); take 0\.01"):
+        gptq_initialize(prepared(), lambda: [{"x": correlated(8, 96)}], damping=damping)
+
+
 def prepared(**scheme: object) -> TwoLayers:
     model = TwoLayers()
     prepare(model, WeightScheme(**{"clip": "mse", **scheme}), FLOAT_ACTIVATIONS)

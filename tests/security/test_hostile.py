@@ -262,6 +262,8 @@ def test_a_zip_of_pictures_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) 
         ("generation: {height: 64, height: 32}\n", "height stands twice, again on line 1"),
         ("#" * 2**20 + "\nname: x\n", "has 1048585 bytes"),
         ("name: 2001-99-99\n", "is not YAML: month must be"),
+        ("steps: 010\n", "is not YAML: 010 is 8 to YAML, which reads it in base 8; write the number without"),
+        ("seed: 12:30\n", "is not YAML: 12:30 is 750 to YAML, which reads it in base 60"),
         ("{name: x, family: sana, teacher: t, generation: {height: 1000000}}", "generation.height is 1000000"),
         ("{name: x, family: sana, teacher: t, generation: {num_inference_steps: 1000000}}", "num_inference_steps is"),
     ],

@@ -21,6 +21,12 @@ from fbqat_hub.training.method import METHODS
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.student import prepare_student
 
+# Quantizes no layer of a group, and trains that group.
+NO_ATTENTION = {
+    "train_layers": "attention",
+    "quantization": {"modules_to_not_convert": ["transformer_blocks.*.attn*"]},
+}
+
 
 @pytest.fixture
 def recipe_of(recipe_fields: dict[str, Any]) -> Callable[..., Recipe]:

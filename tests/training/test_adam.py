@@ -46,6 +46,18 @@ class Layers(nn.Module):
             optimizer.step()
 
 
+def test_weight_decay_is_of_weights_and_biases_alone(recipe_of: Any) -> None:
+    """A decay would pull a logarithm of a clip, or a factor of a scale, to another clip and scale."""
+    layers = Layers()
+    layers.large.register_parameter("scale_factor", nn.Parameter(torch.ones(64)))
+    for unit in ("absolute", "relative"):
+        rule = {"weight_decay": 0.1, "learning_rate_unit": unit}
+        groups = optimizer_of(recipe_of(optimizer=rule), layers, layers).param_groups
+        decay = {id(each): group["weight_decay"] for group in groups for each in group["params"]}
+        without = {name for name, each in layers.named_parameters() if not decay[id(each)]}
+        assert without == {"clip.log_clip", "large.scale_factor"}
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_what_moments_take_is_counted(bits: int, recipe_of: Any) -> None:
     if bits == 8:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from fbqat_hub.families import get_family
@@ -19,7 +20,8 @@ from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers
 from fbqat_hub.training import blockwise
 from fbqat_hub.training.blockwise import block_loss, train_blockwise
-from fbqat_hub.training.cache import cached_splits
+from fbqat_hub.training.cache import cache_folder, cached_splits
+from fbqat_hub.training.costs import costs
 from fbqat_hub.training.distill import load_teacher, train
 from fbqat_hub.training.draws import Draws
 from fbqat_hub.training.loop import accelerator_of
@@ -130,6 +132,20 @@ def test_blocks_of_another_recipe_are_refused(blockwise_recipe, scene_of, tmp_pa
         training.finished()
 
 
+@pytest.mark.parametrize("average", [None, 5.0])
+def test_blocks_whose_recipe_is_damaged_are_trained_again(average, scene_of, tmp_path: Path, capsys) -> None:
+    """The widths that were chosen are not used either."""
+    scene = scene_of(**small(quantization={"average_bits": average}))
+    given = (scene.recipe, scene.teacher, scene.splits["train"], scene.draws, tmp_path, accelerator_of(scene.recipe))
+    folder = tmp_path / "checkpoints" / "blocks"
+    folder.mkdir(parents=True)
+    save_file({}, folder / "0000.safetensors")
+    (folder / "widths.json").write_text("{}")
+    (folder / "recipe.yaml").write_text("a: [1")
+    assert blockwise._BlockTraining(*given).finished() == 0
+    assert capsys.readouterr().err.count(f"{folder / 'recipe.yaml'} is damaged (") == 1
+
+
 def test_a_damaged_block_is_named_and_trained_again(blockwise_recipe, tmp_path: Path, monkeypatch, capsys) -> None:
     straight = train(blockwise_recipe(), tmp_path / "straight", progress=False)
     with monkeypatch.context() as patch:
@@ -147,6 +163,58 @@ def test_a_loss_that_is_not_finite_names_its_block(blockwise_recipe, tmp_path: P
         FloatingPointError, match=r"transformer_blocks\.0, step \d+, 4 bits; .* that of \w.* \(4 bits\)\. Lower"
     ):
         train(blockwise_recipe(blockwise={"learning_rate": 1e30}), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "train_layers"),
+    [("transformer_blocks.0.*", "blocks"), ("transformer_blocks.0.attn*", "attention")],
+    ids=["no layer of it", "none of those that are trained"],
+)
+def test_a_block_of_which_nothing_is_trained_takes_no_steps(
+    left_out: str, train_layers: str, blockwise_recipe, tmp_path: Path, monkeypatch
+) -> None:
+    recipe = blockwise_recipe(
+        train_layers=train_layers, quantization={"modules_to_not_convert": [left_out]}, blockwise={"tuning_steps": 0}
+    )
+    assert costs(recipe).blocks.count == 1
+    run = train(recipe, tmp_path / "run", progress=False)
+    log = log_of(run)
+    assert [(line["step"], line["block"]) for line in log] == [(n, "transformer_blocks.1") for n in range(1, 7)]
+    packed = [name for name, _ in named_layers(load_pipeline(run).transformer, PackedLayer)]
+    assert any(name.startswith("transformer_blocks.0") for name in packed) == (train_layers == "attention")
+    plain = blockwise._BlockTraining._write
+
+    def stopped(self: Any, number: int, block: nn.Module) -> None:
+        plain(self, number, block)
+        if not number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise._BlockTraining, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "resumed", progress=False)
+    same_run(train(recipe, tmp_path / "resumed", resume=True, progress=False), run)
+
+
+@pytest.mark.parametrize(
+    ("blockwise", "message"),
+    [
+        (
+            {"steps": 1, "learning_rate": 1e38},
+            r"^\S+ \(4 bits\) after the last update, transformer_blocks\.0, step 1: its .* not finite.* "
+            r"Lower blockwise\.learning_rate \(1e\+38\)",
+        ),
+        (
+            {"tuning_steps": 1, "tuning_rate": 1e38},
+            r"\(4 bits\) after the last update, step 1: its weight_scale has .* Lower blockwise\.tuning_rate",
+        ),
+    ],
+)
+def test_a_last_update_that_diverges_saves_nothing(blockwise, message: str, blockwise_recipe, tmp_path: Path) -> None:
+    recipe = blockwise_recipe(blockwise=blockwise, optimizer={"warmup_steps": 0})
+    with pytest.raises(FloatingPointError, match=message):
+        train(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "model_index.json").exists()
 
 
 def test_no_more_than_one_block_is_in_float(blockwise_recipe, tmp_path: Path, monkeypatch) -> None:
@@ -208,6 +276,24 @@ def test_recipes_that_were_saved_before_there_was_a_choice_are_read(recipe_of, t
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
     then = replace(recipe_of().blockwise, learning_rate=2e-4)  # of all layers
     assert load_recipe(tmp_path / "recipe.yaml") == replace(recipe_of(), blockwise=then)
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_data_is_kept_by_the_precision_that_it_was_encoded_in(blockwise_recipe, monkeypatch, tmp_path: Path) -> None:
+    """Blocks are trained on what a teacher in bfloat16 encodes, models on what one in float32 does."""
+    monkeypatch.setenv("FBQAT_CACHE", str(tmp_path))
+    blocks = blockwise_recipe(mixed_precision="bf16")
+    whole = replace(blocks, training="end_to_end")
+    folders = [cache_folder(each) for each in (blocks, whole)]
+    assert folders[0] != folders[1]
+    exact = [cache_folder(replace(each, mixed_precision="no")) for each in (blocks, whole)]
+    assert exact[0] == exact[1]
+    pipeline = load_teacher(whole)
+    cached_splits(blocks, pipeline)  # as an evaluation does
+    assert [(folder / "train").exists() for folder in folders] == [False, True]
+    encoded = [cached_splits(each, load_teacher(each))["train"].batch(torch.arange(4))[0] for each in (blocks, whole)]
+    assert not torch.equal(*encoded)
+    assert torch.equal(cached_splits(blocks, pipeline)["train"].batch(torch.arange(4))[0], encoded[0])
 
 
 def test_block_loss_is_of_the_picture() -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.families.sana import Sana
@@ -208,6 +209,28 @@ def test_key_depends_on_all_that_is_encoded(tiny_sana: Path, pictures: Path, tmp
 
 
 @pytest.mark.parametrize(
+    "named",
+    [
+        "{}/a.parquet",
+        "{}/*.parquet",
+        ["{}/a.parquet", "{}/none.parquet"],
+        {"train": ["{}/a.parquet"], "test": "{}/a.parquet"},
+        {"train": "zip://*.png::{}/a.parquet"},
+    ],
+)
+def test_key_depends_on_the_data_files(named: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("old")
+    files = tree_map(lambda text: text.format(tmp_path), named)
+    given: dict[str, Any] = {"teacher": "owner/name", "size": (32, 32), "generation": CALL}
+    for place in ({"path": "parquet"}, {"path": "parquet", "data_dir": str(tmp_path)}):
+        keys = []
+        for text in ("one", "three"):
+            (tmp_path / "a.parquet").write_text(text)
+            keys.append(cache_key(dataset={**place, "data_files": files}, **given))
+        assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"caption_column": "text"}, "has no column 'text'; it has .*caption.* dataset.caption_column"),
@@ -229,6 +252,13 @@ def test_too_little_data_is_said(folder: str, message: str, fbqat_cache: Path, t
     (tmp_path / "few" / folder / "metadata.jsonl").write_text(line)
     with pytest.raises(ValueError, match=message):
         load_pictures({"path": str(tmp_path / "few"), "cache_dir": str(fbqat_cache / "datasets")}, 32)
+
+
+def test_a_table_without_rows_is_said(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl has no rows; write one for each picture, e\.g\. \{"):
+        load_pictures({"path": str(tmp_path)}, 32)
 
 
 def test_a_folder_of_texts_alone_is_said_to_hold_no_pictures(fbqat_cache: Path, tmp_path: Path) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.training_memory import RESULTS
+from fbqat_hub.cli.settings import changes_of
 from fbqat_hub.training.advice import advice, block_advice, on_device, on_one_device
 from fbqat_hub.training.costs import Costs, costs
 from fbqat_hub.training.costs_report import report
 from fbqat_hub.training.gpus import RESERVE, Gpus
 from fbqat_hub.training.method import Schedule
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from tests.training.conftest import NO_ATTENTION
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,35 @@ def test_what_cannot_fit_says_so(recipe_fields: dict[str, Any]) -> None:
     text = report(found, Gpus(8, RESERVE + found.memory.teacher), None)
     assert "\nEnd to end no setting makes it fit" in text
     assert "\nWith --set training=blockwise mixed_precision=bf16 batch_size=4:\n" in text
+    assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"quantization": {"group_size": 2}}, "batch_size=4 blockwise.tuning_steps=0"),
+        (
+            {"method": "fbqat-paper", "steps": 30, "keep_stages": [8]},
+            "batch_size=4 keep_stages=[]",
+        ),
+        ({"blockwise": {"tuning_steps": 0}, "quantization": {"group_size": 2}}, "batch_size=4"),
+    ],
+)
+def test_block_by_block_is_advised_with_what_it_allows(
+    changes: dict[str, Any], settings: str, recipe_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    found = costs(Recipe(**recipe_fields | changes))
+    text = report(found, Gpus(1, RESERVE + found.memory.teacher), None)
+    assert f"\nWith --set training=blockwise mixed_precision=bf16 {settings}:\n" in text
+    found.recipe.save(tmp_path / "recipe.yaml")
+    load_recipe(tmp_path / "recipe.yaml", training="blockwise", mixed_precision="bf16", **changes_of(settings.split()))
+
+
+def test_what_cannot_go_block_by_block_keeps_its_report(recipe_fields: dict[str, Any]) -> None:
+    falling = {"method": "fbqat-paper", "steps": 30, "blockwise": {"steps": 1}}  # too few to come to 4 bits
+    found = costs(Recipe(**recipe_fields | falling))
+    text = report(found, Gpus(1, RESERVE + found.memory.teacher), None)
+    assert "\nNor block by block: recipe: schedule.stages" in text
     assert f"\n  fbqat convert {found.recipe.teacher} --output " in text
 
 
@@ -121,6 +153,39 @@ def test_block_by_block_takes_the_memory_of_a_block(recipe_fields: dict[str, Any
     line = "the student's codes, to choose widths (average_bits)"
     assert line in report(mixed, None, None)
     assert line not in report(found, None, None)
+
+
+def test_the_tuning_takes_parts_of_a_batch(recipe_fields: dict[str, Any]) -> None:
+    fields = {"training": "blockwise", "batch_size": 16, "blockwise": {"samples": 16, "tuning_steps": 5}}
+    whole, parts, one = (
+        costs(Recipe(**recipe_fields | fields | changes))
+        for changes in ({}, {"micro_batch_size": 1}, {"batch_size": 1})
+    )
+    assert whole.tuning > parts.tuning == one.tuning
+    assert whole.blocks.block == parts.blocks.block
+
+
+def test_pictures_of_a_folder_are_counted_where_they_can_be(recipe_fields: dict[str, Any], tmp_path: Path) -> None:
+    def counted() -> int | None:
+        return costs(Recipe(**recipe_fields | {"dataset": {"path": str(tmp_path)}})).captions
+
+    (tmp_path / "a.parquet").write_bytes(b"rows")
+    assert counted() is None
+    found = costs(Recipe(**recipe_fields | {"dataset": {"path": str(tmp_path)}}))
+    assert "embeddings of a caption, at most" in report(found, None, None)
+    (tmp_path / "0.png").write_bytes(b"")
+    (tmp_path / "1.png").write_bytes(b"")
+    assert counted() == 2
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "x"}\n\n')
+    assert counted() == 1
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text('file_name,caption\n0.png,"a\nb"\n1.png,c\n0.png,d\n')
+    assert counted() == 3
+
+
+def test_nothing_to_train_is_said(recipe_fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="nothing is trained: of the 11 layers that are quantized none is of"):
+        costs(Recipe(**recipe_fields | NO_ATTENTION))
 
 
 def test_block_by_block_what_does_not_fit_is_said_with_what_to_change(recipe_fields: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fbqat_hub.pipelines import load_pipeline, load_stage
@@ -228,6 +228,18 @@ def test_diverging_run_names_the_layer_and_says_what_to_do(kept: bool, recipe_of
     assert said.endswith("/checkpoints." if kept else "There is no checkpoint yet.")
 
 
+def test_a_last_update_that_diverges_saves_nothing(recipe_of, tmp_path: Path) -> None:
+    """No loss is computed after it; its clips are infinite."""
+    recipe = recipe_of(method="lsq-qat", steps=1, learning_rate=1e4, optimizer={"warmup_steps": 0})
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^transformer_blocks\.0\.\S+ \(4 bits\) after the last update, step 1: its weight_scale has values that "
+        r"are not finite and above 0\. Lower learning_rate \(10000\) or set optimizer.max_grad_norm\. There is no",
+    ):
+        train(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
 # a teacher that cannot be one
 
 
@@ -388,6 +400,20 @@ def test_a_run_of_a_newer_version_is_not_continued(recipe_of, run_folder: Path, 
     (run / "recipe.yaml").write_text(yaml.safe_dump({**fields, "recipe_version": 99}))
     with pytest.raises(ValueError, match=r"recipe_version 99; .*Update with"):
         train(recipe_of(), run, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("content", ["a: [1", "", "- 1", None])
+def test_a_checkpoint_whose_recipe_is_damaged_is_not_used(content: str | None, tmp_path: Path, capsys) -> None:
+    for step in (1, 2):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        save_file({}, folder / "state.safetensors")
+        (folder / "recipe.yaml").write_text("steps: 4\n")
+    file = tmp_path / "step-00000002" / "recipe.yaml"
+    file.unlink() if content is None else file.write_text(content)
+    assert checkpoint.newest_checkpoint(tmp_path, "steps: 4") == tmp_path / "step-00000001"
+    assert f"{file} is damaged (" in capsys.readouterr().err
+    assert not file.parent.exists()
 
 
 @pytest.mark.parametrize("left", [1, 0], ids=["one before", "none before"])

@@ -87,6 +87,7 @@ def test_a_real_base_needs_its_configs_only() -> None:
     [
         (["--fit", "6"], "'6' is no size; write e.g. 6GB"),
         (["--fit", "0GB"], "'0GB' is no size"),
+        (["--fit", "9" * 400 + "GB"], "999 is no size"),
         (["--fit", "vae=1GB"], "transformer=3GB for its denoiser alone"),
         (["--fit", "0.1MB"], "do not hold the pipeline: its denoiser takes"),
         (["--fit", "0.1MB"], "or quantize the text encoders too (w8a8, say)"),

@@ -10,6 +10,7 @@ import pytest
 
 from fbqat_hub.families import get_family
 from fbqat_hub.pipelines import load_pipeline
+from fbqat_hub.training import footprint
 from fbqat_hub.training.bases import configs_of
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.draws import Draws
@@ -47,6 +48,24 @@ def test_the_real_loop_takes_what_was_computed(
         before = real.bytes
         distill(recipe, student, teacher, splits, draws, tmp_path, accelerator_of(recipe), False, False)
     assert real.peak - before == pytest.approx(computed.gradients + computed.optimizer + computed.activations, rel=0.05)
+
+
+def test_a_step_is_traced_once(recipe_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again for moments in 8 bits, nor for a part of a batch that is as large as another one's."""
+    recipe = Recipe(**recipe_fields | {"micro_batch_size": 2, "batch_size": 8})
+    eight = replace(recipe, optimizer=replace(recipe.optimizer, moment_bits=8))
+    asked = [(recipe, None), (eight, None), (replace(recipe, batch_size=16), None), (recipe, 1), (eight, 1)]
+    asked += [(replace(recipe, train_layers="attention"), None), (replace(recipe, micro_batch_size=None), 1)]
+    traced: list[int] = []
+    plain = footprint._traced
+    monkeypatch.setattr(footprint, "_traced", lambda *given: traced.append(given[2]) or plain(*given))
+    monkeypatch.setattr(footprint, "_TRACED", {})
+    configs = configs_of(recipe.teacher)
+    found = [step_memory(each, configs, size) for each, size in asked]
+    assert traced == [2, 1, 2]
+    for (each, size), own in zip(asked, found, strict=True):
+        monkeypatch.setattr(footprint, "_TRACED", {})
+        assert step_memory(each, configs, size) == own
 
 
 @pytest.mark.parametrize("name", MOST_FAMILIES)

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from fbqat_hub.cli import main
 from fbqat_hub.hub.card import card, facts_of_run
 from fbqat_hub.pipelines import load_pipeline, save_pipeline
+from fbqat_hub.training import samples
+from fbqat_hub.training.distill import as_started
 from fbqat_hub.training.lora_check import DIFFUSERS_FILE, PEFT_FILE, adapter_file, load_adapter
-from fbqat_hub.training.lora_merge import Lora, float_pipeline
+from fbqat_hub.training.lora_merge import Lora, float_pipeline, pinned_recipe
 from fbqat_hub.training.ptq import Calibrated, convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
 from tests.conftest import CALL, TRAINED
@@ -185,3 +187,37 @@ def test_scales(tiny_sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             Lora("adapter", scale)
     assert main(["convert", str(tiny_sana), "--output", str(tmp_path / "out"), "--lora-scale", "0.5"]) == 1
     assert "--lora-scale is of an adapter; give --lora ADAPTER too" in capsys.readouterr().err
+
+
+def test_an_adapter_of_the_hub_is_pinned(recipe_of: Any, tmp_path: Path, monkeypatch) -> None:
+    asked: list[tuple[str, Any]] = []
+    folder = tmp_path / "models--owner--style" / "snapshots" / "2f3c"
+    folder.mkdir(parents=True)
+    (folder / PEFT_FILE).write_text("")
+    download = lambda repo, revision=None, **_: asked.append((repo, revision)) or str(folder)  # noqa: E731
+    monkeypatch.setattr("fbqat_hub.training.lora_check.snapshot_download", download)
+    recipe, _ = pinned_recipe(recipe_of(lora="owner/style"))
+    assert recipe.lora == "owner/style@2f3c"
+    assert pinned_recipe(recipe)[0] == recipe
+    assert asked == [("owner/style", None), ("owner/style", "2f3c")]
+    local = recipe_of(lora=str(folder))
+    assert pinned_recipe(local)[0] == local
+    local.save(tmp_path / "recipe.yaml")
+    assert as_started(local, tmp_path) == local
+    recipe.save(tmp_path / "recipe.yaml")
+    assert as_started(recipe_of(lora="owner/style"), tmp_path) == recipe
+
+
+def test_pictures_of_a_teacher_are_those_of_the_adapter_as_it_is(recipe_of: Any, tmp_path: Path, monkeypatch) -> None:
+    """A folder, and a file, which holds another adapter by now."""
+    made: list[Path] = []
+    monkeypatch.setattr(samples, "generate_folder", lambda load, prompts, recipe, folder, *_, **__: made.append(folder))
+    file = tmp_path / "adapter.safetensors"
+    for lora in (str(tmp_path), str(file)):
+        for text in ("old", "newer", "newer"):
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
+            samples.teacher_pictures(recipe_of(lora=lora), ["a cat"])
+    assert len({*made[:2]}) == len({*made[3:5]}) == 2
+    assert made[1] == made[2]
+    assert made[4] == made[5]

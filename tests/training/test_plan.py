@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fbqat_hub.training import plan as planning
 from fbqat_hub.training.cache import cached_splits
 from fbqat_hub.training.plan import Plan, plan
 from fbqat_hub.training.recipe import Recipe, load_recipe
+from tests.training.conftest import NO_ATTENTION
 
 
 def without_test(recipe: Recipe, pipeline: Any) -> dict[str, Any]:
@@ -79,10 +81,26 @@ def test_refused_before_anything_is_written(recipe_fields: dict[str, Any], run_f
     for changes, message in (
         ({"method": "ptq-mse", "steps": 0}, "method ptq-mse does not train"),
         ({"teacher": str(run_folder)}, "is quantized already"),
+        ({"training": "blockwise"}, "runs end-to-end steps, and the recipe's training is blockwise"),
+        (NO_ATTENTION, "nothing is trained: of the 11 layers that are quantized none is of train_layers: attention"),
     ):
         with pytest.raises(ValueError, match=message):
             plan(Recipe(**{**recipe_fields, **changes}), tmp_path / "plan", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_from_the_hub_is_pinned_before_it_is_encoded(recipe_fields: dict[str, Any], monkeypatch) -> None:
+    """As training does, whose cache it then shares."""
+    pinned: dict[str, Any] = {"seed": 7}
+    monkeypatch.setattr(planning, "pinned_recipe", lambda recipe: (replace(recipe, **pinned), None))
+
+    def encoded(recipe: Recipe, _: Any) -> Any:
+        assert recipe.seed == 7
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(planning, "cached_splits", encoded)
+    with pytest.raises(KeyboardInterrupt):
+        plan(Recipe(**recipe_fields), progress=False)
 
 
 @pytest.mark.slow

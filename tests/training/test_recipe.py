@@ -13,7 +13,7 @@ from fbqat_hub.families import FAMILIES
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.training import dataset, method
 from fbqat_hub.training.call import check_call
-from fbqat_hub.training.checkpoint import check_same_recipe
+from fbqat_hub.training.checkpoint import is_of_recipe
 from fbqat_hub.training.distill import is_finished
 from fbqat_hub.training.method import FBQAT, METHODS
 from fbqat_hub.training.migration import RATES_THEN
@@ -188,9 +188,9 @@ def test_a_run_with_the_staircase_is_not_resumed_here(tmp_path: Path) -> None:
         write_recipe(checkpoint / "recipe.yaml", saved)
         if softness:
             with pytest.raises(ValueError, match="softness is"):
-                check_same_recipe(checkpoint, yaml.safe_dump(recipe.to_dict()))
+                is_of_recipe(checkpoint, yaml.safe_dump(recipe.to_dict()))
         else:
-            check_same_recipe(checkpoint, yaml.safe_dump(recipe.to_dict()))
+            is_of_recipe(checkpoint, yaml.safe_dump(recipe.to_dict()))
 
 
 # methods
@@ -257,6 +257,38 @@ def test_changes_of_a_section_leave_the_rest_of_it(tmp_path: Path) -> None:
     assert recipe.dataset == {"path": "ye-pop"}
 
 
+def test_changes_of_a_data_set_leave_the_rest_of_it(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", {**MINIMAL, "dataset": {"path": "ye-pop", "count": 9000}})
+    assert load_recipe(path, dataset={"count": 8000}).dataset == {"path": "ye-pop", "count": 8000}
+    assert load_recipe(path, dataset={"skip": 0.5}).dataset == {"path": "ye-pop", "count": 9000, "skip": 0.5}
+    assert load_recipe(path, dataset={"path": "openmoji"}).dataset == {"path": "openmoji"}
+    assert load_recipe(path, dataset={"prompts": "a.txt", "seeds": 2}).dataset == {"prompts": "a.txt", "seeds": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ({"schedule": {"stages": [[8, 1], [4, 1]]}, "initialization": "nearest"}, 2),
+        ({"method": "fbqat-paper"}, 2),
+        ({"schedule": {"stages": [[8, 1], [6, 3], [4, 0.25]]}, "initialization": "nearest"}, 17),
+    ],
+)
+@pytest.mark.parametrize("training", ["end_to_end", "blockwise"])
+def test_the_stored_width_has_a_step(changes: dict[str, Any], least: int, training: str) -> None:
+    """In shorter runs of several widths others may have none: a demo is one."""
+    name = "blockwise.steps" if training == "blockwise" else "steps"
+
+    def recipe(steps: int) -> Recipe:
+        own: dict[str, Any] = {"blockwise": {"steps": steps}} if training == "blockwise" else {"steps": steps}
+        return Recipe(**MINIMAL, **changes, **own, training=training)
+
+    schedule = recipe(least).bit_schedule()
+    assert schedule.bit_width((least - 1) / least) == 4
+    assert schedule.bit_width((least - 2) / (least - 1)) > 4
+    with pytest.raises(ValueError, match=rf"ends with \[4, .* {name} is {least - 1}, .* at least {least} steps"):
+        recipe(least - 1)
+
+
 def test_the_size_of_pictures_is_said_once() -> None:
     """Of a side that is left out the other's; the pipeline is not left to draw at a size of its own."""
     assert Recipe(**MINIMAL).size == (512, 512)
@@ -310,6 +342,14 @@ def test_recipes_of_real_models_have_the_papers_budget(name: str) -> None:
             r"keep_stages is \[5.5\]; it must be a list of whole",
         ),
         ({"method": "fbqat-paper", "keep_stages": 6}, "keep_stages is 6; it must be a list of whole numbers"),
+        (
+            {"initialization": "nearest", "steps": 400, "schedule": {"stages": [[8, 1], [4, 1e-9]]}},
+            r"ends with \[4, 1e-09\], and steps is 400, .* at least 1,000,000,001 steps",
+        ),
+        (
+            {"initialization": "nearest", "schedule": {"stages": [[8, 1e308], [4, 1e308]]}},
+            "sum of these is infinite",
+        ),
         # choices
         ({"method": "fbqta"}, r"method is 'fbqta' \(did you mean 'fbqat'\?\); allowed: .*fbqat-paper"),
         ({"method": ["fbqat"]}, r"method is \['fbqat'\]"),
@@ -342,6 +382,18 @@ def test_recipes_of_real_models_have_the_papers_budget(name: str) -> None:
         ({"optimizer": {"ewgs": "0.1"}}, "optimizer.ewgs is '0.1'"),
         ({"gptq": {"margin": 0.7}}, r"gptq.margin is 0.7; it must be a number from 0 to 0.5"),
         ({"gptq": {"samples": 0}}, "gptq.samples is 0"),
+        ({"gptq": {"damping": 0}}, "gptq.damping is 0; it must be a number above 0, at most 1"),
+        ({"gptq": {"damping": 1e39}}, "gptq.damping is 1e.39; it must be a number above 0, at most 1"),
+        ({"gptq": {"samples": 10**30}}, "gptq.samples is 1000000.*; it must be a whole number of at least 1, at most"),
+        ({"steps": 10**29}, "steps is 1000000.*; it must be a whole number of at least 0, at most 10000000"),
+        ({"batch_size": 10**9}, "batch_size is 1000000000; it must be a whole number of at least 1, at most 10000000"),
+        ({"blockwise": {"samples": 10**400}}, "blockwise.samples is 1000000"),
+        ({"calibration": {"percentile": 0}}, "calibration.percentile is 0; it must be a number above 0, at most 100"),
+        ({"lora_scale": 0.5}, "lora_scale is 0.5, and there is no lora; give the adapter too"),
+        (
+            {"quantization": {"activation_bits": 32, "activation_range": "static"}},
+            "activation_range is static, and activation_bits 32 leaves activations in float; leave the range out",
+        ),
         ({"quantization": {"group_size": 31}}, "group_size is 31; it must be an even number of at least 2, or null"),
         ({"quantization": {"weight_bits": 9}}, "weight_bits is 9; it must be a whole number from 3 to 8"),
         # the pipeline's call
@@ -364,6 +416,7 @@ def test_recipes_of_real_models_have_the_papers_budget(name: str) -> None:
         ({"dataset": {"split": "train"}}, "dataset is .*needs a path"),
         ({"dataset": {"path": "openmoji", "groups": "Flags"}}, "dataset.groups is 'Flags'; it must be a list of texts"),
         ({"dataset": {"path": "ye-pop", "count": 0}}, "dataset.count is 0"),
+        ({"dataset": {"prompts": "a.txt", "seeds": 10**30}}, "dataset.seeds is 1000000.* from 1 to 10000"),
         ({"dataset": {"path": "a/b", "caption_column": 3}}, "dataset.caption_column is 3; it must be text"),
         ({"dataset": {"path": "a/b", "data_files": [3]}}, r"dataset.data_files is \[3\]"),
         # bit schedules, and where training starts

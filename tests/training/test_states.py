@@ -245,7 +245,7 @@ def test_blocks_are_trained_without_pictures(prompted, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"path": "openmoji"}, "has both path, of pictures, and prompts"),
-        ({"seeds": 0}, "dataset.seeds is 0; it must be a whole number of at least 1"),
+        ({"seeds": 0}, "dataset.seeds is 0; it must be a whole number from 1 to 10000"),
         ({"skip": 0.1}, "unknown .*skip"),
         ({"prompts": " "}, "it needs a path, .* or prompts"),
         ({"prompts": ["red"]}, "it needs a path, .* or prompts"),
