@@ -194,7 +194,7 @@ def main() -> None:
         four_bits = found["bits"] if not how.eighth_at_8_bits else four_bits
         print(
             f"{setting:50s} float32 {found['float32']:6.0f} ms   W4A8 {found['packed']:6.0f} ms   {speedup:.2f}x "
-            f"faster ({ratios[0]:.2f} to {ratios[-1]:.2f}), {found['resident']:.2f} bytes a weight",
+            f"faster ({ratios[0]:.2f} to {ratios[-1]:.2f}), {found['resident']:.2f} bytes per weight",
             flush=True,
         )
         extra = {"setting": setting, "float32_ms": found["float32"], "speedup": speedup, "shape": SHAPE}

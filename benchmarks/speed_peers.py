@@ -191,8 +191,8 @@ def _same(model: Any) -> Any:
 PEERS: dict[str, Peer] = {
     "float32": Peer("", "diffusers, eager", "float32", _same),
     "bfloat16": Peer("", "diffusers, eager", "bfloat16", _same),
-    "fbqat": Peer("", "W4A8, a scale a channel", "float32", packed_copy),
-    "fbqat, bfloat16": Peer("", "W4A8, a scale a channel", "bfloat16", packed_copy),
+    "fbqat": Peer("", "W4A8, a scale per channel", "float32", packed_copy),
+    "fbqat, bfloat16": Peer("", "W4A8, a scale per channel", "bfloat16", packed_copy),
     "torchao W4A8": Peer(
         "torchao", "Int8DynamicActivationIntxWeightConfig(int4, groups of 32)", "float32", torchao_w4a8
     ),

@@ -54,7 +54,7 @@ class FBQATConfig(QuantizationConfigMixin, TransformersConfigMixin):
         module_overrides: pattern -> {"bits": 16} and/or {"range": ...}, activation settings that differ there.
         weight_bits_by_module: name or pattern -> bits of the modules whose weights have not ``weight_bits``; of several
             that match the last one. Written out as sorted names.
-        average_bits: from 4 to 8: quantize-on-load gives so many bits a weight on average, 8 to the layers whose
+        average_bits: from 4 to 8: quantize-on-load gives so many bits per weight on average, 8 to the layers whose
             weights lose most at 4 (``quantization.sensitivity.weight_sensitivity``). `fbqat train` chooses them by
             their effect on the model's output, which is better. It is not written: the widths are.
         format_version: 2 where modules have widths of their own, else 1, which is what is taken if it is left out.

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--short", action="store_true", help="2 steps, one rate, one seed, no pictures")
     parser.add_argument("--no-pictures", action="store_true", help="losses only; no Fréchet distance, no PSNR")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results, one file a family")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results, one file per family")
     options = parser.parse_args(arguments)
     if options.short:
         options.rates, options.fixed_rates, options.seeds, options.steps = [1e-4], True, [1], 2

@@ -81,17 +81,17 @@ JUDGED = (
     Finding("W3A8: against LSQ", Side("hard-w3a8", "fbqat"), Side("hard-w3a8", "lsq-qat")),
     Finding("W4A4: against LSQ", Side("hard-w4a4", "fbqat"), Side("hard-w4a4", "lsq-qat")),
     Finding(
-        "one static range a layer, of what was seen: against LSQ",
+        "one static range per layer, of what was seen: against LSQ",
         Side("hard-static-min-max", "fbqat"),
         Side("hard-static-min-max", "lsq-qat"),
     ),
     Finding(
-        "one static range a layer, GPTQ: what was seen against mean ± 3 sigma",
+        "one static range per layer, GPTQ: what was seen against mean ± 3 sigma",
         Side("hard-static-min-max", "ptq-gptq", 0),
         Side("hard-static", "ptq-gptq", 0),
     ),
     Finding(
-        "one static range a layer by mean ± 3 sigma: against LSQ",
+        "one static range per layer by mean ± 3 sigma: against LSQ",
         Side("hard-static", "fbqat"),
         Side("hard-static", "lsq-qat"),
     ),
@@ -128,7 +128,7 @@ OLDER = (
     Finding("only the blocks trained: LSQ against LSQ on all layers", Side(BLOCKS, _LSQ), Side("w4a8", _LSQ), "test"),
     Finding("loss weights, LSQ", Side(f"{BLOCKS}-weighted", _LSQ), Side(BLOCKS, _LSQ), "test"),
     Finding("W3A8: against LSQ", Side("w3a8", OURS), Side("w3a8", _LSQ), "test"),
-    Finding("one static range a layer: against LSQ", Side("static", OURS), Side("static", _LSQ), "test"),
+    Finding("one static range per layer: against LSQ", Side("static", OURS), Side("static", _LSQ), "test"),
     Finding("a teacher with outlier channels: against LSQ", Side("outliers", OURS), Side("outliers", _LSQ), "test"),
     Finding("1600 steps: against LSQ", Side("w4a8", OURS, 1600, False), Side("w4a8", _LSQ, 1600, False), "test"),
     Finding(
@@ -141,7 +141,7 @@ OLDER = (
 
 
 def findings(results: Results, chosen: Sequence[Finding]) -> str:
-    """A row a finding: the change of the loss with its 95% interval over seeds, a column a family."""
+    """A row per finding: the change of the loss with its 95% interval over seeds, a column per family."""
     cells: dict[str, dict[str, str]] = {}
     for finding in chosen:
         for family in FAMILIES:

@@ -69,7 +69,7 @@ _TRACK_TITLES = {
     "w4a8": "W4A8, dynamic activations, annealed learning rate",
     "groups": "W4A8, dynamic activations, annealed learning rate, one scale per group of 32",
     "constant": "W4A8, dynamic activations, constant learning rate",
-    "static": "W4A8, static activations (one range a layer), annealed learning rate",
+    "static": "W4A8, static activations (one range per layer), annealed learning rate",
     "w3a8": "W3A8, dynamic activations, annealed learning rate",
     "all-emoji": "W4A8, dynamic activations, annealed learning rate, trained on four times the pictures",
     "outliers": "W4A8, dynamic activations, annealed learning rate, a teacher with outlier channels",
@@ -95,7 +95,7 @@ def _tracks(results: Results) -> list[tuple[str, int]]:
 
 
 def table(results: Results, metric: str, factor: float, form: str) -> str:
-    """One row a method, one column a family; the best of each column in bold."""
+    """One row per method, one column per family; the best of each column in bold."""
     cells: dict[str, dict[str, str]] = {TITLES[method]: {} for method in TITLES}
     for family in FAMILIES:
         means = {}
@@ -202,7 +202,7 @@ def paired(results: Results) -> str:
     head = ("metric", "family", "strongest baseline", "ours, change (95% interval)", "seed by seed")
     return (
         "\nThe default then (the soft staircase) against the strongest baseline, each at its own best setting; where "
-        f"that one stores more bits a weight, also against the strongest that does not:\n\n{markdown(head, rows)}\n"
+        f"that one stores more bits per weight, also against the strongest that does not:\n\n{markdown(head, rows)}\n"
     )
 
 

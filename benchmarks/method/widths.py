@@ -93,7 +93,7 @@ def _mean_and_range(values: Sequence[float]) -> str:
 
 
 def draw_curve(results: Results, path: Path) -> None:
-    """Write the plot: stored bits a weight against test loss, as a share of trained 4 bits, a family a panel.
+    """Write the plot: stored bits per weight against test loss, as a share of trained 4 bits, a family a panel.
 
     Groups of 32 were measured over other draws: they are a share of the trained 4 bits over those.
     """
@@ -121,7 +121,7 @@ def draw_curve(results: Results, path: Path) -> None:
         axis.grid(visible=True, alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss, of trained 4 bits")
-    figure.supxlabel("stored bits a weight, scales included", fontsize=10)
+    figure.supxlabel("stored bits per weight, scales included", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     with path.open("wb") as file:
         canvas.print_png(file, metadata={"Software": None})

@@ -36,7 +36,7 @@ def speed_cpu_table() -> str:
         )
         for record in _speed_records()
     ]
-    head = ("", "float32, ms", "W4A8, ms", "times as fast", "bytes a weight in memory", "load average", "date")
+    head = ("", "float32, ms", "W4A8, ms", "times as fast", "bytes per weight in memory", "load average", "date")
     machine = _speed_records()[-1].machine
     return (
         f"{markdown(head, rows)}\n\nMedians of forwards in turn, on {machine['cpu']}, {machine['cores']} cores; of "

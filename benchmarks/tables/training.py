@@ -75,7 +75,7 @@ def adam_table() -> str:
         "32 bits",
         "8 bits",
         "change, seed by seed",
-        "bytes a weight, 32 bits",
+        "bytes per weight, 32 bits",
         "8 bits",
     )
     rows = []

@@ -147,7 +147,7 @@ def quantizing(sub: argparse.ArgumentParser) -> None:
         "--average-bits",
         type=float,
         metavar="BITS",
-        help="8 bits for the layers that matter most, so many bits a weight on average, e.g. 4.5: to the output with "
+        help="8 bits for the layers that matter most, so many bits per weight on average, e.g. 4.5: to the output with "
         "--method gptq, else those whose weights lose most (default: 4)",
     )
     fit_option(sub)

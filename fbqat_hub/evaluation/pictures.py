@@ -50,7 +50,7 @@ def grid(images: Sequence[Image.Image], columns: int, tile: int | None = None, g
 def comparison_sheet(
     columns: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], tile: int = _TILE
 ) -> Image.Image:
-    """One row a prompt, one labelled column a model: what each draws from the same prompt and seed.
+    """One row per prompt, one labelled column per model: what each draws from the same prompt and seed.
 
     Args:
         columns: label -> pictures, one for each prompt, in the order to show; usually the teacher first.
@@ -156,7 +156,7 @@ def training_curve(log: Sequence[Mapping[str, float]], path: str | os.PathLike[s
 
 
 def widths_picture(models: Mapping[str, Mapping[str, int]], path: str | os.PathLike[str]) -> Path:
-    """Draw which layers have how many bits: a panel a model, a row a kind of layer, a column a block.
+    """Draw which layers have how many bits: a panel per model, a row per kind of layer, a column per block.
 
     Args:
         models: title of the panel -> layer's full name -> bits, from 3 to 8.

@@ -45,7 +45,7 @@ class Family(ABC):
         activation_overrides: pattern -> activation settings that differ by default (the last layer runs W4A16 on the
             device, arXiv 2510.14823 section 4.3).
         a16_layers: fnmatch patterns of layers that an export computes at A16 though they were trained at A8: the last
-            one, and those of one row a picture, which cost nothing (the timestep's path, modulations).
+            one, and those of one row per picture, which cost nothing (the timestep's path, modulations).
         may_be_none: arguments of the pipeline's call that take None though their annotation says nothing of it.
         few_steps: in how many steps a model that was distilled for few of them samples; 0 of others.
         patch_side: latents a side that the denoiser makes one token of.

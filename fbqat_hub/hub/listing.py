@@ -89,7 +89,7 @@ def runs(folder: Path) -> list[Model]:
 
 
 def table(models: Iterable[Model]) -> str:
-    """The list as text, a line a model under a heading."""
+    """The list as text, a line per model under a heading."""
     rows = [("model", "where", "family", "bits", "size", "measured")]
     rows += [(m.name, m.where, m.family, m.bits, size_text(m.size) if m.size else "", m.metric) for m in models]
     return columns(rows)

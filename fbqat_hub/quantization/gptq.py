@@ -50,7 +50,7 @@ def gptq_initialize(
             depend on it.
         damping: added to the diagonal of H, as a share of its mean.
         margin: how far inside its bin a weight is put, in steps.
-        max_bytes: of second moments held at a time, fp32. Beside them a byte a weight is held.
+        max_bytes: of second moments held at a time, fp32. Beside them a byte per weight is held.
         run: runs the model on all batches.
         only: names of the layers to initialise; None for all.
 

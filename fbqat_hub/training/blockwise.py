@@ -62,7 +62,7 @@ def train_blockwise(
     """A packed student: its blocks trained one by one, then the scales and biases of all, end to end.
 
     Layers outside the blocks are quantized as training starts, and only tuned. Writes ``output/training_log.jsonl``, a
-    line a step (`LogLine`), and while it runs the finished blocks and the tuning into ``output/checkpoints``.
+    line per step (`LogLine`), and while it runs the finished blocks and the tuning into ``output/checkpoints``.
 
     Args:
         teacher: the full-precision denoiser. Until the last stage it stays where it is, and copies of single blocks go

@@ -38,7 +38,7 @@ from fbqat_hub.untrusted import read_yaml
 def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool = True) -> Path:
     """Quantize the recipe's teacher and save the packed pipeline in ``output``.
 
-    Leaves ``output`` as a diffusers pipeline folder with ``recipe.yaml`` and ``training_log.jsonl`` (one line a step:
+    Leaves ``output`` as a diffusers pipeline folder with ``recipe.yaml`` and ``training_log.jsonl`` (one line per step:
     step, loss, bit_width, learning_rate), and with ``keep_stages`` the packed denoiser of each stage
     (``fbqat_hub.stages``). While it runs, checkpoints are in ``output/checkpoints``.
 

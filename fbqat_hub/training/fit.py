@@ -1,4 +1,4 @@
-"""``--fit SIZE``: the bits a weight on average with which a pipeline, or its denoiser, is stored in so many bytes."""
+"""``--fit SIZE``: the bits per weight on average with which a pipeline, or its denoiser, is stored in so many bytes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class PackedSize:
         return cls(_bytes(rest, dtype) + _bytes(own, dtype) + listed, weights)
 
     def at(self, average_bits: float | None) -> int:
-        """Bytes with so many bits a weight on average, from 4 to 8; as it is, if None."""
+        """Bytes with so many bits per weight on average, from 4 to 8; as it is, if None."""
         return self.bytes + math.ceil(self.weights * ((average_bits or 4) - 4) / 8)
 
     def average(self, room: int) -> float:

@@ -56,7 +56,7 @@ from fbqat_hub.training.sharding import (
     whole_student,
 )
 
-# A line a step, in the folder of a run.
+# A line per step, in the folder of a run.
 LOG = "training_log.jsonl"
 
 

@@ -27,7 +27,7 @@ class Quantization:
 
     Attributes:
         weight_bits: of the stored codes. 3 is for experiments.
-        average_bits: bits a weight on average, scales not counted: 8 for the layers that matter most to the output, 4
+        average_bits: bits per weight on average, scales not counted: 8 for the layers that matter most to the output, 4
             for the others (`fbqat_hub.training.widths`). None: every layer has ``weight_bits``.
         group_size: inputs that share a scale, an even number; None for one scale per output channel, which is what the
             CPU kernel and the HTP take.

@@ -124,7 +124,7 @@ def _quiet(_: str) -> None:
 
 
 def table(outcomes: dict[tuple[str, str, Fault], str]) -> str:
-    """The outcomes as Markdown, a row a step."""
+    """The outcomes as Markdown, a row per step."""
     rows = [["step", *map(str, FAULTS)], ["---"] * (len(FAULTS) + 1)]
     for verb, steps in STEPS.items():
         for step in steps:

@@ -460,7 +460,7 @@ def test_quantize_on_load_of_shards(packed, sharded: Path, caplog: pytest.LogCap
     with propagating():
         loaded = SanaTransformer2DModel.from_pretrained(sharded, quantization_config=FBQATConfig())
     same_tensors(loaded, packed["default"][0])
-    assert "were not used" not in caplog.text  # of the float weights, a line a layer
+    assert "were not used" not in caplog.text  # of the float weights, a line per layer
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_quantize_on_load_save_and_load_again(converted, teacher_of, tmp_path: P
 
 
 def test_every_linear_layer_is_packed_two_weights_to_a_byte(converted, teacher_of) -> None:
-    """32 bits of scale an output channel, and half a byte a weight."""
+    """32 bits of scale an output channel, and half a byte per weight."""
     family, folder = converted
     layers = quantizable(load_pipeline(teacher_of(family)).transformer)
     transformer = load_pipeline(folder).transformer

@@ -91,7 +91,7 @@ def test_quantized_on_load_is_the_same(case: Case) -> None:
 
 @pytest.mark.cell("get_memory_footprint")
 def test_it_takes_less_memory(case: Case) -> None:
-    """By as many bytes as float32 has more than half a byte a weight and the scales."""
+    """By as many bytes as float32 has more than half a byte per weight and the scales."""
     original = case.float_model()
     weights = sum(layer.weight.numel() for layer in quantizable(original).values())
     scales = sum(layer.weight_scale.numel() for _, layer in named_layers(case.model, PackedLayer))

@@ -31,7 +31,7 @@ def test_disk_is_computed(sana: Costs) -> None:
     assert sana.latents == 32 * 16 * 16 * 2
     assert sana.pictures == 48_000
     assert sana.download == pytest.approx(2 * (2.614e9 + 0.312e9 + 0.592e9), rel=1e-3)
-    # 4 bits a weight, and what is not quantized or packed in float32
+    # 4 bits per weight, and what is not quantized or packed in float32
     assert sana.output == pytest.approx(0.59e9 * 0.5 + 2 * 2.927e9, rel=0.05)
     weights = sana.memory.student + sana.memory.frozen
     assert sana.checkpoints == 3 * (weights + sana.memory.optimizer)

@@ -57,7 +57,7 @@ def guided_call(name: str, pipeline: Any) -> dict[str, Any]:
 
 
 def outputs_of(pipeline: Any, family: Family, prompt: str, number: int, call: dict[str, Any]) -> list[torch.Tensor]:
-    """What the denoiser says to the sampler of one picture, a row a step and half: with the prompt first."""
+    """What the denoiser says to the sampler of one picture, a row per step and half: with the prompt first."""
     made: list[torch.Tensor] = []
     step = pipeline.scheduler.step
     ends: list[int] = []

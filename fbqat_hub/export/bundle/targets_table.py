@@ -26,7 +26,7 @@ def write_targets(folder: Path, certificates: Mapping[str, Mapping[str, Any]]) -
 
 
 def targets_table(certificates: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a target, Markdown: what was compiled, what was emulated and how near it is to torch."""
+    """A row per target, Markdown: what was compiled, what was emulated and how near it is to torch."""
     rows = [
         "| folder | chip | compiled for | nodes elsewhere | binaries (MB) | ran on | to the CPU (dB) | to torch (dB) |",
         "|---|---|---|---|---|---|---|---|",

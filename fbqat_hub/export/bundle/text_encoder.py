@@ -42,7 +42,7 @@ COMPONENTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "tex
 ENCODER_MASK_BIAS = -100.0
 
 #: Weights that one graph of a text encoder holds at most (whole layers, at least one): building one then takes 8 GB at
-#: most. Measured: 0.64 GB and 27 bytes a weight, within 0.05 GB for 85, 166 and 205 million weights
+#: most. Measured: 0.64 GB and 27 bytes per weight, within 0.05 GB for 85, 166 and 205 million weights
 #: (`benchmarks.htp_parts`: CLIP-L, two layers of Gemma-2-2B, one of T5-XXL).
 MOST_WEIGHTS = 270_000_000
 

@@ -1,6 +1,6 @@
 """Ranges for 8 bits: what cuts off the tails where that loses less than the coarser step it saves.
 
-Training computes with one range a token; a graph for the HTP has one range a tensor, and 256 codes. A GLU's product has
+Training computes with one range per token; a graph for the HTP has one per tensor, and 256 codes. A GLU's product has
 a few outliers of dozens of standard deviations: min-max would spend the codes on them. So the range of least squared
 error over the calibration data is taken, from a histogram of each tensor. The factors of a product of two activations
 keep min-max: an attention's scores live on the outliers of query and key.

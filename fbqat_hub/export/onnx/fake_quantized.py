@@ -37,7 +37,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight of one scale a row: names of its constants, its dimensions."""
+    """A weight of one scale per row: names of its constants, its dimensions."""
 
     codes: str
     scale: str

@@ -166,7 +166,7 @@ class _Inserter:
         return output
 
     def _weight(self, name: str, layer: PackedLayer | None) -> tuple[str, np.ndarray]:
-        """A weight [out, ...] with one scale a row: the packed layer's own codes, or INT8 max-abs where left float."""
+        """A weight [out, ...], one scale per row: the packed layer's own codes, or INT8 max-abs where left float."""
         output = f"{name}/dq"
         dims = list(self.constants[name].dims)
         if layer is not None:

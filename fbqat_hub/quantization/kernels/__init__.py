@@ -1,6 +1,6 @@
 """The packed matmul as one operator of torch, ``fbqat::packed_linear``, its implementation chosen by device.
 
-It takes tensors and plain values, no module, so that ``torch.compile`` and ``torch.export`` see one node a layer:
+It takes tensors and plain values, no module, so that ``torch.compile`` and ``torch.export`` see one node per layer:
 
     fbqat::packed_linear(x, weight_packed, weight_scale, bias, input_scale, input_zero_point, bits, range) -> y
 

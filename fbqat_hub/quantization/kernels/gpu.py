@@ -6,7 +6,7 @@
     3. dequantized, one product in the dtype of x
 
 The weight is read as it is stored, or, if memory is "large" (``memory.py``), an int8 copy of 4-bit codes is kept for 1.
-and 2.: one byte a weight more, and nothing to unpack.
+and 2.: one byte per weight more, and nothing to unpack.
 
 Not measured: it was written without a GPU. The first is tested in Triton's interpreter, the others are plain torch that
 runs on a CPU. On a card, the first use of 1. multiplies a small matrix and compares; if that fails, a warning says so

@@ -1,6 +1,6 @@
 """Two Triton kernels a layer: quantize the tokens, then int8 products that read 4-bit weights as they are stored.
 
-    1. codes, scale = quantize(x)                                    one program a token
+    1. codes, scale = quantize(x)                                    one program per token
     2. y = scale * weight_scale * (codes - zero_point) @ W^T + bias  one program a tile of y
 
 A byte of the weight holds the codes of inputs 2j (low nibble) and 2j + 1 (high nibble). The first kernel therefore
