@@ -1,4 +1,4 @@
-"""The code of docs/integrations.md and of the README, executed on a tiny Sana."""
+"""The code of docs/integrations.md, docs/lora.md and the README, executed on a tiny Sana."""
 
 from __future__ import annotations
 
@@ -31,6 +31,22 @@ def test_the_page(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {layer.weight_bits for layer in packed.values()} == {4, 8}
     assert "proj_out" not in packed
     assert {layer.weight_bits for _, layer in named_layers(by_optimum.text_encoder, PackedLayer)} == {8}
+
+
+def test_an_adapter_is_merged_as_the_page_on_lora_says(
+    tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    pipe = load_pipeline(tiny_sana)
+    pipe.transformer.add_adapter(peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    pipe.save_lora_weights("style", transformer_lora_layers=peft.get_peft_model_state_dict(pipe.transformer))
+    exec(block, {"pipe": load_pipeline(tiny_sana)})
+    before, after = (load_pipeline(folder).transformer.state_dict() for folder in (tiny_sana, Path("merged")))
+    assert before.keys() == after.keys()
+    changed = {name for name, value in after.items() if not value.equal(before[name])}
+    assert changed == {name for name in after if name.endswith("to_q.weight")}
 
 
 def test_the_readme_quantizes_as_it_loads_and_in_a_loop(tiny_sana: Path) -> None:
