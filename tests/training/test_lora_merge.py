@@ -193,7 +193,7 @@ def test_an_adapter_of_the_hub_is_pinned(recipe_of: Any, tmp_path: Path, monkeyp
     asked: list[tuple[str, Any]] = []
     folder = tmp_path / "models--owner--style" / "snapshots" / "2f3c"
     folder.mkdir(parents=True)
-    (folder / PEFT_FILE).write_text("")
+    save_file({"to_q.lora_A.weight": torch.ones(1, 4), "to_q.lora_B.weight": torch.ones(4, 1)}, folder / DIFFUSERS_FILE)
     download = lambda repo, revision=None, **_: asked.append((repo, revision)) or str(folder)  # noqa: E731
     monkeypatch.setattr("fbqat_hub.training.lora_check.snapshot_download", download)
     recipe, _ = pinned_recipe(recipe_of(lora="owner/style"))

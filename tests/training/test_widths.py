@@ -47,7 +47,9 @@ def test_only_layers_that_became_wider_are_started_again(changes: dict[str, Any]
     scene = scene_of(**{"quantization": {"average_bits": 5.0}, **changes})
     rounded: list[int] = []
     codes = gptq._codes
-    monkeypatch.setattr(gptq, "_codes", lambda layer, *rest: (rounded.append(layer.bit_width), codes(layer, *rest))[1])
+    monkeypatch.setattr(
+        gptq, "_codes", lambda name, layer, *rest: (rounded.append(layer.bit_width), codes(name, layer, *rest))[1]
+    )
     student = scene.student()
     layers = dict(named_layers(student, FakeQuantizedLinear))
     wider = {name: 8 for name, layer in layers.items() if layer.bit_width == 8}
