@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fbqat_hub.families import get_family
+from fbqat_hub.families import FAMILIES, get_family
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training import footprint
 from fbqat_hub.training.bases import configs_of
@@ -18,7 +18,7 @@ from fbqat_hub.training.footprint import Storages, step_memory
 from fbqat_hub.training.loop import accelerator_of, distill
 from fbqat_hub.training.recipe import Recipe
 from fbqat_hub.training.student import narrow_teacher, prepare_student, tensors_of
-from tests.conftest import MOST_FAMILIES, call_of
+from tests.conftest import call_of
 
 
 @pytest.mark.usefixtures("other_precision")
@@ -68,7 +68,7 @@ def test_a_step_is_traced_once(recipe_fields: dict[str, Any], monkeypatch: pytes
         assert step_memory(each, configs, size) == own
 
 
-@pytest.mark.parametrize("name", MOST_FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_a_footprint(name: str, teacher_of: Any, recipe_fields: dict[str, Any]) -> None:
     folder = teacher_of(name)
     call = call_of(name, load_pipeline(folder, meta=True))
