@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
 from benchmarks.markdown import markdown
-from benchmarks.tables.results import RESULTS
+from benchmarks.tables.results import measured
 
 _WAYS = {
     "float": "float base, no adapter",
@@ -22,7 +21,7 @@ _WAYS = {
 
 
 def _fine_tune(kind: str) -> list[dict[str, Any]]:
-    rows = json.loads((RESULTS / "fine_tune.json").read_text(encoding="utf-8"))
+    rows = measured("fine_tune.json")
     return [row for row in rows if row["kind"] == kind]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
 from benchmarks.markdown import markdown
-from benchmarks.tables.results import RESULTS
+from benchmarks.tables.results import RESULTS, measured
 from fbqat_hub.evaluation.results import Record, read_records
 
 
@@ -53,7 +52,7 @@ def _speedup(extra: dict[str, Any]) -> str:
 
 def speed_peers_table() -> str:
     """Other quantizers, by `benchmarks.speed_peers`."""
-    found = json.loads((RESULTS / "speed-peers.json").read_text(encoding="utf-8"))
+    found = measured("speed-peers.json")
     timed = sorted((row for row in found["rows"] if "ms" in row), key=lambda row: row["ms"])
     own = next(row["ms"] for row in timed if row["name"] == "fbqat")
     rows = [
@@ -96,7 +95,7 @@ def speed_peers_table() -> str:
 
 
 def _speed_details(part: str) -> dict[str, Any]:
-    details: dict[str, dict[str, Any]] = json.loads((RESULTS / "speed-details.json").read_text(encoding="utf-8"))
+    details: dict[str, dict[str, Any]] = measured("speed-details.json")
     return details[part]
 
 

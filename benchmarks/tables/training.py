@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
 from benchmarks.markdown import markdown
-from benchmarks.tables.results import RESULTS
+from benchmarks.tables.results import measured
 from fbqat_hub.families import FAMILIES
 
 
 def training_step_table() -> str:
     """Time of a training step over a float model's, by `benchmarks.training_step`."""
-    found = json.loads((RESULTS / "training-step.json").read_text(encoding="utf-8"))
+    found = measured("training-step.json")
 
     def over(row: dict[str, Any], name: str) -> str:
         ratio = row["over_float"][name]
@@ -38,7 +37,7 @@ def training_step_table() -> str:
 
 def training_memory_table() -> str:
     """Peak memory of training steps, computed and measured, by `benchmarks.training_memory`."""
-    rows = json.loads((RESULTS / "training.json").read_text(encoding="utf-8"))
+    rows = measured("training.json")
     head = (
         "batch of one, float32",
         "checkpointing",
@@ -68,7 +67,7 @@ def training_memory_table() -> str:
 
 def adam_table() -> str:
     """Adam's moments in 32 and 8 bits, by `benchmarks.adam`."""
-    found = json.loads((RESULTS / "adam.json").read_text(encoding="utf-8"))
+    found = measured("adam.json")
     head = (
         "loss ×1e-3",
         "before training",
@@ -110,7 +109,7 @@ def _spread(rows: list[dict[str, Any]], key: str) -> str:
 
 def convert_table() -> str:
     """Memory of conversions, by `benchmarks.convert_true_size` and `benchmarks.convert_gptq`."""
-    found = json.loads((RESULTS / "convert.json").read_text(encoding="utf-8"))
+    found = measured("convert.json")
     nearest, gptq, alone = found["nearest"], found["gptq"], found["load"]
     rows = [
         (
@@ -150,7 +149,7 @@ def _seconds_of(found: dict[str, Any]) -> str:
 
 def convert_widths_table() -> str:
     """Both ways to choose widths, by `benchmarks.convert_widths`."""
-    found = json.loads((RESULTS / "convert.json").read_text(encoding="utf-8"))["widths"]
+    found = measured("convert.json")["widths"]
     rows = []
     for name, family in FAMILIES.items():
         if row := found.get(name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,12 +105,19 @@ def _blocks_fit(found: Costs, gpus: Gpus) -> list[str]:
     if needs <= budget:
         return [f"{gpus}: block by block it fits one of them."]
     lines = [f"{gpus}: block by block it does not fit; it needs {gib(needs)} of {gib(budget)}."]
-    tried = block_advice(found, gpus)
-    lines += [f"  --set {change}: {gib(on_one_device(after))}" for change, after in tried]
+    last, advised = _tried(found, block_advice(found, gpus), on_one_device, budget)
+    return [*lines, *advised, *([] if on_one_device(last) <= budget else ["Block by block no setting makes it fit."])]
+
+
+def _tried(
+    found: Costs, tried: Sequence[tuple[str, Costs]], needs: Callable[[Costs], int], budget: int
+) -> tuple[Costs, list[str]]:
+    """What the run costs with all the advice, and the advice to read; its last line says so where that fits."""
     last = tried[-1][1] if tried else found
-    if on_one_device(last) <= budget:
-        return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
-    return [*lines, "Block by block no setting makes it fit."]
+    lines = [f"  --set {change}: {gib(needs(after))}" for change, after in tried]
+    if needs(last) <= budget:
+        lines.append(f"With {'all of these' if len(tried) > 1 else 'this'} it fits.")
+    return last, lines
 
 
 def _without_training(found: Costs) -> list[str]:
@@ -209,11 +216,10 @@ def _fit(found: Costs, gpus: Gpus) -> list[str]:
     if needs <= budget:
         return [f"{gpus}: it fits. On each, {said}"]
     lines = [f"{gpus}: it does not fit. On each, {said}"]
-    tried = advice(found, gpus)
-    lines += [f"  --set {change}: {gib(on_device(after, gpus))}" for change, after in tried]
-    last = tried[-1][1] if tried else found
+    last, advised = _tried(found, advice(found, gpus), lambda now: on_device(now, gpus), budget)
+    lines += advised
     if on_device(last, gpus) <= budget:
-        return [*lines, f"With {'all of these' if len(tried) > 1 else 'this'} it fits."]
+        return lines
     if last.encoding > budget:
         lines.append(f"The whole pipeline takes {gib(last.encoding)} in float32 while the data is encoded.")
     if (changed := in_parts(found, gpus)) is not None:
