@@ -145,7 +145,7 @@ def shared(rounds: int) -> list[dict[str, Any]]:
 
     from fbqat_hub.quantization.kernels import cpu, native
 
-    if cpu._has_exact_sums() or native.load() is None:
+    if not cpu._is_native():
         return []
     float32, call = float_model(), inputs()
     packed, quantize, last = packed_copy(float32), native.quantize, {}

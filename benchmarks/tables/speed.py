@@ -50,9 +50,10 @@ def _speedup(extra: dict[str, Any]) -> str:
     return f"{extra['speedup']:.2f}{spread}"
 
 
-def speed_peers_table() -> str:
-    """Other quantizers, by `benchmarks.speed_peers`."""
-    found = measured("speed-peers.json")
+def speed_peers_table(name: str) -> str:
+    """Other quantizers, by `benchmarks.speed_peers`; `name`: of its results."""
+    found = measured(name)
+    has_vnni = "avx512_vnni" in found["machine"]["instruction_sets"]
     timed = sorted((row for row in found["rows"] if "ms" in row), key=lambda row: row["ms"])
     own = next(row["ms"] for row in timed if row["name"] == "fbqat")
     rows = [
@@ -86,11 +87,11 @@ def speed_peers_table() -> str:
     packages = ", ".join(sorted({package for row in found["rows"] for package in row["packages"]}))
     return (
         f"{markdown(head, rows)}\n\n"
-        f"Median and least of {found['rounds']} rounds, {found['threads']} thread, {found['machine']['cpu']}, AVX2 "
-        f"without VNNI, torch {found['versions']['torch']}, {found['date'][:10]}. Weights: what the process takes for "
-        "the model after two forwards, biases and layers left in float included. Error: norm of the difference to "
-        f"float32's output over its norm. {packages}. By "
-        f"`{found['command']}`."
+        f"Median and least of {found['rounds']} rounds, {found['threads']} thread, {found['machine']['cpu']}, "
+        f"{'AVX-512 VNNI' if has_vnni else 'AVX2 without VNNI'}, torch {found['versions']['torch']}, "
+        f"{found['date'][:10]}. Weights: what the process takes for the model after two forwards, biases and layers "
+        "left in float included. Error: norm of the difference to float32's output over its norm. "
+        f"{packages}. By `{found['command']}`."
     )
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fbqat_hub.files import whole
+from fbqat_hub.processor import cpuinfo, instruction_sets
 from fbqat_hub.untrusted import read_json
 from fbqat_hub.version import __version__
 
@@ -107,11 +108,10 @@ def versions(*more: str) -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """What the numbers ran on: ``cpu`` (model), ``cores`` (usable here), ``instruction_sets``, ``system``, and
     ``gpu`` where torch was already imported and sees one. No host name, no user, no paths."""
-    lines = _cpuinfo()
-    flags = set((lines.get("flags") or lines.get("Features") or "").split())
+    flags = instruction_sets()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     described: dict[str, Any] = {
-        "cpu": lines.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpuinfo().get("model name") or platform.processor() or platform.machine(),
         "cores": cores,
         "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
         "system": f"{platform.system()} {platform.machine()}",
@@ -317,13 +317,3 @@ def _checked_interval(metric: str, interval: Any) -> tuple[float, float]:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo; empty where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -37,7 +37,7 @@ def test_a_forward_quantizes_and_multiplies_once_a_layer(
     functions, calls = native.load(), {"quantize": 0, "multiply": 0}
     if functions is None:
         pytest.skip("the C kernel needs a C compiler and x86 with AVX2")
-    monkeypatch.setattr(cpu, "_has_exact_sums", lambda: False)  # as with AVX2 alone
+    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
 
     def counted(name: str) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
@@ -46,7 +46,9 @@ def test_a_forward_quantizes_and_multiplies_once_a_layer(
 
         return call
 
-    monkeypatch.setattr(native, "load", lambda: native.Functions(counted("quantize"), counted("multiply")))
+    monkeypatch.setattr(
+        native, "load", lambda: functions._replace(quantize=counted("quantize"), multiply=counted("multiply"))
+    )
     with torch.no_grad():
         packed(**inputs(side=4))
     layers = [layer for _, layer in named_layers(packed, PackedLayer) if layer.activation_bits == 8]

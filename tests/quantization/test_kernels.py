@@ -56,6 +56,17 @@ def compiled() -> None:
         pytest.skip("no C compiler, or no x86 with AVX2")
 
 
+@pytest.fixture(params=native.INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C kernel with each of the instructions that it can multiply with."""
+    if request.param not in native.instructions_here():
+        pytest.skip(f"this processor has no {request.param}")
+    functions = native.load()
+    assert functions is not None
+    limited = functions._replace(instructions=list(native.INSTRUCTIONS).index(request.param))
+    monkeypatch.setattr(native, "load", lambda: limited)
+
+
 def keeps_a_prepared_weight(layer: PackedLinear) -> bool:
     """Whether the layer's last forward left a prepared weight with its bytes."""
     kept = getattr(layer.weight_packed.untyped_storage(), "fbqat_prepared", {})
@@ -158,7 +169,7 @@ for bits in (7, 8):
 @pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("instructions")
 def test_native_is_the_reference(
     bits: int, shape: tuple[int, int, int], activation_range: str, dtype: torch.dtype
 ) -> None:
@@ -176,8 +187,8 @@ def test_native_is_the_reference(
 @pytest.mark.parametrize("bits", [5, 7, 8])
 @pytest.mark.parametrize("activation_range", ["per_token", "static"])
 @pytest.mark.parametrize("in_features", [1, 33, 500])
-@pytest.mark.usefixtures("compiled")
-def test_native_sums_two_digits_of_wider_codes(bits: int, activation_range: str, in_features: int) -> None:
+@pytest.mark.usefixtures("instructions")
+def test_native_takes_wider_codes(bits: int, activation_range: str, in_features: int) -> None:
     layer = layer_of(in_features, 257, ActivationScheme(range=activation_range), bits=bits)
     half = 2 ** (bits - 1)
     every = torch.arange(-half, half).to(torch.int8)  # every code, at any place
@@ -188,7 +199,7 @@ def test_native_sums_two_digits_of_wider_codes(bits: int, activation_range: str,
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("lowest", [True, False])
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("instructions")
 def test_native_is_exact_where_16_bit_sums_are_fullest(bits: int, lowest: bool) -> None:
     """Largest codes and activations of one sign, as many as 16 bits are asked to sum."""
     layer = layer_of(512, 4, ActivationScheme(range="static"), bias=False, bits=bits)
@@ -201,7 +212,7 @@ def test_native_is_exact_where_16_bit_sums_are_fullest(bits: int, lowest: bool) 
     assert torch.equal(found, torch.full((7, 4), 255.0 * extreme * 512))
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("instructions")
 def test_native_takes_any_strides_and_ignores_what_pads_an_odd_row() -> None:
     layer = layer_of(33, 17, ActivationScheme())
     x = torch.randn(9, 2, 40, dtype=torch.bfloat16)
@@ -290,7 +301,7 @@ def test_native_refuses_what_it_would_read_beyond(at: int, wrong: torch.Tensor) 
         native.packed_linear_native(torch.ones(2, 33), *given)
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("instructions")
 def test_native_runs_in_several_threads() -> None:
     layer = layer_of(1152, 512, ActivationScheme())
     inputs = [torch.randn(64, 1152) for _ in range(6)]
@@ -351,7 +362,8 @@ def test_both_quantizers_give_the_same(
 @needs_cpu_kernel
 @pytest.mark.usefixtures("compiled")
 def test_onednn_layer_is_one_product_and_one_pass_over_input_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_has_exact_sums", lambda: True)  # as with VNNI
+    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
+    monkeypatch.setattr(cpu, "_has_exact_sums", lambda: True)
     layer, x = layer_of(64, 8, ActivationScheme()), torch.randn(5, 64)
     layer(x)
     with torch.no_grad(), Operators() as ran:
@@ -379,11 +391,33 @@ def test_native_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert native.load.__wrapped__() is not None
 
 
+@pytest.mark.usefixtures("compiled")
+def test_the_instructions_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = native.instructions_here()
+    monkeypatch.setenv("FBQAT_INSTRUCTIONS", here[0])
+    assert native.load.__wrapped__().instructions == 0
+    monkeypatch.delenv("FBQAT_INSTRUCTIONS")
+    assert list(native.INSTRUCTIONS)[native.load.__wrapped__().instructions] == here[-1]
+    monkeypatch.setenv("FBQAT_INSTRUCTIONS", "sse9")
+    with pytest.raises(ValueError, match="FBQAT_INSTRUCTIONS is 'sse9'; allowed on this processor: 'avx2'"):
+        native.load.__wrapped__()
+
+
+@needs_cpu_kernel
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_an_int8_copy_is_kept_only_where_it_is_faster(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_has_amx", lambda: has_amx)
+    layer = layer_of(64, 8, ActivationScheme())
+    layer(torch.randn(5, 64))
+    assert keeps_a_prepared_weight(layer) == has_amx
+
+
 @needs_cpu_kernel
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_small_memory_keeps_nothing_unpacked(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_of(64, 8, ActivationScheme()), torch.randn(5, 64)
-    monkeypatch.setattr(cpu, "_has_exact_sums", lambda: True)  # as with VNNI, where oneDNN is the faster one
+    monkeypatch.setattr(cpu, "_has_amx", lambda: True)  # where oneDNN is the faster one
     y = layer(x)
     assert keeps_a_prepared_weight(layer)
     if is_compiled and native.load() is None:

@@ -2,8 +2,8 @@
 
 | processor | fast (default) | small memory |
 |---|---|---|
-| AVX2 without VNNI, the wide integer dot product | ``native.py`` | ``native.py`` |
-| VNNI | oneDNN, its int8 weight kept | ``native.py`` |
+| AVX2, AVX-VNNI, AVX-512 VNNI | ``native.py`` | ``native.py`` |
+| AMX | oneDNN, its int8 weight kept | ``native.py`` |
 | no C compiler | oneDNN, its int8 weight kept | oneDNN, its int8 weight made at each call |
 
 For oneDNN the weight is unpacked to its own int8 layout and kept beside the packed one (``memory.py``): 8 more bits a
@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fbqat_hub.processor import instruction_sets
 from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude, scale_or_nan
 from fbqat_hub.quantization.kernels import memory, native
 from fbqat_hub.quantization.kernels.reference import packed_linear_reference
@@ -80,8 +81,12 @@ def is_supported(weight_scale: Tensor, scheme: ActivationScheme, in_features: in
 
 
 def _is_native() -> bool:
-    """Whether the C kernel is the one to take, and can be had."""
-    return (memory.get_memory() == "small" or not _has_exact_sums()) and native.load() is not None
+    """Whether the C kernel, which does not use AMX, is the one to take, and can be had."""
+    return (memory.get_memory() == "small" or not _has_amx()) and native.load() is not None
+
+
+def _has_amx() -> bool:
+    return "amx_int8" in instruction_sets()
 
 
 @cache
@@ -126,10 +131,9 @@ def _prepack(codes: Tensor) -> PreparedWeight:
 def _quantize(
     tokens: Tensor, scheme: ActivationScheme, input_scale: Tensor | None, input_zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
-    """As ``native.quantize``, without its padding."""
+    """As ``native.quantize``."""
     if native.load() is not None and tokens.dtype in native.DTYPES:  # one pass over x, not six
-        rows, padded = tokens.shape
-        return native.quantize(tokens, scheme, input_scale, input_zero_point, padded=padded, rows=rows)
+        return native.quantize(tokens, scheme, input_scale, input_zero_point)
     tokens = tokens.float()
     # float -> int8 is vectorized in torch and float -> uint8 is not, so add 128 by flipping the top bit.
     if scheme.range == "static":

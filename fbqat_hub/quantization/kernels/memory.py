@@ -27,8 +27,8 @@ def set_memory(memory: Memory) -> None:
         memory: What is kept of a 4-bit weight:
 
             - "small": the packed bytes and nothing else, half a byte per weight.
-            - "fast", the default: on a CPU with VNNI, or without a C compiler, an int8 copy too, 1.5 bytes per weight.
-              On a CPU with AVX2 alone and a C compiler, and on a GPU, the packed bytes.
+            - "fast", the default: on a CPU with AMX, or without a C compiler, an int8 copy too, 1.5 bytes per weight.
+              On any other CPU, and on a GPU, the packed bytes.
             - "large": as "fast", and on a GPU an int8 copy too. It is not made anew when bytes are overwritten in a
               way that torch does not count (through ``.data``, or by FSDP2): not for weights that change.
 

@@ -1,9 +1,10 @@
-"""The packed matmul in C for x86 CPUs with AVX2 (``avx2.c``), compiled where it is first used.
+"""The packed matmul in C for x86 CPUs (``x86.c``: AVX2, AVX-VNNI, AVX-512 VNNI), compiled where it is first used.
 
 Triton and ``torch.compile`` do the same: the source ships, the machine's own C compiler (``$CC``, else ``cc``) makes a
 shared library of it, once, in the cache folder (``$FBQAT_CACHE``, else ``~/.cache/fbqat_hub``). Its threads are
 torch's: the library is linked to no OpenMP of its own and takes the one that torch has loaded. Without a compiler, or
-with ``FBQAT_COMPILE=0``, ``load`` gives None, and other kernels do the work.
+with ``FBQAT_COMPILE=0``, ``load`` gives None, and other kernels do the work. It multiplies with the best instructions
+of the processor, or with those that ``FBQAT_INSTRUCTIONS`` names, one of ``INSTRUCTIONS``.
 """
 
 from __future__ import annotations
@@ -25,15 +26,22 @@ import torch
 from torch import Tensor
 
 from fbqat_hub.cache_dir import default_cache_dir
+from fbqat_hub.processor import instruction_sets
 from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude
 from fbqat_hub.quantization.scheme import ActivationScheme
 
-SOURCE = Path(__file__).with_name("avx2.c")
+SOURCE = Path(__file__).with_name("x86.c")
 # -nodefaultlibs leaves out an OpenMP runtime beside torch's; no fused multiply-add, for the reference has none
-FLAGS = ("-O2", "-shared", "-fPIC", "-mavx2", "-mf16c", "-fopenmp", "-ffp-contract=off", "-nodefaultlibs")
+FLAGS = ("-O3", "-shared", "-fPIC", "-mavx2", "-mf16c", "-fopenmp", "-ffp-contract=off", "-nodefaultlibs")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# a tile of y in avx2.c: 6 tokens x 16 outputs, 32 inputs at a time
-ROWS, COLUMNS, STEP = 6, 16, 32
+# in x86.c: tokens of a tile without VNNI, outputs that are expanded together, inputs at a time
+ROWS, PANEL, STEP = 6, 16, 32
+# what multiplies, in the order of x86.c, the slowest first: and what a processor must have for it
+INSTRUCTIONS: dict[str, frozenset[str]] = {
+    "avx2": frozenset({"avx2", "f16c"}),
+    "avx-vnni": frozenset({"avx2", "f16c", "avx_vnni"}),
+    "avx512-vnni": frozenset({"avx2", "f16c", "avx512f", "avx512bw", "avx512_vnni"}),
+}
 # products, or values to quantize, below which a second thread costs more than it saves
 _SMALL = 2**18
 _POINTER, _WHOLE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -41,24 +49,25 @@ _ARGUMENTS = {
     "fbqat_quantize": [
         _POINTER, _WHOLE, _WHOLE, _WHOLE, _INT,  # x, stride, tokens, in, dtype
         _INT, _POINTER, _INT,  # per_token, scale, zero_point
-        _POINTER, _WHOLE, _INT,  # codes, padded, threads
+        _POINTER, _INT, _INT,  # codes, interleaved, threads
     ],
     "fbqat_multiply": [
         _POINTER, _WHOLE, _WHOLE,  # codes, tokens, in
         _POINTER, _INT,  # scale, zero_point
         _POINTER, _WHOLE, _WHOLE, _INT,  # weight, weight_stride, out, wide
         _POINTER, _POINTER,  # weight_scale, bias
-        _POINTER, _POINTER, _INT, _INT,  # panels, y, dtype, threads
+        _POINTER, _POINTER, _INT, _INT, _INT,  # panels, y, dtype, instructions, threads
     ],
 }  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
 class Functions(NamedTuple):
-    """Those of ``avx2.c``."""
+    """Those of ``x86.c``, and the place in ``INSTRUCTIONS`` of what ``multiply`` is to use."""
 
     quantize: Callable[..., None]
     multiply: Callable[..., None]
+    instructions: int
 
 
 @cache
@@ -67,7 +76,7 @@ def load() -> Functions | None:
     if (
         platform.system() != "Linux"
         or platform.machine() not in ("x86_64", "AMD64")
-        or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
+        or not instructions_here()
         or os.environ.get("FBQAT_COMPILE") == "0"
     ):
         return None
@@ -76,10 +85,23 @@ def load() -> Functions | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.info("the C kernel cannot be made here, and oneDNN's is taken: %s", error)
         return None
-    functions: list[Any] = [getattr(library, name) for name in _ARGUMENTS]
-    for function, arguments in zip(functions, _ARGUMENTS.values(), strict=True):
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    return Functions(*functions)
+    return Functions(library.fbqat_quantize, library.fbqat_multiply, _instructions())
+
+
+def instructions_here() -> list[str]:
+    """Those of ``INSTRUCTIONS`` that this processor has, the slowest first."""
+    return [name for name, needed in INSTRUCTIONS.items() if needed <= instruction_sets()]
+
+
+def _instructions() -> int:
+    """The place in ``INSTRUCTIONS`` of those to multiply with."""
+    asked, here = os.environ.get("FBQAT_INSTRUCTIONS"), instructions_here()
+    if asked and asked not in here:
+        raise ValueError(f"FBQAT_INSTRUCTIONS is {asked!r}; allowed on this processor: {', '.join(map(repr, here))}.")
+    return list(INSTRUCTIONS).index(asked or here[-1])
 
 
 def _compiled() -> Path:
@@ -88,7 +110,7 @@ def _compiled() -> Path:
     if compiler is None:
         raise OSError("there is no C compiler; install one, or set CC.")
     of = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, os.path.realpath(compiler))).encode())
-    library = default_cache_dir() / "kernels" / f"avx2-{of.hexdigest()[:16]}.so"
+    library = default_cache_dir() / "kernels" / f"x86-{of.hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as work:  # renamed when whole: others may look for it
@@ -106,17 +128,16 @@ def quantize(
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
     *,
-    padded: int,
-    rows: int,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, int]:
     """uint8 codes, scale and zero_point of a layer's input; the codes of ``quantize_activation``, 128 added if dynamic.
 
     Args:
         tokens: [tokens, in] of a dtype in ``DTYPES``.
-        padded, rows: of the codes, which hold zeros beyond ``in`` and anything beyond the tokens.
+        interleaved: codes as ``fbqat_multiply`` reads them: in its order, and with room for whole tiles.
 
     Returns:
-        codes: [rows, padded].
+        codes: [tokens, in]; if interleaved, both rounded up.
         scale: fp32 [tokens, 1], whatever the range; NaN of a token that has one.
     """
     functions = load()
@@ -130,11 +151,14 @@ def quantize(
         assert input_zero_point is not None
         scale.copy_(input_scale)
         zero_point = int(input_zero_point)
+    rows, padded = tokens.shape
+    if interleaved:
+        rows, padded = -(-rows // ROWS) * ROWS, -(-padded // STEP) * STEP
     codes = torch.empty(rows, padded, dtype=torch.uint8)
     functions.quantize(
         tokens.data_ptr(), tokens.stride(0), *tokens.shape, DTYPES[tokens.dtype],
         scheme.range == "per_token", scale.data_ptr(), zero_point,
-        codes.data_ptr(), padded, _threads(tokens.numel()),
+        codes.data_ptr(), interleaved, _threads(tokens.numel()),
     )  # fmt: skip
     return codes, scale, zero_point
 
@@ -164,10 +188,9 @@ def packed_linear_native(
     in_features, out_features = x.shape[-1], weight_packed.shape[0]
     _check(in_features, weight_packed, weight_scale, bias)
     tokens = x.reshape(-1, in_features)
-    padded = -(-in_features // STEP) * STEP
-    codes, scale, zero_point = quantize(tokens, *activation, padded=padded, rows=-(-len(tokens) // ROWS) * ROWS)
+    codes, scale, zero_point = quantize(tokens, *activation, interleaved=True)
     threads = _threads(tokens.numel() * out_features)
-    panels = torch.empty(threads * 2 * COLUMNS * padded, dtype=torch.int8)
+    panels = torch.empty(threads * 2 * PANEL * codes.shape[1], dtype=torch.int8)
     weight, weight_scale = _rows_apart(weight_packed), weight_scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
@@ -175,7 +198,7 @@ def packed_linear_native(
         codes.data_ptr(), *tokens.shape, scale.data_ptr(), zero_point,
         weight.data_ptr(), weight.stride(0), out_features, weight.dtype == torch.int8,
         weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
-        panels.data_ptr(), y.data_ptr(), DTYPES[x.dtype], threads,
+        panels.data_ptr(), y.data_ptr(), DTYPES[x.dtype], functions.instructions, threads,
     )  # fmt: skip
     return y
 
