@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import socket
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # Arguments of a pipeline call that are text: what is typed is taken as it is, not read as YAML.
 _TEXTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
+
+# Parameters of a denoiser from which on a plan takes long enough to say so.
+_LARGE = 10**9
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -50,7 +54,12 @@ def plan(options: argparse.Namespace) -> None:
         from fbqat_hub.training.costs_report import report
 
         with quiet(), warnings.catch_warnings(action="ignore"):  # of the models that are built without numbers
-            text = report(costs(recipe), options.gpus, options.seconds_per_step)
+            found = costs(recipe)
+            if found.parameters["transformer"] > _LARGE:
+                print(
+                    "computing the memory of a step from shapes; it may take some minutes", file=sys.stderr, flush=True
+                )
+            text = report(found, options.gpus, options.seconds_per_step)
         print(text)
         return
     from fbqat_hub.training.plan import plan
