@@ -21,9 +21,7 @@ from fbqat_hub.quantization.kernels import cpu, gpu, native, packed_linear_refer
 from fbqat_hub.quantization.packing import pack, pack_int4
 from tests.conftest import subprocess_environment
 
-needs_cpu_kernel = pytest.mark.skipif(
-    not cpu.is_supported(torch.ones(1), ActivationScheme(), 1), reason="the CPU kernels need x86 with AVX2"
-)
+needs_onednn = pytest.mark.skipif(not cpu._has_fast_products(), reason="oneDNN's kernel needs x86 with AVX2")
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 33, 17), (256, 1152, 144), (2, 1153, 64), (9, 8000, 5)]
 
 
@@ -53,14 +51,12 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def compiled() -> None:
     if native.load() is None:
-        pytest.skip("no C compiler, or no x86 with AVX2")
+        pytest.skip("no C compiler, or a processor without its instructions")
 
 
-@pytest.fixture(params=native.INSTRUCTIONS)
+@pytest.fixture(params=native.instructions_here())
 def instructions(request: pytest.FixtureRequest, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C kernel with each of the instructions that it can multiply with."""
-    if request.param not in native.instructions_here():
-        pytest.skip(f"this processor has no {request.param}")
     functions = native.load()
     assert functions is not None
     limited = functions._replace(instructions=list(native.INSTRUCTIONS).index(request.param))
@@ -87,7 +83,7 @@ def reference(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
     return packed_linear_reference(x, *operands(layer))
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
@@ -103,7 +99,7 @@ def test_onednn_equals_reference(shape: tuple[int, int, int], activation_range: 
     torch.testing.assert_close(y, reference(layer, x), rtol=1e-6, atol=1e-6 * float(y.abs().max()))
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.parametrize("extreme", [-8, 7])
 @pytest.mark.usefixtures("onednn")
 def test_onednn_is_exact_where_16_bit_sums_could_saturate(extreme: int) -> None:
@@ -118,7 +114,7 @@ def test_onednn_is_exact_where_16_bit_sums_could_saturate(extreme: int) -> None:
     assert torch.equal(layer(x), torch.full((3, 4), 255.0 * extreme * 8000) * scale)
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.parametrize("bits", [5, 7, 8])
 @pytest.mark.parametrize("activation_range", ["per_token", "static"])
 def test_wider_codes_equal_the_sum_in_float64(bits: int, activation_range: str) -> None:
@@ -133,7 +129,7 @@ def test_wider_codes_equal_the_sum_in_float64(bits: int, activation_range: str) 
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6 * float(y.abs().max()))
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.parametrize("isa", ["", "AVX2"])
 def test_wide_codes_are_exact_with_and_without_vnni(isa: str) -> None:
     """Largest codes and activations of one sign. Without VNNI 16-bit sums hold 7-bit codes; 8-bit ones, which they do
@@ -235,7 +231,7 @@ def test_what_is_not_finite_does_not_vanish(
     x = torch.randn(3, 40, dtype=dtype)
     x[1, 4] = torch.nan
     if kernel == "native" and native.load() is None:
-        pytest.skip("no C compiler, or no x86 with AVX2")
+        pytest.skip("no C compiler, or a processor without its instructions")
     if kernel == "onednn":
         monkeypatch.setattr(cpu.native, "load", lambda: None)
     compute = {"native": native.packed_linear_native, "onednn": cpu.packed_linear_cpu, "int8_linear": gpu.int8_linear}
@@ -244,7 +240,7 @@ def test_what_is_not_finite_does_not_vanish(
     torch.testing.assert_close(y[::2], reference(layer, x[::2]))
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
 @pytest.mark.parametrize("kernel", ["native", "onednn", "gpu"])
@@ -253,7 +249,7 @@ def test_the_default_dtype_changes_nothing(
 ) -> None:
     """The C code writes fp32 into what it is given."""
     if kernel == "native" and native.load() is None:
-        pytest.skip("no C compiler, or no x86 with AVX2")
+        pytest.skip("no C compiler, or a processor without its instructions")
     if kernel == "onednn":
         monkeypatch.setattr(cpu.native, "load", lambda: None)
     compute = gpu.packed_linear_gpu if kernel == "gpu" else cpu.packed_linear_cpu
@@ -270,7 +266,7 @@ def test_the_default_dtype_changes_nothing(
     assert torch.equal(found, expected)
 
 
-@needs_cpu_kernel
+@needs_onednn
 def test_sums_that_32_bits_do_not_hold_are_left_to_the_reference() -> None:
     layer = layer_of(cpu.MAX_INPUTS + 1, 8, ActivationScheme(), bits=8)
     layer.weight_packed.data.fill_(127)
@@ -338,6 +334,7 @@ def test_native_allocates_its_output_and_one_byte_an_input(dtype: torch.dtype) -
     assert ran.bytes == y.nbytes + x.numel() + scales + panels
 
 
+@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation_range", ["per_token", "per_tensor", "static"])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (7, 1152)])
@@ -359,7 +356,7 @@ def test_both_quantizers_give_the_same(
     assert found[2] == expected[2]
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.usefixtures("compiled")
 def test_onednn_layer_is_one_product_and_one_pass_over_input_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_has_amx", lambda: True)
@@ -395,15 +392,15 @@ def test_native_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_instructions_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     here = native.instructions_here()
     monkeypatch.setenv("FBQAT_INSTRUCTIONS", here[0])
-    assert native.load.__wrapped__().instructions == 0
+    assert list(native.INSTRUCTIONS)[native.load.__wrapped__().instructions] == here[0]
     monkeypatch.delenv("FBQAT_INSTRUCTIONS")
     assert list(native.INSTRUCTIONS)[native.load.__wrapped__().instructions] == here[-1]
     monkeypatch.setenv("FBQAT_INSTRUCTIONS", "sse9")
-    with pytest.raises(ValueError, match="FBQAT_INSTRUCTIONS is 'sse9'; allowed on this processor: 'avx2'"):
+    with pytest.raises(ValueError, match=f"FBQAT_INSTRUCTIONS is 'sse9'; allowed on this processor: '{here[0]}'"):
         native.load.__wrapped__()
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("has_amx", [True, False])
 def test_an_int8_copy_is_kept_only_where_it_is_faster(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +410,7 @@ def test_an_int8_copy_is_kept_only_where_it_is_faster(has_amx: bool, monkeypatch
     assert keeps_a_prepared_weight(layer) == has_amx
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_small_memory_keeps_nothing_unpacked(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_of(64, 8, ActivationScheme()), torch.randn(5, 64)
@@ -518,7 +515,7 @@ def test_changed_weights_are_seen_by_the_next_forward(change: Callable[..., Pack
     torch.testing.assert_close(after, expected)
 
 
-@needs_cpu_kernel
+@needs_onednn
 @pytest.mark.usefixtures("onednn")
 def test_a_weight_is_prepared_once_and_goes_with_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[torch.Tensor]] = []

@@ -6,7 +6,7 @@ It takes tensors and plain values, no module, so that ``torch.compile`` and ``to
 
 | device | implementation |
 |---|---|
-| x86 CPU with AVX2 | ``cpu.py``: int8 products, in C or by oneDNN; any other CPU ``reference.py``, in fp32 |
+| CPU | ``cpu.py``: int8 products, in C or by oneDNN, or ``reference.py``, in fp32 |
 | CUDA, ROCm | ``gpu.py``: Triton kernels, ``torch._int_mm``, or dequantized in the dtype of x. Not measured |
 | any other | ``gpu.py``'s dequantized product. Not measured |
 

@@ -1,10 +1,11 @@
-"""The packed matmul on x86 CPUs: which kernel computes it, and oneDNN's u8 x s8 one, exact in its integer part.
+"""The packed matmul on CPUs: which kernel computes it, and oneDNN's u8 x s8 one, exact in its integer part.
 
 | processor | fast (default) | small memory |
 |---|---|---|
-| AVX2, AVX-VNNI, AVX-512 VNNI | ``native.py`` | ``native.py`` |
-| AMX | oneDNN, its int8 weight kept | ``native.py`` |
-| no C compiler | oneDNN, its int8 weight kept | oneDNN, its int8 weight made at each call |
+| x86 with AVX2, AVX-VNNI or AVX-512 VNNI; ARM with dot products | ``native.py`` | ``native.py`` |
+| x86 with AMX | oneDNN, its int8 weight kept | ``native.py`` |
+| x86 without a C compiler | oneDNN, its int8 weight kept | oneDNN, its int8 weight made at each call |
+| any other | ``reference.py``, in fp32 | the same |
 
 For oneDNN the weight is unpacked to its own int8 layout and kept beside the packed one (``memory.py``): 8 more bits a
 weight in memory. It is an opaque tensor, which a traced operator cannot take as an argument.
@@ -76,8 +77,9 @@ def packed_linear_cpu(
 
 
 def is_supported(weight_scale: Tensor, scheme: ActivationScheme, in_features: int) -> bool:
-    """True where these kernels apply: x86 with AVX2, per-channel scales, 8-bit activations, sums that 32 bits hold."""
-    return weight_scale.dim() == 1 and scheme.bits == 8 and in_features <= MAX_INPUTS and _has_fast_products()
+    """True where these kernels apply: a processor with one, scales per channel, 8-bit activations, sums of 32 bits."""
+    suits = weight_scale.dim() == 1 and scheme.bits == 8 and in_features <= MAX_INPUTS
+    return suits and (_has_fast_products() or _is_native())
 
 
 def _is_native() -> bool:

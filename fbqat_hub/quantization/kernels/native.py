@@ -1,4 +1,4 @@
-"""The packed matmul in C for x86 CPUs (``x86.c``: AVX2, AVX-VNNI, AVX-512 VNNI), compiled where it is first used.
+"""The packed matmul in C, compiled where it is first used: ``x86.c`` (AVX2, AVX-VNNI, AVX-512 VNNI), ``arm.c`` (NEON).
 
 Triton and ``torch.compile`` do the same: the source ships, the machine's own C compiler (``$CC``, else ``cc``) makes a
 shared library of it, once, in the cache folder (``$FBQAT_CACHE``, else ``~/.cache/fbqat_hub``). Its threads are
@@ -30,17 +30,24 @@ from fbqat_hub.processor import instruction_sets
 from fbqat_hub.quantization.activation import TINY_ACTIVATION, largest_magnitude
 from fbqat_hub.quantization.scheme import ActivationScheme
 
-SOURCE = Path(__file__).with_name("x86.c")
+_FOLDER = Path(__file__).parent
+_COMMON = _FOLDER / "packed_linear.h"
+# of a machine, as ``platform.machine`` names it: the source, and what of the processor it is compiled for
+SOURCES: dict[str, tuple[Path, tuple[str, ...]]] = {
+    "x86_64": (_FOLDER / "x86.c", ("-mavx2", "-mf16c")),
+    "aarch64": (_FOLDER / "arm.c", ("-march=armv8.2-a+dotprod",)),
+}
 # -nodefaultlibs leaves out an OpenMP runtime beside torch's; no fused multiply-add, for the reference has none
-FLAGS = ("-O3", "-shared", "-fPIC", "-mavx2", "-mf16c", "-fopenmp", "-ffp-contract=off", "-nodefaultlibs")
+_FLAGS = ("-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-nodefaultlibs")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# in x86.c: tokens of a tile without VNNI, outputs that are expanded together, inputs at a time
+# whole tiles: tokens, of which x86.c without VNNI reads 6, outputs that are expanded together, inputs at a time
 ROWS, PANEL, STEP = 6, 16, 32
-# what multiplies, in the order of x86.c, the slowest first: and what a processor must have for it
+# what multiplies, those of x86.c in its order, the slowest first: and what a processor must have for it
 INSTRUCTIONS: dict[str, frozenset[str]] = {
     "avx2": frozenset({"avx2", "f16c"}),
     "avx-vnni": frozenset({"avx2", "f16c", "avx_vnni"}),
     "avx512-vnni": frozenset({"avx2", "f16c", "avx512f", "avx512bw", "avx512_vnni"}),
+    "neon-dot": frozenset({"asimddp"}),
 }
 # products, or values to quantize, below which a second thread costs more than it saves
 _SMALL = 2**18
@@ -63,7 +70,7 @@ logger = logging.getLogger(__name__)
 
 
 class Functions(NamedTuple):
-    """Those of ``x86.c``, and the place in ``INSTRUCTIONS`` of what ``multiply`` is to use."""
+    """Those of the library, and the place in ``INSTRUCTIONS`` of what ``multiply`` is to use."""
 
     quantize: Callable[..., None]
     multiply: Callable[..., None]
@@ -73,12 +80,7 @@ class Functions(NamedTuple):
 @cache
 def load() -> Functions | None:
     """The C functions, compiled if this machine has not yet; None where they cannot be had."""
-    if (
-        platform.system() != "Linux"
-        or platform.machine() not in ("x86_64", "AMD64")
-        or not instructions_here()
-        or os.environ.get("FBQAT_COMPILE") == "0"
-    ):
+    if platform.system() != "Linux" or not instructions_here() or os.environ.get("FBQAT_COMPILE") == "0":
         return None
     try:
         library = ctypes.CDLL(str(_compiled()))
@@ -93,6 +95,8 @@ def load() -> Functions | None:
 
 def instructions_here() -> list[str]:
     """Those of ``INSTRUCTIONS`` that this processor has, the slowest first."""
+    if platform.machine() not in SOURCES:
+        return []
     return [name for name, needed in INSTRUCTIONS.items() if needed <= instruction_sets()]
 
 
@@ -109,14 +113,16 @@ def _compiled() -> Path:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise OSError("there is no C compiler; install one, or set CC.")
-    of = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, os.path.realpath(compiler))).encode())
-    library = default_cache_dir() / "kernels" / f"x86-{of.hexdigest()[:16]}.so"
+    source, chosen = SOURCES[platform.machine()]
+    flags = (*_FLAGS, *chosen)
+    of = hashlib.sha256(repr((source.read_bytes(), _COMMON.read_bytes(), flags, os.path.realpath(compiler))).encode())
+    library = default_cache_dir() / "kernels" / f"{source.stem}-{of.hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as work:  # renamed when whole: others may look for it
             made = Path(work, library.name)
             subprocess.run(
-                [compiler, *FLAGS, "-o", made, SOURCE, "-lc"], check=True, capture_output=True, text=True, timeout=120
+                [compiler, *flags, "-o", made, source, "-lc"], check=True, capture_output=True, text=True, timeout=120
             )
             os.replace(made, library)
     return library
@@ -134,7 +140,7 @@ def quantize(
 
     Args:
         tokens: [tokens, in] of a dtype in ``DTYPES``.
-        interleaved: codes as ``fbqat_multiply`` reads them: in its order, and with room for whole tiles.
+        interleaved: codes as ``fbqat_multiply`` reads them: in its order, with room for whole tiles, on ARM less 128.
 
     Returns:
         codes: [tokens, in]; if interleaved, both rounded up.

@@ -302,77 +302,34 @@ VNNI_512 static __attribute__((noinline)) void tile_512(const uint8_t *a, int64_
   }
 }
 
-// Codes of x: [tokens, in], `stride` values from a token to the next. scale: fp32 [tokens], found if `per_token`, else
-// read; that of a token with a NaN becomes NaN. codes: [tokens, in]; interleaved [tokens, in rounded up to 32], whose
-// codes beyond `in` are anything.
-void fbqat_quantize(const void *x, int64_t stride, int64_t tokens, int64_t in, int dtype, int per_token, float *scale,
-                    int zero_point, uint8_t *codes, int interleaved, int threads) {
-  const size_t size = dtype == FLOAT32 ? 4 : 2;
-  const int64_t padded = interleaved ? (in + STEP - 1) / STEP * STEP : in;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t m = 0; m < tokens; m++) {
-    const void *token = (const char *)x + m * stride * size;
-    if (per_token) {
-      float most = largest(token, in, dtype);
-      scale[m] = (most < 1e-8f ? 1e-8f : most) / 127.0f;
-    }
-    int nan = quantize(token, in, interleaved, dtype, scale[m], zero_point, codes + m * padded);
-    if (nan) scale[m] = __builtin_nanf("");
+// int32 sums of `rows` tokens' codes with one panel, with AVX-512 two; `high`: the panel of the second digits, or NULL
+static void products(int instructions, const uint8_t *a, int64_t stride, const int8_t *low, const int8_t *high,
+                     int64_t padded, int64_t rows, int32_t *sums) {
+  if (instructions == AVX512_VNNI) {
+    tile_512(a, stride, low, padded, rows, (__m512i *)sums);
+  } else if (instructions == AVX_VNNI) {
+    tile_vnni(a, stride, low, padded, rows, (__m256i *)sums);
+  } else {
+    tile(a, stride, low, padded, (__m256i *)sums);
+    if (!high) return;
+    int32_t of_high[ROWS * PANEL] __attribute__((aligned(32)));
+    tile(a, stride, high, padded, (__m256i *)of_high);
+    for (int i = 0; i < ROWS * PANEL; i++) sums[i] = (int32_t)((uint32_t)sums[i] + 16 * (uint32_t)of_high[i]);
   }
 }
 
-// y: [tokens, out] from the interleaved codes of fbqat_quantize, whose memory has room for tokens rounded up to 6.
-// panels: `threads` times 2 * 16 * (in rounded up to 32) bytes to work in, 64-byte aligned. The rest is as
-// packed_linear_reference has it.
-void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, const float *scale, int zero_point,
-                    const uint8_t *weight, int64_t weight_stride, int64_t out, int wide, const float *weight_scale,
-                    const float *bias, int8_t *panels, void *y, int dtype, int instructions, int threads) {
-  const int64_t padded = (in + STEP - 1) / STEP * STEP;
-  const int digits = wide && instructions == AVX2;
-  const int64_t rows = instructions == AVX512_VNNI ? WIDE_ROWS : ROWS;
-  const int64_t columns = instructions == AVX512_VNNI ? 2 * PANEL : PANEL;
-#pragma omp parallel num_threads(threads)
-  {
-    int8_t *low = panels + omp_get_thread_num() * 2 * PANEL * padded, *high = low + PANEL * padded;
-#pragma omp for schedule(dynamic)
-    for (int64_t n = 0; n < out; n += columns) {
-      const int64_t outputs = out - n < columns ? out - n : columns;
-      int32_t shift[2 * PANEL];
-      float scales[2 * PANEL] = {0}, biases[2 * PANEL] = {0};
-      for (int64_t from = 0; from < columns; from += PANEL) {
-        const int64_t left = outputs - from < PANEL ? outputs - from : PANEL;
-        expand_panel(weight + (n + from) * weight_stride, weight_stride, left, in, wide, low + from * padded,
-                     digits ? high : NULL, shift + from);
-      }
-      memcpy(scales, weight_scale + n, outputs * sizeof(float));
-      if (bias) memcpy(biases, bias + n, outputs * sizeof(float));
-      for (int64_t i = 0; i < columns; i++) shift[i] *= zero_point;
-      for (int64_t m = 0; m < tokens; m += rows) {
-        const int64_t some = tokens - m < rows ? tokens - m : rows;
-        const uint8_t *a = codes + m * padded;
-        int32_t sums[WIDE_ROWS * 2 * PANEL] __attribute__((aligned(64)));
-        if (instructions == AVX512_VNNI)
-          tile_512(a, padded, low, padded, some, (__m512i *)sums);
-        else if (instructions == AVX_VNNI)
-          tile_vnni(a, padded, low, padded, some, (__m256i *)sums);
-        else
-          tile(a, padded, low, padded, (__m256i *)sums);
-        if (digits) {
-          int32_t of_high[ROWS * PANEL] __attribute__((aligned(32)));
-          tile(a, padded, high, padded, (__m256i *)of_high);
-          for (int i = 0; i < ROWS * PANEL; i++) sums[i] = (int32_t)((uint32_t)sums[i] + 16 * (uint32_t)of_high[i]);
-        }
-        for (int64_t r = 0; r < some; r++) {
-          const __m256 s = _mm256_set1_ps(scale[m + r]);
-          for (int64_t c = 0; c < outputs; c += 8) {
-            __m256i sum = _mm256_load_si256((const __m256i *)(sums + r * columns + c));
-            __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_loadu_si256((const __m256i *)(shift + c))));
-            v = _mm256_mul_ps(_mm256_mul_ps(v, _mm256_loadu_ps(scales + c)), s);
-            if (bias) v = _mm256_add_ps(v, _mm256_loadu_ps(biases + c));
-            store_some(y, (m + r) * out + n + c, outputs - c, dtype, v);
-          }
-        }
-      }
-    }
-  }
+// 8 outputs of a token: (sums - shift) * scales * scale + biases, of which the first n are stored
+static inline void finish(const int32_t *sums, const int32_t *shift, const float *scales, float scale,
+                          const float *biases, void *y, int64_t i, int64_t n, int dtype) {
+  __m256i sum = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)sums), _mm256_loadu_si256((const __m256i *)shift));
+  __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales));
+  v = _mm256_mul_ps(v, _mm256_set1_ps(scale));
+  if (biases) v = _mm256_add_ps(v, _mm256_loadu_ps(biases));
+  store_some(y, i, n, dtype, v);
 }
+
+#define CODE_OF_ZERO 0
+#define TILE_ROWS(instructions) ((instructions) == AVX512_VNNI ? WIDE_ROWS : ROWS)
+#define TILE_PANELS(instructions) ((instructions) == AVX512_VNNI ? 2 : 1)
+#define HAS_DIGITS(instructions) ((instructions) == AVX2)
+#include "packed_linear.h"
