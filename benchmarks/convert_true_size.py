@@ -37,7 +37,7 @@ from fbqat_hub.weights import TensorFile
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"
 # google/t5-v1_1-xxl, the second text encoder of FLUX.1
-T5 = {
+T5_XXL = {
     "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
     "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
 }  # fmt: skip
@@ -83,7 +83,7 @@ def source(folder: Path, double: int, single: int) -> int:
     shutil.copytree(shipped("training/teachers") / "flux-schnell-tiny", folder)
     with torch.device("meta"):
         denoiser = FluxTransformer2DModel(num_layers=double, num_single_layers=single)
-        text_encoder = T5EncoderModel(T5Config(**T5))
+        text_encoder = T5EncoderModel(T5Config(**T5_XXL))
     put_random(folder, denoiser, text_encoder, "text_encoder_2")
     return sum(tensor.numel() for tensor in denoiser.parameters())
 

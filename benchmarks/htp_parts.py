@@ -19,6 +19,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
+from benchmarks.convert_true_size import T5_XXL
 from benchmarks.htp_true_size import RESULTS, PeakMemory
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.export.bundle.float_part import QuantizedPart, compile_part, quantize_part
@@ -126,6 +127,11 @@ GEMMA_2_2B = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
     "query_pre_attn_scalar": 256, "sliding_window": 4096,
 }  # fmt: skip
+#: Autoencoders of Stable Diffusion, whatever their channels.
+KL = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
 #: mit-han-lab/dc-ae-f32c32-sana.
 DC_AE = {
     "latent_channels": 32, "scaling_factor": 0.41407,
@@ -146,12 +152,7 @@ def gemma2(layers: int) -> nn.Module:
 
 def t5(layers: int) -> nn.Module:
     """The encoder of google/t5-v1_1-xxl."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=VOCABULARY, d_model=4096, d_kv=64, d_ff=10240, num_layers=layers, num_heads=64,
-            feed_forward_proj="gated-gelu",
-        )
-    )  # fmt: skip
+    return T5EncoderModel(T5Config(**{**T5_XXL, "vocab_size": VOCABULARY, "num_layers": layers}))
 
 
 def clip(layers: int) -> nn.Module:
@@ -176,9 +177,8 @@ def dc_ae(_: int) -> nn.Module:
 def kl(_: int) -> nn.Module:
     """The autoencoder of 16 channels of FLUX.1 and SD3.5."""
     return AutoencoderKL(
-        latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
-        use_post_quant_conv=False, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        **KL, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+        use_post_quant_conv=False,
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapter-memory": lora.adapter_memory_table,
     "true-size": htp.true_size_table,
     "htp-parts": htp.htp_parts_table,
-    "htp-sana": htp.htp_sana_table,
+    "htp-whole": htp.htp_whole_table,
     "htp-targets": htp.htp_targets_table,
     "htp-tiles": htp.htp_tiles_table,
     "htp-decoder": htp.htp_decoder_table,

@@ -51,13 +51,16 @@ def true_size_table() -> str:
     return f"{markdown(head, rows)}\n\nThe machine was: {'; '.join(dict.fromkeys(notes))}."
 
 
-def htp_sana_table() -> str:
-    """A whole Sana-600M in one bundle, by `benchmarks.htp_sana`."""
+def htp_whole_table() -> str:
+    """Whole models in one bundle each, by `benchmarks.htp_whole`."""
+    return "\n\n".join(_whole(record, peak) for record, peak in measured_at_true_size("bundle"))
+
+
+def _whole(record: Record, peak: float) -> str:
     head = (
         "part", "graphs", "binaries", "the largest", "spill/fill", "trace, calibrate, quantize", "compile", "emulate",
         "emulator to CPU, first graph", "CPU to torch, all graphs",
     )  # fmt: skip
-    ((record, peak),) = measured_at_true_size("bundle")
     extra = record.extra
     rows = [
         (
@@ -75,9 +78,11 @@ def htp_sana_table() -> str:
     ]
     took, sizes = extra["export_seconds"] / 60, (extra["bundle_bytes"] / 1e9, extra["table_bytes"] / 1e9)
     return (
-        f"{markdown(head, rows)}\n\nOne command, `fbqat export ... {extra['options']}`: {took:.1f} minutes, peak RAM "
+        f"{extra['shape']}:\n\n{markdown(head, rows)}\n\n"
+        f"One command, `fbqat export ... {extra['options']}`: {took:.1f} minutes, peak RAM "
         f"{peak:.2f} GB with all its processes, {sizes[0]:.2f} GB on disk, of which {sizes[1]:.2f} GB are the token "
-        f"embeddings. The machine was: {extra['machine_was']}. By `python -m benchmarks.htp_sana`."
+        f"embeddings. The machine was: {extra['machine_was']}. By "
+        f"`python -m benchmarks.htp_whole --model {extra['bundle']}`."
     )
 
 
