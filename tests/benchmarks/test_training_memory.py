@@ -18,7 +18,7 @@ def test_the_estimate_is_within_a_tenth_of_what_was_measured() -> None:
         assert 0.9 <= row["estimated_over_measured"] <= 1.1, row["name"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"training": "blockwise", "blockwise": {"samples": 2, "steps": 2}}])
+@pytest.mark.parametrize("changes", [{}, {"training": "blockwise", "blockwise": {"samples": 2, "steps": 12}}])
 def test_a_row_is_measured(changes: dict[str, Any]) -> None:
     changes = {**changes, "blockwise": {**changes.get("blockwise", {}), "tuning_steps": 0}}
     row = Row("sana-tiny", "tiny", changes=changes)
