@@ -1,21 +1,18 @@
 // The packed matmul for ARM CPUs with the dot products of ARMv8.2: as x86.c, whose comments hold here too.
 //
-// Products are of signed codes (sdot), so that those of x are stored less 128. Weights are expanded 16 outputs at a time.
+// Products are of signed codes (sdot), so that those of x are stored less 128. Weights are expanded 16 outputs at a
+// time.
 
 #include <arm_neon.h>
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
-
-enum { FLOAT32, BFLOAT16, FLOAT16 };  // x and y
-enum { PANEL = 16, STEP = 32 };       // outputs that are expanded together, and the inputs
-enum { ROWS = 4 };                    // tokens of a tile of y
 
 typedef struct {
   float32x4_t low, high;
 } eight;
+enum { CODE_OF_ZERO = 128 };
 
-// 8 values as float
+#include "packed_linear.h"
+
+enum { ROWS = 4 };  // a tile of y: 4 tokens and a panel
 
 static inline eight load8(const void *x, int64_t i, int dtype) {
   if (dtype == FLOAT32) return (eight){vld1q_f32((const float *)x + i), vld1q_f32((const float *)x + i + 4)};
@@ -47,27 +44,7 @@ static inline void store8(void *y, int64_t i, int dtype, eight v) {
   }
 }
 
-// up to 8 values, the others 0
-static inline eight load_some(const void *x, int64_t i, int64_t n, int dtype) {
-  if (n >= 8) return load8(x, i, dtype);
-  char buffer[32] = {0};
-  size_t size = dtype == FLOAT32 ? 4 : 2;
-  memcpy(buffer, (const char *)x + i * size, n * size);
-  return load8(buffer, 0, dtype);
-}
-
-static inline void store_some(void *y, int64_t i, int64_t n, int dtype, eight v) {
-  if (n >= 8) {
-    store8(y, i, dtype, v);
-    return;
-  }
-  char buffer[32];
-  size_t size = dtype == FLOAT32 ? 4 : 2;
-  store8(buffer, 0, dtype, v);
-  memcpy((char *)y + i * size, buffer, n * size);
-}
-
-// the largest magnitude of a token; NaN if it has one, which vmaxq keeps
+// vmaxq keeps a NaN
 static float largest(const void *x, int64_t n, int dtype) {
   float32x4_t most = vdupq_n_f32(0);
   for (int64_t i = 0; i < n; i += 8) {
@@ -77,10 +54,6 @@ static float largest(const void *x, int64_t n, int dtype) {
   return vmaxvq_f32(most);
 }
 
-// The order of each 8 codes of x that the product reads: that in which the nibbles of 4 bytes come out, low ones first
-static const uint8_t INTERLEAVED[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
-
-// round(x / scale) + zero_point, held in 0..255, less 128: n codes rounded up to 8. Gives whether x has a NaN.
 static int quantize(const void *x, int64_t n, int interleaved, int dtype, float scale, int zero_point, uint8_t *codes) {
   const float32x4_t s = vdupq_n_f32(scale), lowest = vdupq_n_f32(-zero_point), highest = vdupq_n_f32(255 - zero_point);
   const int32x4_t offset = vdupq_n_s32(zero_point - 128);
@@ -101,23 +74,14 @@ static int quantize(const void *x, int64_t n, int interleaved, int dtype, float 
   return vminvq_u32(numbers) == 0;
 }
 
-// 16 bytes of each of up to 4 rows of `size`, from byte `from`, as 4 vectors of 4 bytes a row; 0 beyond a row's end.
-// Rows of bytes (`wide`) are interleaved as x is; of an odd row of nibbles the last is left out.
+// 16 bytes of each of up to 4 rows as 4 vectors of 4 bytes a row. Rows of bytes (`wide`) are interleaved as x is.
 static inline void transpose(const uint8_t *row, int64_t stride, int64_t rows, int64_t from, int64_t size, int wide,
                              int odd, uint8x16_t *found) {
   uint32x4_t r[4];
   for (int j = 0; j < 4; j++) {
-    const uint8_t *bytes = row + j * stride + from;
-    uint8_t buffer[16] = {0};
-    if (j >= rows || from >= size) {
-      bytes = buffer;
-    } else if (size - from < 16 + odd) {
-      memcpy(buffer, bytes, size - from < 16 ? size - from : 16);
-      if (odd && size - from <= 16) buffer[size - from - 1] &= 15;
-      bytes = buffer;
-    }
-    uint8x16_t loaded = vld1q_u8(bytes);
-    r[j] = vreinterpretq_u32_u8(wide ? vqtbl1q_u8(loaded, vld1q_u8(INTERLEAVED)) : loaded);
+    uint8_t buffer[16];
+    uint8x16_t bytes = vld1q_u8(sixteen(row + j * stride, from, j < rows ? size : 0, odd, buffer));
+    r[j] = vreinterpretq_u32_u8(wide ? vqtbl1q_u8(bytes, vld1q_u8(INTERLEAVED)) : bytes);
   }
   uint64x2_t a[4];
   for (int j = 0; j < 4; j += 2) {
@@ -130,11 +94,8 @@ static inline void transpose(const uint8_t *row, int64_t stride, int64_t rows, i
   }
 }
 
-// Up to 16 outputs into a panel: 4 inputs of each, then the next 4, in the order of x's codes. sums: of each output's
-// codes.
 static void expand_panel(const uint8_t *weight, int64_t stride, int64_t outputs, int64_t n, int wide, int8_t *panel,
                          int8_t *high, int32_t *sums) {
-  static const int8_t CODES[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
   const int8x16_t code = vld1q_s8(CODES), ones = vdupq_n_s8(1);
   (void)high;
   for (int part = 0; part < 4; part++) {
@@ -185,6 +146,12 @@ static inline __attribute__((always_inline)) void tile(const uint8_t *a, int64_t
   for (int i = 0; i < 4 * rows; i++) vst1q_s32(sums + 4 * i, s[i]);
 }
 
+static inline int64_t tile_rows(int instructions) { return (void)instructions, ROWS; }
+
+static inline int64_t tile_panels(int instructions) { return (void)instructions, 1; }
+
+static inline int has_digits(int instructions) { return (void)instructions, 0; }
+
 static void products(int instructions, const uint8_t *a, int64_t stride, const int8_t *panel, const int8_t *high,
                      int64_t padded, int64_t rows, int32_t *sums) {
   (void)instructions, (void)high;
@@ -203,7 +170,6 @@ static void products(int instructions, const uint8_t *a, int64_t stride, const i
   }
 }
 
-// 8 outputs of a token: (sums - shift) * scales * scale + biases, of which the first n are stored
 static inline void finish(const int32_t *sums, const int32_t *shift, const float *scales, float scale,
                           const float *biases, void *y, int64_t i, int64_t n, int dtype) {
   float32x4_t v[2];
@@ -214,9 +180,3 @@ static inline void finish(const int32_t *sums, const int32_t *shift, const float
   }
   store_some(y, i, n, dtype, (eight){v[0], v[1]});
 }
-
-#define CODE_OF_ZERO 128
-#define TILE_ROWS(instructions) ROWS
-#define TILE_PANELS(instructions) 1
-#define HAS_DIGITS(instructions) 0
-#include "packed_linear.h"

@@ -1,6 +1,71 @@
-// What x86.c and arm.c share: the loops over tokens and outputs. Each defines what it computes with before it includes
-// this file: `largest`, `quantize`, `expand_panel`, `products`, `finish`, and CODE_OF_ZERO, what a stored code of x has
-// less than the code itself.
+// What x86.c and arm.c share: their types, the loops over tokens and outputs, and the functions that each defines for
+// these loops. Before it includes this file each says what `eight` is, 8 values as float, and CODE_OF_ZERO, what its
+// stored codes of x have less than the codes themselves.
+
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };  // x and y
+enum { PANEL = 16, STEP = 32 };       // outputs, and inputs, that are expanded together
+enum { MOST_ROWS = 12 };              // tokens of a tile of y
+
+// The order of each 8 codes of x that the product reads: that in which the nibbles of 4 bytes come out, low ones first
+static const uint8_t INTERLEAVED[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+// of a nibble
+static const int8_t CODES[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+
+// Values i to i + 7.
+static inline eight load8(const void *x, int64_t i, int dtype);
+static inline void store8(void *y, int64_t i, int dtype, eight v);
+// The largest magnitude of a token; NaN if it has one.
+static float largest(const void *x, int64_t n, int dtype);
+// round(x / scale) + zero_point, held in 0..255, less CODE_OF_ZERO: n codes, interleaved n rounded up to 8. Gives
+// whether x has a NaN, for which there is no code.
+static int quantize(const void *x, int64_t n, int interleaved, int dtype, float scale, int zero_point, uint8_t *codes);
+// Tokens and panels of a tile of y, and whether codes of more than 4 bits are two digits.
+static inline int64_t tile_rows(int instructions);
+static inline int64_t tile_panels(int instructions);
+static inline int has_digits(int instructions);
+// Up to 16 outputs into a panel: 4 inputs of each, then the next 4, in the order of x's codes. Of codes of more than 4
+// bits (`wide`) there are two panels of digits if `high` is given. sums: of each output's codes.
+static void expand_panel(const uint8_t *weight, int64_t stride, int64_t outputs, int64_t n, int wide, int8_t *low,
+                         int8_t *high, int32_t *sums);
+// int32 sums of a tile: of `rows` tokens' codes, `stride` apart, with panels. `high`: of second digits, or NULL.
+static void products(int instructions, const uint8_t *a, int64_t stride, const int8_t *low, const int8_t *high,
+                     int64_t padded, int64_t rows, int32_t *sums);
+// 8 outputs of a token: (sums - shift) * scales * scale + biases, of which the first n are stored.
+static inline void finish(const int32_t *sums, const int32_t *shift, const float *scales, float scale,
+                          const float *biases, void *y, int64_t i, int64_t n, int dtype);
+
+// up to 8 values, the others 0
+static inline eight load_some(const void *x, int64_t i, int64_t n, int dtype) {
+  if (n >= 8) return load8(x, i, dtype);
+  char buffer[32] = {0};
+  size_t size = dtype == FLOAT32 ? 4 : 2;
+  memcpy(buffer, (const char *)x + i * size, n * size);
+  return load8(buffer, 0, dtype);
+}
+
+static inline void store_some(void *y, int64_t i, int64_t n, int dtype, eight v) {
+  if (n >= 8) {
+    store8(y, i, dtype, v);
+    return;
+  }
+  char buffer[32];
+  size_t size = dtype == FLOAT32 ? 4 : 2;
+  store8(buffer, 0, dtype, v);
+  memcpy((char *)y + i * size, buffer, n * size);
+}
+
+// 16 bytes of a row of `size`, from byte `from`; 0 beyond its end. Of an odd row of nibbles the last is left out.
+static inline const uint8_t *sixteen(const uint8_t *row, int64_t from, int64_t size, int odd, uint8_t *buffer) {
+  if (size - from >= 16 + odd) return row + from;
+  memset(buffer, 0, 16);
+  if (size > from) memcpy(buffer, row + from, size - from < 16 ? size - from : 16);
+  if (odd && size > from && size - from <= 16) buffer[size - from - 1] &= 15;
+  return buffer;
+}
 
 // Codes of x: [tokens, in], `stride` values from a token to the next. scale: fp32 [tokens], found if `per_token`, else
 // read; that of a token with a NaN becomes NaN. codes: [tokens, in]; interleaved [tokens, in rounded up to 32], whose
@@ -28,11 +93,11 @@ void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, const floa
                     const uint8_t *weight, int64_t weight_stride, int64_t out, int wide, const float *weight_scale,
                     const float *bias, int8_t *panels, void *y, int dtype, int instructions, int threads) {
   const int64_t padded = (in + STEP - 1) / STEP * STEP;
-  const int64_t rows = TILE_ROWS(instructions), columns = TILE_PANELS(instructions) * PANEL;
+  const int64_t rows = tile_rows(instructions), columns = tile_panels(instructions) * PANEL;
 #pragma omp parallel num_threads(threads)
   {
     int8_t *low = panels + omp_get_thread_num() * 2 * PANEL * padded;
-    int8_t *high = wide && HAS_DIGITS(instructions) ? low + PANEL * padded : NULL;
+    int8_t *high = wide && has_digits(instructions) ? low + PANEL * padded : NULL;
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < out; n += columns) {
       const int64_t outputs = out - n < columns ? out - n : columns;
@@ -48,7 +113,7 @@ void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, const floa
       for (int64_t i = 0; i < columns; i++) shift[i] *= zero_point - CODE_OF_ZERO;
       for (int64_t m = 0; m < tokens; m += rows) {
         const int64_t some = tokens - m < rows ? tokens - m : rows;
-        int32_t sums[12 * 2 * PANEL] __attribute__((aligned(64)));
+        int32_t sums[MOST_ROWS * 2 * PANEL] __attribute__((aligned(64)));
         products(instructions, codes + m * padded, padded, low, high, padded, some, sums);
         for (int64_t r = 0; r < some; r++)
           for (int64_t c = 0; c < outputs; c += 8)

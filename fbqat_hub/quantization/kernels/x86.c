@@ -12,19 +12,14 @@
 // equals the reference's to the bit where its fp32 sums are exact.
 
 #include <immintrin.h>
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
 
-enum { FLOAT32, BFLOAT16, FLOAT16 };   // x and y
+typedef __m256 eight;
+enum { CODE_OF_ZERO = 0 };
+
+#include "packed_linear.h"
+
 enum { AVX2, AVX_VNNI, AVX512_VNNI };  // what multiplies
-enum { PANEL = 16, STEP = 32 };        // outputs that are expanded together, and the inputs that 16 bits sum
 enum { ROWS = 6, WIDE_ROWS = 12 };     // a tile of y: 6 tokens and a panel, with AVX-512 12 and two
-
-// The order of each 8 codes of x that the product reads: that in which the nibbles of 4 bytes come out, low ones first
-#define INTERLEAVED _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
-
-// 8 values as float
 
 static inline __m256 load8(const void *x, int64_t i, int dtype) {
   if (dtype == FLOAT32) return _mm256_loadu_ps((const float *)x + i);
@@ -53,27 +48,6 @@ static inline void store8(void *y, int64_t i, int dtype, __m256 v) {
   _mm_storeu_si128((__m128i *)((uint16_t *)y + i), half);
 }
 
-// up to 8 values, the others 0
-static inline __m256 load_some(const void *x, int64_t i, int64_t n, int dtype) {
-  if (n >= 8) return load8(x, i, dtype);
-  char buffer[32] = {0};
-  size_t size = dtype == FLOAT32 ? 4 : 2;
-  memcpy(buffer, (const char *)x + i * size, n * size);
-  return load8(buffer, 0, dtype);
-}
-
-static inline void store_some(void *y, int64_t i, int64_t n, int dtype, __m256 v) {
-  if (n >= 8) {
-    store8(y, i, dtype, v);
-    return;
-  }
-  char buffer[32];
-  size_t size = dtype == FLOAT32 ? 4 : 2;
-  store8(buffer, 0, dtype, v);
-  memcpy((char *)y + i * size, buffer, n * size);
-}
-
-// the largest magnitude of a token; NaN if it has one
 static float largest(const void *x, int64_t n, int dtype) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256 most = _mm256_setzero_ps(), nan = _mm256_setzero_ps();
@@ -89,11 +63,10 @@ static float largest(const void *x, int64_t n, int dtype) {
   return found;
 }
 
-// round(x / scale) + zero_point, held in 0..255: n codes, interleaved n rounded up to 8. Gives whether x has a NaN, for
-// which there is no code.
 static int quantize(const void *x, int64_t n, int interleaved, int dtype, float scale, int zero_point, uint8_t *codes) {
   const __m256 s = _mm256_set1_ps(scale);
   __m256 nan = _mm256_setzero_ps();
+  const __m128i order = _mm_loadu_si128((const __m128i *)INTERLEAVED);
   const __m256 lowest = _mm256_set1_ps(-zero_point), highest = _mm256_set1_ps(255 - zero_point);
   for (int64_t i = 0; i < n; i += 8) {
     __m256 steps = _mm256_div_ps(load_some(x, i, n - i, dtype), s);
@@ -102,7 +75,7 @@ static int quantize(const void *x, int64_t n, int interleaved, int dtype, float 
     v = _mm256_add_epi32(v, _mm256_set1_epi32(zero_point));
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     __m128i packed = _mm_packus_epi16(words, words);
-    if (interleaved) packed = _mm_shuffle_epi8(packed, INTERLEAVED);
+    if (interleaved) packed = _mm_shuffle_epi8(packed, order);
     int64_t bytes = _mm_cvtsi128_si64(packed);
     if (n - i < 8 && !interleaved)
       memcpy(codes + i, &bytes, n - i);
@@ -112,23 +85,15 @@ static int quantize(const void *x, int64_t n, int interleaved, int dtype, float 
   return _mm256_movemask_ps(nan) != 0;
 }
 
-// 16 bytes of each of up to 8 rows of `size`, from byte `from`, as 4 vectors of 4 bytes a row; 0 beyond a row's end.
-// Rows of bytes (`wide`) are interleaved as x is; of an odd row of nibbles the last is left out.
+// 16 bytes of each of up to 8 rows as 4 vectors of 4 bytes a row. Rows of bytes (`wide`) are interleaved as x is.
 static inline void transpose(const uint8_t *row, int64_t stride, int64_t rows, int64_t from, int64_t size, int wide,
                              int odd, __m256i *found) {
+  const __m128i order = _mm_loadu_si128((const __m128i *)INTERLEAVED);
   __m128i r[8];
   for (int j = 0; j < 8; j++) {
-    const uint8_t *bytes = row + j * stride + from;
-    uint8_t buffer[16] = {0};
-    if (j >= rows || from >= size) {
-      bytes = buffer;
-    } else if (size - from < 16 + odd) {
-      memcpy(buffer, bytes, size - from < 16 ? size - from : 16);
-      if (odd && size - from <= 16) buffer[size - from - 1] &= 15;
-      bytes = buffer;
-    }
-    r[j] = _mm_loadu_si128((const __m128i *)bytes);
-    if (wide) r[j] = _mm_shuffle_epi8(r[j], INTERLEAVED);
+    uint8_t buffer[16];
+    r[j] = _mm_loadu_si128((const __m128i *)sixteen(row + j * stride, from, j < rows ? size : 0, odd, buffer));
+    if (wide) r[j] = _mm_shuffle_epi8(r[j], order);
   }
   __m256i a[4], b[4];
   for (int j = 0; j < 4; j++) a[j] = _mm256_set_m128i(r[j + 4], r[j]);
@@ -154,13 +119,10 @@ static inline void split(__m256i codes, __m256i *low, __m256i *high) {
   *high = _mm256_blendv_epi8(digit, eight, over);
 }
 
-// Up to 16 outputs into a panel: 4 inputs of each, then the next 4, in the order of x's codes. Of codes of more than 4
-// bits (`wide`) there are two panels of digits if `high` is given. sums: of each output's codes.
 static void expand_panel(const uint8_t *weight, int64_t stride, int64_t outputs, int64_t n, int wide, int8_t *low,
                          int8_t *high, int32_t *sums) {
   const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i code = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1,  //
-                                        0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  const __m256i code = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)CODES));
   for (int part = 0; part < 2; part++) {
     const uint8_t *row = weight + 8 * part * stride;
     const int64_t rows = outputs - 8 * part;
@@ -302,7 +264,12 @@ VNNI_512 static __attribute__((noinline)) void tile_512(const uint8_t *a, int64_
   }
 }
 
-// int32 sums of `rows` tokens' codes with one panel, with AVX-512 two; `high`: the panel of the second digits, or NULL
+static inline int64_t tile_rows(int instructions) { return instructions == AVX512_VNNI ? WIDE_ROWS : ROWS; }
+
+static inline int64_t tile_panels(int instructions) { return instructions == AVX512_VNNI ? 2 : 1; }
+
+static inline int has_digits(int instructions) { return instructions == AVX2; }
+
 static void products(int instructions, const uint8_t *a, int64_t stride, const int8_t *low, const int8_t *high,
                      int64_t padded, int64_t rows, int32_t *sums) {
   if (instructions == AVX512_VNNI) {
@@ -318,7 +285,6 @@ static void products(int instructions, const uint8_t *a, int64_t stride, const i
   }
 }
 
-// 8 outputs of a token: (sums - shift) * scales * scale + biases, of which the first n are stored
 static inline void finish(const int32_t *sums, const int32_t *shift, const float *scales, float scale,
                           const float *biases, void *y, int64_t i, int64_t n, int dtype) {
   __m256i sum = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)sums), _mm256_loadu_si256((const __m256i *)shift));
@@ -327,9 +293,3 @@ static inline void finish(const int32_t *sums, const int32_t *shift, const float
   if (biases) v = _mm256_add_ps(v, _mm256_loadu_ps(biases));
   store_some(y, i, n, dtype, v);
 }
-
-#define CODE_OF_ZERO 0
-#define TILE_ROWS(instructions) ((instructions) == AVX512_VNNI ? WIDE_ROWS : ROWS)
-#define TILE_PANELS(instructions) ((instructions) == AVX512_VNNI ? 2 : 1)
-#define HAS_DIGITS(instructions) ((instructions) == AVX2)
-#include "packed_linear.h"
