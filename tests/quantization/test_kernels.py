@@ -379,6 +379,16 @@ def test_without_a_compiler_there_is_no_native_kernel(
     assert native.load.__wrapped__() is None
 
 
+def test_what_is_slow_without_a_compiler_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(native, "instruction_sets", lambda: frozenset({"asimddp"}))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert native.load.__wrapped__() is None
+    assert "slower than float ones; install a C compiler" in caplog.text
+
+
 @pytest.mark.usefixtures("compiled")
 def test_native_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FBQAT_CACHE", str(tmp_path))

@@ -85,7 +85,14 @@ def load() -> Functions | None:
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.info("the C kernel cannot be made here, and oneDNN's is taken: %s", error)
+        if platform.machine() == "x86_64":
+            logger.info("the C kernel cannot be made here, and oneDNN's is taken: %s", error)
+        else:
+            logger.warning(
+                "the C kernel cannot be made here, and packed layers are slower than float ones; install a C compiler "
+                "(GCC 11 or newer), or set CC: %s",
+                error,
+            )
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
