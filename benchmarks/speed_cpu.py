@@ -52,6 +52,7 @@ class Setting(NamedTuple):
     dtype: str = "float32"
     memory: str = "fast"
     eighth_at_8_bits: bool = False
+    group_size: int | None = None
 
 
 # A setting's place is the seed of its record, which tells them apart: nothing here depends on one.
@@ -60,6 +61,7 @@ SETTINGS: dict[str, Setting] = {
     "AVX-512 VNNI, 2 threads": Setting(AVX512, 2),
     "AVX-512 VNNI, 1 thread, bfloat16 in and out": Setting(AVX512, 1, dtype="bfloat16"),
     "AVX-512 VNNI, 1 thread, 4.5 bits on average": Setting(AVX512, 1, eighth_at_8_bits=True),
+    "AVX-512 VNNI, 1 thread, groups of 32": Setting(AVX512, 1, group_size=32),
     "AVX-512 VNNI, 1 thread, no C compiler": Setting({**AVX512, **NO_COMPILER}, 1),
     "AVX-VNNI, 1 thread": Setting(AVX_VNNI, 1),
     "AVX-VNNI, 1 thread, no C compiler": Setting({**AVX_VNNI, **NO_COMPILER}, 1),
@@ -67,6 +69,7 @@ SETTINGS: dict[str, Setting] = {
     "AVX2 only, 2 threads": Setting(AVX2, 2),
     "AVX2 only, 1 thread, bfloat16 in and out": Setting(AVX2, 1, dtype="bfloat16"),
     "AVX2 only, 1 thread, 4.5 bits on average": Setting(AVX2, 1, eighth_at_8_bits=True),
+    "AVX2 only, 1 thread, groups of 32": Setting(AVX2, 1, group_size=32),
     "AVX2 only, 1 thread, no C compiler": Setting({**AVX2, **NO_COMPILER}, 1),
     "AVX2 only, 1 thread, no C compiler, small memory": Setting({**AVX2, **NO_COMPILER}, 1, memory="small"),
 }
@@ -85,7 +88,7 @@ def float_model(**changes: Any) -> Any:
 EIGHTH = "transformer_blocks.*.ff.conv_point"
 
 
-def packed_copy(model: Any, eighth_at_8_bits: bool = False) -> Any:
+def packed_copy(model: Any, eighth_at_8_bits: bool = False, group_size: int | None = None) -> Any:
     """Its packed twin, in the same dtype."""
     import copy
 
@@ -93,7 +96,8 @@ def packed_copy(model: Any, eighth_at_8_bits: bool = False) -> Any:
 
     packed = copy.deepcopy(model)
     widths = {EIGHTH: 8} if eighth_at_8_bits else None
-    prepare(packed, WeightScheme(), ActivationScheme(), overrides={"proj_out": {"bits": 16}}, widths=widths)
+    scheme = WeightScheme(granularity="per_group" if group_size else "per_channel", group_size=group_size)
+    prepare(packed, scheme, ActivationScheme(), overrides={"proj_out": {"bits": 16}}, widths=widths)
     convert(packed)
     return packed.to(model.dtype)
 
@@ -154,7 +158,7 @@ def measure(setting: str, rounds: int) -> dict[str, Any]:
     fbqat_hub.set_memory(how.memory)
     dtype = getattr(torch, how.dtype)
     float32 = float_model()
-    packed = packed_copy(float32, how.eighth_at_8_bits).to(dtype)
+    packed = packed_copy(float32, how.eighth_at_8_bits, how.group_size).to(dtype)
     call, half = inputs(), inputs(dtype=dtype)
     times = in_turn({"float32": lambda: float32(**call), "packed": lambda: packed(**half)}, rounds)
     layers = [layer for _, layer in named_layers(packed, PackedLayer)]
@@ -196,7 +200,7 @@ def main() -> None:
         runs.sort(key=lambda run: run["float32"] / run["packed"])
         ratios = [run["float32"] / run["packed"] for run in runs]
         found, speedup = runs[len(runs) // 2], ratios[len(runs) // 2]
-        four_bits = found["bits"] if not how.eighth_at_8_bits else four_bits
+        four_bits = four_bits if how.eighth_at_8_bits or how.group_size else found["bits"]
         print(
             f"{setting:49s} float32 {found['float32']:6.0f} ms   W4A8 {found['packed']:6.0f} ms   {speedup:.2f}x "
             f"faster ({ratios[0]:.2f} to {ratios[-1]:.2f}), {found['resident']:.2f} bytes per weight",

@@ -51,6 +51,14 @@ def test_arm_is_the_reference(
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_arm_takes_groups(program: Path, bits: int) -> None:
+    layer, x = layer_of(384, 33, ActivationScheme(), bits=bits), torch.randn(9, 384)
+    layer.weight_scale = torch.rand(33, 12) * 0.02 + 1e-3
+    found, expected = computed(program, layer, x), reference(layer, x.double())
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
+
+
 def test_a_nan_does_not_vanish(program: Path) -> None:
     layer = layer_of(40, 16, ActivationScheme(range="static"))
     x = torch.randn(3, 40)
@@ -66,6 +74,7 @@ def computed(program: Path, layer: PackedLinear, x: torch.Tensor) -> torch.Tenso
     zero_point = int(layer.input_zero_point) if static else 128
     wide = layer.weight_packed.dtype == torch.int8
     counts = [*x.shape, len(layer.weight_packed), native.DTYPES[x.dtype], not static, zero_point, wide]
+    counts.append(layer.weight_scale.numel() // len(layer.weight_packed))
     scale = layer.input_scale.repeat(len(x)) if static else torch.zeros(len(x))
     operands = [torch.tensor([*counts, layer.bias is not None]), x, scale, layer.weight_packed, layer.weight_scale]
     operands += [] if layer.bias is None else [layer.bias]

@@ -193,6 +193,36 @@ def test_native_takes_wider_codes(bits: int, activation_range: str, in_features:
     assert torch.equal(native.packed_linear_native(x, *operands(layer)), reference(layer, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation_range", ["per_token", "static"])
+@pytest.mark.parametrize("groups", [1, 2, 3, 12])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.usefixtures("instructions")
+def test_native_takes_groups(bits: int, groups: int, activation_range: str, dtype: torch.dtype) -> None:
+    for tokens, out_features in ((1, 1), (13, 33), (70, 48)):
+        layer = layer_of(384, out_features, ActivationScheme(range=activation_range), bits=bits)
+        layer.weight_scale = torch.rand(out_features, groups) * 0.02 + 1e-3
+        x = (3 * torch.randn(tokens, 384)).to(dtype)
+        found = native.packed_linear_native(x, *operands(layer))
+        whole = packed_linear_reference(x.double(), *operands(layer))
+        # one rounding a group, and that of bfloat16
+        tolerance = 2e-6 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(found.double(), whole, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
+        if groups > 1:
+            assert torch.equal(cpu.packed_linear_cpu(x, *operands(layer)), found)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_groups_of_other_sizes_are_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(48, 8, ActivationScheme())
+    layer.weight_scale = torch.rand(8, 3) + 0.1
+    x = torch.randn(5, 48)
+    assert not cpu.is_supported(layer.weight_scale, layer.activation_scheme, 48)
+    assert torch.equal(cpu.packed_linear_cpu(x, *operands(layer)), reference(layer, x))
+    with pytest.raises(ValueError, match=r"\[out, groups\] of a multiple of 32 inputs"):
+        native.packed_linear_native(x, *operands(layer))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("lowest", [True, False])
 @pytest.mark.usefixtures("instructions")
@@ -330,8 +360,8 @@ def test_native_allocates_its_output_and_one_byte_an_input(dtype: torch.dtype) -
     x = torch.randn(252, 1152, dtype=dtype)
     with torch.no_grad(), Operators() as ran:
         y = native.packed_linear_native(x, *operands(layer))
-    scales, panels = 4 * 252, torch.get_num_threads() * 2 * 16 * 1152
-    assert ran.bytes == y.nbytes + x.numel() + scales + panels
+    scales, work = 4 * 252, torch.get_num_threads() * 2 * 16 * (1152 + 8)
+    assert ran.bytes == y.nbytes + x.numel() + scales + work
 
 
 @needs_onednn

@@ -170,13 +170,17 @@ static void products(int instructions, const uint8_t *a, int64_t stride, const i
   }
 }
 
-static inline void finish(const int32_t *sums, const int32_t *shift, const float *scales, float scale,
-                          const float *biases, void *y, int64_t i, int64_t n, int dtype) {
-  float32x4_t v[2];
-  for (int j = 0; j < 2; j++) {
-    int32x4_t sum = vsubq_s32(vld1q_s32(sums + 4 * j), vld1q_s32(shift + 4 * j));
-    v[j] = vmulq_n_f32(vmulq_f32(vcvtq_f32_s32(sum), vld1q_f32(scales + 4 * j)), scale);
-    if (biases) v[j] = vaddq_f32(v[j], vld1q_f32(biases + 4 * j));
-  }
-  store_some(y, i, n, dtype, (eight){v[0], v[1]});
+static inline float32x4_t scaled4(const int32_t *sums, const int32_t *shift, const float *scales) {
+  return vmulq_f32(vcvtq_f32_s32(vsubq_s32(vld1q_s32(sums), vld1q_s32(shift))), vld1q_f32(scales));
+}
+
+static inline eight scaled(const int32_t *sums, const int32_t *shift, const float *scales) {
+  return (eight){scaled4(sums, shift, scales), scaled4(sums + 4, shift + 4, scales + 4)};
+}
+
+static inline eight added(eight a, eight b) { return (eight){vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+
+static inline eight finished(eight v, float scale, const float *biases) {
+  v = (eight){vmulq_n_f32(v.low, scale), vmulq_n_f32(v.high, scale)};
+  return biases ? added(v, load8(biases, 0, FLOAT32)) : v;
 }

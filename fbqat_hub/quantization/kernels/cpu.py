@@ -7,6 +7,9 @@
 | x86 without a C compiler | oneDNN, its int8 weight kept | oneDNN, its int8 weight made at each call |
 | any other | ``reference.py``, in fp32 | the same |
 
+Groups of inputs with a scale each are left to ``native.py``, where a group is a multiple of 32 inputs, else to
+``reference.py``.
+
 For oneDNN the weight is unpacked to its own int8 layout and kept beside the packed one (``memory.py``): 8 more bits a
 weight in memory. It is an opaque tensor, which a traced operator cannot take as an argument.
 
@@ -64,7 +67,7 @@ def packed_linear_cpu(
     activation = (scheme, input_scale, input_zero_point)
     in_features = x.shape[-1]
     supported = x.numel() > 0 and is_supported(weight_scale, scheme, in_features)
-    if supported and _is_native():
+    if supported and (weight_scale.dim() == 2 or _is_native()):
         memory.forget(weight_packed)
         return native.packed_linear_native(x, weight_packed, weight_scale, bias, *activation)
     weight = prepared(weight_packed, in_features) if supported else None
@@ -77,9 +80,13 @@ def packed_linear_cpu(
 
 
 def is_supported(weight_scale: Tensor, scheme: ActivationScheme, in_features: int) -> bool:
-    """True where these kernels apply: a processor with one, scales per channel, 8-bit activations, sums of 32 bits."""
-    suits = weight_scale.dim() == 1 and scheme.bits == 8 and in_features <= MAX_INPUTS
-    return suits and (_has_fast_products() or _is_native())
+    """Where these kernels apply: 8-bit activations, sums that 32 bits hold, and a processor with a kernel for such
+    scales. Groups, of multiples of 32 inputs, are left to the C kernel."""
+    if scheme.bits != 8 or in_features > MAX_INPUTS:
+        return False
+    if weight_scale.dim() == 2:
+        return native.takes(weight_scale, in_features) and native.load() is not None
+    return _has_fast_products() or _is_native()
 
 
 def _is_native() -> bool:

@@ -62,8 +62,8 @@ _ARGUMENTS = {
         _POINTER, _WHOLE, _WHOLE,  # codes, tokens, in
         _POINTER, _INT,  # scale, zero_point
         _POINTER, _WHOLE, _WHOLE, _INT,  # weight, weight_stride, out, wide
-        _POINTER, _POINTER,  # weight_scale, bias
-        _POINTER, _POINTER, _INT, _INT, _INT,  # panels, y, dtype, instructions, threads
+        _POINTER, _WHOLE, _POINTER,  # weight_scale, groups, bias
+        _POINTER, _POINTER, _INT, _INT, _INT,  # work, y, dtype, instructions, threads
     ],
 }  # fmt: skip
 logger = logging.getLogger(__name__)
@@ -185,10 +185,11 @@ def packed_linear_native(
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
 ) -> Tensor:
-    """As ``packed_linear_reference``, for 8-bit activations and per-channel scales: [..., in] -> [..., out].
+    """As ``packed_linear_reference``, for 8-bit activations and scales that ``takes``: [..., in] -> [..., out].
 
-    Equal to the reference to the bit where its fp32 sums are exact. Nothing is kept: the weight is expanded in pieces
-    that stay in the processor's cache. Call it only where ``load`` gives the functions.
+    With scales per channel equal to the reference to the bit where its fp32 sums are exact. With groups the sum of each
+    is exact, and they are added in fp32. Nothing is kept: the weight is expanded in pieces that stay in the processor's
+    cache. Call it only where ``load`` gives the functions.
 
     Raises:
         ValueError: operands of other shapes or dtypes, which the C code would read beyond their ends.
@@ -203,28 +204,39 @@ def packed_linear_native(
     tokens = x.reshape(-1, in_features)
     codes, scale, zero_point = quantize(tokens, *activation, interleaved=True)
     threads = _threads(tokens.numel() * out_features)
-    panels = torch.empty(threads * 2 * PANEL * codes.shape[1], dtype=torch.int8)
+    groups = weight_scale.shape[1] if weight_scale.dim() == 2 else 1
+    work = torch.empty(threads * 2 * PANEL * (codes.shape[1] + 8 * groups), dtype=torch.int8)
     weight, weight_scale = _rows_apart(weight_packed), weight_scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = x.new_empty((*x.shape[:-1], out_features))
     functions.multiply(
         codes.data_ptr(), *tokens.shape, scale.data_ptr(), zero_point,
         weight.data_ptr(), weight.stride(0), out_features, weight.dtype == torch.int8,
-        weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
-        panels.data_ptr(), y.data_ptr(), DTYPES[x.dtype], functions.instructions, threads,
+        weight_scale.data_ptr(), groups, None if bias is None else bias.data_ptr(),
+        work.data_ptr(), y.data_ptr(), DTYPES[x.dtype], functions.instructions, threads,
     )  # fmt: skip
     return y
+
+
+def takes(weight_scale: Tensor, in_features: int) -> bool:
+    """Whether the C code takes such scales: [out], or [out, groups] of a multiple of 32 inputs each."""
+    if weight_scale.dim() == 1:
+        return True
+    groups = weight_scale.shape[1]
+    return groups == 1 or in_features % (STEP * groups) == 0
 
 
 def _check(in_features: int, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     out_features = len(weight_packed)
     width = {torch.uint8: (in_features + 1) // 2, torch.int8: in_features}.get(weight_packed.dtype)
-    of_outputs = [each for each in (weight_scale, bias) if each is not None and each.shape != (out_features,)]
-    if weight_packed.shape != (out_features, width) or weight_scale.dtype != torch.float32 or of_outputs:
+    scales = weight_scale.dim() in (1, 2) and len(weight_scale) == out_features and takes(weight_scale, in_features)
+    biases = bias is None or bias.shape == (out_features,)
+    if weight_packed.shape != (out_features, width) or weight_scale.dtype != torch.float32 or not (scales and biases):
         raise ValueError(
             f"the packed weight is {weight_packed.dtype} {tuple(weight_packed.shape)}, its scales "
             f"{weight_scale.dtype} {tuple(weight_scale.shape)}; for {in_features} inputs the weight must be uint8 "
-            f"[out, {(in_features + 1) // 2}] or int8 [out, {in_features}], its scales fp32 [out] and a bias [out]."
+            f"[out, {(in_features + 1) // 2}] or int8 [out, {in_features}], its scales fp32 [out] or [out, groups] of "
+            f"a multiple of {STEP} inputs, and a bias [out]."
         )
 
 

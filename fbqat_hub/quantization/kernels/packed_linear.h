@@ -34,9 +34,11 @@ static void expand_panel(const uint8_t *weight, int64_t stride, int64_t outputs,
 // int32 sums of a tile: of `rows` tokens' codes, `stride` apart, with panels. `high`: of second digits, or NULL.
 static void products(int instructions, const uint8_t *a, int64_t stride, const int8_t *low, const int8_t *high,
                      int64_t padded, int64_t rows, int32_t *sums);
-// 8 outputs of a token: (sums - shift) * scales * scale + biases, of which the first n are stored.
-static inline void finish(const int32_t *sums, const int32_t *shift, const float *scales, float scale,
-                          const float *biases, void *y, int64_t i, int64_t n, int dtype);
+// (sums - shift) * scales, of 8 outputs of a token.
+static inline eight scaled(const int32_t *sums, const int32_t *shift, const float *scales);
+// v * scale, + biases if there are any.
+static inline eight finished(eight v, float scale, const float *biases);
+static inline eight added(eight a, eight b);
 
 // up to 8 values, the others 0
 static inline eight load_some(const void *x, int64_t i, int64_t n, int dtype) {
@@ -86,39 +88,74 @@ void fbqat_quantize(const void *x, int64_t stride, int64_t tokens, int64_t in, i
   }
 }
 
+// Weights of `columns` outputs, of which `outputs` are there, in groups of `size` inputs that share a scale.
+typedef struct {
+  int64_t outputs, columns, groups, size;
+  int8_t *low, *high;  // [groups, columns, size], as expand_panel makes them
+  int32_t *shift;      // [groups, columns]: the sum of the codes, times the zero of x's codes
+  float *scales;       // [groups, columns]
+} part;
+
+static void expand(const part *to, const uint8_t *weight, int64_t stride, int64_t in, int wide, const float *scales,
+                   int zero) {
+  const int64_t length = to->groups == 1 ? in : to->size;
+  for (int64_t g = 0; g < to->groups; g++) {
+    const int64_t at = g * to->columns, from = wide ? g * to->size : g * to->size / 2;
+    for (int64_t n = 0; n < to->columns; n += PANEL) {
+      const int64_t left = to->outputs - n < PANEL ? to->outputs - n : PANEL, panel = (at + n) * to->size;
+      expand_panel(weight + n * stride + from, stride, left, length, wide, to->low + panel,
+                   to->high ? to->high + panel : NULL, to->shift + at + n);
+    }
+    for (int64_t n = 0; n < to->columns; n++) {
+      to->shift[at + n] *= zero;
+      to->scales[at + n] = n < to->outputs ? scales[n * to->groups + g] : 0;
+    }
+  }
+}
+
 // y: [tokens, out] from the interleaved codes of fbqat_quantize, whose memory has room for tokens rounded up to 6.
-// panels: `threads` times 2 * 16 * (in rounded up to 32) bytes to work in, 64-byte aligned. The rest is as
-// packed_linear_reference has it.
+// weight_scale: [out, groups]; where there are several groups, each has a multiple of 32 inputs. work: `threads` times
+// 2 * 16 * (in rounded up to 32 + 8 * groups) bytes, 64-byte aligned. The rest is as packed_linear_reference has it.
 void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, const float *scale, int zero_point,
                     const uint8_t *weight, int64_t weight_stride, int64_t out, int wide, const float *weight_scale,
-                    const float *bias, int8_t *panels, void *y, int dtype, int instructions, int threads) {
+                    int64_t groups, const float *bias, int8_t *work, void *y, int dtype, int instructions,
+                    int threads) {
   const int64_t padded = (in + STEP - 1) / STEP * STEP;
   const int64_t rows = tile_rows(instructions), columns = tile_panels(instructions) * PANEL;
 #pragma omp parallel num_threads(threads)
   {
-    int8_t *low = panels + omp_get_thread_num() * 2 * PANEL * padded;
-    int8_t *high = wide && has_digits(instructions) ? low + PANEL * padded : NULL;
+    part p = {.columns = columns, .groups = groups, .size = padded / groups};
+    p.low = work + omp_get_thread_num() * 2 * PANEL * (padded + 8 * groups);
+    p.high = wide && has_digits(instructions) ? p.low + columns * padded : NULL;
+    p.shift = (int32_t *)(p.low + 2 * PANEL * padded);
+    p.scales = (float *)(p.shift + 2 * PANEL * groups);
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < out; n += columns) {
-      const int64_t outputs = out - n < columns ? out - n : columns;
-      int32_t shift[2 * PANEL];
-      float scales[2 * PANEL] = {0}, biases[2 * PANEL] = {0};
-      for (int64_t from = 0; from < columns; from += PANEL) {
-        const int64_t left = outputs - from < PANEL ? outputs - from : PANEL;
-        const uint8_t *first = weight + (n + from) * weight_stride;
-        expand_panel(first, weight_stride, left, in, wide, low + from * padded, high, shift + from);
-      }
-      memcpy(scales, weight_scale + n, outputs * sizeof(float));
-      if (bias) memcpy(biases, bias + n, outputs * sizeof(float));
-      for (int64_t i = 0; i < columns; i++) shift[i] *= zero_point - CODE_OF_ZERO;
+      p.outputs = out - n < columns ? out - n : columns;
+      expand(&p, weight + n * weight_stride, weight_stride, in, wide, weight_scale + n * groups,
+             zero_point - CODE_OF_ZERO);
+      float biases[2 * PANEL] = {0};
+      if (bias) memcpy(biases, bias + n, p.outputs * sizeof(float));
       for (int64_t m = 0; m < tokens; m += rows) {
         const int64_t some = tokens - m < rows ? tokens - m : rows;
         int32_t sums[MOST_ROWS * 2 * PANEL] __attribute__((aligned(64)));
-        products(instructions, codes + m * padded, padded, low, high, padded, some, sums);
-        for (int64_t r = 0; r < some; r++)
-          for (int64_t c = 0; c < outputs; c += 8)
-            finish(sums + r * columns + c, shift + c, scales + c, scale[m + r], bias ? biases + c : NULL, y,
-                   (m + r) * out + n + c, outputs - c, dtype);
+        float so_far[MOST_ROWS * 2 * PANEL];
+        for (int64_t g = 0; g < groups; g++) {
+          const int64_t at = g * columns, panel = at * p.size;
+          products(instructions, codes + m * padded + g * p.size, padded, p.low + panel,
+                   p.high ? p.high + panel : NULL, p.size, some, sums);
+          for (int64_t r = 0; r < some; r++)
+            for (int64_t c = 0; c < p.outputs; c += 8) {
+              eight v = scaled(sums + r * columns + c, p.shift + at + c, p.scales + at + c);
+              if (g) v = added(v, load8(so_far, r * columns + c, FLOAT32));
+              if (g < groups - 1) {
+                store8(so_far, r * columns + c, FLOAT32, v);
+                continue;
+              }
+              v = finished(v, scale[m + r], bias ? biases + c : NULL);
+              store_some(y, (m + r) * out + n + c, p.outputs - c, dtype, v);
+            }
+        }
       }
     }
   }

@@ -285,11 +285,14 @@ static void products(int instructions, const uint8_t *a, int64_t stride, const i
   }
 }
 
-static inline void finish(const int32_t *sums, const int32_t *shift, const float *scales, float scale,
-                          const float *biases, void *y, int64_t i, int64_t n, int dtype) {
+static inline __m256 scaled(const int32_t *sums, const int32_t *shift, const float *scales) {
   __m256i sum = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)sums), _mm256_loadu_si256((const __m256i *)shift));
-  __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales));
-  v = _mm256_mul_ps(v, _mm256_set1_ps(scale));
-  if (biases) v = _mm256_add_ps(v, _mm256_loadu_ps(biases));
-  store_some(y, i, n, dtype, v);
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales));
 }
+
+static inline __m256 finished(__m256 v, float scale, const float *biases) {
+  v = _mm256_mul_ps(v, _mm256_set1_ps(scale));
+  return biases ? _mm256_add_ps(v, _mm256_loadu_ps(biases)) : v;
+}
+
+static inline __m256 added(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
