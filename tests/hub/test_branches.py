@@ -112,7 +112,8 @@ def test_pulled_and_loaded_by_its_branch(hub: LoopbackHub, staged_run: Path, tmp
     run = shutil.copytree(staged_run, tmp_path / "run")
     for option in ([], ["--stage", "8"], ["--stage", "6"]):
         assert cli.main(["evaluate", str(run), *option, "--metrics", "bits_per_weight"]) == 0
-    assert cli.main(["card", str(run)]) == 0
+    (tmp_path / "licence.yaml").write_text("license: apache-2.0\n")
+    assert cli.main(["card", str(run), "--data", str(tmp_path / "licence.yaml")]) == 0
     assert cli.main(["publish", str(run), "--repo", REPO, "--branches"]) == 0
     assert sorted(hub.repositories[REPO].branches) == ["main", "w4", "w6", "w8"]
 
