@@ -113,6 +113,42 @@ static void expand(const part *to, const uint8_t *weight, int64_t stride, int64_
   }
 }
 
+// What y is made of, beside the weights: as fbqat_multiply has them.
+typedef struct {
+  const uint8_t *codes;
+  int64_t tokens, padded, out;
+  const float *scale;
+  void *y;
+  int dtype, instructions;
+} input;
+
+// Columns n and on of y. groups: those of p, a number that the compiler knows where there is one.
+static inline __attribute__((always_inline)) void multiply(const input *x, const part *p, const float *biases,
+                                                           int64_t n, const int64_t groups) {
+  const int64_t rows = tile_rows(x->instructions);
+  for (int64_t m = 0; m < x->tokens; m += rows) {
+    const int64_t some = x->tokens - m < rows ? x->tokens - m : rows;
+    int32_t sums[MOST_ROWS * 2 * PANEL] __attribute__((aligned(64)));
+    float so_far[MOST_ROWS * 2 * PANEL];
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t at = g * p->columns, panel = at * p->size;
+      products(x->instructions, x->codes + m * x->padded + g * p->size, x->padded, p->low + panel,
+               p->high ? p->high + panel : NULL, p->size, some, sums);
+      for (int64_t r = 0; r < some; r++)
+        for (int64_t c = 0; c < p->outputs; c += 8) {
+          eight v = scaled(sums + r * p->columns + c, p->shift + at + c, p->scales + at + c);
+          if (g > 0) v = added(v, load8(so_far, r * p->columns + c, FLOAT32));
+          if (g < groups - 1) {
+            store8(so_far, r * p->columns + c, FLOAT32, v);
+            continue;
+          }
+          v = finished(v, x->scale[m + r], biases ? biases + c : NULL);
+          store_some(x->y, (m + r) * x->out + n + c, p->outputs - c, x->dtype, v);
+        }
+    }
+  }
+}
+
 // y: [tokens, out] from the interleaved codes of fbqat_quantize, whose memory has room for tokens rounded up to 6.
 // weight_scale: [out, groups]; where there are several groups, each has a multiple of 32 inputs. work: `threads` times
 // 2 * 16 * (in rounded up to 32 + 8 * groups) bytes, 64-byte aligned. The rest is as packed_linear_reference has it.
@@ -120,8 +156,8 @@ void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, const floa
                     const uint8_t *weight, int64_t weight_stride, int64_t out, int wide, const float *weight_scale,
                     int64_t groups, const float *bias, int8_t *work, void *y, int dtype, int instructions,
                     int threads) {
-  const int64_t padded = (in + STEP - 1) / STEP * STEP;
-  const int64_t rows = tile_rows(instructions), columns = tile_panels(instructions) * PANEL;
+  const int64_t padded = (in + STEP - 1) / STEP * STEP, columns = tile_panels(instructions) * PANEL;
+  const input x = {codes, tokens, padded, out, scale, y, dtype, instructions};
 #pragma omp parallel num_threads(threads)
   {
     part p = {.columns = columns, .groups = groups, .size = padded / groups};
@@ -136,27 +172,10 @@ void fbqat_multiply(const uint8_t *codes, int64_t tokens, int64_t in, const floa
              zero_point - CODE_OF_ZERO);
       float biases[2 * PANEL] = {0};
       if (bias) memcpy(biases, bias + n, p.outputs * sizeof(float));
-      for (int64_t m = 0; m < tokens; m += rows) {
-        const int64_t some = tokens - m < rows ? tokens - m : rows;
-        int32_t sums[MOST_ROWS * 2 * PANEL] __attribute__((aligned(64)));
-        float so_far[MOST_ROWS * 2 * PANEL];
-        for (int64_t g = 0; g < groups; g++) {
-          const int64_t at = g * columns, panel = at * p.size;
-          products(instructions, codes + m * padded + g * p.size, padded, p.low + panel,
-                   p.high ? p.high + panel : NULL, p.size, some, sums);
-          for (int64_t r = 0; r < some; r++)
-            for (int64_t c = 0; c < p.outputs; c += 8) {
-              eight v = scaled(sums + r * columns + c, p.shift + at + c, p.scales + at + c);
-              if (g) v = added(v, load8(so_far, r * columns + c, FLOAT32));
-              if (g < groups - 1) {
-                store8(so_far, r * columns + c, FLOAT32, v);
-                continue;
-              }
-              v = finished(v, scale[m + r], bias ? biases + c : NULL);
-              store_some(y, (m + r) * out + n + c, p.outputs - c, dtype, v);
-            }
-        }
-      }
+      if (groups == 1)
+        multiply(&x, &p, bias ? biases : NULL, n, 1);
+      else
+        multiply(&x, &p, bias ? biases : NULL, n, groups);
     }
   }
 }
