@@ -3,8 +3,9 @@
 python -m benchmarks.htp_decoder --output runs/kl-16-512              # -> benchmarks/results/htp.json
 
 Every graph is compiled, and the whole picture decoded with the exact CPU reference of all of them. Then the emulator
-runs the middle tile of one graph after the other, from the picture backwards, for an hour or more. Stopped at any time,
-the same command goes on, and with `--compile-only` records what there is. Random weights, random latents.
+runs the middle tile of one graph after the other, from the picture backwards, for some ten minutes to some hours.
+Stopped at any time, the same command goes on, and with `--compile-only` records what there is. Random weights, random
+latents.
 """
 
 from __future__ import annotations
