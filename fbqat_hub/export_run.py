@@ -110,7 +110,7 @@ def export_run(
             "without --prompts, or leave out --tune"
         )
     pipeline, load = _without_numbers(run)
-    family = check_bundle(pipeline, a16, graphs)
+    family = check_bundle(pipeline, a16, graphs, recipe.generation if recipe else None)
     call = recipe.generation if recipe else family.native_size(component_configs(pipeline))
     decoder_tiles(pipeline, family, call, decoder_tile)
     data = export_data(recipe, pipeline.scheduler) if recipe and not prompts else None

@@ -28,6 +28,7 @@ def generate_pictures(pipeline: Any, prompts: Sequence[str], call: Mapping[str, 
     # not the pipeline's own repeats: SanaPipeline's put the attention masks of several prompts in another order
     repeats = arguments.pop("num_images_per_prompt", 1)
     texts = [prompt for prompt in prompts for _ in range(repeats)]
+    arguments = of_several(arguments, len(texts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pipeline.set_progress_bar_config(disable=True)
     levels = pipeline(prompt=texts, generator=generators, output_type="pt", **arguments).images.float().cpu()
@@ -40,3 +41,15 @@ def generate_pictures(pipeline: Any, prompts: Sequence[str], call: Mapping[str, 
             "Nothing of them was saved."
         )
     return (levels * 255).round().to(torch.uint8)
+
+
+def of_several(call: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    """A call with its negative prompts written out for each of ``prompts``: ZImagePipeline repeats none.
+
+    >>> of_several({"negative_prompt": "grey", "height": 32}, 2)
+    {'negative_prompt': ['grey', 'grey'], 'height': 32}
+    """
+    return {
+        name: [value] * prompts if name.startswith("negative_prompt") and isinstance(value, str) else value
+        for name, value in call.items()
+    }

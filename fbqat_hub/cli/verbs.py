@@ -286,7 +286,7 @@ def doctor(options: argparse.Namespace) -> None:
     elif options.model:
         from fbqat_hub.pipelines import load_pipeline
 
-        findings += doctor.diagnose_model(load_pipeline(options.model).transformer)
+        findings += doctor.diagnose_pipeline(load_pipeline(options.model))
     if log is not None:
         findings += doctor.diagnose_log(log)
     for finding in findings:

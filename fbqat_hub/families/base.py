@@ -47,6 +47,7 @@ class Family(ABC):
         a16_layers: fnmatch patterns of layers that an export computes at A16 though they were trained at A8: the last
             one, and those of one row per picture, which cost nothing (the timestep's path, modulations).
         may_be_none: arguments of the pipeline's call that take None though their annotation says nothing of it.
+        most_text_tokens: the largest ``max_sequence_length`` of the pipeline's call; 0 where it has no limit.
         few_steps: in how many steps a model that was distilled for few of them samples; 0 of others.
         patch_side: latents a side that the denoiser makes one token of.
         latents_input, timestep_input: what its forward calls them.
@@ -70,6 +71,7 @@ class Family(ABC):
     activation_overrides: ClassVar[dict[str, dict[str, Any]]] = {"proj_out": {"bits": 16}}
     a16_layers: ClassVar[tuple[str, ...]] = ("proj_out",)
     may_be_none: ClassVar[frozenset[str]] = frozenset()
+    most_text_tokens: ClassVar[int] = 0
     few_steps: ClassVar[int] = 0
     patch_side: ClassVar[int] = 2
     latents_input: ClassVar[str] = "hidden_states"
@@ -141,6 +143,14 @@ class Family(ABC):
         name = "max_sequence_length"
         default = inspect.signature(getattr(diffusers, self.pipeline_class).__call__).parameters[name].default
         return int(generation.get(name, default))
+
+    def following(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the pipeline call that follow from the others, where it does not see to that; by default none.
+
+        Args:
+            call: its other arguments; what it leaves out has the call's own default.
+        """
+        return {}
 
     def native_size(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Arguments of the pipeline call that generate at the size the denoiser was trained for.

@@ -78,14 +78,25 @@ class Flux(Family):
         "transformer_blocks.*.norm1_context.linear",
         "single_transformer_blocks.*.norm.linear",
     )
+    most_text_tokens: ClassVar[int] = 512
     few_steps: ClassVar[int] = 4
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     constant_inputs: ClassVar[tuple[str, ...]] = ("txt_ids", "img_ids")
     tiny: ClassVar[str | None] = "flux-schnell-tiny"
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        return self._encoded(pipeline, list(prompts), list(prompts), generation)
+
+    def encode_no_prompt(self, pipeline: Any, generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        """T5 may have a negative prompt of its own."""
+        first = generation.get("negative_prompt") or ""
+        return self._encoded(pipeline, [first], [generation.get("negative_prompt_2") or first], generation)
+
+    def _encoded(
+        self, pipeline: Any, of_clip: list[str], of_t5: list[str], generation: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
         arguments = call_arguments(pipeline, generation, ("max_sequence_length",))
-        embeds, pooled, _ = pipeline.encode_prompt(list(prompts), **arguments)
+        embeds, pooled, _ = pipeline.encode_prompt(of_clip, of_t5, **arguments)
         conditioning = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
         if pipeline.transformer.config.guidance_embeds:
             scale = call_arguments(pipeline, generation, ("guidance_scale",))["guidance_scale"]
@@ -189,10 +200,14 @@ class FluxKontext(Flux):
     def picture_conditioning(self, latents: Tensor) -> dict[str, Tensor]:
         return {_REFERENCE: latents}
 
+    def following(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """``max_area``, which the call scales every picture to."""
+        height, width = call.get("height"), call.get("width")
+        return {"max_area": height * width} if isinstance(height, int) and isinstance(width, int) else {}
+
     def native_size(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """With the call's ``max_area``, which it scales every picture to."""
         size = super().native_size(configs)
-        return {**size, "max_area": size["height"] * size["width"]}
+        return {**size, **self.following(size)}
 
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rest = {name: value for name, value in conditioning.items() if name != _REFERENCE}

@@ -37,6 +37,7 @@ class QwenImage(Family):
         "transformer_blocks.*.img_mod.*",
         "transformer_blocks.*.txt_mod.*",
     )
+    most_text_tokens: ClassVar[int] = 1024
     takes_tensors: ClassVar[bool] = False
     without_graph: ClassVar[str] = "the rotary positions of its two streams have no graph here"
 

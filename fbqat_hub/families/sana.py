@@ -120,6 +120,10 @@ class SanaSprint(Sana):
         cosine, sine = (value[:, None, None, None] for value in (angle.cos(), angle.sin()))
         return cosine * latents + sine * noise, angle
 
+    def following(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """No ``intermediate_timesteps``, which the call has of two steps only."""
+        return {"intermediate_timesteps": None} if call.get("num_inference_steps", self.few_steps) != 2 else {}
+
     def noisy_of_sampler(self, scheduler: Any, latents: Tensor) -> Tensor:
         return latents / scheduler.config.sigma_data
 

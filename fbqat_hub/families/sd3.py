@@ -65,14 +65,22 @@ class StableDiffusion3(Family):
         "transformer_blocks.*.norm1.linear",
         "transformer_blocks.*.norm1_context.linear",
     )
+    most_text_tokens: ClassVar[int] = 512
     tiny: ClassVar[str | None] = "sd3-tiny"
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        return self._encoded(pipeline, [list(prompts)] * 3, generation)
+
+    def encode_no_prompt(self, pipeline: Any, generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Each text encoder may have a negative prompt of its own."""
+        first = generation.get("negative_prompt") or ""
+        others = (generation.get(name) or first for name in ("negative_prompt_2", "negative_prompt_3"))
+        return self._encoded(pipeline, [[first], *([text] for text in others)], generation)
+
+    def _encoded(self, pipeline: Any, texts: Sequence[list[str]], generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        """As ``encode_prompts``, of the prompts for each of the three text encoders."""
         arguments = call_arguments(pipeline, generation, ("max_sequence_length", "clip_skip"))
-        texts = list(prompts)
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            texts, texts, texts, do_classifier_free_guidance=False, **arguments
-        )
+        embeds, _, pooled, _ = pipeline.encode_prompt(*texts, do_classifier_free_guidance=False, **arguments)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def conditioning_shapes(

@@ -126,7 +126,7 @@ class SampledSplit(CachedSplit):
         chosen = (uniform * self._timesteps[0].shape[1] * calls).long()
         places = [(*_place(self._starts[0], n), int(step)) for n, step in zip(samples, chosen // calls, strict=True)]
         for name, value in (self._unprompted or {}).items():
-            conditioning[name][chosen % calls == 1] = value
+            conditioning[name][chosen % calls == 1] = _full(value)
         latents = torch.stack([self._latents[shard][row, step] for shard, row, step in places])
         timesteps = torch.stack([self._timesteps[shard][row, step] for shard, row, step in places])
         return _full(latents), timesteps, conditioning

@@ -32,6 +32,8 @@ _RANGES = {
     "num_images_per_prompt": (1, 64),
     "max_sequence_length": (1, 4096),
 }
+# What the sides of pictures are multiples of, of a pipeline of no family.
+_SIZE_MULTIPLE = 8
 # What the sampler is to visit; none of them is no step at all, and noise for a picture.
 _VISITED = ("timesteps", "sigmas")
 
@@ -52,8 +54,40 @@ def check_call(pipeline_class: str, arguments: Mapping[str, Any], where: str = "
         what = f"{where.strip(' .')} (the call of {pipeline_class})" if where else f"the call of {pipeline_class}"
         raise unknown_key_error(what, unknown, allowed)
     for name, value in arguments.items():
-        if problem := _problem(name, value, allowed[name], _size_multiple(pipeline_class)):
+        if problem := _problem(name, value, allowed[name], pipeline_class):
             raise ValueError(f"{where}{name} is {value!r:.80}; it must be {problem}.")
+
+
+def changed_call(pipeline_class: str, call: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with some of its arguments changed, and with them what follows from them (``Family.following``).
+
+    >>> changed_call("FluxKontextPipeline", {"height": 64, "width": 64, "max_area": 4096}, {"width": 32})
+    {'max_area': 2048, 'height': 64, 'width': 32}
+    """
+    family = find_family(pipeline_class)
+    if family is None:
+        return {**call, **changes}
+    followed = family.following(call)
+    own = {name: value for name, value in call.items() if name not in followed or value != followed[name]}
+    changed = {**own, **changes}
+    return {**family.following(changed), **changed}
+
+
+def check_following(pipeline_class: str, call: Mapping[str, Any], where: str, why: str = "") -> None:
+    """Refuse a call whose arguments contradict each other: one does not follow from the others (``Family.following``).
+
+    Args:
+        where: as `check_call`.
+        why: what of it is not in ``call``, for the error.
+
+    Raises:
+        ValueError: names the argument and what it must be.
+    """
+    family = find_family(pipeline_class)
+    for name, value in (family.following(call) if family else {}).items():
+        if name in call and call[name] != value:
+            must = "null" if value is None else value
+            raise ValueError(f"{where}{name} is {call[name]!r:.80}; {why}it must be {must}, or be left out.")
 
 
 @functools.cache
@@ -87,17 +121,22 @@ def _types(parameter: inspect.Parameter, may_be_none: bool) -> tuple[Any, ...]:
     return tuple(parts) if kinds <= {*_WORDS, type(None)} else ()
 
 
-def _problem(name: str, value: Any, allowed: tuple[Any, ...], multiple: int) -> str:
+def _problem(name: str, value: Any, allowed: tuple[Any, ...], pipeline_class: str) -> str:
     """What the value must be; empty if it is."""
+    family = find_family(pipeline_class)
     if name in _RANGES:
         least, most = _RANGES[name]
-        step = multiple if name in ("height", "width") else 1
+        if name == "max_sequence_length" and family and family.most_text_tokens:
+            most = family.most_text_tokens
+        step = (family.size_multiple if family else _SIZE_MULTIPLE) if name in ("height", "width") else 1
         good = type(value) is int and max(least, step) <= value <= most and value % step == 0
         kind = "a whole number" if step == 1 else f"a multiple of {step}"
         return "" if good else f"{kind} from {max(least, step)} to {most}"
     if name in _VISITED and value is not None:
         good = type(value) is list and bool(value) and all(_fits(each, float) and each >= 0 for each in value)
         return "" if good else "a list of numbers of at least 0, one or more"
+    if name.startswith("negative_prompt") and isinstance(value, list):
+        return "text, the same for every prompt"
     if any(_fits(value, kind) for kind in allowed):
         return ""
     return " or ".join(dict.fromkeys(_WORDS[get_origin(kind) or kind] for kind in allowed if kind is not type(None)))
@@ -109,9 +148,3 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is (get_origin(kind) or kind) and not (kind is int and value < 0)
-
-
-def _size_multiple(pipeline_class: str) -> int:
-    """What the sides of its pictures are multiples of."""
-    family = find_family(pipeline_class)
-    return family.size_multiple if family else 8

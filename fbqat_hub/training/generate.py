@@ -16,7 +16,7 @@ from fbqat_hub.generation import generate_pictures
 from fbqat_hub.inputs import checked_device, output_picture, seeds
 from fbqat_hub.pictures import as_image, is_one_colour
 from fbqat_hub.pipelines import downloaded, load_pipeline
-from fbqat_hub.training.call import check_call
+from fbqat_hub.training.call import changed_call, check_call
 from fbqat_hub.training.recipe import load_recipe, recipe_of_run
 from fbqat_hub.training.teachers import SHIPPED, resolve_teacher
 
@@ -54,7 +54,8 @@ def generate(
     count = len(prompts) * (call or {}).get("num_images_per_prompt", 1)  # a recipe has it as 1 only
     each_seed = seeds(seed, count)
     pipeline = load_pipeline(folder, torch.float32).to(device)
-    pictures = generate_pictures(pipeline, prompts, {**generation_of(folder, pipeline), **(call or {})}, each_seed)
+    whole_call = changed_call(pipeline_class, generation_of(folder, pipeline), call or {})
+    pictures = generate_pictures(pipeline, prompts, whole_call, each_seed)
     for number, picture in enumerate(pictures):
         if is_one_colour(picture):
             raise ValueError(

@@ -30,6 +30,7 @@ from fbqat_hub.quantization.gptq_blocks import gptq_blocks
 from fbqat_hub.quantization.sensitivity import nearest_errors
 from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
+from fbqat_hub.training.call import changed_call
 from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
 from fbqat_hub.training.generate import shipped_call
 from fbqat_hub.training.lora_merge import Lora, Merge, pinned_adapter
@@ -135,11 +136,11 @@ def convert_pipeline(
         "method": "ptq-gptq" if gptq else "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
         "quantization": dict(settings or {}),
         "text_encoders": text_encoders,
-        "generation": {
-            **family.native_size(component_configs(pipeline)),
-            **shipped_call(Path(teacher), family),
-            **(call or {}),
-        },
+        "generation": changed_call(
+            family.pipeline_class,
+            {**family.native_size(component_configs(pipeline)), **shipped_call(Path(teacher), family)},
+            call or {},
+        ),
     }
     if gptq:
         fields |= {"gptq": {"samples": gptq.samples}, "calibration_prompts": len(gptq.prompts[: gptq.samples])}

@@ -23,7 +23,7 @@ from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.inputs import MAX_SEED
 from fbqat_hub.quantization import BitSchedule
-from fbqat_hub.training.call import call_types, check_call
+from fbqat_hub.training.call import call_types, changed_call, check_call, check_following
 from fbqat_hub.training.dataset import check_dataset
 from fbqat_hub.training.method import (
     GPTQ,
@@ -255,6 +255,14 @@ class Recipe:
         self._check_blockwise()
         self._check_rates()
         check_call(family.pipeline_class, self.generation, "recipe: generation.")
+        check_following(family.pipeline_class, self.generation, "recipe: generation.", "with the other arguments ")
+        steps = self.evaluation.inference_steps
+        check_following(
+            family.pipeline_class,
+            {**self.generation, "num_inference_steps": steps},
+            "recipe: generation.",
+            f"with evaluation.inference_steps {steps} ",
+        )
         if self.generation.get("num_images_per_prompt") not in (None, 1):
             raise ValueError("recipe: generation.num_images_per_prompt must be 1; pictures are compared by prompt.")
 
@@ -513,7 +521,7 @@ def _sized(generation: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]
     sized.setdefault("width", sized["height"])
     if "use_resolution_binning" in call_types(pipeline_class):
         sized.setdefault("use_resolution_binning", False)
-    return sized
+    return changed_call(pipeline_class, {}, sized)
 
 
 # Came after recipes of version 1 had been saved; these are what was done before.

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from fbqat_hub.evaluation.folders import METADATA, SAMPLES
 from fbqat_hub.evaluation.pictures import comparison_sheet
+from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
 from fbqat_hub.generation import generate_pictures
 from fbqat_hub.inputs import read_prompts, seeds
 from fbqat_hub.pictures import as_image, is_one_colour, read_picture
 from fbqat_hub.progress import Progress, each
 from fbqat_hub.training.cache import CachedSplit, adapter_key, cache_folder, cache_key
+from fbqat_hub.training.call import changed_call
 from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.pictures import picture_of
@@ -96,7 +98,8 @@ def generate_samples(
         ValueError: a picture that is not finite.
     """
     settings = recipe.evaluation
-    call = {**recipe.generation, "num_inference_steps": settings.inference_steps}
+    steps = {"num_inference_steps": settings.inference_steps}
+    call = changed_call(get_family(recipe.family).pipeline_class, recipe.generation, steps)
     numbers = seeds(first_seed, len(prompts))
     made = []
     for first in each(range(0, len(prompts), settings.batch_size), "generate", "batch", shown=progress):

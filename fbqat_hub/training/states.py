@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fbqat_hub.families import Family, component_configs
+from fbqat_hub.generation import of_several
 from fbqat_hub.training.seeding import generator
 from fbqat_hub.training.trajectories import kept_steps
 
@@ -57,7 +58,8 @@ def sampled_states(
     noise = [generator("sampled picture", *each) for each in pictures]
     pipeline.set_progress_bar_config(disable=True)
     with _watched(pipeline, family) as seen:
-        pipeline(prompt=[prompt for prompt, _ in pictures], generator=noise, output_type="latent", **generation)
+        call = of_several(generation, len(pictures))
+        pipeline(prompt=[prompt for prompt, _ in pictures], generator=noise, output_type="latent", **call)
     latents = torch.stack([family.noisy_of_sampler(pipeline.scheduler, value) for _, value in seen.steps], dim=1)
     for (prompt, _), own in zip(pictures, latents, strict=True):
         if not own.isfinite().all():

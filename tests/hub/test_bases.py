@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from fbqat_hub import cli
 from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.export import PRESETS, export_htp
+from fbqat_hub.export.bundle.doctor import diagnose_pipeline
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.export.bundle.pipeline import record_inputs
 from fbqat_hub.export.errors import ExportError
@@ -128,8 +129,27 @@ def test_the_denoiser_is_exported_or_says_why_not(
 def test_a_pipeline_without_a_bundle_says_why(model: str, teacher_of: Callable[[str], Path], tmp_path: Path) -> None:
     pipeline = load_pipeline(convert_pipeline(str(teacher_of(model)), tmp_path / "packed"))
     family = FAMILIES[family_name(model)]
-    with pytest.raises((ValueError, ExportError), match=f"a {re.escape(family.title)} cannot be (bundled|exported): "):
+    why = f"a {re.escape(family.title)} cannot be (bundled|exported): "
+    with pytest.raises((ValueError, ExportError), match=why):
         check_bundle(pipeline)
+    errors = [finding.what for finding in diagnose_pipeline(pipeline) if finding.level == "error"]
+    assert [what for what in errors if re.match(why, what)]
+
+
+@pytest.mark.parametrize(
+    ("model", "guidance"),
+    [
+        ("flux-dev", {"true_cfg_scale": 3.0, "negative_prompt": ""}),
+        ("sd3.5-large", {"skip_guidance_layers": [0]}),
+    ],
+)
+def test_guidance_that_the_runner_does_not_compute_is_refused(
+    model: str, guidance: dict[str, Any], teacher_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pipeline = load_pipeline(convert_pipeline(str(teacher_of(model)), tmp_path / "packed"))
+    check_bundle(pipeline, call={"true_cfg_scale": 3.0, "guidance_scale": 3.0})  # unused without a negative prompt
+    with pytest.raises(ExportError, match=f"the call has {next(iter(guidance))}, and a bundle's runner guides by"):
+        check_bundle(pipeline, call=guidance)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from fbqat_hub.generation import generate_pictures
 from fbqat_hub.pictures import pixels
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.training.generate import generate, generation_of
-from fbqat_hub.training.recipe import load_recipe
+from fbqat_hub.training.recipe import Recipe, load_recipe
 from fbqat_hub.training.teachers import SHIPPED
-from tests.conftest import CALL
+from tests.conftest import CALL, call_of
 
 
 def test_picture_has_the_recipes_size_and_depends_on_the_seed_only(run_folder: Path, tmp_path: Path) -> None:
@@ -91,6 +91,23 @@ def test_an_empty_negative_prompt_is_ordinary(run_folder: Path, tmp_path: Path) 
     empty = generate(str(run_folder), ["red"], tmp_path / "a.png", call={"negative_prompt": ""})
     without = generate(str(run_folder), ["red"], tmp_path / "b.png")
     assert empty.read_bytes() == without.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "size"),
+    [
+        ("flux-kontext", {"height": 64}, (32, 64)),  # not at the area that it was made for
+        ("sana-sprint", {"num_inference_steps": 3}, (32, 32)),
+        ("z-image", {"negative_prompt": "grey", "guidance_scale": 2.0, "num_images_per_prompt": 2}, (76, 40)),
+    ],
+)
+def test_a_change_that_the_pipeline_does_not_follow_itself(family, change, size, teacher_of, tmp_path: Path) -> None:
+    recipe = {"name": "Tiny", "family": family, "teacher": "none/none", "method": "ptq-mse", "generation": {}}
+    shutil.copytree(teacher_of(family), tmp_path / "run")
+    call = call_of(family, load_pipeline(tmp_path / "run"))
+    Recipe(**{**recipe, "generation": call}).save(tmp_path / "run" / "recipe.yaml")
+    path = generate(str(tmp_path / "run"), ["red"], tmp_path / "out.png", call=change)
+    assert Image.open(path).size == size
 
 
 def test_a_float_pipeline_without_a_recipe_is_run_at_its_own_size(tiny_sana: Path, tmp_path: Path) -> None:

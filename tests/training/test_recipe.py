@@ -12,7 +12,7 @@ import yaml
 from fbqat_hub.families import FAMILIES
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.training import dataset, method
-from fbqat_hub.training.call import check_call
+from fbqat_hub.training.call import changed_call, check_call
 from fbqat_hub.training.checkpoint import is_of_recipe
 from fbqat_hub.training.distill import is_finished
 from fbqat_hub.training.method import FBQAT, METHODS
@@ -452,6 +452,39 @@ def test_sizes_are_multiples_of_what_the_family_needs(family: str) -> None:
         Recipe(**{**MINIMAL, "family": family}, generation={"height": good, "width": good + 8})
 
 
+def test_what_follows_from_a_call_is_written_out_or_refused() -> None:
+    """Kontext's call scales every picture to an area; Sana-Sprint's has a middle timestep of two steps only."""
+    kontext, sprint = ({**MINIMAL, "family": family} for family in ("flux-kontext", "sana-sprint"))
+    assert Recipe(**kontext, generation={"height": 64, "width": 32}).generation["max_area"] == 64 * 32
+    assert "intermediate_timesteps" not in Recipe(**sprint, evaluation={"inference_steps": 2}).generation
+    assert Recipe(**sprint, generation={"num_inference_steps": 4}).generation["intermediate_timesteps"] is None
+    for fields, generation, message in (
+        (
+            kontext,
+            {"height": 64, "width": 32, "max_area": 4096},
+            "max_area is 4096; with the other .* must be 2048, or",
+        ),
+        (
+            sprint,
+            {"num_inference_steps": 4, "intermediate_timesteps": 1.3},
+            "timesteps is 1.3; with the .* must be null",
+        ),
+        (sprint, {"intermediate_timesteps": 1.3}, "is 1.3; with evaluation.inference_steps 20 it must be null, or be"),
+    ):
+        with pytest.raises(ValueError, match=f"recipe: generation.*{message}"):
+            Recipe(**fields, generation=generation)
+
+
+def test_changes_of_a_call_take_with_them_what_follows() -> None:
+    kontext = {"height": 64, "width": 64, "max_area": 4096}
+    assert changed_call("FluxKontextPipeline", kontext, {"width": 32}) == {"height": 64, "width": 32, "max_area": 2048}
+    assert changed_call("FluxKontextPipeline", kontext, {"max_area": 1024})["max_area"] == 1024
+    four = changed_call("SanaSprintPipeline", {"num_inference_steps": 2}, {"num_inference_steps": 4})
+    assert four == {"num_inference_steps": 4, "intermediate_timesteps": None}
+    assert changed_call("SanaSprintPipeline", four, {"num_inference_steps": 2}) == {"num_inference_steps": 2}
+    assert changed_call("StableDiffusionPipeline", {"height": 8}, {"width": 8}) == {"height": 8, "width": 8}
+
+
 def test_a_call_is_checked_by_the_class_of_the_pipeline() -> None:
     check_call("FluxPipeline", {"true_cfg_scale": 2, "negative_prompt": "", "sigmas": [1.0, 0.5], "height": 32})
     check_call("SanaPipeline", {"complex_human_instruction": None, "clean_caption": False, "eta": 1})
@@ -464,6 +497,9 @@ def test_a_call_is_checked_by_the_class_of_the_pipeline() -> None:
         ("FluxPipeline", {"sigmas": []}, r"^sigmas is \[\]; it must be a list of numbers of at least 0, one or more"),
         ("SanaPipeline", {"timesteps": [999, -1]}, r"^timesteps is \[999, -1\]; it must be a list of numbers"),
         ("FluxPipeline", {"guidance_scale": float("inf")}, "^guidance_scale is inf; it must be a number"),
+        ("FluxPipeline", {"max_sequence_length": 513}, "^max_sequence_length is 513; it must be .* from 1 to 512"),
+        ("QwenImagePipeline", {"max_sequence_length": 1025}, "^max_sequence_length is 1025; .* from 1 to 1024"),
+        ("ZImagePipeline", {"negative_prompt": ["a"]}, r"^negative_prompt is \['a'\]; it must be text, the same for"),
         ("StableDiffusion3Pipeline", {"clip_skip": -1}, "^clip_skip is -1; it must be a whole number of at least 0"),
         (
             "StableDiffusion3Pipeline",

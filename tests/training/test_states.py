@@ -48,12 +48,16 @@ def prompted(recipe_fields: dict[str, Any], prompts: Path) -> Callable[..., Reci
 
 
 def guided_call(name: str, pipeline: Any) -> dict[str, Any]:
-    """Of five steps, with guidance where the family has it."""
+    """Of five steps, guided where the family can be, with negative prompts that differ where there are several."""
     guidance = 1.0 if name.startswith("flux") else 3.0
     call = {**call_of(name, pipeline), "num_inference_steps": 5, "guidance_scale": guidance}
     if "sprint" in name:
         call["intermediate_timesteps"] = None
-    return call | ({"negative_prompt": "grey", "true_cfg_scale": 3.0} if name == "qwen-image" else {})
+    if name in ("flux", "qwen-image"):
+        call["true_cfg_scale"] = 3.0
+    others = {"sd3": ("_2", "_3"), "flux": ("_2",)}.get(name, ())
+    texts = {f"negative_prompt{other}": text for other, text in zip(("", *others), CAPTIONS, strict=False)}
+    return call | ({} if name in ("sana-sprint", "flux2-klein") else texts)
 
 
 def outputs_of(pipeline: Any, family: Family, prompt: str, number: int, call: dict[str, Any]) -> list[torch.Tensor]:
@@ -84,7 +88,7 @@ def test_a_state_is_what_the_sampler_asks_of_the_denoiser(name, prompted, teache
     prompt = split.captions[index]
     assert split.captions[index - 1] == prompt  # the second picture of its prompt
     expected = outputs_of(pipeline, family, prompt, 1, call)
-    guided = name in ("sana", "pixart-sigma", "sd3", "z-image", "qwen-image")
+    guided = name not in ("sana-sprint", "flux2-klein")
     states = STEPS * (1 + guided)
     kept = kept_steps(5, STEPS, generator("sampled steps", prompt, 1))
     for state in range(states):
@@ -141,12 +145,14 @@ def test_a_teacher_that_overflows_is_refused(prompted, tiny_sana: Path) -> None:
     assert not list(cache_folder(recipe).rglob("*.safetensors"))
 
 
-def test_draws_depend_on_their_key_alone(prompted, tiny_sana: Path) -> None:
-    recipe, pipeline = prompted(), load_pipeline(tiny_sana)
+@pytest.mark.parametrize("half", ["no", "bf16", "fp16"])
+def test_draws_depend_on_their_key_alone(half: str, prompted, tiny_sana: Path) -> None:
+    recipe, pipeline = prompted(mixed_precision=half), load_pipeline(tiny_sana)
     split = cached_splits(recipe, pipeline)["train"]
     draws = Draws(FAMILIES["sana"], pipeline.scheduler, 1)
     whole, part = draws.training(split, 3, 8), draws.training(split, 3, 8, slice(2, 5))
     assert all(torch.equal(whole[name][2:5], part[name]) for name in whole)
+    assert whole["encoder_hidden_states"].dtype == torch.float32  # of states with the prompt and without it
     held = [torch.cat([inputs["hidden_states"] for inputs in draws.held_out(split, 2, size)]) for size in (3, 20)]
     assert torch.equal(*held)
     assert len(held[0]) == 40

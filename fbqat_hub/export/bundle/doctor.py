@@ -6,13 +6,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.htp.targets import Target
-from fbqat_hub.families import family_of_denoiser
+from fbqat_hub.families import family_of_denoiser, find_family
 from fbqat_hub.files import sha256
 from fbqat_hub.quantization.convert import named_layers
 from fbqat_hub.quantization.packed import PackedLayer
@@ -92,6 +92,16 @@ def graph_bytes(transformer: nn.Module) -> int:
     four_bit = sum(layer.weight_packed.nbytes + 8 * layer.out_features for layer in packed)
     rest = sum(parameter.numel() for parameter in transformer.parameters() if id(parameter) not in inside)
     return int(four_bit + rest)
+
+
+def diagnose_pipeline(pipeline: Any) -> list[Finding]:
+    """What stands in the way of bundling a pipeline: what does of its transformer, and what the runner lacks."""
+    findings = diagnose_model(pipeline.transformer)
+    family = find_family(type(pipeline).__name__)
+    if family and family.without_bundle:
+        what = f"a {family.title} cannot be bundled: {family.without_bundle}"
+        findings.append(Finding("error", what, "export its transformer alone: fbqat_hub.export.export_htp"))
+    return findings
 
 
 def diagnose_model(transformer: nn.Module) -> list[Finding]:

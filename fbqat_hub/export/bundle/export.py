@@ -126,7 +126,7 @@ def export_bundle(
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
     if len(prompts) < 2 and (calibration is None or held_out is None):
         raise ExportError("calibration needs at least 2 prompts: the last one is held out")
-    family = check_bundle(pipeline, a16, graphs)
+    family = check_bundle(pipeline, a16, graphs, call)
     tiles = decoder_tiles(pipeline, family, call, decoder_tile)
     encoders = (getattr(pipeline, name, None) for name in COMPONENTS)
     in_stages = tiles is not None and "overlap" not in tiles

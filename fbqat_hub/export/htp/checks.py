@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fbqat_hub.export.errors import ExportError
@@ -70,11 +70,17 @@ def check_model(denoiser: Any, a16: Sequence[str] = (), graphs: int = 1) -> Fami
     return family
 
 
-def check_bundle(pipeline: Any, a16: Sequence[str] = (), graphs: int = 1) -> Family:
+def check_bundle(
+    pipeline: Any, a16: Sequence[str] = (), graphs: int = 1, call: Mapping[str, Any] | None = None
+) -> Family:
     """The family of a pipeline that can be bundled for a phone.
 
+    Args:
+        call: arguments of the pipeline call.
+
     Raises:
-        ValueError, ExportError: as `check_model` of its transformer; a pipeline of a family that has no bundle.
+        ValueError, ExportError: as `check_model` of its transformer; a pipeline of a family that has no bundle, or
+            guidance that the runner does not compute.
     """
     check_model(pipeline.transformer, a16, graphs)
     family = family_of(type(pipeline).__name__)
@@ -82,5 +88,12 @@ def check_bundle(pipeline: Any, a16: Sequence[str] = (), graphs: int = 1) -> Fam
         raise ExportError(
             f"a {family.title} cannot be bundled: {family.without_bundle}. Its transformer alone can be exported: "
             "fbqat_hub.export.export_htp"
+        )
+    call = call or {}
+    guides = call.get("true_cfg_scale", 1) > 1 and call.get("negative_prompt") is not None
+    if guides or call.get("skip_guidance_layers"):
+        raise ExportError(
+            f"the call has {'true_cfg_scale' if guides else 'skip_guidance_layers'}, and a bundle's runner guides by "
+            "guidance_scale alone; leave it out of the recipe's generation"
         )
     return family
