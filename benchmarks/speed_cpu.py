@@ -177,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="forwards of each model in a process (default: 9)")
     parser.add_argument("--processes", type=int, default=5, help="of each setting (default: 5); their median counts")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -189,7 +190,7 @@ def main() -> None:
 
     records, four_bits = [], 0.0
     for seed, (setting, how) in enumerate(SETTINGS.items()):
-        if how.environment["FBQAT_INSTRUCTIONS"] not in instructions_here():
+        if setting not in options.settings or how.environment["FBQAT_INSTRUCTIONS"] not in instructions_here():
             continue
         command = [sys.executable, __file__, "--one", setting, "--rounds", str(options.rounds)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(how.threads), **how.environment}
@@ -217,9 +218,10 @@ def main() -> None:
             )
         )
     bits = {"label": "stored bits per weight, scales included", "setting": "any"}
-    records.append(
-        Record(**{**common, "seed": len(SETTINGS)}, metric="bits_per_weight", value=four_bits, n=1, extra=bits)
-    )
+    if four_bits:
+        records.append(
+            Record(**{**common, "seed": len(SETTINGS)}, metric="bits_per_weight", value=four_bits, n=1, extra=bits)
+        )
     print(f"stored bits per weight {four_bits:.3f}\nsaved {write_records(options.output, records).name}")
 
 
