@@ -19,6 +19,7 @@ from fbqat_hub.generation import generate_pictures
 from fbqat_hub.inputs import MAX_SEED, checked_device, seeds
 from fbqat_hub.pictures import as_image
 from fbqat_hub.pipelines import check_source, load_pipeline
+from fbqat_hub.training.call import changed_call
 from fbqat_hub.untrusted import read_yaml
 
 _LONGEST_PROMPT = 1000
@@ -105,11 +106,10 @@ def generate_pair(
     seeds(seed, 1)
     if not 1 <= steps <= _MOST_STEPS:
         raise ValueError(f"{steps} steps were asked for; choose 1 to {_MOST_STEPS}.")
-    call = {**pair.generation, "num_inference_steps": steps}
-    warm = json.dumps({**pair.generation, "num_inference_steps": 1})
-    on = checked_device(device)
+    call, on = pair.generation, checked_device(device)
+    warm = json.dumps(dict(call))
     teacher, student = _pipeline(pair.teacher, on, warm), _pipeline(pair.student, on, warm)
-    return _generate(teacher, prompt, seed, call), _generate(student, prompt, seed, call)
+    return _generate(teacher, prompt, seed, call, steps), _generate(student, prompt, seed, call, steps)
 
 
 def app(pairs: Sequence[Pair], device: str | None = None) -> Any:
@@ -168,9 +168,11 @@ def app(pairs: Sequence[Pair], device: str | None = None) -> Any:
     return page
 
 
-def _generate(pipeline: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> Generated:
+def _generate(pipeline: Any, prompt: str, seed: int, call: Mapping[str, Any], steps: int) -> Generated:
+    changes = {"num_images_per_prompt": 1, "num_inference_steps": steps}
+    arguments = changed_call(type(pipeline).__name__, call, changes)
     began = time.perf_counter()
-    (picture,) = generate_pictures(pipeline, [prompt], {**call, "num_images_per_prompt": 1}, [seed])
+    (picture,) = generate_pictures(pipeline, [prompt], arguments, [seed])
     seconds = time.perf_counter() - began
     size = sum(tensor.nbytes for tensor in pipeline.transformer.state_dict().values())
     return Generated(as_image(picture), seconds, size / 2**20)
@@ -180,7 +182,7 @@ def _generate(pipeline: Any, prompt: str, seed: int, call: Mapping[str, Any]) ->
 def _pipeline(source: str, device: str, warm: str) -> Any:
     """Loaded, and one step run with the arguments ``warm`` (JSON): a first call is slower than those after it."""
     pipeline = load_pipeline(source, torch.float32).to(device)
-    _generate(pipeline, "warm", 0, json.loads(warm))
+    _generate(pipeline, "warm", 0, json.loads(warm), 1)
     return pipeline
 
 

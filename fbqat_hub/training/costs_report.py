@@ -6,6 +6,7 @@ import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from shlex import quote
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ def _tried(
 
 
 def _without_training(found: Costs) -> list[str]:
-    return ["Without training:", f"  fbqat convert {found.recipe.teacher} --output {found.recipe.name}"]
+    teacher, output = quote(found.recipe.teacher), quote(found.recipe.name)
+    return ["Without training:", f"  fbqat convert {teacher} --output {output}"]
 
 
 def _disk(found: Costs) -> list[tuple[str, str]]:

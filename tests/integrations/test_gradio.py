@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,15 @@ def test_teacher_and_student_generate_what_they_do_alone(run_folder: Path, tiny_
         tensors = pipeline.transformer.state_dict().values()
         assert made.mebibytes == sum(tensor.nbytes for tensor in tensors) / 2**20
         assert made.seconds > 0
+
+
+def test_any_number_of_steps(teacher_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of Sana-Sprint's call too, which itself takes two only."""
+    shutil.copytree(teacher_of("sana-sprint"), tmp_path / "run")
+    recipe = {"name": "Sprint", "teacher": str(tmp_path / "run"), "generation": CALL}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for made in generate_pair(open_pair(str(tmp_path / "run")), "red", 0, 3):
+        assert made.image.size == (32, 32)
 
 
 @pytest.mark.parametrize(

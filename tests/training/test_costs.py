@@ -203,7 +203,8 @@ def test_block_by_block_what_does_not_fit_is_said_with_what_to_change(recipe_fie
     assert "\n  --set mixed_precision=bf16: " in text
     assert "\n  --set gradient_checkpointing=true: " in text
     assert "\nWith all of these it fits.\nWithout training:\n" in text
-    text = report(found, Gpus(1, RESERVE + 1), None)
+    text = report(replace(found, recipe=replace(found.recipe, name="Two words")), Gpus(1, RESERVE + 1), None)
+    assert text.endswith(" --output 'Two words'")
     assert "\n  --set blockwise.tuning_steps=0: " in text
     assert "\n  --set optimizer.moment_bits=8: " in text
     assert "\n  --set batch_size=1: " in text
