@@ -1,4 +1,4 @@
-"""Generating with any pipeline: seeds on the CPU, and a picture that is not finite is an error, not black."""
+"""Generating with any pipeline: seeds on the CPU, a picture that is not finite an error, not black; changed calls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fbqat_hub.families import find_family
 
 
 @torch.no_grad()
@@ -53,3 +55,18 @@ def of_several(call: Mapping[str, Any], prompts: int) -> dict[str, Any]:
         name: [value] * prompts if name.startswith("negative_prompt") and isinstance(value, str) else value
         for name, value in call.items()
     }
+
+
+def changed_call(pipeline_class: str, call: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with some of its arguments changed, and with them what follows from them (``Family.following``).
+
+    >>> changed_call("FluxKontextPipeline", {"height": 64, "width": 64, "max_area": 4096}, {"width": 32})
+    {'max_area': 2048, 'height': 64, 'width': 32}
+    """
+    family = find_family(pipeline_class)
+    if family is None:
+        return {**call, **changes}
+    followed = family.following(call)
+    own = {name: value for name, value in call.items() if name not in followed or value != followed[name]}
+    changed = {**own, **changes}
+    return {**family.following(changed), **changed}

@@ -15,11 +15,10 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from fbqat_hub.extras import missing
-from fbqat_hub.generation import generate_pictures
+from fbqat_hub.generation import changed_call, generate_pictures
 from fbqat_hub.inputs import MAX_SEED, checked_device, seeds
 from fbqat_hub.pictures import as_image
 from fbqat_hub.pipelines import check_source, load_pipeline
-from fbqat_hub.training.call import changed_call
 from fbqat_hub.untrusted import read_yaml
 
 _LONGEST_PROMPT = 1000

@@ -58,21 +58,6 @@ def check_call(pipeline_class: str, arguments: Mapping[str, Any], where: str = "
             raise ValueError(f"{where}{name} is {value!r:.80}; it must be {problem}.")
 
 
-def changed_call(pipeline_class: str, call: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with some of its arguments changed, and with them what follows from them (``Family.following``).
-
-    >>> changed_call("FluxKontextPipeline", {"height": 64, "width": 64, "max_area": 4096}, {"width": 32})
-    {'max_area': 2048, 'height': 64, 'width': 32}
-    """
-    family = find_family(pipeline_class)
-    if family is None:
-        return {**call, **changes}
-    followed = family.following(call)
-    own = {name: value for name, value in call.items() if name not in followed or value != followed[name]}
-    changed = {**own, **changes}
-    return {**family.following(changed), **changed}
-
-
 def check_following(pipeline_class: str, call: Mapping[str, Any], where: str, why: str = "") -> None:
     """Refuse a call whose arguments contradict each other: one does not follow from the others (``Family.following``).
 

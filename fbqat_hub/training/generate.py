@@ -12,11 +12,11 @@ from fbqat_hub.components import read_index
 from fbqat_hub.evaluation.pictures import grid
 from fbqat_hub.families import Family, component_configs, find_family
 from fbqat_hub.files import whole
-from fbqat_hub.generation import generate_pictures
+from fbqat_hub.generation import changed_call, generate_pictures
 from fbqat_hub.inputs import checked_device, output_picture, seeds
 from fbqat_hub.pictures import as_image, is_one_colour
 from fbqat_hub.pipelines import downloaded, load_pipeline
-from fbqat_hub.training.call import changed_call, check_call
+from fbqat_hub.training.call import check_call
 from fbqat_hub.training.recipe import load_recipe, recipe_of_run
 from fbqat_hub.training.teachers import SHIPPED, resolve_teacher
 

@@ -10,6 +10,7 @@ from typing import Any
 from fbqat_hub.components import Component, read_index
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.families import Family, component_configs, family_of
+from fbqat_hub.generation import changed_call
 from fbqat_hub.inputs import check_new, checked_device
 from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
 from fbqat_hub.integrations.convert_files import Read, Save, checked_tensors, convert_files
@@ -30,7 +31,6 @@ from fbqat_hub.quantization.gptq_blocks import gptq_blocks
 from fbqat_hub.quantization.sensitivity import nearest_errors
 from fbqat_hub.quantization.sensitivity_blocks import block_sensitivity
 from fbqat_hub.quantization.widths import WIDTHS, widths_of_average
-from fbqat_hub.training.call import changed_call
 from fbqat_hub.training.fit import Fit, PackedSize, average_that_fits, other_bytes
 from fbqat_hub.training.generate import shipped_call
 from fbqat_hub.training.lora_merge import Lora, Merge, pinned_adapter

@@ -21,9 +21,10 @@ from fbqat_hub.checked import MOST, Amount, Count, Flag, Options, Text, Texts, W
 from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped, whole
+from fbqat_hub.generation import changed_call
 from fbqat_hub.inputs import MAX_SEED
 from fbqat_hub.quantization import BitSchedule
-from fbqat_hub.training.call import call_types, changed_call, check_call, check_following
+from fbqat_hub.training.call import call_types, check_call, check_following
 from fbqat_hub.training.dataset import check_dataset
 from fbqat_hub.training.method import (
     GPTQ,

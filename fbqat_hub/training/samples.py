@@ -17,12 +17,11 @@ from fbqat_hub.evaluation.folders import METADATA, SAMPLES
 from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.families import get_family
 from fbqat_hub.files import whole
-from fbqat_hub.generation import generate_pictures
+from fbqat_hub.generation import changed_call, generate_pictures
 from fbqat_hub.inputs import read_prompts, seeds
 from fbqat_hub.pictures import as_image, is_one_colour, read_picture
 from fbqat_hub.progress import Progress, each
 from fbqat_hub.training.cache import CachedSplit, adapter_key, cache_folder, cache_key
-from fbqat_hub.training.call import changed_call
 from fbqat_hub.training.captioned import load_pictures
 from fbqat_hub.training.lora_merge import float_pipeline
 from fbqat_hub.training.pictures import picture_of

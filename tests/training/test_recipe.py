@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from fbqat_hub.families import FAMILIES
+from fbqat_hub.generation import changed_call
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.training import dataset, method
-from fbqat_hub.training.call import changed_call, check_call
+from fbqat_hub.training.call import check_call
 from fbqat_hub.training.checkpoint import is_of_recipe
 from fbqat_hub.training.distill import is_finished
 from fbqat_hub.training.method import FBQAT, METHODS
