@@ -42,7 +42,7 @@ def measure(family: str, seed: int) -> list[dict[str, Any]]:
     recipe = _recipe(family, seed, 32)
     pipeline = load_pipeline(resolve_teacher(recipe.teacher), torch.float32)
     splits, teacher = cached_splits(recipe, pipeline), pipeline.transformer.eval().requires_grad_(False)
-    draws = Remembered(teacher, get_family(family), pipeline.scheduler, seed)
+    draws = Remembered(teacher, get_family(family), pipeline.scheduler, recipe.generation, seed)
     torch.manual_seed(seed)
     start = prepare_student(recipe, teacher, splits["train"], draws)
     before = statistics.fmean(held_out_loss(start.eval(), teacher, splits["test"], draws, repeats=REPEATS))

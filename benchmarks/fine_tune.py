@@ -178,7 +178,7 @@ class Study:
 
     def loss(self, pipeline: Any, seed: int) -> float:
         """On the held-out pictures."""
-        draws = Draws(get_family(self.recipe.family), self.scheduler, seed)
+        draws = Draws(get_family(self.recipe.family), self.scheduler, self.recipe.generation, seed)
         return held_out_loss(draws, pipeline.transformer, [self.splits["validation"], self.splits["test"]], _BATCH)
 
     def draw(self, pipeline: Any, seed: int, captions: Sequence[str]) -> Tensor:

@@ -64,7 +64,7 @@ def measure(width: int, work: Path) -> list[dict[str, Any]]:
     recipe = load_recipe(NAME, teacher=str(teacher_of(width, work)), steps=STEPS, quantization={"average_bits": None})
     pipeline = load_pipeline(recipe.teacher, torch.float32)
     splits, teacher = cached_splits(recipe, pipeline), pipeline.transformer.eval().requires_grad_(False)
-    draws = Remembered(teacher, get_family(recipe.family), pipeline.scheduler, recipe.seed)
+    draws = Remembered(teacher, get_family(recipe.family), pipeline.scheduler, recipe.generation, recipe.seed)
     torch.manual_seed(recipe.seed)
     start = prepare_student(recipe, teacher, splits["train"], draws)
     layers = [layer for _, layer in named_layers(start, FakeQuantizedLinear) if layer.weight.requires_grad]

@@ -112,7 +112,7 @@ class RandomDraws(Draws):
     """Random numbers in place of a data set."""
 
     def __init__(self, recipe: Recipe, configs: Configs) -> None:
-        super().__init__(get_family(recipe.family), None, recipe.seed)
+        super().__init__(get_family(recipe.family), None, recipe.generation, recipe.seed)
         self._inputs = denoiser_arguments(recipe, configs, recipe.batch_size)
 
     def training(self, split: Any, step: int, batch_size: int, part: slice = slice(None)) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from fbqat_hub.export.bundle.text_encoder import COMPONENTS, compute_in_float32
 from fbqat_hub.export.bundle.tiles import decoder_tiles
 from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
 from fbqat_hub.export.onnx.precision import precision_named
-from fbqat_hub.families import component_configs
 from fbqat_hub.pipelines import check_source, downloaded, load_pipeline
 from fbqat_hub.training.calibration import export_data, teacher_draws
 from fbqat_hub.training.recipe import recipe_of_run
@@ -111,7 +110,7 @@ def export_run(
         )
     pipeline, load = _without_numbers(run)
     family = check_bundle(pipeline, a16, graphs, recipe.generation if recipe else None)
-    call = recipe.generation if recipe else family.native_size(component_configs(pipeline))
+    call = recipe.generation if recipe else family.own_call(pipeline)
     decoder_tiles(pipeline, family, call, decoder_tile)
     data = export_data(recipe, pipeline.scheduler) if recipe and not prompts else None
     shown = data.prompts if data else list(prompts)

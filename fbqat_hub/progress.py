@@ -80,11 +80,14 @@ class Progress:
         >>> half_done.update(100)
         >>> half_done._line(half_done._began + 60, 25, {})
         'train: 100 of 400 steps, 25%, 60 s, about 180 s left'
+        >>> Progress("generate", 9, "batch")._line(time.monotonic(), 0, {})
+        'generate: 0 of 9 batches, 0%, 0 s'
         """
         if self._unit == "B":
             sizes = (f"{self._done / 1e6:.1f}", f"{self._total / 1e6:.1f} MB")
         else:
-            sizes = (str(self._done), f"{self._total} {self._unit}{'s' if self._total != 1 else ''}")
+            plural = "" if self._total == 1 else "es" if self._unit.endswith("ch") else "s"
+            sizes = (str(self._done), f"{self._total} {self._unit}{plural}")
         parts = [" of ".join(sizes), f"{percent}%", f"{now - self._began:.0f} s"]
         if self._start < self._done < self._total:
             left = (now - self._began) * (self._total - self._done) / (self._done - self._start)

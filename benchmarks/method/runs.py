@@ -341,7 +341,9 @@ class Bench:
         """A setting's recipe, data and draws; the draws of one seed at a time are kept, or memory would grow."""
         recipe = setting.recipe()
         if setting.seed not in self._draws:
-            draws = Remembered(self.teacher, get_family(recipe.family), self.pipeline.scheduler, setting.seed)
+            draws = Remembered(
+                self.teacher, get_family(recipe.family), self.pipeline.scheduler, recipe.generation, setting.seed
+            )
             self._draws = {setting.seed: draws}
         return recipe, self._splits_of(recipe), self._draws[setting.seed]
 

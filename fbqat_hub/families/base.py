@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from fbqat_hub.families.decoder import DecoderStage, decoder_graph, decoder_stages
 from fbqat_hub.families.graph import GraphWrapper, Item
+
+# A model that samples in at most so many steps was distilled for them.
+FEW_STEPS = 8
 
 
 class Original(NamedTuple):
@@ -48,7 +52,7 @@ class Family(ABC):
             one, and those of one row per picture, which cost nothing (the timestep's path, modulations).
         may_be_none: arguments of the pipeline's call that take None though their annotation says nothing of it.
         most_text_tokens: the largest ``max_sequence_length`` of the pipeline's call; 0 where it has no limit.
-        few_steps: in how many steps a model that was distilled for few of them samples; 0 of others.
+        even_sigmas: the pipeline call gives its scheduler sigmas from 1 down in equal steps; else they are its own.
         patch_side: latents a side that the denoiser makes one token of.
         latents_input, timestep_input: what its forward calls them.
         takes_tensors: whether its forward is given nothing but tensors, with a batch or of ``constant_inputs``.
@@ -72,7 +76,7 @@ class Family(ABC):
     a16_layers: ClassVar[tuple[str, ...]] = ("proj_out",)
     may_be_none: ClassVar[frozenset[str]] = frozenset()
     most_text_tokens: ClassVar[int] = 0
-    few_steps: ClassVar[int] = 0
+    even_sigmas: ClassVar[bool] = False
     patch_side: ClassVar[int] = 2
     latents_input: ClassVar[str] = "hidden_states"
     timestep_input: ClassVar[str] = "timestep"
@@ -138,9 +142,15 @@ class Family(ABC):
 
     def text_tokens(self, generation: Mapping[str, Any]) -> int:
         """``max_sequence_length`` of the pipeline call."""
+        return self._of_call("max_sequence_length", generation)
+
+    def sampler_steps(self, generation: Mapping[str, Any]) -> int:
+        """``num_inference_steps`` of the pipeline call."""
+        return self._of_call("num_inference_steps", generation)
+
+    def _of_call(self, name: str, generation: Mapping[str, Any]) -> int:
         import diffusers
 
-        name = "max_sequence_length"
         default = inspect.signature(getattr(diffusers, self.pipeline_class).__call__).parameters[name].default
         return int(generation.get(name, default))
 
@@ -165,6 +175,15 @@ class Family(ABC):
         side = self.latent_side(configs["transformer"]) * pixels_per_latent(configs["vae"])
         return {"height": side, "width": side}
 
+    def own_call(self, pipeline: Any) -> dict[str, Any]:
+        """Arguments of the call for a pipeline of which no recipe is known: its native size and, where the call's own
+        defaults are not meant for this model, those that are.
+
+        Args:
+            pipeline: loaded, of this family; its weights may be on the meta device.
+        """
+        return self.native_size(component_configs(pipeline))
+
     def latent_side(self, config: Mapping[str, Any]) -> int:
         """Side of the latents that the denoiser of this config was trained for."""
         side = config.get("sample_size")
@@ -174,26 +193,47 @@ class Family(ABC):
 
     # -- training --------------------------------------------------------------------------------------------------
     def noisy(
-        self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, *, few_step: bool = True
+        self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, steps: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Noisy latents and the denoiser's timesteps; by default those of flow matching, the time logit-normal.
 
         Args:
             latents, noise: [N, C, H, W].
             progress: [N] uniform in (0, 1), turned into a timestep by the family's noise schedule.
-            few_step: a model that samples in few steps gets the times of those steps only.
+            steps: of the sampler. A model that samples in at most `FEW_STEPS` was distilled for them and gets their
+                times only, each as often; with more, or 0, it gets all times.
         """
-        few = self.sampled_steps(scheduler) if few_step else 0
-        t = (progress * few).ceil() / few if few else logit_normal(progress)
-        shift = self.time_shift(scheduler, latents)
-        sigma = shift * t / (1 + (shift - 1) * t)
+        if 0 < steps <= FEW_STEPS:
+            sigma = self.sampler_times(scheduler, latents, progress, steps) / 1000
+        else:
+            t, shift = logit_normal(progress), self.time_shift(scheduler, latents, steps)
+            sigma = shift * t / (1 + (shift - 1) * t)
         return torch.lerp(latents, noise, sigma[:, None, None, None]), 1000 * sigma
 
-    def sampled_steps(self, scheduler: Any) -> int:
-        """``few_steps`` of the model that has this scheduler."""
-        return self.few_steps
+    def sampler_times(self, scheduler: Any, latents: Tensor, progress: Tensor, steps: int) -> Tensor:
+        """Timesteps that the pipeline call's sampler asks the denoiser at, for pictures of this size.
 
-    def time_shift(self, scheduler: Any, latents: Tensor) -> float:
+        Args:
+            progress: [N] in (0, 1); of the last of ``steps`` equal parts come the noisiest timesteps.
+        """
+        own = copy.deepcopy(scheduler)
+        shift = {}
+        if own.config.get("use_dynamic_shifting"):
+            shift = {"mu": self.dynamic_shift(own, self._tokens(latents), steps)}
+        if self.even_sigmas:
+            own.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), **shift)
+        else:
+            own.set_timesteps(steps, **shift)
+        return self._at(own.timesteps, progress, steps)
+
+    def _at(self, times: Tensor, progress: Tensor, steps: int) -> Tensor:
+        """Of the ``steps`` times of a sampler, from the noisiest, those at ``progress``."""
+        return times[steps - (progress * steps).ceil().long()].to(progress)
+
+    def _tokens(self, latents: Tensor) -> int:
+        return latents.shape[-2] * latents.shape[-1] // self.patch_side**2
+
+    def time_shift(self, scheduler: Any, latents: Tensor, steps: int) -> float:
         """The factor that moves a sampler's times towards the noise: t -> f t / (1 + (f - 1) t).
 
         Where the scheduler shifts by the picture's size, the one for latents of this size.
@@ -201,11 +241,15 @@ class Family(ABC):
         config = scheduler.config
         if not config.get("use_dynamic_shifting"):
             return float(config.get("shift") or config.get("flow_shift") or 1.0)
-        mu = self.dynamic_shift(scheduler, latents.shape[-2] * latents.shape[-1] // self.patch_side**2)
+        mu = self.dynamic_shift(scheduler, self._tokens(latents), steps)
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
-    def dynamic_shift(self, scheduler: Any, tokens: int) -> float:
-        """``mu`` of the scheduler's ``set_timesteps`` for a picture of so many tokens, as the pipeline call has it."""
+    def dynamic_shift(self, scheduler: Any, tokens: int, steps: int) -> float:
+        """``mu`` of the scheduler's ``set_timesteps`` for a picture of so many tokens, as the pipeline call has it.
+
+        Args:
+            steps: of the sampler; 0 for the call's own default.
+        """
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")

@@ -79,7 +79,7 @@ class Flux(Family):
         "single_transformer_blocks.*.norm.linear",
     )
     most_text_tokens: ClassVar[int] = 512
-    few_steps: ClassVar[int] = 4
+    even_sigmas: ClassVar[bool] = True
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     constant_inputs: ClassVar[tuple[str, ...]] = ("txt_ids", "img_ids")
     tiny: ClassVar[str | None] = "flux-schnell-tiny"
@@ -117,8 +117,10 @@ class Flux(Family):
         channels, height, width = super().latent_shape(configs, size)
         return channels // 4, height, width
 
-    def sampled_steps(self, scheduler: Any) -> int:
-        return 0 if scheduler.config.get("use_dynamic_shifting") else self.few_steps
+    def own_call(self, pipeline: Any) -> dict[str, Any]:
+        """Four steps without guidance of FLUX.1-schnell, whose scheduler does not shift by the picture's size."""
+        dev = pipeline.scheduler.config.get("use_dynamic_shifting")
+        return {**super().own_call(pipeline), **({} if dev else {"num_inference_steps": 4, "guidance_scale": 0.0})}
 
     def latent_side(self, config: Mapping[str, Any]) -> int:
         """128, FluxPipeline's own: positions are rotary, and the denoiser's config says no size."""
@@ -192,7 +194,6 @@ class FluxKontext(Flux):
     name: ClassVar[str] = "flux-kontext"
     title: ClassVar[str] = "FLUX.1-Kontext-dev"
     pipeline_class: ClassVar[str] = "FluxKontextPipeline"
-    few_steps: ClassVar[int] = 0
     without_bundle: ClassVar[str] = "a bundle has no encoder of the reference picture"
     needs_pictures: ClassVar[str] = "it edits a reference picture"
     tiny: ClassVar[str | None] = None

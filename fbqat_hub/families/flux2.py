@@ -39,7 +39,7 @@ class Flux2Klein(Family):
         "single_stream_modulation.linear",
         "norm_out.linear",
     )
-    few_steps: ClassVar[int] = 4
+    even_sigmas: ClassVar[bool] = True
     patch_side: ClassVar[int] = 1
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     constant_inputs: ClassVar[tuple[str, ...]] = ("txt_ids", "img_ids")
@@ -68,10 +68,15 @@ class Flux2Klein(Family):
         """128, the pipeline's own: positions are rotary, and the denoiser's config says no size."""
         return 128
 
-    def dynamic_shift(self, scheduler: Any, tokens: int) -> float:
+    def own_call(self, pipeline: Any) -> dict[str, Any]:
+        """Four steps without guidance of a distilled one; the base models have the call's own defaults."""
+        few = {"num_inference_steps": 4, "guidance_scale": 1.0} if pipeline.config.is_distilled else {}
+        return {**super().own_call(pipeline), **few}
+
+    def dynamic_shift(self, scheduler: Any, tokens: int, steps: int) -> float:
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-        return float(compute_empirical_mu(tokens, self.few_steps))
+        return float(compute_empirical_mu(tokens, steps or self.sampler_steps({})))
 
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from diffusers import Flux2KleinPipeline

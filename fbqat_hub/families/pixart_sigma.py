@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fbqat_hub.families.attention import ExplicitAttention
-from fbqat_hub.families.base import Family, call_arguments
+from fbqat_hub.families.base import FEW_STEPS, Family, call_arguments
 from fbqat_hub.families.graph import GraphWrapper, Item, float_twin, through_own_forward
 
 
@@ -44,11 +44,14 @@ class PixArtSigma(Family):
         return {**super().native_size(configs), "use_resolution_binning": False}
 
     def noisy(
-        self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, *, few_step: bool = True
+        self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, steps: int = 0
     ) -> tuple[Tensor, Tensor]:
         """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a_t the product of 1 - beta up to t (DDPM); t uniform."""
         products = scheduler.alphas_cumprod
-        timestep = (progress * len(products)).long()
+        if 0 < steps <= FEW_STEPS:
+            timestep = self.sampler_times(scheduler, latents, progress, steps).long()
+        else:
+            timestep = (progress * len(products)).long()
         share = products[timestep].to(latents)[:, None, None, None]
         return share.sqrt() * latents + (1 - share).sqrt() * noise, timestep
 

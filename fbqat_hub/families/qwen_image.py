@@ -30,6 +30,7 @@ class QwenImage(Family):
         "attention": ("transformer_blocks.*.attn.*",),
         "feed_forward": ("transformer_blocks.*.img_mlp.*", "transformer_blocks.*.txt_mlp.*"),
     }
+    even_sigmas: ClassVar[bool] = True
     a16_layers: ClassVar[tuple[str, ...]] = (
         "proj_out",
         "time_text_embed.*",
@@ -80,6 +81,10 @@ class QwenImage(Family):
         """As the pipeline counts: the autoencoder halves a picture as often as `temperal_downsample` has entries."""
         side = self.latent_side(configs["transformer"]) * 2 ** len(configs["vae"]["temperal_downsample"])
         return {"height": side, "width": side}
+
+    def own_call(self, pipeline: Any) -> dict[str, Any]:
+        """With a negative prompt of one space: without any the call does not guide, whatever its ``true_cfg_scale``."""
+        return {**super().own_call(pipeline), "negative_prompt": " "}
 
     def denoiser_inputs(self, noisy: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
         texts = conditioning["encoder_hidden_states"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fbqat_hub.families.attention import ExplicitAttention, ExplicitLinearAttention
-from fbqat_hub.families.base import Family, call_arguments, logit_normal
+from fbqat_hub.families.base import FEW_STEPS, Family, call_arguments, logit_normal
 from fbqat_hub.families.graph import GraphWrapper, Item, float_twin, through_own_forward
 
 # What of the pipeline call is about its texts.
@@ -89,7 +89,6 @@ class SanaSprint(Sana):
     title: ClassVar[str] = "Sana-Sprint"
     pipeline_class: ClassVar[str] = "SanaSprintPipeline"
     may_be_none: ClassVar[frozenset[str]] = frozenset({"intermediate_timesteps"})  # with other steps than two
-    few_steps: ClassVar[int] = 2
     without_bundle: ClassVar[str] = "its sampler adds noise of its own between the steps, which the runner cannot"
     tiny: ClassVar[str | None] = None
 
@@ -112,17 +111,21 @@ class SanaSprint(Sana):
         return {**super().conditioning_shapes(config, generation), "guidance": ()}
 
     def noisy(
-        self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, *, few_step: bool = True
+        self, scheduler: Any, latents: Tensor, noise: Tensor, progress: Tensor, steps: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """cos(t) x_0 + sin(t) noise, over ``sigma_data``; t is one of the sampler's two angles, each as often."""
-        first, second = self.angles
-        angle = torch.where(progress > 0.5, first, second) if few_step else first * logit_normal(progress)
+        """cos(t) x_0 + sin(t) noise, over ``sigma_data``; t is one of the sampler's angles, each as often."""
+        first = self.angles[0]
+        if 0 < steps <= FEW_STEPS:
+            angles = self.angles if steps == 2 else torch.linspace(first, 0, steps + 1)[:-1]
+            angle = self._at(torch.as_tensor(angles), progress, steps)
+        else:
+            angle = first * logit_normal(progress)
         cosine, sine = (value[:, None, None, None] for value in (angle.cos(), angle.sin()))
         return cosine * latents + sine * noise, angle
 
     def following(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """No ``intermediate_timesteps``, which the call has of two steps only."""
-        return {"intermediate_timesteps": None} if call.get("num_inference_steps", self.few_steps) != 2 else {}
+        return {"intermediate_timesteps": None} if self.sampler_steps(call) != 2 else {}
 
     def noisy_of_sampler(self, scheduler: Any, latents: Tensor) -> Tensor:
         return latents / scheduler.config.sigma_data

@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fbqat_hub.families.base import Family, call_arguments
 
+_BASE_SHIFT = 6.0
+
 
 class ZImage(Family):
     """ZImagePipeline with ZImageTransformer2DModel, distilled into eight steps without guidance.
@@ -31,9 +33,9 @@ class ZImage(Family):
     }
     activation_overrides: ClassVar[dict[str, dict[str, Any]]] = {"all_final_layer.*.linear": {"bits": 16}}
     a16_layers: ClassVar[tuple[str, ...]] = ("all_final_layer.*", "t_embedder.*", "*.adaLN_modulation.*")
-    few_steps: ClassVar[int] = 8
     latents_input: ClassVar[str] = "x"
     timestep_input: ClassVar[str] = "t"
+    even_sigmas: ClassVar[bool] = True
     stacks: ClassVar[tuple[str, ...]] = ("noise_refiner", "context_refiner", "layers")
     takes_tensors: ClassVar[bool] = False
     tiny: ClassVar[str | None] = "z-image-tiny"
@@ -53,6 +55,12 @@ class ZImage(Family):
     ) -> dict[str, tuple[int, ...]]:
         tokens = self.text_tokens(generation)
         return {"encoder_hidden_states": (tokens, config["cap_feat_dim"]), "encoder_attention_mask": (tokens,)}
+
+    def own_call(self, pipeline: Any) -> dict[str, Any]:
+        """Eight steps without guidance of the Turbo; Z-Image itself, whose scheduler shifts by 6 where the Turbo's
+        shifts by 3, has the call's own defaults."""
+        base = pipeline.scheduler.config.shift >= _BASE_SHIFT
+        return {**super().own_call(pipeline), **({} if base else {"num_inference_steps": 8, "guidance_scale": 0.0})}
 
     def latent_side(self, config: Mapping[str, Any]) -> int:
         """128: the call's own size is 1024 pixels, and the denoiser's config says none."""

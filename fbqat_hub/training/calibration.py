@@ -42,7 +42,7 @@ def export_data(recipe: Recipe, scheduler: Any) -> ExportData:
         scheduler: of the pipeline that is exported.
     """
     splits = cached_splits(recipe, float_pipeline(recipe))
-    draws = Draws(get_family(recipe.family), scheduler, recipe.seed)
+    draws = Draws(get_family(recipe.family), scheduler, recipe.generation, recipe.seed)
     return ExportData(
         calibration=list(draws.calibration(splits["train"], _CALIBRATION_SAMPLES)),
         held_out=list(itertools.islice(draws.held_out(splits["test"], 1, 1), _HELD_OUT_SAMPLES)),
@@ -62,5 +62,5 @@ def teacher_draws(recipe: Recipe, scheduler: Any) -> tuple[Callable[[int], dict[
     """
     pipeline = float_pipeline(recipe)
     split = cached_splits(recipe, pipeline)["train"]
-    draws = Draws(get_family(recipe.family), scheduler, recipe.seed)
+    draws = Draws(get_family(recipe.family), scheduler, recipe.generation, recipe.seed)
     return lambda number: draws.training(split, number, 1), pipeline.transformer

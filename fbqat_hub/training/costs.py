@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -207,7 +206,9 @@ def cached_bytes(recipe: Recipe, configs: Configs) -> tuple[int, int]:
     family = get_family(recipe.family)
     whole = {name: build_on_meta(configs[name]).config for name in ("transformer", "vae")}
     shapes = family.conditioning_shapes(whole["transformer"], recipe.generation).values()
-    width, kept = number_bytes(recipe), min(STEPS, sampler_steps(recipe)) if "prompts" in recipe.dataset else 1
+    width, kept = number_bytes(recipe), 1
+    if "prompts" in recipe.dataset:
+        kept = min(STEPS, family.sampler_steps(recipe.generation))
     return width * sum(map(math.prod, shapes)), kept * width * math.prod(family.latent_shape(whole, recipe.size))
 
 
@@ -230,15 +231,6 @@ def _captions(dataset: Mapping[str, Any]) -> int | None:
 def pictures_of_a_prompt(recipe: Recipe) -> int:
     """Pictures."""
     return int(recipe.dataset.get("seeds", SEEDS)) if "prompts" in recipe.dataset else 1
-
-
-def sampler_steps(recipe: Recipe) -> int:
-    """Steps of the pipeline's sampler, of the recipe or the pipeline's own default."""
-    import diffusers
-
-    name = "num_inference_steps"
-    call = getattr(diffusers, get_family(recipe.family).pipeline_class).__call__
-    return int(recipe.generation.get(name, inspect.signature(call).parameters[name].default))
 
 
 def number_bytes(recipe: Recipe) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped
 from fbqat_hub.hub.names import repo_and_revision
 from fbqat_hub.text import columns
@@ -25,7 +26,7 @@ from fbqat_hub.training.advice import (
     on_device,
     on_one_device,
 )  # fmt: skip
-from fbqat_hub.training.costs import Costs, pictures_of_a_prompt, sampler_steps
+from fbqat_hub.training.costs import Costs, pictures_of_a_prompt
 from fbqat_hub.training.dataset import source_of
 from fbqat_hub.training.gpus import Gpus
 from fbqat_hub.training.prompts import PROMPT_SETS
@@ -143,7 +144,8 @@ def _disk(found: Costs) -> list[tuple[str, str]]:
 
 
 def _sampling(found: Costs) -> list[str]:
-    steps, each = sampler_steps(found.recipe), pictures_of_a_prompt(found.recipe)
+    recipe = found.recipe
+    steps, each = get_family(recipe.family).sampler_steps(recipe.generation), pictures_of_a_prompt(recipe)
     calls = "" if found.pictures is None else f", {found.pictures * steps:,} calls of the denoiser"
     return [
         f"Before training the teacher's sampler makes {each} pictures of each prompt in {steps} steps{calls}; with "

@@ -85,7 +85,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         check_layers(recipe, pipeline.transformer)  # so do patterns that match no layer
         splits = _encoded(recipe, pipeline, accelerator.device, in_parts=blockwise or sharded)
     device = "cpu" if blockwise or sharded else accelerator.device  # where inputs of blocks are kept
-    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, device)
+    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.generation, recipe.seed, device)
     student: Any = None
     skeleton: Any = None
     teacher = pipeline.transformer

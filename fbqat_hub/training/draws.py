@@ -5,7 +5,7 @@ Of pictures they are noised latents. Of prompts alone they are states of the tea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,21 @@ class Draws:
     Args:
         family: of the denoiser.
         scheduler: of the pipeline.
+        generation: arguments of the pipeline call; how many steps they sample in (`Family.noisy`).
         seed: of training and calibration; held-out draws are the same for every seed.
         device: where the inputs are put.
     """
 
-    def __init__(self, family: Family, scheduler: Any, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        family: Family,
+        scheduler: Any,
+        generation: Mapping[str, Any],
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.family, self.scheduler, self.seed, self.device = family, scheduler, seed, device
+        self._steps = family.sampler_steps(generation)
 
     def training(self, split: CachedSplit, step: int, batch_size: int, part: slice = slice(None)) -> dict[str, Any]:
         """The batch of an optimizer step, or the samples ``part`` of it."""
@@ -108,7 +117,7 @@ class Draws:
         shape = (len(indices) // len(streams), *latents.shape[1:])
         noise = torch.cat([torch.randn(shape, generator=random) for random in streams])[part]
         uniform = _uniform(len(indices), streams)[part]
-        noisy, timestep = self.family.noisy(self.scheduler, latents.float(), noise, uniform)
+        noisy, timestep = self.family.noisy(self.scheduler, latents.float(), noise, uniform, self._steps)
         inputs = moved(self.family.denoiser_inputs(noisy, timestep, conditioning), self.device)
         return inputs, self.family.target(latents.float(), noise).to(self.device)
 

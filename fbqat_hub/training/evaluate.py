@@ -222,7 +222,7 @@ class _Samples:
 def _held_out(models: _Models) -> Measurement:
     recipe, settings = models.recipe, models.recipe.evaluation
     test = cached_splits(recipe, models.teacher)["test"]
-    draws = Draws(get_family(recipe.family), models.teacher.scheduler, recipe.seed, models.device)
+    draws = Draws(get_family(recipe.family), models.teacher.scheduler, recipe.generation, recipe.seed, models.device)
     repeats, batch_size = settings.draws, settings.batch_size
     student, teacher = models.student.transformer, models.teacher.transformer
     losses = held_out_loss(student, teacher, test, draws, repeats=repeats, batch_size=batch_size)

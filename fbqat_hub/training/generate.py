@@ -10,7 +10,7 @@ import torch
 
 from fbqat_hub.components import read_index
 from fbqat_hub.evaluation.pictures import grid
-from fbqat_hub.families import Family, component_configs, find_family
+from fbqat_hub.families import Family, find_family
 from fbqat_hub.files import whole
 from fbqat_hub.generation import changed_call, generate_pictures
 from fbqat_hub.inputs import checked_device, output_picture, seeds
@@ -33,8 +33,8 @@ def generate(
     """Generate a picture of each prompt and write one PNG, a grid if there are several.
 
     Args:
-        model: folder or Hub id; arguments of the call come from its ``recipe.yaml``, if it has one, and else the size
-            is the one that the denoiser was trained for.
+        model: folder or Hub id; arguments of the call come from its ``recipe.yaml``, if it has one, and else are
+            those of ``Family.own_call``.
         seed: of the first picture; the next one has the next seed.
         call: arguments of the pipeline call that replace the recipe's; of ``num_images_per_prompt`` each has its own
             seed.
@@ -70,7 +70,7 @@ def generate(
 
 def generation_of(folder: Path, pipeline: Any) -> dict[str, Any]:
     """Arguments of a pipeline's call: those of the ``recipe.yaml`` in its folder, of a teacher that ships those of its
-    recipe, else the size that its denoiser was trained for; nothing of a pipeline of no family.
+    recipe, else those of ``Family.own_call``; nothing of a pipeline of no family.
     """
     recipe = folder / "recipe.yaml"
     if recipe.is_file():
@@ -78,7 +78,7 @@ def generation_of(folder: Path, pipeline: Any) -> dict[str, Any]:
     family = find_family(type(pipeline).__name__)
     if family is None:
         return {}
-    return shipped_call(folder, family) or dict(family.native_size(component_configs(pipeline)))
+    return shipped_call(folder, family) or family.own_call(pipeline)
 
 
 def shipped_call(folder: Path, family: Family) -> dict[str, Any]:

@@ -353,7 +353,7 @@ def _seeded_inputs(pipeline: Any, family: Family, call: dict[str, Any], seed: in
     random = generator(seed, "lora check")
     latents, noise = (torch.randn(shape, generator=random) for _ in range(2))
     progress = torch.linspace(0.2, 0.8, len(_PROMPTS))
-    noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, progress)
+    noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, progress, family.sampler_steps(call))
     conditioning = family.encode_prompts(pipeline, _PROMPTS, call) | family.picture_conditioning(latents)
     return family.denoiser_inputs(noisy, timestep, conditioning)
 

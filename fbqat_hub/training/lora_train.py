@@ -107,7 +107,7 @@ def train(
     splits = build_cache(pipeline, family, data, size, call, cache)
     held_out = [splits["validation"], splits["test"]]
     denoiser, kind = pipeline.transformer, type(pipeline)
-    draws = Draws(family, pipeline.scheduler, seed, place)
+    draws = Draws(family, pipeline.scheduler, call, seed, place)
     del pipeline  # its other models are not needed any more
     before = held_out_loss(draws, denoiser, held_out, batch_size)
     config = inject(denoiser, rank, seed)

@@ -178,7 +178,7 @@ def plan(recipe: Recipe, output: Path | None = None, *, progress: bool = True) -
         output.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
     splits = cached_splits(recipe, pipeline.to(accelerator.device))
     pipeline.to("cpu")
-    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed, accelerator.device)
+    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.generation, recipe.seed, accelerator.device)
     teacher = pipeline.transformer.to(accelerator.device)
 
     # weights where they are: GPTQ's codes are for one width

@@ -9,7 +9,7 @@ from typing import Any
 
 from fbqat_hub.components import Component, read_index
 from fbqat_hub.config import FBQATConfig
-from fbqat_hub.families import Family, component_configs, family_of
+from fbqat_hub.families import Family, family_of
 from fbqat_hub.generation import changed_call
 from fbqat_hub.inputs import check_new, checked_device
 from fbqat_hub.integrations.checkpoint import packed_layers, targets_of
@@ -95,8 +95,8 @@ def convert_pipeline(
         fit: what the result is to fit; finds ``average_bits``.
         gptq: GPTQ's codes in place of the nearest ones; its clip is "mse".
         lora: an adapter that is merged into each weight in float32 before it is quantized.
-        call: arguments of the pipeline call that GPTQ samples with and that the result's recipe keeps, beside the size
-            that the denoiser was trained for and, for a teacher that ships, those of its recipe.
+        call: arguments of the pipeline call that GPTQ samples with and that the result's recipe keeps, beside those of
+            ``Family.own_call`` and, for a teacher that ships, those of its recipe.
         progress: show a bar, or a line now and then.
 
     Raises:
@@ -129,6 +129,11 @@ def convert_pipeline(
         average = average_that_fits(fit, size, other_bytes(str(folder), text_encoders, variant), text_encoders)
         settings = {**(settings or {}), "average_bits": average}
         config = FBQATConfig(**options, average_bits=average)
+    whole_call = changed_call(
+        family.pipeline_class,
+        {**family.own_call(pipeline), **shipped_call(Path(teacher), family)},
+        call or {},
+    )
     fields: dict[str, Any] = {
         "name": output.resolve().name,
         "family": family.name,
@@ -136,12 +141,10 @@ def convert_pipeline(
         "method": "ptq-gptq" if gptq else "ptq-maxabs" if options.get("weight_clip") == "max_abs" else "ptq-mse",
         "quantization": dict(settings or {}),
         "text_encoders": text_encoders,
-        "generation": changed_call(
-            family.pipeline_class,
-            {**family.native_size(component_configs(pipeline)), **shipped_call(Path(teacher), family)},
-            call or {},
-        ),
+        "generation": whole_call,
     }
+    if "num_inference_steps" in whole_call:  # as it is evaluated, too
+        fields["evaluation"] = {"inference_steps": whole_call["num_inference_steps"]}
     if gptq:
         fields |= {"gptq": {"samples": gptq.samples}, "calibration_prompts": len(gptq.prompts[: gptq.samples])}
     if lora:

@@ -63,13 +63,13 @@ def sampled_inputs(
     Args:
         pipeline: float, with ``denoiser.model`` as its transformer. Its text encoders are gone afterwards.
         prompts: at least one.
-        call: arguments of the pipeline call. Without ``num_inference_steps`` it is 8, or what a model that was
-            distilled for few steps takes.
+        call: arguments of the pipeline call. Without ``num_inference_steps`` it is 8, or the call's own default if
+            that is less.
 
     Raises:
         ValueError: inputs of a block that are not finite, or as `BlockWalk`.
     """
-    steps = call.get("num_inference_steps") or family.sampled_steps(pipeline.scheduler) or _STEPS
+    steps = call.get("num_inference_steps", min(_STEPS, family.sampler_steps(call)))
     used = list(prompts)[:samples]
     parts = math.ceil(samples / len(used))
     parameters = inspect.signature(denoiser.model.forward)

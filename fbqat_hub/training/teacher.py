@@ -253,7 +253,7 @@ def _train_denoiser(
         x0 = latents[chosen]
         noise = torch.randn(x0.shape, generator=random)
         progress = torch.rand(len(x0), generator=random).clamp(1e-4, 1 - 1e-4)
-        noisy, timestep = family.noisy(pipeline.scheduler, x0, noise, progress, few_step=False)
+        noisy, timestep = family.noisy(pipeline.scheduler, x0, noise, progress)
         inputs = family.denoiser_inputs(noisy, timestep, conditioning)
         predicted = family.predict(models["transformer"], inputs)
         errors = (predicted - family.target(x0, noise)).square().flatten(1).mean(1)

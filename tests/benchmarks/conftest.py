@@ -50,7 +50,7 @@ def scene(recipe_fields: dict[str, Any]) -> Scene:
         **{**recipe_fields, "method": "vqat", "train_layers": "feed_forward", "calibration": {"samples": 4}}
     )
     pipeline = load_pipeline(recipe.teacher)
-    draws = Draws(get_family("sana"), pipeline.scheduler, recipe.seed)
+    draws = Draws(get_family("sana"), pipeline.scheduler, recipe.generation, recipe.seed)
     return Scene(recipe, pipeline.transformer, cached_splits(recipe, pipeline), draws)
 
 

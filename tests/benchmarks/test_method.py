@@ -263,7 +263,7 @@ def test_inputs_of_four_bits_have_15_or_16_values_a_scale(activation_range: Any)
 def test_the_teacher_is_asked_once_for_each_batch_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Draws, "training", lambda *_: {"hidden_states": torch.ones(2)})
     teacher, split = Doubler(), object()
-    draws = Remembered(teacher, get_family("sana"), None, 1)
+    draws = Remembered(teacher, get_family("sana"), None, {}, 1)
     inputs = draws.training(split, 0, 2)
     assert draws.training(split, 0, 2) is inputs
     assert draws.predict(teacher, inputs).tolist() == draws.predict(teacher, inputs).tolist() == [2, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fbqat_hub.families import FAMILIES, Family, component_configs, family_of, family_of_denoiser, get_family, sd3
 from fbqat_hub.families.base import logit_normal
+from fbqat_hub.generation import changed_call
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization.convert import quantizable
 from fbqat_hub.training.teacher import RECIPES
@@ -170,12 +172,12 @@ def test_batch_goes_through_the_denoiser(model: str, family_and_pipeline) -> Non
     assert not torch.allclose(first, swapped, atol=1e-6)
 
 
-@pytest.mark.parametrize("few_step", [True, False])
-def test_the_sample_follows_from_the_noisy_one_and_the_target(few_step: bool, family_and_pipeline) -> None:
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_the_sample_follows_from_the_noisy_one_and_the_target(steps: int, family_and_pipeline) -> None:
     """x_0 comes back from the noisy latents, the scheduler's own noise level and a perfect prediction."""
     family, pipeline = family_and_pipeline
     x0, noise = ramp(3, 4, 4, 4), ramp(3, 4, 4, 4).flip(0).roll(5)
-    noisy, timestep = family.noisy(pipeline.scheduler, x0, noise, torch.tensor([0.2, 0.5, 0.7]), few_step=few_step)
+    noisy, timestep = family.noisy(pipeline.scheduler, x0, noise, torch.tensor([0.2, 0.5, 0.7]), steps)
     target, expected = family.target(x0, noise), family.pack_latents(x0)
     inputs = family.denoiser_inputs(noisy, timestep, no_text())
     noisy = stacked(inputs[family.latents_input])
@@ -353,11 +355,11 @@ def test_pixart_sigma_drops_the_learned_variance() -> None:
 
 
 def test_flux_is_trained_where_it_is_sampled(load) -> None:
-    """At the four noise levels of the four-step sampler, each for a quarter of the draws."""
+    """At the noise levels of the four-step sampler, each for a quarter of the draws."""
     family, pipeline = get_family("flux"), load("flux")
     progress = torch.tensor([1e-4, 0.25, 0.26, 0.5, 0.51, 0.75, 0.76, 0.9999])
     latents, noise = torch.full((8, 1, 2, 2), 1.0), torch.full((8, 1, 2, 2), 3.0)
-    noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, progress)
+    noisy, timestep = family.noisy(pipeline.scheduler, latents, noise, progress, 4)
     assert timestep.tolist() == [250, 250, 500, 500, 750, 750, 1000, 1000]
     assert noisy[:, 0, 0, 0].tolist() == [1.5, 1.5, 2, 2, 2.5, 2.5, 3, 3]
     pipeline(prompt="red", **{**call_of("flux", pipeline), "num_inference_steps": 4})
@@ -388,20 +390,66 @@ def test_sana_sprint_is_trained_where_it_is_sampled(load) -> None:
     """At its sampler's two angles, each for half of the draws: x_t = cos(t) x_0 + sin(t) noise."""
     family, pipeline = get_family("sana-sprint"), load("sana-sprint")
     latents, noise = torch.full((2, 1, 2, 2), 1.0), torch.full((2, 1, 2, 2), 3.0)
-    noisy, angle = family.noisy(pipeline.scheduler, latents, noise, torch.tensor([0.4, 0.6]))
+    noisy, angle = family.noisy(pipeline.scheduler, latents, noise, torch.tensor([0.4, 0.6]), 2)
     pipeline(prompt="red", **call_of("sana-sprint", pipeline))
     assert angle.flip(0).tolist() == pipeline.scheduler.timesteps[:-1].tolist()
     assert noisy[0].unique().item() == pytest.approx(math.cos(1.3) + 3 * math.sin(1.3), abs=1e-5)
-    _, angles = family.noisy(pipeline.scheduler, latents, noise, torch.tensor([0.01, 0.99]), few_step=False)
+    _, angles = family.noisy(pipeline.scheduler, latents, noise, torch.tensor([0.01, 0.99]))
     assert 0 < angles[0] < 0.2
     assert 1.4 < angles[1] < 1.5708
 
 
-def test_flux_before_its_distillation_is_trained_at_all_levels(load) -> None:
+_SCHNELL, _TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0}, {"num_inference_steps": 8, "guidance_scale": 0.0}
+_OWN_CALLS: dict[str, dict[str, Any]] = {
+    "flux": _SCHNELL,
+    "z-image": _TURBO,
+    "flux2-klein": {"num_inference_steps": 4, "guidance_scale": 1.0},
+    "qwen-image": {"negative_prompt": " "},
+}
+
+
+def test_a_model_without_a_recipe_is_called_as_it_is_meant(model: str, family_and_pipeline) -> None:
+    """Distilled ones in their few steps; Qwen-Image with the negative prompt without which it does not guide."""
+    family, pipeline = family_and_pipeline
+    size = family.native_size(component_configs(pipeline))
+    assert family.own_call(pipeline) == {**size, **_OWN_CALLS.get(model, {})}
+
+
+def test_a_model_that_was_not_distilled_has_the_calls_own_steps(load) -> None:
+    klein, z_image = load("flux2-klein"), load("z-image")
+    klein.register_to_config(is_distilled=False)
+    z_image.scheduler.register_to_config(shift=6.0)
+    for name, pipeline in (("flux2-klein", klein), ("z-image", z_image)):
+        assert get_family(name).own_call(pipeline).keys() == {"height", "width"}
+
+
+@pytest.mark.parametrize("steps", [0, 9, 28])
+def test_a_sampler_of_many_steps_trains_all_levels(steps: int, load) -> None:
     latents, noise = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
     progress = torch.tensor([0.5, 0.8413447])
-    _, timestep = get_family("flux").noisy(load("flux").scheduler, latents, noise, progress, few_step=False)
+    _, timestep = get_family("flux").noisy(load("flux").scheduler, latents, noise, progress, steps)
     assert timestep.tolist() == pytest.approx([500, 731.0586], abs=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_few_steps_are_trained_at_their_own_times(model: str, steps: int, family_and_pipeline, monkeypatch) -> None:
+    """Whatever the recipe's number of them, shifted as the sampler shifts them for this size."""
+    family, pipeline = family_and_pipeline
+    call = changed_call(type(pipeline).__name__, call_of(model, pipeline), {"num_inference_steps": steps})
+    times: list[Tensor] = []
+    own = type(pipeline.scheduler).set_timesteps
+
+    @functools.wraps(own)  # calls look at its arguments
+    def kept(scheduler: Any, *given: Any, **named: Any) -> None:
+        own(scheduler, *given, **named)
+        times.append(scheduler.timesteps[:steps])
+
+    monkeypatch.setattr(type(pipeline.scheduler), "set_timesteps", kept)
+    pipeline(prompt="red", output_type="latent", **call)
+    latents = torch.zeros(steps, *family.latent_shape(component_configs(pipeline), (call["height"], call["width"])))
+    progress = (torch.arange(steps, 0, -1) - 0.5) / steps
+    _, trained = family.noisy(pipeline.scheduler, latents, latents, progress, family.sampler_steps(call))
+    assert trained.tolist() == pytest.approx(times[0].tolist(), rel=1e-4)
 
 
 def test_flux_packs_and_places_tokens_as_diffusers_does() -> None:

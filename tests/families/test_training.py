@@ -51,7 +51,7 @@ def distilled(recipe: Recipe, output: Path) -> tuple[Any, dict[str, Any], list[d
     """The student after the recipe's steps, its tensors before them, and the log."""
     pipeline = load_pipeline(recipe.teacher)
     splits = cached_splits(recipe, pipeline)
-    draws = Draws(FAMILIES[recipe.family], pipeline.scheduler, recipe.seed)
+    draws = Draws(FAMILIES[recipe.family], pipeline.scheduler, recipe.generation, recipe.seed)
     student = prepare_student(recipe, pipeline.transformer, splits["train"], draws)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     distill(recipe, student, pipeline.transformer, splits, draws, output, Accelerator(), resume=False, progress=False)
@@ -64,7 +64,7 @@ def test_a_teacher_in_half_the_memory_predicts_the_same(family: str, fields_of) 
     recipe = Recipe(**{**fields_of(family), "mixed_precision": "bf16", "initialization": "nearest"})
     pipeline = load_pipeline(recipe.teacher)
     splits, teacher = cached_splits(recipe, pipeline), pipeline.transformer
-    draws = Draws(FAMILIES[recipe.family], pipeline.scheduler, recipe.seed)
+    draws = Draws(FAMILIES[recipe.family], pipeline.scheduler, recipe.generation, recipe.seed)
     student = prepare_student(recipe, teacher, splits["train"], draws)
     inputs = draws.training(splits["train"], 0, recipe.batch_size)
     predictions, bytes_of_layers = [], []
@@ -115,7 +115,7 @@ def test_loss_weighting_counts_errors_by_what_the_sampler_makes_of_them(family: 
     assert Recipe(**fields | {"method": "lsq-qat"}).loss_weighting == "none"
 
     pipeline = load_pipeline(recipe.teacher)
-    draws = Draws(FAMILIES[family], pipeline.scheduler, recipe.seed)
+    draws = Draws(FAMILIES[family], pipeline.scheduler, recipe.generation, recipe.seed)
     inputs = draws.training(cached_splits(recipe, pipeline)["train"], 0, recipe.batch_size)
     with torch.no_grad():
         errors = (draws.predict(student, inputs) - draws.predict(pipeline.transformer, inputs)).square().flatten(1)

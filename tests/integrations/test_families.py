@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fbqat_hub import FBQATConfig
-from fbqat_hub.families import FAMILIES, component_configs
+from fbqat_hub.families import FAMILIES
 from fbqat_hub.pipelines import load_pipeline
 from fbqat_hub.quantization import PackedLayer, named_layers, stored_bits_per_weight
 from fbqat_hub.quantization.convert import matches, quantizable
@@ -79,5 +79,6 @@ def test_conversion_says_what_it_made(converted, teacher_of) -> None:
     family, folder = converted
     recipe = load_recipe(folder / "recipe.yaml")
     assert (recipe.family, recipe.method, recipe.teacher) == (family, "ptq-mse", str(teacher_of(family)))
-    assert recipe.generation == FAMILIES[family].native_size(component_configs(load_pipeline(folder)))
+    assert recipe.generation == FAMILIES[family].own_call(load_pipeline(folder))
+    assert recipe.evaluation.inference_steps == recipe.generation.get("num_inference_steps", 20)
     assert DiffusionPipeline.load_config(folder)["_class_name"] == FAMILIES[family].pipeline_class

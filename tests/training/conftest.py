@@ -69,7 +69,7 @@ def scene_of(recipe_of: Callable[..., Recipe]) -> Callable[..., Scene]:
     def make(**changes: Any) -> Scene:
         recipe = recipe_of(**changes)
         pipeline = load_pipeline(recipe.teacher)
-        draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.seed)
+        draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.generation, recipe.seed)
         return Scene(recipe, pipeline.transformer, cached_splits(recipe, pipeline), draws)
 
     return make

@@ -310,7 +310,7 @@ def test_between_gptq_and_end_to_end_on_a_trained_teacher(tmp_path: Path) -> Non
     recipe = load_recipe("sana-tiny", training="blockwise", seed=1)
     teacher = load_teacher(recipe)
     splits = cached_splits(recipe, teacher)
-    draws = Draws(get_family("sana"), teacher.scheduler, recipe.seed)
+    draws = Draws(get_family("sana"), teacher.scheduler, recipe.generation, recipe.seed)
 
     def loss(student: nn.Module) -> float:
         return statistics.fmean(held_out_loss(student.eval(), teacher.transformer, splits["test"], draws, repeats=2))

@@ -13,8 +13,8 @@ from fbqat_hub.training.loss import held_out_loss, mean_squared
 
 def held_out(scene, batch_size: int, seed: int = 0, draws: int = 2) -> dict[str, Tensor]:
     """Every held-out input of the training split, in the order of the draws."""
-    drawn = Draws(get_family("sana"), scene.draws.scheduler, seed).held_out(scene.splits["train"], draws, batch_size)
-    batches = list(drawn)
+    drawn = Draws(get_family("sana"), scene.draws.scheduler, {}, seed)
+    batches = list(drawn.held_out(scene.splits["train"], draws, batch_size))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -23,12 +23,12 @@ def test_every_draw_has_random_numbers_of_its_own(scene_of) -> None:
     scene = scene_of()
     split, scheduler, noisy = scene.splits["test"], scene.draws.scheduler, []
     for seed in (0, 1, 2):
-        draws = Draws(get_family("sana"), scheduler, seed)
+        draws = Draws(get_family("sana"), scheduler, {}, seed)
         noisy += [draws.training(split, step, 1) for step in (0, 1, 2, 3)]
         noisy += list(draws.calibration(split, 2))
     noisy += list(draws.held_out(split, 2, 1))
     assert len({float(inputs["hidden_states"].sum()) for inputs in noisy}) == len(noisy) == 20
-    again = Draws(get_family("sana"), scheduler, 0).training(split, 0, 1)
+    again = Draws(get_family("sana"), scheduler, {}, 0).training(split, 0, 1)
     assert torch.equal(again["hidden_states"], noisy[0]["hidden_states"])
 
 

@@ -33,7 +33,7 @@ def test_the_real_loop_takes_what_was_computed(
     computed = step_memory(recipe, configs_of(recipe.teacher))
     pipeline = load_pipeline(recipe.teacher)
     splits = cached_splits(recipe, pipeline)
-    draws = Draws(get_family(recipe.family), pipeline.scheduler, 0)
+    draws = Draws(get_family(recipe.family), pipeline.scheduler, recipe.generation, 0)
     teacher = pipeline.transformer
     student = prepare_student(recipe, teacher, splits["train"], draws)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

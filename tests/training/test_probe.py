@@ -35,7 +35,7 @@ class Bench:
         pipeline = load_pipeline(self.recipe.teacher)
         train = cached_splits(self.recipe, pipeline)["train"]
         self.teacher, self.splits = pipeline.transformer, {"train": train, "validation": train}
-        self.draws = Draws(get_family("sana"), pipeline.scheduler, self.recipe.seed)
+        self.draws = Draws(get_family("sana"), pipeline.scheduler, self.recipe.generation, self.recipe.seed)
 
     def student(self, **changes: Any) -> Any:
         return prepare_student(replace(self.recipe, **changes), self.teacher, self.splits["train"], self.draws)

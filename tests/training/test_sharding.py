@@ -249,7 +249,7 @@ def test_a_student_made_block_by_block_has_the_same_numbers(
     teacher = pipeline.transformer
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     splits = cached_splits(recipe, pipeline)
-    draws = Draws(get_family(name), pipeline.scheduler, recipe.seed)
+    draws = Draws(get_family(name), pipeline.scheduler, recipe.generation, recipe.seed)
     whole = prepare_student(recipe, teacher, splits["train"], draws)
     streamed = streamed_denoiser(recipe)
     blocks, skeleton = prepare_student_by_blocks(recipe, streamed, splits["train"], draws, Accelerator(cpu=True))

@@ -149,7 +149,7 @@ def test_a_teacher_that_overflows_is_refused(prompted, tiny_sana: Path) -> None:
 def test_draws_depend_on_their_key_alone(half: str, prompted, tiny_sana: Path) -> None:
     recipe, pipeline = prompted(mixed_precision=half), load_pipeline(tiny_sana)
     split = cached_splits(recipe, pipeline)["train"]
-    draws = Draws(FAMILIES["sana"], pipeline.scheduler, 1)
+    draws = Draws(FAMILIES["sana"], pipeline.scheduler, {}, 1)
     whole, part = draws.training(split, 3, 8), draws.training(split, 3, 8, slice(2, 5))
     assert all(torch.equal(whole[name][2:5], part[name]) for name in whole)
     assert whole["encoder_hidden_states"].dtype == torch.float32  # of states with the prompt and without it

@@ -32,7 +32,7 @@ def test_half_a_bit_where_it_matters_lowers_the_loss(recipe_fields: dict[str, An
         recipe = Recipe(**{**recipe_fields, "quantization": {"average_bits": average}})
         pipeline = load_pipeline(recipe.teacher, torch.float32)
         splits = cached_splits(recipe, pipeline)
-        draws = Draws(get_family("sana"), pipeline.scheduler, recipe.seed)
+        draws = Draws(get_family("sana"), pipeline.scheduler, recipe.generation, recipe.seed)
         student = prepare_student(recipe, pipeline.transformer, splits["train"], draws)
         layers = [layer for _, layer in named_layers(student, FakeQuantizedLinear)]
         assert {layer.bit_width for layer in layers} == ({4.0} if average is None else {4.0, 8.0})
