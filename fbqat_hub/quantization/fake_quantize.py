@@ -18,7 +18,7 @@ import math
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fbqat_hub.quantization.rounding import NEAREST, Rounding
 
@@ -98,26 +98,61 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, low: Width, high: Width, rounding: Rounding) -> Tensor:
         ctx.low, ctx.high, ctx.rounding = float(low), float(high), rounding
-        steps = (weight / scale).clamp_(ctx.low, ctx.high)
-        on_grid = rounding.forward(steps).mul_(scale)
+        on_grid = torch.empty_like(weight)
+        for rows in _parts(weight, scale):
+            part = torch.div(weight[rows], scale[rows], out=on_grid[rows]).clamp_(ctx.low, ctx.high)
+            torch.mul(rounding.forward(part), scale[rows], out=part)
         ctx.save_for_backward(weight, scale, on_grid)  # all of them alive anyway: a training step holds no copy of v
         return on_grid
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, on_grid = ctx.saved_tensors
-        low, high = ctx.low, ctx.high
-        steps = weight / scale
-        through = ctx.rounding.backward(pass_inside(grad, steps, low, high), steps)
+        low, high, rounding = ctx.low, ctx.high, ctx.rounding
 
-        grad_scale, grad_low, grad_high = None, None, None
-        if ctx.needs_input_grad[1]:
-            grad_scale = (grad * on_grid).sub_(through * weight).sum_to_size(scale.shape) / scale
+        def of(rows: Any) -> tuple[Tensor, Tensor | None]:
+            part, own, passed = weight[rows], scale[rows], grad[rows]
+            steps = part / own
+            through = rounding.backward(pass_inside(passed, steps, low, high), steps)
+            if not ctx.needs_input_grad[1]:
+                return through, None
+            return through, (passed * on_grid[rows]).sub_(through * part).sum_to_size(own.shape) / own
+
+        first, *others = _parts(weight, scale)
+        through, grad_scale = of(first)
+        if others:
+            through, grad_scale = _room(through, weight), grad_scale if grad_scale is None else _room(grad_scale, scale)
+            for rows in others:
+                through[rows], of_scale = of(rows)
+                if grad_scale is not None and of_scale is not None:
+                    grad_scale[rows] = of_scale
+        grad_low, grad_high = None, None
         if ctx.needs_input_grad[2]:
-            grad_low = torch.where(steps < low, grad * scale, 0).sum()
+            grad_low = torch.where(weight / scale < low, grad * scale, 0).sum()
         if ctx.needs_input_grad[3]:
-            grad_high = torch.where(steps > high, grad * scale, 0).sum()
+            grad_high = torch.where(weight / scale > high, grad * scale, 0).sum()
         return through, grad_scale, grad_low, grad_high, None
+
+
+def _room(first: Tensor, whole: Tensor) -> Tensor:
+    """A tensor like ``whole`` that begins with the rows ``first``."""
+    made = torch.empty_like(whole)
+    made[: len(first)] = first
+    return made
+
+
+# Bytes of a weight that a CPU quantizes at a time: what comes in between stays in its cache.
+_CACHED = 2**20
+
+
+def _parts(weight: Tensor, scale: Tensor) -> list[Any]:
+    """Rows of a weight that are computed one after the other; all of them at once but on a CPU."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"  # no fake, no shared-out tensor
+    by_row = scale.ndim == weight.ndim and scale.shape[:1] == weight.shape[:1]
+    if not plain or not by_row or weight.nbytes <= _CACHED:
+        return [...]
+    count = max(1, len(weight) * _CACHED // weight.nbytes)
+    return [slice(first, first + count) for first in range(0, len(weight), count)]
 
 
 def _checked(bit_width: Width) -> Width:

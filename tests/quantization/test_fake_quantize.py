@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import getmodule as module_of
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,29 @@ class TestClipAndWidthGradient:
         moved = width.item() - start
         assert (moved < -0.5) if price else (moved > 0.05)
         assert 2 <= width.item() <= 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 1), (1, 1), (), (5,), (7, 5), (1, 5)], ids=str)
+@pytest.mark.parametrize("ewgs", [0.0, 0.2])
+def test_a_large_weight_is_quantized_in_parts_to_the_bit(
+    shape: tuple[int, ...], dtype: torch.dtype, ewgs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the clip's shape; also a square weight, whose clip of one dimension is of its columns."""
+
+    def made(height: int) -> list[Tensor]:
+        weight = normal(height, 5, dtype=torch.float32).to(dtype).requires_grad_()
+        own = tuple(height if size == 7 else size for size in shape)
+        clip = (0.3 + normal(*own, seed=2, dtype=torch.float32).abs()).to(dtype).requires_grad_()
+        on_grid = fake_quantize(weight, clip, 4, rounding=Rounding(ewgs))
+        return [on_grid, *gradients(on_grid, normal(height, 5, seed=1).to(dtype), weight, clip)]
+
+    for height in (7, 5):
+        whole = made(height)
+        with monkeypatch.context() as patch:
+            patch.setattr(module_of(fake_quantize), "_CACHED", 2 * 5 * dtype.itemsize)
+            parts = made(height)
+        assert all(map(torch.equal, whole, parts))
 
 
 def test_where_the_map_is_differentiable_its_gradient_is_the_numerical_one() -> None:
