@@ -56,6 +56,7 @@ def export_run(
     *,
     soc: str | Sequence[str] = "sm8750",
     precision: str = "w4a8",
+    target_db: float | None = None,
     a16: Sequence[str] = (),
     graphs: int = 1,
     prompts: Sequence[str] = (),
@@ -77,7 +78,7 @@ def export_run(
     Args:
         run: folder of a run, or a folder or Hub id of any packed pipeline.
         output: must not exist, or be empty.
-        soc, precision, a16, graphs: as ``export_bundle``.
+        soc, precision, target_db, a16, graphs: as ``export_bundle``.
         prompts: to calibrate on and to generate; the recipe's if there are none.
         tune: steps of training the QDQ graph towards the recipe's teacher on training samples, before it is compiled.
         pictures: generated with the emulator in the loop, of the first prompts.
@@ -90,7 +91,7 @@ def export_run(
     """
     check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile, samples=samples)
     check_tuning(tune, graphs)
-    precision_named(precision)
+    precision_named(precision, target_db=target_db)
     check_source(run)
     denoiser = Path(run) / "transformer" / "config.json"
     if denoiser.is_file() and "quantization_config" not in read_json(denoiser):
@@ -129,6 +130,7 @@ def export_run(
         held_out=data.held_out if data else None,
         soc=soc,
         precision=precision,
+        target_db=target_db,
         a16=a16,
         graphs=graphs,
         pictures=min(pictures, len(shown)),

@@ -191,6 +191,12 @@ def compiling(sub: argparse.ArgumentParser) -> None:
         help="weights and activations (default: w4a8; w8a8 and w8a16: the same 4-bit codes, stored one per byte; auto: "
         "8 bits where they cost least)",
     )
+    sub.add_argument(
+        "--target-db",
+        type=float,
+        metavar="DB",
+        help="with --precision auto: the output's SQNR to torch that 8 bits must leave (default: 25)",
+    )
     list_option(sub, "--a16", "PATTERN", "layers at 16 activation bits, e.g. '*.attn2.*'")
     sub.add_argument(
         "--graphs", type=number(1, 1000), default=1, metavar="N", help="split the model into N graphs (default: 1)"
@@ -236,5 +242,8 @@ def compiling(sub: argparse.ArgumentParser) -> None:
         "wrong ops in the first block of the denoiser only, emulate the first of several graphs of a text encoder or "
         "decoder only, and generate no picture on the emulator",
     )
-    of_htp = ("soc", "precision", "a16", "graphs", "prompts", "images", "tune", "decoder_tile", "samples", "quick")
+    of_htp = (
+        "soc", "precision", "target_db", "a16", "graphs", "prompts", "images", "tune", "decoder_tile", "samples",
+        "quick",
+    )  # fmt: skip
     sub.set_defaults(of_htp={name: sub.get_default(name) for name in of_htp})

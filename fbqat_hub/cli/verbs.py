@@ -215,6 +215,7 @@ def export(options: argparse.Namespace) -> None:
         output,
         soc=options.soc if len(options.soc) > 1 else (options.soc or [DEFAULT_SOC])[0],
         precision=options.precision,
+        target_db=options.target_db,
         a16=options.a16,
         graphs=options.graphs,
         prompts=prompts,

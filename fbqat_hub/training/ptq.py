@@ -142,9 +142,8 @@ def convert_pipeline(
         "quantization": dict(settings or {}),
         "text_encoders": text_encoders,
         "generation": whole_call,
+        "evaluation": {"inference_steps": family.sampler_steps(whole_call)},
     }
-    if "num_inference_steps" in whole_call:  # as it is evaluated, too
-        fields["evaluation"] = {"inference_steps": whole_call["num_inference_steps"]}
     if gptq:
         fields |= {"gptq": {"samples": gptq.samples}, "calibration_prompts": len(gptq.prompts[: gptq.samples])}
     if lora:

@@ -80,5 +80,5 @@ def test_conversion_says_what_it_made(converted, teacher_of) -> None:
     recipe = load_recipe(folder / "recipe.yaml")
     assert (recipe.family, recipe.method, recipe.teacher) == (family, "ptq-mse", str(teacher_of(family)))
     assert recipe.generation == FAMILIES[family].own_call(load_pipeline(folder))
-    assert recipe.evaluation.inference_steps == recipe.generation.get("num_inference_steps", 20)
+    assert recipe.evaluation.inference_steps == FAMILIES[family].sampler_steps(recipe.generation)
     assert DiffusionPipeline.load_config(folder)["_class_name"] == FAMILIES[family].pipeline_class

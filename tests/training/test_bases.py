@@ -23,7 +23,9 @@ PUBLISHED = {
     "flux-schnell": {"transformer": 11891, "text_encoder": 123},
     "flux-dev": {"transformer": 11901},
     "flux2-klein-4b": {"transformer": 3876, "text_encoder": 4022},
+    "flux2-klein-base-4b": {"transformer": 3876},
     "z-image-turbo": {"transformer": 6155},
+    "z-image": {"transformer": 6155},
     "qwen-image": {"transformer": 20430, "text_encoder": 8292},
 }
 

@@ -67,6 +67,7 @@ def export_bundle(
     held_out: Sequence[Item] | None = None,
     soc: str | Sequence[str] = "sm8750",
     precision: str = "w4a8",
+    target_db: float | None = None,
     a16: Sequence[str] = (),
     graphs: int = 1,
     pictures: int = 2,
@@ -95,7 +96,8 @@ def export_bundle(
         soc: a key of `TARGETS`. Of several there is a bundle each, `output_dir/<soc>`, and a table of them in
             `output_dir/README.md`; what does not depend on the target is made once.
         progress: as `export_htp`.
-        precision: a key of `PRESETS`, or "auto": 8 bits wherever the output's SQNR keeps `TARGET_DB`.
+        precision: a key of `PRESETS`, or "auto": 8 bits wherever the output's SQNR keeps `target_db`.
+        target_db: of "auto", from 15 to 60 dB; `precision.TARGET_DB` if None.
         a16: fnmatch patterns of further layers at 16 activation bits.
         graphs: as `export_htp`; the runner runs them in the manifest's order (`denoiser`).
         pictures: how many, at least 1.
@@ -121,7 +123,7 @@ def export_bundle(
     asked = {"graphs": graphs, "pictures": pictures, "decoder_tile": decoder_tile, "samples": samples}
     targets = check_asked(output_dir, soc, **asked)
     check_tuning(tuning.steps if tuning else 0, graphs)
-    chosen, target_db = precision_named(precision, a16)
+    chosen, target_db = precision_named(precision, a16, target_db)
     if pictures > len(prompts):
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
     if len(prompts) < 2 and (calibration is None or held_out is None):

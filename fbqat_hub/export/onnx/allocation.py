@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fbqat_hub.evaluation.metrics import sqnr_db
+from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.onnx.calibration import Ranges
 from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph
 from fbqat_hub.export.onnx.precision import TARGET_DB, VIEW_OPS, Precision, op_kind
@@ -95,7 +96,10 @@ def allocate(
     Returns:
         The precision, and a report: `target_db`, `all_at_16_db`, `reached_db`, `share_at_16` (of the cost of all
         candidates), and `candidates`, most noise for the cost first: `name`, `cost`, `alone_db` (the SQNR with 8 bits
-        there and 16 elsewhere), `bits`. Where even 16 bits everywhere miss the target, nothing is lowered.
+        there and 16 elsewhere), `bits`. Where even 16 bits everywhere miss `TARGET_DB`, nothing is lowered.
+
+    Raises:
+        ExportError: another target, which even 16 bits everywhere miss.
     """
 
     def with_low(low: Sequence[Candidate]) -> Precision:
@@ -110,6 +114,11 @@ def allocate(
 
     found = [each for each in candidates(graph) if not (each.is_layers and matches(each.name, start.a16_layers))]
     ceiling = measured([])
+    if ceiling < target_db and target_db != TARGET_DB:
+        raise ExportError(
+            f"target_db is {target_db:g}, and with 16 bits everywhere the output keeps {ceiling:.1f} dB; ask for less, "
+            "or take precision w4a16"
+        )
     alone = {candidate: measured([candidate]) for candidate in found}
     order = sorted(found, key=lambda each: (10 ** (-alone[each] / 10) - 10 ** (-ceiling / 10)) / each.cost)
     # The noise grows with the number lowered: the most that keep the target, by bisection.

@@ -91,29 +91,39 @@ PRESETS = {
 }
 
 
-#: SQNR in dB of the exact CPU reference to the packed torch model that `auto` keeps.
+#: SQNR in dB of the exact CPU reference to the packed torch model that `auto` keeps if nothing else is asked for.
 TARGET_DB = 25.0
+#: What can be asked for: less does not pass the certificate's gates, more no graph has.
+_TARGETS_DB = (15.0, 60.0)
 #: What `precision_named` takes.
 NAMES = (*PRESETS, "auto")
 
 
-def precision_named(name: str, a16: Sequence[str] = ()) -> tuple[Precision, float | None]:
+def precision_named(
+    name: str, a16: Sequence[str] = (), target_db: float | None = None
+) -> tuple[Precision, float | None]:
     """A preset with further layers at A16, and the SQNR that activation bits are chosen for (None: they are not).
 
     Args:
-        name: one of `NAMES`; "auto" is W4A8 with 8 bits wherever the output keeps `TARGET_DB`.
+        name: one of `NAMES`; "auto" is W4A8 with 8 bits wherever the output keeps the target.
         a16: fnmatch patterns of layer names, e.g. "transformer_blocks.0.*".
+        target_db: of "auto", from 15 to 60; `TARGET_DB` if None.
 
     Raises:
-        ExportError: another name.
+        ExportError: another name, or a target out of range or of another precision than "auto".
 
     >>> precision_named("w4a16", ["proj_in"])[0].a16_layers
     ('proj_in',)
     """
     if name not in NAMES:
         raise ExportError(f"unknown precision {name!r}; known: {', '.join(NAMES)}")
+    if target_db is not None and name != "auto":
+        raise ExportError(f"target_db is {target_db:g}, and precision is {name}; a target is for precision auto only")
+    least, most = _TARGETS_DB
+    if target_db is not None and not least <= target_db <= most:
+        raise ExportError(f"target_db is {target_db:g}; allowed: {least:g} to {most:g}")
     preset = PRESETS["w4a8" if name == "auto" else name]
-    return replace(preset, a16_layers=tuple(a16)), TARGET_DB if name == "auto" else None
+    return replace(preset, a16_layers=tuple(a16)), (target_db or TARGET_DB) if name == "auto" else None
 
 
 def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:

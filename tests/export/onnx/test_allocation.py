@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fbqat_hub.evaluation.metrics import sqnr_db
+from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.onnx.allocation import allocate, candidates
 from fbqat_hub.export.onnx.calibration import Ranges, calibrate
 from fbqat_hub.export.onnx.float_graph import FloatGraph, as_feed, packed_layers, runnable
@@ -77,5 +78,7 @@ def test_what_costs_most_noise_keeps_16_bits_and_the_target_holds(outlier_sana: 
     assert {row["bits"] for row in rows} == {8, 16}
     assert set(precision.a16_layers) > set(START.a16_layers)
     assert 0 < report["share_at_16"] < 1
+    with pytest.raises(ExportError, match=r"target_db is 59, and with 16 bits everywhere the output keeps \d\d\.\d dB"):
+        allocate(graph, ranges, feeds, expected, start=START, target_db=59.0)
     session = exact_session(insert_qdq(graph, ranges, precision))
     assert sqnr_db(expected, [session.run(None, feed)[0] for feed in feeds]) >= target
