@@ -303,6 +303,11 @@ def read_index(folder: Path) -> tuple[str, dict[str, Component]]:
     return index["_class_name"], components
 
 
+def left_out(folder: Path) -> list[str]:
+    """The names of the parts that a pipeline's ``model_index.json`` says it goes without."""
+    return [name for name, value in read_json(folder / INDEX).items() if value == [None, None]]
+
+
 def check_pipeline(folder: Path, variant: str | None = None) -> dict[str, Component]:
     """Refuse a folder that is not a whole pipeline, before any of it is loaded.
 
@@ -330,7 +335,7 @@ def check_pipeline(folder: Path, variant: str | None = None) -> dict[str, Compon
 
 
 def _required(class_name: str) -> set[str]:
-    """The parts that a pipeline cannot do without; of several text encoders, all but the first can be left out."""
+    """The parts that a pipeline cannot do without. A third text encoder can be left out: SD3.5 goes without its T5."""
     import diffusers
 
     kind: Any = getattr(diffusers, class_name, None)
@@ -339,7 +344,7 @@ def _required(class_name: str) -> set[str]:
     parameters = inspect.signature(kind.__init__).parameters
     needed = {name for name, each in parameters.items() if each.default is each.empty} - {"self"}
     needed -= set(getattr(kind, "_optional_components", ()))
-    return {name for name in needed if not re.fullmatch(r"(text_encoder|tokenizer)_\d", name)}
+    return {name for name in needed if not re.fullmatch(r"(text_encoder|tokenizer)_3", name)}
 
 
 def _whole_numbers(model: Any, weights: Weights) -> list[str]:

@@ -15,7 +15,16 @@ import torch
 from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-from fbqat_hub.components import INDEX, Component, check_pipeline, quiet, read_index, refusing, variant_files
+from fbqat_hub.components import (
+    INDEX,
+    Component,
+    check_pipeline,
+    left_out,
+    quiet,
+    read_index,
+    refusing,
+    variant_files,
+)  # fmt: skip
 from fbqat_hub.files import usual_modes, whole
 from fbqat_hub.hub.client import HubError, step
 from fbqat_hub.hub.manifest import check_component
@@ -183,6 +192,7 @@ def load_pipeline(
     for name, part in read_index(folder)[1].items():
         if name not in components:
             components[name] = part.load(dtype, variant, meta=meta)
+    components = {**dict.fromkeys(left_out(folder)), **components}  # from_pretrained has to be told
     with refusing(folder), quiet():
         return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **components)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -82,3 +83,17 @@ def test_conversion_says_what_it_made(converted, teacher_of) -> None:
     assert recipe.generation == FAMILIES[family].own_call(load_pipeline(folder))
     assert recipe.evaluation.inference_steps == FAMILIES[family].sampler_steps(recipe.generation)
     assert DiffusionPipeline.load_config(folder)["_class_name"] == FAMILIES[family].pipeline_class
+
+
+def test_a_third_text_encoder_can_be_left_out(teacher_of, tmp_path: Path) -> None:
+    """SD3.5 without its T5, as diffusers' own documentation has it for small memory; diffusers has to be told again."""
+    without = {"text_encoder_3": None, "tokenizer_3": None}
+    DiffusionPipeline.from_pretrained(teacher_of("sd3"), **without).save_pretrained(tmp_path / "float")
+    folder = convert_pipeline(str(tmp_path / "float"), tmp_path / "packed")
+    pipeline = load_pipeline(folder)
+    assert pipeline.text_encoder_3 is None
+    assert torch.equal(draw(pipeline, "sd3"), draw(DiffusionPipeline.from_pretrained(folder, **without), "sd3"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder_2": [None, None]}))
+    with pytest.raises(ValueError, match="names no text_encoder_2, which a StableDiffusion3Pipeline needs"):
+        load_pipeline(folder)
