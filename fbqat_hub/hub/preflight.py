@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, ModelCard, get_token, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from fbqat_hub.components import read_index
+from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.hub.card_data import UNKNOWN, data_of_run
 from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, step, whoami
 from fbqat_hub.hub.contents import Item, packed_config, recipe_of
@@ -74,7 +75,8 @@ def local_problems(run: Path, items: list[Item], stage: int | None = None) -> li
         *_component_problems(run, folder),
         *_card_problems(folder / CARD, run),
         *_recipe_problems(run, recipe_of(run), paths),
-        *_size_problems(items),
+        *_results_problems(folder / "results.json"),
+        *size_problems(items),
     ]
 
 
@@ -232,7 +234,16 @@ def _card_remedy(run: Path) -> str:
     )
 
 
-def _size_problems(items: list[Item]) -> Iterator[str]:
+def _results_problems(results: Path) -> Iterator[str]:
+    try:
+        if results.is_file():
+            read_records(results)
+    except ValueError as error:
+        yield str(error)
+
+
+def size_problems(items: list[Item]) -> Iterator[str]:
+    """What is too large for the Hub or its readers, and what is empty."""
     for item in items:
         if item.size > _MAX_FILE:
             yield f"{item.path} has {item.size / 1e9:.1f} GB; the limit is 50: save it in shards (max_shard_size)."

@@ -101,6 +101,8 @@ def test_every_problem_is_said_at_once(hub: LoopbackHub, run: Path, style: Path)
     (style / "README.md").write_text(CARD.replace("---\n", "---\nbase_model: my base\n", 1))
     hub.fail("validate", 400)
     assert f"does not take the front matter of {STYLE}'s README.md: " in problems_of(style, base=REPO)
+    (style / "night.png").write_bytes(b"")
+    assert "night.png is empty; make it again, or remove it" in problems_of(style, base=REPO)
     (style / "README.md").unlink()
     assert "README.md is missing. Run: fbqat lora check " in problems_of(style, base=REPO)
     assert list(hub.repositories) == [REPO]

@@ -199,6 +199,19 @@ def test_no_local_path_reaches_the_card(run: Path, tmp_path: Path) -> None:
     assert metadata_load(path)["base_model"] == "sana-tiny"
 
 
+def test_a_path_that_yaml_wrote_in_two_lines_is_cut_too(run: Path) -> None:
+    """As it does at a space of a long one; and none is cut where another begins the same."""
+    folder = "/home/ada/" + "a long name " * 10 + "x/it's"
+    recipe = RECIPE | {"teacher": f"{folder}/my sana", "dataset": {"path": "imagefolder", "data_dir": folder}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert len((run / "recipe.yaml").read_text().splitlines()) > len(yaml.safe_dump(RECIPE).splitlines()) + 1
+    text = write_card(run).read_text()
+    assert "/home/ada" not in text
+    assert "a long name" not in text
+    assert re.search(r"^teacher: my sana$", text, re.MULTILINE)
+    assert re.search(r"^  data_dir: .*it'+s'?$", text, re.MULTILINE)
+
+
 def test_results_are_of_the_prompts_that_they_were_measured_on(run: Path) -> None:
     """Pictures of --prompts mjhq-30k say nothing of the data set that the recipe names."""
     measured = record("fbqat", "psnr", 30.0, extra={"prompts": "mjhq-30k"})

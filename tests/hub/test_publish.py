@@ -206,6 +206,7 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
             "transformer has no safetensors, but diffusion_pytorch_model.bin",
         ),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("license")), "the base model's licence is unknown"),
+        (lambda run: (run / "results.json").write_text("{"), "results.json is not JSON"),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("family")), "recipe.yaml lacks family"),
         (
             lambda run: change(run / "recipe.yaml", lambda it: it.update(license="cc-by-nc-nd-4.0")),
