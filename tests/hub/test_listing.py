@@ -64,7 +64,8 @@ def test_local_ones_are_shown_without_a_hub(hub: LoopbackHub, run: Path, monkeyp
     [
         "tags: [fbqat]",
         'tags: [fbqat, 5, null, "\\e[31mred"]',
-        "tags: [fbqat]\nmodel-index: [{name: x, results: [{metrics: [{type: psnr, value: 25.9 dB}, {value: 1}]}]}, 7]",
+        "tags: [fbqat]\nmodel-index: [{name: x, results: [{task: {type: t}, dataset: {name: d, type: d}, "
+        "metrics: [{type: psnr, value: 25.9 dB}]}]}]",
         "tags: [fbqat]\nmodel-index: {a: 1}",
     ],
 )
