@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fbqat_hub.config import unknown_key_error
+from fbqat_hub.inputs import MAX_SEED
 
 Made = TypeVar("Made")
 
@@ -31,6 +32,7 @@ Text = Annotated[str, Field(strict=True, pattern=r"\S", description="text that i
 Texts = Annotated[list[Text], Field(description="a list of texts that are not empty")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Whole = Annotated[int, Field(strict=True, ge=0, le=MOST, description=f"a whole number of at least 0, at most {MOST}")]
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
 Count = Annotated[int, Field(strict=True, ge=1, le=MOST, description=f"a whole number of at least 1, at most {MOST}")]
 Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number of at least 0")]
 Options = Annotated[dict[str, Any], Field(description="a mapping of keys to values")]

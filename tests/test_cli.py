@@ -131,6 +131,8 @@ def test_an_option_of_export_is_not_one_of_convert(capsys) -> None:
         (["plan", "sana-tiny", "--set", "method=ptq-mse"], "method ptq-mse does not train, so there is nothing"),
         (["plan", "sana-tiny", "--measure", "--set", "method=ptq-mse"], "method ptq-mse does not train, so there is"),
         (["plan", "sana-tiny", "--output", "{tmp}/o"], "--output keeps what --measure measures"),
+        (["plan", "sana-tiny", "--measure", "--gpus", "1x24GB"], "--gpus is for what is computed without weights"),
+        (["doctor", "{tmp}/bundles"], "holds a bundle for each chip; give one of them, e.g. {tmp}/bundles/sm8650"),
         (["convert", "{tmp}", "--output", "{tmp}/o"], "{tmp} is not a diffusers pipeline: it has no model_index.json"),
         (["convert", "{tmp}/missing", "--output", "{tmp}/o"], "{tmp}/missing is no folder"),
         (["generate", "{tmp}"], "no prompt"),
@@ -157,6 +159,8 @@ def test_an_option_of_export_is_not_one_of_convert(capsys) -> None:
 def test_error_is_one_line_that_names_the_thing(arguments: list[str], message: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "broken.yaml").write_text("name: [x\nfamily: sana\n")
     (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "bundles" / "sm8650").mkdir(parents=True)
+    (tmp_path / "bundles" / "sm8650" / "manifest.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     status, out, err = run(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert status == 1

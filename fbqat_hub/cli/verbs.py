@@ -45,6 +45,9 @@ def train(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """``fbqat plan``."""
+    if options.measure and (options.gpus or options.seconds_per_step):
+        option = "--gpus" if options.gpus else "--seconds-per-step"
+        raise ValueError(f"{option} is for what is computed without weights; give it without --measure.")
     recipe = _recipe(options)
     if not options.measure:
         if options.output:
@@ -285,6 +288,11 @@ def doctor(options: argparse.Namespace) -> None:
     if options.model and (Path(options.model) / "manifest.json").is_file():
         findings += doctor.diagnose_bundle(Path(options.model), target)
     elif options.model:
+        bundles = sorted(Path(options.model).glob("*/manifest.json"))
+        if bundles and not (Path(options.model) / "model_index.json").exists():
+            raise ValueError(
+                f"{options.model} holds a bundle for each chip; give one of them, e.g. {bundles[0].parent}."
+            )
         from fbqat_hub.pipelines import load_pipeline
 
         findings += doctor.diagnose_pipeline(load_pipeline(options.model))

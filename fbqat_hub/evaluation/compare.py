@@ -59,8 +59,8 @@ def compare(
     Raises:
         NotADirectoryError: ``a`` or ``b`` is no folder, or ``output`` is none.
         ImportError: a library that a metric needs is missing.
-        ValueError: an unknown metric, no pictures, no common names, pairs of two sizes, or no prompts for a metric
-            that needs them.
+        ValueError: an unknown metric, no pictures, no common names, pairs of two sizes or, by ``metadata.jsonl``, of
+            two prompts, or no prompts for a metric that needs them.
     """
     if unknown := [metric for metric in metrics if metric not in COMPARABLE]:
         raise ValueError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(COMPARABLE)}.")
@@ -78,6 +78,13 @@ def compare(
         raise ValueError(
             f"{', '.join(needing)} needs the prompt of each picture, in {a}/metadata.jsonl: "
             '{"file_name": "1.png", "prompt": "red heart"}.'
+        )
+    other = [name for name in names if second.prompts.get(name, prompts.get(name)) != prompts.get(name)]
+    if other and (by_prompt := [metric for metric in metrics if metric in PAIRED or metric in PROMPTED]):
+        raise ValueError(
+            f"{len(other)} of {len(names)} pictures have another prompt in {b} than in {a}, such as {other[0]}: "
+            f"{prompts[other[0]]!r:.80} and {second.prompts[other[0]]!r:.80}. Make both of the same prompts, or leave "
+            f"out {', '.join(by_prompt)}."
         )
     left_out = {"a": len(first.files) - len(names), "b": len(second.files) - len(names)}
     if any(left_out.values()):

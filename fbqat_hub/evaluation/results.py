@@ -147,7 +147,15 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     words = list(sys.argv if argv is None else argv)
     module = getattr(sys.modules["__main__"], "__spec__", None) if argv is None else None
     program = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(words[0]).name]
-    return shlex.join(program + [Path(w).name if Path(w).is_absolute() else w for w in words[1:]])
+    return shlex.join(program + [_without_folders(word) for word in words[1:]])
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command, its absolute path cut to the last part, also that of --option=/path and KEY=/path."""
+    key, equals, value = word.partition("=")
+    if equals and not Path(key).is_absolute():
+        return f"{key}={Path(value).name if Path(value).is_absolute() else value}"
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def now() -> str:
@@ -199,6 +207,12 @@ class Record:
         _check_name("suite", self.suite, SUITES)
         _check_name("method", self.method, METHODS)
         _check_name("metric", self.metric, METRICS)
+        for name, kind in (("family", str), ("command", str), ("versions", Mapping), ("machine", Mapping)):
+            if not isinstance(given := getattr(self, name), kind):
+                needed = "text" if kind is str else "an object of keys and values"
+                raise ValueError(f"{name} of {self.metric} is {given!r:.80}; {needed} is needed.")
+        if not all(isinstance(version, str) for version in self.versions.values()):
+            raise ValueError(f"versions of {self.metric} is {self.versions!r:.80}; texts are needed, such as '2.13.0'.")
         if not self.family or self.family != self.family.lower():
             raise ValueError(f"family is {self.family!r}; a lower-case family name such as 'sana' is needed.")
         unit = METRICS[self.metric].unit

@@ -19,7 +19,7 @@ from fbqat_hub.hub.client import GIT_ATTRIBUTES, remote_files, step
 from fbqat_hub.hub.contents import Item, private_things
 from fbqat_hub.hub.manifest import CARD
 from fbqat_hub.hub.names import is_local, repo_problem
-from fbqat_hub.hub.preflight import account_problems, privacy_problems, remote_state
+from fbqat_hub.hub.preflight import account_problems, hub_card_problems, privacy_problems, remote_state, size_problems
 from fbqat_hub.hub.publish import MAIN, Plan, Target, differing, hashes_of, refuse, table, upload
 from fbqat_hub.text import names
 from fbqat_hub.weights import check_finite, read_header
@@ -61,11 +61,12 @@ def publish_adapter(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; give that of an adapter.")
     items, stay, problems = _collect(folder, repo, base)
-    problems += private_things(items, repo.partition("/")[0])
+    problems += [*size_problems(items), *private_things(items, repo.partition("/")[0])]
     found, is_answered = account_problems(api, repo)
     problems += found
     state = None
     if is_answered:
+        problems += hub_card_problems(repo, items, f"Mend {folder / CARD}.")
         problems += _base_problems(api, items)
         state = remote_state(api, repo)
         if state is not None:

@@ -11,7 +11,7 @@ import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from urllib.parse import quote
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from fbqat_hub.checked import Count, Options, Seed, Texts, checked
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.hub.card_data import FILE, CardData, data_of_run
@@ -51,6 +52,24 @@ PROMPT_DATA = {
     "pixart-eval-30k": "PixArt-alpha/PixArt-Eval30K",
 }
 _NEEDED = ("name", "family", "teacher", "method")
+# Methods whose codes need no data, unless ranges of activations are measured on it.
+_NEAREST = ("ptq-maxabs", "ptq-mse")
+
+
+@checked("quantization")
+class _Bits:
+    weight_bits: Count = 4
+    activation_bits: Count = 8
+
+
+@checked("recipe")
+class _Used:
+    """What else a card reads of a recipe, which may be one of an older version, or written by hand."""
+
+    generation: Options = field(default_factory=dict)
+    prompts: Texts = field(default_factory=list)
+    seed: Seed = 0
+    quantization: _Bits = field(default_factory=_Bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +113,12 @@ class Facts:
 
 
 def _quantization(recipe: Mapping[str, Any], key: str, default: int) -> int:
-    given = recipe.get("quantization")
-    return int(given.get(key, default)) if isinstance(given, Mapping) else default
+    return int(_section(recipe, "quantization").get(key, default))
+
+
+def _section(recipe: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    given = recipe.get(key)
+    return given if isinstance(given, Mapping) else {}
 
 
 def write_card(
@@ -197,18 +220,27 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}; a card needs {', '.join(_NEEDED)}. Add them and run fbqat card again."
         )
-    if recipe["method"] not in METHODS:
+    if not isinstance(recipe["method"], str) or recipe["method"] not in METHODS:
         raise ValueError(f"{path}: unknown method {recipe['method']!r}. Known: {', '.join(METHODS)}.")
+    try:
+        quantization = _section(recipe, "quantization")
+        bits = {item.name: quantization[item.name] for item in fields(_Bits) if item.name in quantization}
+        _Used(
+            **{name: recipe[name] for name in ("generation", "prompts", "seed") if recipe.get(name) is not None},
+            quantization=_Bits(**bits),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return recipe
 
 
 def _front_matter(facts: Facts) -> ModelCardData:
-    recipe, datasets = facts.recipe, _dataset_names(facts.recipe)
+    recipe, datasets = facts.recipe, [name for name in _trained_on(facts.recipe) if _may_be_on_the_hub(name)]
     measured = [
         EvalResult(
             task_type="text-to-image",
-            dataset_type=datasets[0] if datasets else "unnamed",
-            dataset_name=datasets[0] if datasets else "unnamed",
+            dataset_type=_measured_on(group[-1], recipe),
+            dataset_name=_measured_on(group[-1], recipe),
             metric_type=metric,
             metric_name=f"{METRICS[metric].title}{unit_suffix(metric)}",
             metric_value=statistics.fmean(record.value for record in group),
@@ -264,9 +296,10 @@ def _body(facts: Facts) -> str:
         method_title=METHODS[recipe["method"]],
         license=f"[{licence}]({data.license_link})" if data.license_link else licence,
         data=data,
-        datasets=[f"[{name}]({HUB}/datasets/{name})" if "/" in name else name for name in _dataset_names(recipe)],
+        datasets=[f"[{name}]({HUB}/datasets/{name})" if "/" in name else name for name in _trained_on(recipe)],
         code=_code(facts),
         made_by=facts.made_by,
+        made_again=_made_again(recipe),
         source=facts.source,
         notes=data.notes,
         stage=facts.stage,
@@ -295,6 +328,22 @@ def _body(facts: Facts) -> str:
         commands=list(dict.fromkeys(r.command for r in records)),
         versions=records[-1].versions if records else {},
     )
+
+
+def _made_again(recipe: Mapping[str, Any]) -> str:
+    """The command that makes the model again. Training takes no codes that were calibrated on prompts."""
+    count = recipe.get("calibration_prompts")
+    if not count:
+        return "fbqat train recipe.yaml --output run"
+    words = ["fbqat", "convert", public_name(str(recipe["teacher"])), "--output", "run", "--method", "gptq"]
+    words += ["--prompts", "prompts.txt"]
+    if recipe.get("lora"):
+        words += ["--lora", public_name(str(recipe["lora"])), "--lora-scale", str(recipe.get("lora_scale", 1.0))]
+    if average := _section(recipe, "quantization").get("average_bits"):
+        words += ["--average-bits", str(average)]
+    if recipe.get("text_encoders"):
+        words += ["--text-encoders", str(recipe["text_encoders"])]
+    return f"{shlex.join(words)}  # {count} prompts, which are not part of this folder"
 
 
 def _linked(name: str) -> str:
@@ -347,3 +396,23 @@ def _dataset_names(recipe: Mapping[str, Any]) -> list[str]:
         given = given.get("name") or given.get("path") or given.get("prompts")
     names = [public_name(str(name)) for name in (given if isinstance(given, list) else [given]) if name]
     return [PROMPT_DATA.get(name, name) for name in names]
+
+
+def _trained_on(recipe: Mapping[str, Any]) -> list[str]:
+    """The data of the recipe; none for codes that were found without it, as by fbqat convert."""
+    is_static = _section(recipe, "quantization").get("activation_range") == "static"
+    if recipe.get("calibration_prompts") or (recipe["method"] in _NEAREST and not is_static):
+        return []
+    return _dataset_names(recipe)
+
+
+def _may_be_on_the_hub(dataset: str) -> bool:
+    """A folder, a prompt file or a loader such as imagefolder is none; the Hub refuses a card or links elsewhere."""
+    return "/" in dataset or dataset == "openmoji"
+
+
+def _measured_on(record: Record, recipe: Mapping[str, Any]) -> str:
+    """What a record's prompts are of; the recipe's data where it has none."""
+    prompts = record.extra.get("prompts")
+    named = [PROMPT_DATA.get(str(prompts), str(prompts))] if prompts else _dataset_names(recipe)
+    return named[0] if named else "unnamed"

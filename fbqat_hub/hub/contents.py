@@ -40,6 +40,8 @@ _TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_
 _ABSOLUTE = re.compile(
     r"""(?:^|(?<=[\s"'`(=\[,:]))(?:/([\w.@+-]+)(?:/[\w.@+-]+)+|~/[\w.@+-]+|[A-Za-z]:\\\\?\w[^\s"']*)"""
 )
+# the line of the card's code block that loads the model
+_LOADING = re.compile(r'(pipe = DiffusionPipeline\.from_pretrained\()"[^"\n]*"(?:, revision="[^"\n]*")?')
 _COMMON = {"root", "user", "admin", "ubuntu", "debian", "runner", "docker", "localhost"}  # tell nobody who it is
 _HOMES = {"home", "Users", "root", "mnt", "media", "tmp", "private", "scratch", "workspace"}
 
@@ -66,7 +68,7 @@ def collect(run: Path, repo: str, stage: int | None = None) -> tuple[list[Item],
 
     Published are the pipeline, its card, recipe, results and log, the pictures of the card, licence texts and the HTP
     bundle. Checkpoints, caches, samples, hidden and partial files stay. The card's code block is made to load
-    ``repo``; local paths in the recipe are cut to their last part.
+    ``repo``, whatever it was written for; local paths in the recipe are cut to their last part.
 
     A stage is published as a whole pipeline too: the denoiser, card, results and pictures are the stage's, all else but
     the HTP bundle is the run's.
@@ -87,7 +89,7 @@ def collect(run: Path, repo: str, stage: int | None = None) -> tuple[list[Item],
             problems.append(problem)
         elif name == CARD:
             text = path.read_text(encoding="utf-8", errors="replace")
-            items.append(Item(name, text.replace('from_pretrained("."', f"from_pretrained({source}").encode()))
+            items.append(Item(name, _LOADING.sub(lambda found: found[1] + source, text).encode()))
         elif name == "recipe.yaml":
             text = path.read_text(encoding="utf-8", errors="replace")
             items.append(Item(name, without_local_paths(text, recipe_of(run)).encode()))

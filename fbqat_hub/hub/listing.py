@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,11 @@ def downloaded() -> list[Model]:
     for repo in sorted(scan_cache_dir(constants.HF_HUB_CACHE).repos, key=lambda repo: repo.repo_id):
         for revision in repo.revisions:
             if (revision.snapshot_path / MANIFEST).is_file():
-                manifest = read_manifest(revision.snapshot_path)
+                try:
+                    manifest = read_manifest(revision.snapshot_path)
+                except ValueError:  # damaged, of a newer version, or a stranger's; the others are listed all the same
+                    models.append(Model(repo.repo_id, "cache", "", "", revision.size_on_disk, ""))
+                    continue
                 bits = f"W{manifest.weight_bits}A{manifest.activation_bits}"
                 metric = _measured(revision.snapshot_path)
                 models.append(Model(repo.repo_id, "cache", manifest.family, bits, revision.size_on_disk, metric))
@@ -96,12 +100,10 @@ def table(models: Iterable[Model]) -> str:
 
 
 def _of_hub(info: ModelInfo) -> Model:
-    tags = card_value(info.card_data, "tags") or []
+    """Of a card that anybody may have written: what is not as in ours counts for nothing."""
+    given = card_value(info.card_data, "tags")
+    tags = [tag for tag in given if isinstance(tag, str) and tag.isprintable()] if isinstance(given, list) else []
     bits = [tag.upper() for tag in tags if re.fullmatch(r"w\da\d+", tag)]
-    metric = ""
-    for entry in card_value(info.card_data, "model-index") or []:
-        values = {each["type"]: each["value"] for result in entry.get("results", ()) for each in result["metrics"]}
-        metric = metric or _metric(values)
     family = [tag for tag in tags if not _EVERY_CARD.fullmatch(tag)]
     return Model(
         info.id,
@@ -109,8 +111,18 @@ def _of_hub(info: ModelInfo) -> Model:
         family[0] if family else "",
         bits[0] if bits else "",
         info.used_storage or 0,
-        metric,
+        _metric(dict(_values(card_value(info.card_data, "model-index")))),
     )
+
+
+def _values(tree: Any) -> Iterator[tuple[str, float]]:
+    """(type, value) of every metric in a card's model-index whose value is a number."""
+    if isinstance(tree, Mapping):
+        kind, value = tree.get("type"), tree.get("value")
+        if isinstance(kind, str) and isinstance(value, int | float):
+            yield kind, value
+    for each in tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list) else ():
+        yield from _values(each)
 
 
 def _measured(run: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,17 @@ def strings_of(tree: Any) -> Iterable[str]:
 
 
 def without_local_paths(text: str, tree: Any) -> str:
-    """A text in which every local path that is a value of ``tree`` is cut to its last part."""
-    for value in strings_of(tree):
-        if is_local(value):
-            text = text.replace(value, public_name(value))
+    """A text of YAML in which every local path that is a value of ``tree`` is cut to its last part.
+
+    YAML breaks a line at a space of a long path, and doubles an apostrophe.
+
+    >>> without_local_paths("teacher: /home/me/a\\n  b/tiny", {"teacher": "/home/me/a b/tiny"})
+    'teacher: tiny'
+    """
+    for value in sorted(filter(is_local, strings_of(tree)), key=len, reverse=True):
+        written = re.escape(value).replace(r"\ ", r"\s+").replace("'", "''?")
+        for found in set(re.findall(written, text)):
+            text = text.replace(found, public_name(value).replace("'", "''" if "''" in found else "'"))
     return text
 
 

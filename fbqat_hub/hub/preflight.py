@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import HfApi, get_token, metadata_load
+from huggingface_hub import HfApi, ModelCard, get_token, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from fbqat_hub.components import read_index
+from fbqat_hub.evaluation.results import read_records
 from fbqat_hub.hub.card_data import UNKNOWN, data_of_run
 from fbqat_hub.hub.client import GIT_ATTRIBUTES, card_value, step, whoami
 from fbqat_hub.hub.contents import Item, packed_config, recipe_of
@@ -74,7 +75,8 @@ def local_problems(run: Path, items: list[Item], stage: int | None = None) -> li
         *_component_problems(run, folder),
         *_card_problems(folder / CARD, run),
         *_recipe_problems(run, recipe_of(run), paths),
-        *_size_problems(items),
+        *_results_problems(folder / "results.json"),
+        *size_problems(items),
     ]
 
 
@@ -85,15 +87,15 @@ def branch_problems(repo: str, branch: str, state: Remote) -> Iterator[str]:
 
 
 def remote_problems(
-    api: HfApi, repo: str, recipe: Mapping[str, Any], licence: str, paths: set[str], private: bool
+    api: HfApi, repo: str, recipe: Mapping[str, Any], licence: str, items: list[Item], private: bool
 ) -> tuple[list[str], Remote | None]:
-    """What the Hub would refuse, or should not be done there: token, name, base model.
+    """What the Hub would refuse, or should not be done there: token, name, card, base model.
 
     Args:
         repo: Hub id to publish as.
         recipe: the run's.
         licence: of the base model, as the card's data say.
-        paths: files that go up.
+        items: files that go up.
         private: whether a private repository is asked for.
 
     Returns:
@@ -105,7 +107,9 @@ def remote_problems(
     problems, is_answered = account_problems(api, repo)
     if not is_answered:
         return problems, None
-    problems += _base_problems(api, recipe, licence, paths)
+    mend = "It comes from recipe.yaml (teacher, lora, dataset) and card.yaml (license): mend these, run fbqat card."
+    problems += hub_card_problems(repo, items, mend)
+    problems += _base_problems(api, recipe, licence, {item.path for item in items})
     state = remote_state(api, repo)
     if state is not None:
         if state.files - {GIT_ATTRIBUTES, CARD} and MANIFEST not in state.files:
@@ -164,6 +168,46 @@ def _card_problems(card: Path, run: Path) -> Iterator[str]:
         yield f"{card}: base_model_relation is {front['base_model_relation']!r}; it must be quantized. {remedy}"
     if "fbqat" not in (front.get("tags") or ["fbqat"]):
         yield f"{card}: tags lack fbqat, by which `fbqat list` finds the model. {remedy}"
+    try:
+        ModelCard.load(card)
+    except ValueError as error:
+        yield f"{card}: {' '.join(str(error).split())[:100]}. {remedy}"
+    given = _licence_of(run)
+    if given and front.get("license") and front["license"] != given:
+        yield f"{card}: license is {front['license']!r}, and the card's data say {given!r}. {remedy}"
+
+
+def _licence_of(run: Path) -> str:
+    """As the card's data say; empty where they cannot be read, which `_recipe_problems` tells."""
+    try:
+        return data_of_run(run, recipe_of(run)).license
+    except ValueError:
+        return ""
+
+
+def hub_card_problems(repo: str, items: Iterable[Item], mend: str) -> list[str]:
+    """What the Hub says against the card's front matter; it would say so once the repository is made.
+
+    Args:
+        mend: what to do then.
+
+    Raises:
+        HubError: the Hub cannot be reached or fails.
+    """
+    text = next((item.open().read().decode(errors="replace") for item in items if item.path == CARD), "")
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError):
+        text = ""
+    if not text:
+        return []  # that the card is missing or broken is told of the file
+    with step("validate the card"):
+        try:
+            card.validate()
+        except ValueError as error:
+            said = " ".join(str(error).split()).rstrip(".")[:300]
+            return [f"the Hub does not take the front matter of {repo}'s {CARD}: {said}. {mend}"]
+    return []
 
 
 def _recipe_problems(run: Path, recipe: Mapping[str, Any], paths: set[str]) -> Iterator[str]:
@@ -190,7 +234,16 @@ def _card_remedy(run: Path) -> str:
     )
 
 
-def _size_problems(items: list[Item]) -> Iterator[str]:
+def _results_problems(results: Path) -> Iterator[str]:
+    try:
+        if results.is_file():
+            read_records(results)
+    except ValueError as error:
+        yield str(error)
+
+
+def size_problems(items: list[Item]) -> Iterator[str]:
+    """What is too large for the Hub or its readers, and what is empty."""
     for item in items:
         if item.size > _MAX_FILE:
             yield f"{item.path} has {item.size / 1e9:.1f} GB; the limit is 50: save it in shards (max_shard_size)."

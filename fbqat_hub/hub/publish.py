@@ -190,8 +190,7 @@ def _states(
     for target in targets:
         state = None
         if target.branch == MAIN:
-            paths = {item.path for item in target.items}
-            found, state = remote_problems(api, target.repo, recipe_of(run), _licence(run), paths, private)
+            found, state = remote_problems(api, target.repo, recipe_of(run), _licence(run), target.items, private)
             problems += found
         elif states[0] is not None:
             there = there or branches_of(api, target.repo)

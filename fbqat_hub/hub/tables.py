@@ -161,7 +161,8 @@ def certificate_tables(certificate: Mapping[str, Any]) -> dict[str, Any]:
     tensors = [
         {"tensor": kind, **tensor}
         for kind, group in (described.items() if isinstance(described, Mapping) else ())
-        for tensor in group
+        for tensor in (group if isinstance(group, list) else ())
+        if isinstance(tensor, Mapping)
     ]
     columns = list(dict.fromkeys(name for tensor in tensors for name in tensor))
     rows = _flat({name: value for name, value in certificate.items() if name != "tensors" or not tensors})

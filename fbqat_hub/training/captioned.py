@@ -83,14 +83,16 @@ def load_pictures(dataset: Mapping[str, Any], side: int) -> datasets.DatasetDict
 
 
 def _loaded(options: dict[str, Any]) -> Any:
-    """``datasets.load_dataset``; what it says of data that it cannot read follows the name of the data set."""
+    """``datasets.load_dataset``; what it says of data that it cannot read follows the data set's name and files."""
     try:
         return datasets.load_dataset(**options)
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:  # the disk is full, say
             raise cause from None
-        raise ValueError(f"data set {options['path']!r} cannot be loaded: {type(cause).__name__}: {cause}") from error
+        given = [f"{key}: {options[key]}" for key in ("data_dir", "data_files") if options.get(key)]
+        named = f"{options['path']!r}" + (f" ({', '.join(given)})" if given else "")
+        raise ValueError(f"data set {named} cannot be loaded: {type(cause).__name__}: {cause}") from error
 
 
 def _has_texts_beside(folder: Path) -> bool:

@@ -17,7 +17,7 @@ import torch
 from fbqat_hub.components import Component
 from fbqat_hub.config import FBQATConfig
 from fbqat_hub.evaluation.pictures import training_curve, widths_picture
-from fbqat_hub.evaluation.results import Record, write_records
+from fbqat_hub.evaluation.results import Record, read_records, write_records
 from fbqat_hub.evaluation.suite import (
     DISTANCES,
     PAIRED,
@@ -118,18 +118,27 @@ def evaluate(
     Raises:
         FileNotFoundError: ``run`` is no folder, has no recipe, or no such stage.
         ImportError: a library that a metric needs is missing.
-        ValueError: an unknown metric or prompt set, one with fewer prompts than ``images``, a device that is not there,
-            a loss that is not finite, or pictures that only a broken model makes.
+        ValueError: an unknown metric or prompt set, one with fewer prompts than ``images``, either without a metric of
+            pictures, a device that is not there, a damaged ``results.json`` or ``training_log.jsonl``, a loss that is
+            not finite, or pictures that only a broken model makes.
     """
     chosen = _chosen(metrics, prompts)
+    wanted = [metric for metric in chosen if metric in OF_PICTURES]
+    if not wanted and (given := [name for name, of in (("prompts", prompts), ("images", images)) if of is not None]):
+        raise ValueError(
+            f"{' and '.join(given)} are of pictures, and {', '.join(chosen)} is measured without; leave them out, or "
+            "name a metric of pictures, such as psnr."
+        )
     device = checked_device(device)
     models = _Models(run, _recipe_of(run, images), device, stage)
     recipe, folder, bits = models.recipe, models.folder, stage or models.recipe.config().weight_bits
     output_folder(folder)
+    if (folder / "results.json").exists():  # what is damaged is told of before the work, not after it
+        read_records(folder / "results.json")
+    log = _training_log(run) if stage is None else []
     check_libraries([_name(metric) for metric in chosen])
     for source in (run, resolve_teacher(recipe.teacher)):
         check_source(source)
-    wanted = [metric for metric in chosen if metric in OF_PICTURES]
     asked = asked_prompts(recipe, prompts, images, bool(set(wanted) & set(TO_REAL))) if wanted else None
     found: dict[str, Measurement] = {}
     not_measured: dict[str, str] = {}
@@ -146,10 +155,9 @@ def evaluate(
         picture_sheet(folder, {"teacher": samples.original, own: samples.student}, asked.texts)
     if "bits_per_weight" in chosen:
         found["bits_per_weight"] = Measurement(stored_bits_per_weight(models.student.transformer), 1)
-    log = run / "training_log.jsonl"
-    if stage is None and log.exists() and log.stat().st_size:
+    if log:
         (run / "images").mkdir(exist_ok=True)
-        training_curve([json.loads(line) for line in log.read_text().splitlines()], run / "images" / "curve.png")
+        training_curve(log, run / "images" / "curve.png")
     widths = layer_widths(Component(folder / "transformer", "diffusers", "ModelMixin"))
     if len(set(widths.values())) > 1:
         (folder / "images").mkdir(exist_ok=True)
@@ -182,6 +190,26 @@ def _recipe_of(run: Path, images: int | None) -> Recipe:
         raise FileNotFoundError(f"{run} {what}; give the folder of a run, as fbqat train or convert leaves it.")
     recipe = recipe_of_run(run / "recipe.yaml")
     return recipe if images is None else replace(recipe, evaluation=replace(recipe.evaluation, images=images))
+
+
+def _training_log(run: Path) -> list[dict[str, Any]]:
+    """What training logged, an entry a line; nothing of a converted pipeline."""
+    file = run / "training_log.jsonl"
+    if not file.exists():
+        return []
+    entries = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not {"step", "loss"} <= entry.keys():
+            raise ValueError(
+                f"{file}, line {number} is {line!r:.80}; each line is an object with step and loss. Remove the line, "
+                "or the file: then no curve is drawn."
+            )
+        entries.append(entry)
+    return entries
 
 
 @dataclass

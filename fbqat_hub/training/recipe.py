@@ -17,12 +17,11 @@ import yaml
 from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
 
-from fbqat_hub.checked import MOST, Amount, Count, Flag, Options, Text, Texts, Whole, checked, one_of
+from fbqat_hub.checked import MOST, Amount, Count, Flag, Options, Seed, Text, Texts, Whole, checked, one_of
 from fbqat_hub.config import FBQATConfig, unknown_key_error
 from fbqat_hub.families import get_family
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.generation import changed_call
-from fbqat_hub.inputs import MAX_SEED
 from fbqat_hub.quantization import BitSchedule
 from fbqat_hub.training.call import call_types, check_call, check_following
 from fbqat_hub.training.dataset import check_dataset
@@ -176,9 +175,7 @@ class Recipe:
         Field(description="a whole number of at least 1, or null"),
     ] = None
     learning_rate: Amount = 1.3e-3
-    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")] = (
-        1234
-    )
+    seed: Seed = 1234
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="'no', bf16 or fp16")] = "no"
     gradient_checkpointing: Flag = False
     save_every: Whole = 200

@@ -82,6 +82,15 @@ def test_wrong_input_is_refused_before_anything_is_written(folders: tuple[Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_of_two_prompts_are_not_compared_one_by_one(folders: tuple[Path, Path]) -> None:
+    """Two runs that were evaluated on other prompts, whose pictures have the same names."""
+    for folder, prompt in zip(folders, ("red heart", "a cat"), strict=True):
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2.png", "prompt": prompt}))
+    with pytest.raises(ValueError, match=r"1 of 3 pictures have another prompt in .*b than in .*a, such as 2: 'red he"):
+        compare(*folders, metrics=["fd", "psnr"])
+    assert compare(*folders, metrics=["fd"])[0]["n"] == 3
+
+
 def test_metrics_of_one_set_alone_are_measured_for_both(folders: tuple[Path, Path], monkeypatch) -> None:
     a, b = folders
     lines = [json.dumps({"file_name": f"{name}.png", "prompt": f"square {name}"}) for name in "123"]

@@ -149,6 +149,16 @@ def test_a_broken_record_is_named_by_position(tmp_path: Path) -> None:
         read_records(tmp_path / "results.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("family", 3), ("command", ["x"]), ("machine", None), ("versions", []), ("versions", {"torch": None})],
+)
+def test_a_field_of_the_wrong_kind_is_named(name: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps([{**record().to_dict(), name: value}]))
+    with pytest.raises(ValueError, match=rf"results\.json, record 0: {name} of psnr is .*needed"):
+        read_records(tmp_path / "results.json")
+
+
 def test_a_module_is_named_as_python_runs_it(tmp_path: Path) -> None:
     (tmp_path / "measured").mkdir()
     code = "from fbqat_hub.evaluation.results import command_line; print(command_line())"
@@ -162,9 +172,14 @@ def test_a_module_is_named_as_python_runs_it(tmp_path: Path) -> None:
 
 def test_nothing_of_this_machine_beyond_its_hardware_is_written() -> None:
     text = json.dumps(
-        replace(record(), command=command_line(["/opt/bin/fbqat", "card", str(Path.cwd() / "run")])).to_dict()
+        replace(
+            record(),
+            command=command_line(
+                ["/opt/bin/fbqat", "card", str(Path.cwd() / "run"), f"--data={Path.cwd() / 'x.yaml'}", "steps=/tmp/a=b"]
+            ),
+        ).to_dict()
     )
-    assert "fbqat card run" in text
+    assert "fbqat card run --data=x.yaml steps=a=b" in text
     assert str(Path.cwd()) not in text
     assert str(Path.home()) not in text
     assert len(socket.gethostname()) < 4 or socket.gethostname() not in json.dumps(machine())

@@ -66,7 +66,9 @@ def outcome(hub: LoopbackHub, verb: str, step: str, fault: Fault, folder: Path) 
         stopped = str(error)
     hub.heal()
     if stopped is not None:
-        assert re.match(r"(check the token|look up|make|remove|list|upload|verify|download|read|me/)", stopped), stopped
+        assert re.match(
+            r"(check the token|validate the card|look up|make|remove|list|upload|verify|download|read|me/)", stopped
+        ), stopped
         _assert_not_half(hub, verb, folder, repo)
         _run(verb, folder, repo)
     assert sorted(hub.repositories[repo].files) == sorted([".gitattributes", *PUBLISHED])

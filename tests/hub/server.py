@@ -152,9 +152,11 @@ class LoopbackHub:
     def validate(self, _: Any, __: Any, body: bytes, *___: Any) -> Any:
         front = json.loads(body)["content"].split("---")
         try:
-            yaml.safe_load(front[1])
+            base = yaml.safe_load(front[1]).get("base_model", "")
         except (IndexError, yaml.YAMLError) as error:
             raise RefusedError(400, message=str(error)) from None
+        if " " in base:
+            raise RefusedError(400, message=f"base_model with value {base} is not valid. Use a model id")
         return {"errors": [], "warnings": []}
 
     def models(self, user: dict[str, Any] | None, _: Any, __: Any, query: dict[str, list[str]]) -> Any:

@@ -199,6 +199,86 @@ def test_no_local_path_reaches_the_card(run: Path, tmp_path: Path) -> None:
     assert metadata_load(path)["base_model"] == "sana-tiny"
 
 
+def test_a_path_that_yaml_wrote_in_two_lines_is_cut_too(run: Path) -> None:
+    """As it does at a space of a long one; and none is cut where another begins the same."""
+    folder = "/home/ada/" + "a long name " * 10 + "x/it's"
+    recipe = RECIPE | {"teacher": f"{folder}/my sana", "dataset": {"path": "imagefolder", "data_dir": folder}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert len((run / "recipe.yaml").read_text().splitlines()) > len(yaml.safe_dump(RECIPE).splitlines()) + 1
+    text = write_card(run).read_text()
+    assert "/home/ada" not in text
+    assert "a long name" not in text
+    assert re.search(r"^teacher: my sana$", text, re.MULTILINE)
+    assert re.search(r"^  data_dir: .*it'+s'?$", text, re.MULTILINE)
+
+
+def test_results_are_of_the_prompts_that_they_were_measured_on(run: Path) -> None:
+    """Pictures of --prompts mjhq-30k say nothing of the data set that the recipe names."""
+    measured = record("fbqat", "psnr", 30.0, extra={"prompts": "mjhq-30k"})
+    write_records(run / "results.json", [measured])
+    found = {each.metric_type: each.dataset_name for each in ModelCard.load(write_card(run)).data.eval_results}
+    assert (found["psnr"], found["kd_loss"]) == ("playgroundai/MJHQ-30K", "openmoji")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "shown"),
+    [
+        ({"dataset": {"path": "imagefolder", "data_dir": "pictures"}}, None, "imagefolder"),
+        ({"dataset": {"path": "/data/cats"}}, None, "cats"),
+        ({"dataset": {"prompts": "prompts.txt"}}, None, "prompts.txt"),
+        ({"dataset": {"path": "ye-pop"}}, ["Ejafa/ye-pop"], "Ejafa/ye-pop"),
+        ({"method": "ptq-mse"}, None, None),
+        ({"method": "ptq-mse", "quantization": {"activation_range": "static"}}, ["openmoji"], "openmoji"),
+        ({"method": "ptq-gptq", "calibration_prompts": 3}, None, None),
+    ],
+)
+def test_data_sets_are_those_of_the_hub_that_were_used(
+    changes: dict, named: list[str] | None, shown: str | None, run: Path
+) -> None:
+    """Of a converted pipeline none; the Hub has no page of a folder, and refuses some such names."""
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+    path = write_card(run)
+    assert metadata_load(path).get("datasets") == named
+    found = re.search(r"\| data \(\[?([^\])]*)", path.read_text())
+    assert (found and found[1]) == shown
+
+
+def test_codes_of_prompts_are_made_again_by_convert(run: Path) -> None:
+    """`fbqat train` refuses such a recipe."""
+    changes = {"method": "ptq-gptq", "calibration_prompts": 3, "quantization": {"average_bits": 4.5}, "lora": "a/b"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes | {"lora_scale": 0.5, "text_encoders": "w8a8"}))
+    assert (
+        "fbqat convert somebody/sana-tiny --output run --method gptq --prompts prompts.txt --lora a/b --lora-scale 0.5 "
+        "--average-bits 4.5 --text-encoders w8a8  # 3 prompts, which are not part of this folder\n"
+    ) in write_card(run).read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"generation": [1]}, r"recipe\.yaml: recipe: generation is \[1\]; it must be a mapping"),
+        ({"prompts": 5}, r"recipe\.yaml: recipe: prompts is 5; it must be a list of texts"),
+        ({"seed": "x"}, r"recipe\.yaml: recipe: seed is 'x'; it must be a whole number from 0 to"),
+        (
+            {"quantization": {"weight_bits": None}},
+            r"recipe\.yaml: quantization: weight_bits is None; it must be a whole",
+        ),
+        ({"method": ["fbqat"]}, r"recipe\.yaml: unknown method \['fbqat'\]"),
+    ],
+)
+def test_a_wrong_value_of_the_recipe_is_named(changes: dict, says: str, run: Path) -> None:
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+    with pytest.raises(ValueError, match=says):
+        write_card(run)
+
+
+@pytest.mark.parametrize("tensors", [{"inputs": [1]}, {"inputs": None}, {"a": 1}])
+def test_tensors_that_are_not_described_are_no_table(tensors: dict, run: Path) -> None:
+    (run / "htp").mkdir()
+    (run / "htp" / "certificate.json").write_text(json.dumps({"asked": {"soc": "sm8750"}, "tensors": tensors}))
+    assert "The graph's inputs and outputs" not in write_card(run).read_text()
+
+
 def test_the_card_is_the_same_each_time_and_leaves_nothing_beside(run: Path) -> None:
     first, before = write_card(run).read_bytes(), sorted(run.iterdir())
     assert write_card(run).read_bytes() == first

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fbqat_hub import cli
 from fbqat_hub.evaluation.results import Record, write_records
 from fbqat_hub.hub.listing import downloaded, published, runs
@@ -37,6 +39,14 @@ def test_published_downloaded_and_runs(hub: LoopbackHub, run: Path, tmp_path: Pa
     assert [model.bits for model in runs(tmp_path / "runs")] == ["W4A8"]
 
 
+def test_a_pulled_model_whose_manifest_is_damaged_is_listed_with_the_others(hub: LoopbackHub, run: Path) -> None:
+    publish(run, REPO)
+    folder = pull(REPO).folder
+    (folder / "fbqat.json").unlink()
+    (folder / "fbqat.json").write_text("{")
+    assert [(model.name, model.where, model.bits) for model in downloaded()] == [(REPO, "cache", "")]
+
+
 def test_local_ones_are_shown_without_a_hub(hub: LoopbackHub, run: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(run.parent)
     hub.fail("models", 503, times=100)
@@ -49,7 +59,18 @@ def test_local_ones_are_shown_without_a_hub(hub: LoopbackHub, run: Path, monkeyp
     assert hub.requests == []
 
 
-def test_a_card_that_is_no_card_of_ours(hub: LoopbackHub) -> None:
-    hub.add("you/x", {"README.md": b"---\ntags: [fbqat]\n---\n"})
+@pytest.mark.parametrize(
+    "front",
+    [
+        "tags: [fbqat]",
+        'tags: [fbqat, 5, null, "\\e[31mred"]',
+        "tags: [fbqat]\nmodel-index: [{name: x, results: [{task: {type: t}, dataset: {name: d, type: d}, "
+        "metrics: [{type: psnr, value: 25.9 dB}]}]}]",
+        "tags: [fbqat]\nmodel-index: {a: 1}",
+    ],
+)
+def test_a_card_that_is_no_card_of_ours(front: str, hub: LoopbackHub) -> None:
+    """Anybody may give a model our tag; theirs must not hide the others."""
+    hub.add("you/x", {"README.md": f"---\n{front}\n---\n".encode()})
     (model,) = published()
     assert (model.name, model.family, model.bits, model.metric) == ("you/x", "", "", "")

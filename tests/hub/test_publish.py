@@ -19,7 +19,7 @@ from fbqat_hub.hub.client import HubError
 from fbqat_hub.hub.contents import Item, private_things
 from fbqat_hub.hub.manifest import parse_manifest
 from fbqat_hub.hub.publish import publish
-from tests.hub.conftest import FINE_TOKEN, PUBLISHED, READ_TOKEN, REPO, TOKEN
+from tests.hub.conftest import CARD, FINE_TOKEN, PUBLISHED, READ_TOKEN, REPO, TOKEN
 from tests.hub.server import LoopbackHub
 
 
@@ -62,7 +62,7 @@ def test_dry_run_shows_and_changes_nothing(hub: LoopbackHub, run: Path, capsys) 
     assert all(f"  {path} " in out for path in PUBLISHED)
     assert out.endswith("dry run: nothing was uploaded.\n")
     assert hub.repositories == {}
-    assert {step for step, _, _ in hub.requests if step} == {"whoami", "info"}
+    assert {step for step, _, _ in hub.requests if step} == {"whoami", "validate", "info"}
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -206,6 +206,7 @@ def test_all_problems_in_one_list(hub: LoopbackHub, run: Path, capsys) -> None:
             "transformer has no safetensors, but diffusion_pytorch_model.bin",
         ),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("license")), "the base model's licence is unknown"),
+        (lambda run: (run / "results.json").write_text("{"), "results.json is not JSON"),
         (lambda run: change(run / "recipe.yaml", lambda it: it.pop("family")), "recipe.yaml lacks family"),
         (
             lambda run: change(run / "recipe.yaml", lambda it: it.update(license="cc-by-nc-nd-4.0")),
@@ -260,6 +261,8 @@ def test_base_model_and_visibility(hub: LoopbackHub, run: Path) -> None:
         lambda recipe: recipe.update(license="other", license_name="own", license_link="https://example.org/l"),
     )
     (run / "LICENSE.md").write_text("the terms")
+    assert "license is 'apache-2.0', and the card's data say 'other'. Run: fbqat card" in problems_of(run)
+    (run / "README.md").write_text((run / "README.md").read_text().replace("license: apache-2.0", "license: other"))
     publish(run, REPO)
     assert hub.repositories[REPO].files["LICENSE.md"].content == b"the terms"
     assert "is public already" in problems_of(run, private=True)
@@ -295,6 +298,30 @@ def test_public_things_pass(monkeypatch) -> None:
     vocabulary = b'{"/usr/bin": 1, "/home/": 2, "~/x": 3}'
     items = [Item("README.md", text.encode()), Item("tokenizer/tokenizer.json", vocabulary)]
     assert private_things(items, "Ada_Lovelace") == []
+
+
+def test_the_hub_is_asked_of_the_front_matter_before_a_repository_is_made(hub: LoopbackHub, run: Path) -> None:
+    """A base model with a space in its name, say: the Hub's own words, and nothing is left there."""
+    (run / "README.md").write_text(CARD.replace("somebody/base", "my finetune"))
+    problems = problems_of(run)
+    assert f"the Hub does not take the front matter of {REPO}'s README.md: " in problems
+    assert "base_model with value my finetune is not valid" in problems
+    assert "It comes from recipe.yaml (teacher, lora, dataset) and card.yaml (license)" in problems
+    assert hub.repositories == {}
+
+
+def test_a_model_index_that_is_none_is_named(hub: LoopbackHub, run: Path) -> None:
+    (run / "README.md").write_text(CARD.replace("- name: Tiny-FBQAT-W4A8", "- nam: x"))
+    assert "README.md: Invalid `model_index` in metadata" in problems_of(run, device_repo=True)
+
+
+@pytest.mark.parametrize("loads", ['"me/other"', '"me/other", revision="w6"', '"."'])
+def test_the_card_loads_what_it_is_published_as(loads: str, hub: LoopbackHub, run: Path) -> None:
+    """Also one that `fbqat card --repo` wrote for another name."""
+    (run / "README.md").write_text(CARD.replace('"."', loads))
+    publish(run, REPO)
+    code = hub.repositories[REPO].files["README.md"].content.decode()
+    assert code.endswith(f'pipe = DiffusionPipeline.from_pretrained("{REPO}", dtype=torch.float32)\n')
 
 
 def test_a_link_out_of_the_run_is_refused(hub: LoopbackHub, run: Path, tmp_path: Path) -> None:

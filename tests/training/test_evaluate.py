@@ -216,6 +216,7 @@ def test_prompts_of_another_set_replace_the_records_of_pictures(copy: Path, gene
             {"prompts": "{tmp}/words.txt", "images": 3, "metrics": ["psnr"]},
             "words.txt has 2 prompts, and --images asks",
         ),
+        ({"prompts": "nosuch", "images": 3, "metrics": ["kd_loss"]}, "prompts and images are of pictures, and kd_loss"),
         ({"device": "cuda:7"}, "device is cuda:7, but this machine has"),
     ],
 )
@@ -230,6 +231,28 @@ def test_wrong_requests_are_named_before_anything_is_loaded(copy: Path, options:
     with pytest.raises(ValueError, match=says):
         evaluate(copy, progress=False, **options)
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "added", "says"),
+    [
+        ("results.json", "x", "results.json is not JSON"),
+        (
+            "training_log.jsonl",
+            '{"step": 8, "lo',
+            "training_log.jsonl, line .*each line is an object with step and loss",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named_before_anything_is_loaded(
+    name: str, added: str, says: str, copy: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("fbqat_hub.training.evaluate.load_pipeline", None)
+    monkeypatch.setattr("fbqat_hub.training.evaluate.float_pipeline", None)
+    with (copy / name).open("a") as file:
+        file.write(added)
+    with pytest.raises(ValueError, match=says):
+        evaluate(copy, progress=False)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

@@ -124,6 +124,16 @@ def test_captions_may_lie_in_text_files_beside_the_pictures(tmp_path: Path, monk
         assert picture_of(data["train"][2]["image"], "c").getpixel((0, 0)) == (0, 0, 255)
 
 
+@pytest.mark.parametrize("files", ["nosuch-*.tar", "cut.tar"])
+def test_shards_that_cannot_be_read_are_named(files: str, tmp_path: Path) -> None:
+    (tmp_path / "cut.tar").write_bytes(b"hello")
+    dataset = {"path": "webdataset", "data_files": str(tmp_path / files), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(
+        ValueError, match=rf"data set 'webdataset' \(data_files: .*{re.escape(files)}\) cannot be loaded"
+    ):
+        load_pictures(dataset, 64)
+
+
 def test_webdataset_shards_are_read(tmp_path: Path, tiny_sana: Path) -> None:
     """Two tar files of pictures and texts by one name each; a damaged picture is named by it."""
     for shard in range(2):
