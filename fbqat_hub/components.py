@@ -304,8 +304,9 @@ def read_index(folder: Path) -> tuple[str, dict[str, Component]]:
 
 
 def left_out(folder: Path) -> list[str]:
-    """The names of the parts that a pipeline's ``model_index.json`` says it goes without."""
-    return [name for name, value in read_json(folder / INDEX).items() if value == [None, None]]
+    """The names of the parts that a pipeline goes without and that diffusers' ``from_pretrained`` has to be told of."""
+    index = read_json(folder / INDEX)
+    return [name for name in _asked_for(str(index.get("_class_name"))) if index.get(name) == [None, None]]
 
 
 def check_pipeline(folder: Path, variant: str | None = None) -> dict[str, Component]:
@@ -336,15 +337,19 @@ def check_pipeline(folder: Path, variant: str | None = None) -> dict[str, Compon
 
 def _required(class_name: str) -> set[str]:
     """The parts that a pipeline cannot do without. A third text encoder can be left out: SD3.5 goes without its T5."""
+    return {name for name in _asked_for(class_name) if not re.fullmatch(r"(text_encoder|tokenizer)_3", name)}
+
+
+def _asked_for(class_name: str) -> list[str]:
+    """The parts that a pipeline's class is made from, but for those that are optional in diffusers."""
     import diffusers
 
     kind: Any = getattr(diffusers, class_name, None)
     if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
-        return set()  # refused by name where it is loaded
+        return []  # refused by name where it is loaded
     parameters = inspect.signature(kind.__init__).parameters
-    needed = {name for name, each in parameters.items() if each.default is each.empty} - {"self"}
-    needed -= set(getattr(kind, "_optional_components", ()))
-    return {name for name in needed if not re.fullmatch(r"(text_encoder|tokenizer)_3", name)}
+    optional = {"self", *getattr(kind, "_optional_components", ())}
+    return [name for name, each in parameters.items() if each.default is each.empty and name not in optional]
 
 
 def _whole_numbers(model: Any, weights: Weights) -> list[str]:

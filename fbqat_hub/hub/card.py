@@ -20,6 +20,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fbqat_hub.checked import Count, Options, Seed, Texts, checked
+from fbqat_hub.components import left_out
 from fbqat_hub.evaluation.results import METHODS, METRICS, Record, read_records
 from fbqat_hub.files import shipped, whole
 from fbqat_hub.hub.card_data import FILE, CardData, data_of_run
@@ -83,6 +84,7 @@ class Facts:
         images: names of the pictures in ``images/`` beside the card.
         files: (path, bytes, what for) of what is worth downloading.
         source: what ``from_pretrained`` takes: a Hub id or a folder.
+        left_out: parts that ``from_pretrained`` has to be told are not there.
         made_by: the command that makes ``source``, where it is not published.
         data: what was not measured: licence, attribution, notes.
         stage: the bit width of the run's stage that the card is of; None for the run's own.
@@ -96,6 +98,7 @@ class Facts:
     images: Sequence[str] = ()
     files: Sequence[tuple[str, int, str]] = ()
     source: str = "."
+    left_out: Sequence[str] = ()
     made_by: str = ""
     data: CardData = field(default_factory=CardData)
     stage: int | None = None
@@ -185,6 +188,7 @@ def facts_of_run(run: Path, stage: int | None = None, data: Path | None = None) 
         images=sorted(path.name for path in (folder / "images").glob("*.png")),
         files=files,
         source="." if (run / "model_index.json").is_file() or not (run / "pipeline").is_dir() else "./pipeline",
+        left_out=left_out(run) if (run / "model_index.json").is_file() else (),
         stage=stage,
         widths=_widths(run, recipe),
         data=data_of_run(run, recipe, data),
@@ -374,11 +378,12 @@ def _code(facts: Facts) -> str:
     source = json.dumps(facts.source)
     if facts.stage is not None and facts.source != ".":
         source += f', revision="{branch_name(facts.stage)}"'
+    without = "".join(f", {name}=None" for name in facts.left_out)
     return (
         "import fbqat_hub  # teaches diffusers the packed format\n"
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.float32)\n"
+        f"pipe = DiffusionPipeline.from_pretrained({source}{without}, dtype=torch.float32)\n"
         f"image = pipe(\n    prompt={json.dumps(prompt, ensure_ascii=False)},\n{call}"
         f"    generator=torch.Generator().manual_seed({seed}),\n).images[0]\n"
         'image.save("picture.png")'

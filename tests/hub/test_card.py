@@ -92,6 +92,9 @@ def test_the_code_block_starts_with_our_import_and_calls_as_the_recipe_says(run:
     assert {name: ast.literal_eval(value) for name, value in given.items()} == RECIPE["generation"]
     assert 'from_pretrained(".", dtype=torch.float32)' in code
     assert 'from_pretrained("me/Sana", dtype=torch.float32)' in write_card(run, "me/Sana").read_text()
+    index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": [None, None], "image_encoder": [None, None]}
+    (run / "model_index.json").write_text(json.dumps(index))
+    assert 'from_pretrained(".", text_encoder_3=None, dtype=torch.float32)' in write_card(run).read_text()
 
 
 def test_results_are_a_table_with_our_method_in_bold_and_gaps_left_empty(run: Path) -> None:
