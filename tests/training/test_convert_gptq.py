@@ -77,7 +77,7 @@ def test_equals_the_whole_model(
 
     monkeypatch.setattr(ptq, "sampled_inputs", recorded)
     pipeline = whole_pipeline(folder)
-    call = call_of(family, pipeline)
+    call = {**FAMILIES[family].own_call(pipeline), **call_of(family, pipeline)}
     made = convert_pipeline(
         str(folder), tmp_path / "out", gptq=Calibrated(prompts=PROMPTS, samples=6, device="cpu"), call=call
     )

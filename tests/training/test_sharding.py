@@ -159,8 +159,8 @@ def test_two_processes_in_parts_train_as_one(
     tmp_path: Path,
 ) -> None:
     teacher = teacher_of(family)
-    own = {"family": family, "teacher": str(teacher), "generation": call_of(family, load_pipeline(teacher, meta=True))}
-    fields = recipe_fields | own | fields_of(changes, teacher_of)
+    call = call_of(family, load_pipeline(teacher, meta=True)) | {"num_inference_steps": 9}
+    fields = recipe_fields | {"family": family, "teacher": str(teacher), "generation": call} | fields_of(changes, teacher_of)
     one, two = alone(Recipe(**fields), tmp_path / "one"), tmp_path / "two"
     sharded("train", str(write_recipe(tmp_path / "recipe.yaml", fields)), "--output", str(two))
     validation = [[line["validation_loss"] for line in log_of(run) if "validation_loss" in line] for run in (one, two)]
@@ -168,7 +168,7 @@ def test_two_processes_in_parts_train_as_one(
     assert len(validation[0]) == (2 if "validate_every" in changes else 0)
     assert widths_of(two) == widths_of(one)
     assert bool(widths_of(one)) == (changes is AVERAGE)
-    same_up_to_rounding(one, two, 1e-4 if changes is AVERAGE else 1e-5)
+    same_up_to_rounding(one, two, 1e-4 if changes is AVERAGE else 5e-5)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
     held = json.loads((tmp_path / "held.json").read_text())
     assert bool(held.pop("codes")) == (changes is EIGHT)
