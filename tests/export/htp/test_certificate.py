@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,13 @@ def test_a_card_reads_this_certificate_and_older_ones(exported: tuple[Path, dict
     assert new["machine.cores"] == str(exported[1]["machine"]["cores"])
     old = exported[1] | {"machine": "Linux x86_64", "coverage": {"all_on_qnn": True, "nodes_elsewhere": 0}}
     assert dict(certificate_tables(old)["rest"])["machine"] == "Linux x86_64"
+
+
+def test_equal_outputs_are_a_number_of_json() -> None:
+    zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
+    found = [certificate.compare([one], [one]), certificate.compare([zero], [one])]
+    assert [each["sqnr_db"] for each in found] == [200.0, -200.0]
+    json.dumps(found, allow_nan=False)
 
 
 def test_parity_compares_three_ways() -> None:
