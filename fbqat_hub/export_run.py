@@ -17,7 +17,7 @@ from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, compute_in_float32
 from fbqat_hub.export.bundle.tiles import decoder_tiles
-from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_prompts, check_tuning
+from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_prompts, check_samples, check_tuning
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.families import component_configs
 from fbqat_hub.pipelines import check_source, downloaded, load_pipeline
@@ -91,7 +91,7 @@ def export_run(
     """
     check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile, samples=samples)
     check_tuning(tune, graphs)
-    precision_named(precision)
+    check_samples(precision_named(precision)[1], samples)
     if prompts:
         check_prompts(prompts, pictures if len(prompts) > 1 else 1)
     check_source(run)

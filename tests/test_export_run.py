@@ -26,6 +26,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"pictures": -1}, "pictures is -1; give 1 or more"),
     ({"tune": -1}, "tune is -1; give a number of steps, e.g. 100, or 0 for none"),
     ({"tune": 9, "graphs": 2}, "tune is 9 and graphs is 2; only a model in one graph can be tuned"),
+    (
+        {"precision": "auto", "samples": 1},
+        "samples is 1; precision auto chooses bits on inputs that set no ranges, so give 2 or more",
+    ),
     ({"precision": "w3a8"}, "unknown precision 'w3a8'; known: w4a8, w4a16, w8a8, w8a16, auto"),
 ]
 

@@ -44,6 +44,14 @@ def check_prompts(prompts: Sequence[str], pictures: int) -> None:
         raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
 
 
+def check_samples(target_db: float | None, samples: int) -> None:
+    """ExportError where so few inputs of the denoiser cannot both set ranges and choose bits for ``target_db``."""
+    if target_db is not None and samples < 2:
+        raise ExportError(
+            f"samples is {samples}; precision auto chooses bits on inputs that set no ranges, so give 2 or more"
+        )
+
+
 def check_tuning(steps: int, graphs: int) -> None:
     """ExportError unless the graph can be tuned for so many steps; 0 is none.
 
