@@ -17,7 +17,7 @@ from fbqat_hub.export import ExportError
 from fbqat_hub.export.bundle.export import export_bundle
 from fbqat_hub.export.bundle.text_encoder import COMPONENTS, compute_in_float32
 from fbqat_hub.export.bundle.tiles import decoder_tiles
-from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
+from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_prompts, check_samples, check_tuning
 from fbqat_hub.export.onnx.precision import precision_named
 from fbqat_hub.pipelines import check_source, downloaded, load_pipeline
 from fbqat_hub.training.calibration import export_data, teacher_draws
@@ -81,7 +81,7 @@ def export_run(
         soc, precision, target_db, a16, graphs: as ``export_bundle``.
         prompts: to calibrate on and to generate; the recipe's if there are none.
         tune: steps of training the QDQ graph towards the recipe's teacher on training samples, before it is compiled.
-        pictures: generated with the emulator in the loop, of the first prompts.
+        pictures: generated with the emulator in the loop, of the first prompts; of a recipe's no more than it has.
         decoder_tile, samples, quick: as ``export_bundle``.
 
     Raises:
@@ -91,7 +91,9 @@ def export_run(
     """
     check_asked(output, soc, graphs=graphs, pictures=pictures, decoder_tile=decoder_tile, samples=samples)
     check_tuning(tune, graphs)
-    precision_named(precision, target_db=target_db)
+    check_samples(precision_named(precision, target_db=target_db)[1], samples)
+    if prompts:
+        check_prompts(prompts, pictures if len(prompts) > 1 else 1)
     check_source(run)
     denoiser = Path(run) / "transformer" / "config.json"
     if denoiser.is_file() and "quantization_config" not in read_json(denoiser):

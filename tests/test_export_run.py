@@ -20,12 +20,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"soc": ["sm8750", "sm8750"]}, f"soc is sm8750, sm8750; give one or more of: {', '.join(sorted(TARGETS))}"),
     ({"graphs": 0}, "graphs is 0; give 1 or more"),
     ({"graphs": 1.5}, "graphs is 1.5; give 1 or more"),
+    ({"prompts": "a heart"}, "prompts is 'a heart'; give a list of texts"),
+    ({"prompts": ["a", None]}, "prompts is ['a', None]; give a list of texts"),
+    ({"prompts": ["a", "b"], "pictures": 3}, "pictures is 3; give 1 to 2, as many as there are prompts"),
     ({"pictures": -1}, "pictures is -1; give 1 or more"),
     ({"tune": -1}, "tune is -1; give a number of steps, e.g. 100, or 0 for none"),
     ({"tune": 9, "graphs": 2}, "tune is 9 and graphs is 2; only a model in one graph can be tuned"),
     ({"target_db": 30.0}, "target_db is 30, and precision is w4a8; a target is for precision auto only"),
     ({"precision": "auto", "target_db": 14.0}, "target_db is 14; allowed: 15 to 60"),
     ({"precision": "auto", "target_db": float("nan")}, "target_db is nan; allowed: 15 to 60"),
+    (
+        {"precision": "auto", "samples": 1},
+        "samples is 1; precision auto chooses bits on inputs that set no ranges, so give 2 or more",
+    ),
     ({"precision": "w3a8"}, "unknown precision 'w3a8'; known: w4a8, w4a16, w8a8, w8a16, auto"),
 ]
 

@@ -258,7 +258,7 @@ def _export(commands: Any) -> None:
         type=SOURCE,
         help="folder of a run, or of a packed pipeline, or the Hub id of one",
     )
-    sub.add_argument("--output", type=NEW_FOLDER, help="new folder (default: RUN/htp, RUN/sdnq, ...)")
+    sub.add_argument("--output", type=NEW_FOLDER, help="new folder (default: RUN/htp, RUN/sdnq; of a Hub id NAME-htp)")
     compiling(sub)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import socket
 import sys
 import warnings
@@ -212,7 +213,8 @@ def export(options: argparse.Namespace) -> None:
     from fbqat_hub.export.htp.targets import DEFAULT_SOC
     from fbqat_hub.export_run import export_run
 
-    output = options.output or Path(options.run_folder) / "htp"
+    signal.signal(signal.SIGTERM, _stop)
+    output = options.output or _beside(options.run_folder, "htp")
     made = export_run(
         options.run_folder,
         output,
@@ -244,12 +246,28 @@ def export(options: argparse.Namespace) -> None:
     print(f"saved {output}. Ran on: {made['ran_on']}. Never ran on: {made['never_ran_on']}.")
 
 
+def _beside(run: str, format_name: str) -> Path:
+    """Where an export goes that was given no folder; of a Hub id not into a folder of its name, which would hide it.
+
+    >>> _beside("me/sana-4bit@main", "htp").as_posix()
+    'sana-4bit-htp'
+    """
+    if Path(run).is_dir():
+        return Path(run) / format_name
+    return Path(f"{Path(run.partition('@')[0]).name}-{format_name}")
+
+
+def _stop(number: int, _frame: Any) -> None:
+    """End as by Ctrl-C: folders that are being built go, and so does the compiler's process."""
+    sys.exit(128 + number)
+
+
 def _export_files(options: argparse.Namespace) -> None:
     """In another library's format; that library is not needed."""
     if given := [name for name, default in options.of_htp.items() if getattr(options, name) != default]:
         option = f"--{given[0].replace('_', '-')}"
         raise ValueError(f"{option} is for a phone (--to htp); with --to {options.to} give --output only.")
-    output = options.output or Path(options.run_folder) / options.to
+    output = options.output or _beside(options.run_folder, options.to)
     if options.to == "encodings":
         from fbqat_hub.integrations.encodings import FILE, export_encodings
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <iostream>
 #include <memory>
 
@@ -358,15 +359,24 @@ void write_picture(const std::string& path, const std::vector<float>& planes, st
   if (!file) fail("cannot write " + path);
 }
 
+// Fails unless the picture can be written, before it is made.
+void check_output(const std::string& path) {
+  if (std::filesystem::is_directory(path)) fail("cannot write " + path + ", which is a folder");
+  const bool there = std::filesystem::exists(path);
+  if (!std::ofstream(path, std::ios::app)) fail("cannot write " + path);
+  if (!there) std::filesystem::remove(path);
+}
+
 void run(const std::string& folder, std::map<std::string, std::string>& options) {
   const Json manifest = JsonReader(read_text(folder + "/manifest.json")).read();
   const Json& settings = manifest.at("sampler");
   const std::size_t prompts = manifest.at("prompts").list.size();
   char* stop = nullptr;
   const long prompt = std::strtol(options["--prompt"].c_str(), &stop, 10);
-  if (*stop != '\0' || prompt < 0 || static_cast<std::size_t>(prompt) >= prompts) {
+  if (options["--prompt"].empty() || *stop != '\0' || prompt < 0 || static_cast<std::size_t>(prompt) >= prompts) {
     fail("prompt " + options["--prompt"] + ": the bundle has " + std::to_string(prompts) + " prompts, counted from 0");
   }
+  check_output(options["--output"]);
   check_files(folder, manifest);
   Safetensors host(folder + "/host.safetensors");
   const Tensor noise = host.read("noise." + std::to_string(prompt));

@@ -79,7 +79,11 @@ def test_the_picture_is_the_python_runner_s(
     near_torch = picture_psnr(np.asarray(Image.open(bundle / "pictures" / "1-torch.png")), pictures[0])
     assert near_torch > 25, near_torch
 
-    assert "the bundle has 2 prompts, counted from 0" in run(runner, bundle, "--prompt", "2").stderr
+    for prompt in ("2", "", "1x"):
+        assert "the bundle has 2 prompts, counted from 0" in run(runner, bundle, "--prompt", prompt).stderr
+    for place in (tmp_path, tmp_path / "nosuch" / "a.ppm"):
+        done = run(runner, bundle, "--output", str(place), "--runtime", "nosuch.so")
+        assert f"run_bundle: cannot write {place}" in done.stderr
     decoder = max(bundle.glob("decoder*.bin"))
     raw = bytearray(decoder.read_bytes())
     raw[len(raw) // 2] ^= 1

@@ -64,6 +64,17 @@ def test_export_has_every_option_of_fbqat_export(capsys: pytest.CaptureFixture[s
     assert ours <= set(re.findall(r"--[a-z0-9-]+", optimum_cli("export", "qnn", "--help").stdout))
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/htp.md"])
+def test_what_the_documents_show_is_read(document: str) -> None:
+    """`--soc` takes several, and would take the output for one of them."""
+    pytest.importorskip("optimum")
+    shown = re.findall(r"optimum-cli export qnn ([^`#\n]*)", (ROOT / document).read_text(encoding="utf-8"))
+    assert shown
+    for command in shown:
+        wrong = optimum_cli("export", "qnn", *command.replace("runs/tiny", "nosuch").split())
+        assert "nosuch is no folder, nor a Hub id" in wrong.stderr, wrong.stderr
+
+
 def test_an_error_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("optimum")
     done = optimum_cli("export", "qnn", "--model", str(tmp_path), str(tmp_path / "out"))

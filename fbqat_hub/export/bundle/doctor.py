@@ -174,10 +174,15 @@ def diagnose_bundle(folder: Path, target: Target) -> list[Finding]:
     if not path.is_file():
         raise ExportError(f"{folder} is no bundle: it has no manifest.json; fbqat export makes one")
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not {"files", "target", "qnn_sdk_build"} <= set(manifest):
-        raise ValueError(f"{path} is none of a bundle: it lacks files, target or qnn_sdk_build; export the run again.")
+    known = isinstance(manifest, dict) and _has(manifest.get("target"), "soc", "title") and "qnn_sdk_build" in manifest
+    files = manifest.get("files") if known else None
+    if not isinstance(files, dict) or not all(_has(each, "sha256", "bytes") for each in files.values()):
+        raise ValueError(
+            f"{path} is none of a bundle: it lacks files, target or qnn_sdk_build, or one of them is not as exported; "
+            "export the run again."
+        )
     findings = []
-    for name, described in manifest["files"].items():
+    for name, described in files.items():
         file = folder / name
         if not file.is_file():
             findings.append(Finding("error", f"{name} is missing", "copy the whole folder, or export again"))
@@ -193,9 +198,12 @@ def diagnose_bundle(folder: Path, target: Target) -> list[Finding]:
         cure = f"export it again with --soc {target.name}: a context binary runs on the SoC it was compiled for"
         findings.append(Finding("error", f"the bundle is for {asked['title']} ({asked['soc']})", cure))
     if not findings:
-        count = len(manifest["files"])
-        findings.append(Finding("ok", f"all {count} files are as they were made, for {asked['title']}"))
+        findings.append(Finding("ok", f"all {len(files)} files are as they were made, for {asked['title']}"))
     findings.append(
         Finding("ok", f"the phone needs the libraries of QNN {manifest['qnn_sdk_build']} or newer, all of one build")
     )
     return findings
+
+
+def _has(described: Any, *keys: str) -> bool:
+    return isinstance(described, dict) and set(keys) <= described.keys()

@@ -33,7 +33,7 @@ from fbqat_hub.export.bundle.text_encoder import COMPONENTS, graphs_of, recorded
 from fbqat_hub.export.bundle.tiles import decoder_tiles
 from fbqat_hub.export.errors import ExportError
 from fbqat_hub.export.folder import staging
-from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_tuning
+from fbqat_hub.export.htp.checks import check_asked, check_bundle, check_prompts, check_samples, check_tuning
 from fbqat_hub.export.htp.export import QuantizedTransformer, compile_transformer, quantize_transformer
 from fbqat_hub.export.htp.graph import STEPS
 from fbqat_hub.export.htp.runtime import qnn_session
@@ -124,8 +124,8 @@ def export_bundle(
     targets = check_asked(output_dir, soc, **asked)
     check_tuning(tuning.steps if tuning else 0, graphs)
     chosen, target_db = precision_named(precision, a16, target_db)
-    if pictures > len(prompts):
-        raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
+    check_samples(target_db, samples if calibration is None else min(samples, len(calibration)))
+    check_prompts(prompts, pictures)
     if len(prompts) < 2 and (calibration is None or held_out is None):
         raise ExportError("calibration needs at least 2 prompts: the last one is held out")
     family = check_bundle(pipeline, a16, graphs, call)

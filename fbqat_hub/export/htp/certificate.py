@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,8 @@ def ran_on(hardware: str) -> str:
 def joined(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The section of a whole chain of graphs, in order, from those of its graphs (`compile_graph`): its `parts`.
 
-    Costs, nodes and seconds are sums, memory and op errors the largest of all; `parity` is the last graph's, whose
-    inputs the graphs before it made.
+    Costs, nodes, layers and seconds are sums, memory and op errors the largest of all; `parity` is the last graph's,
+    whose inputs the graphs before it made.
     """
     parts = list(sections.values())
     errors = [part["op_parity"] for part in parts]
@@ -135,7 +136,8 @@ def joined(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     return {
         "read_back": parts[0]["read_back"],
-        "precision": parts[0]["precision"],
+        "precision": parts[0]["precision"]
+        | {key: _added([part["precision"][key] for part in parts]) for key in ("code_bits", "layer_bits")},
         "tensors": {"inputs": parts[0]["tensors"]["inputs"], "outputs": parts[-1]["tensors"]["outputs"]},
         "coverage": total("coverage"),
         "audit": {},
@@ -148,6 +150,14 @@ def joined(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "emulator": total("emulator"),
         "parts": dict(sections),
     }
+
+
+def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """How many layers have which bits, of several graphs."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items(), key=lambda item: int(item[0])))
 
 
 def _total(key: str, values: Sequence[Any]) -> Any:

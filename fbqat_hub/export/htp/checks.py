@@ -36,6 +36,22 @@ def check_asked(output_dir: str | os.PathLike[str], soc: str | Sequence[str], **
     return targets
 
 
+def check_prompts(prompts: Sequence[str], pictures: int) -> None:
+    """ExportError unless these are texts, and enough for so many pictures."""
+    if isinstance(prompts, str) or not all(isinstance(each, str) for each in prompts):
+        raise ExportError(f"prompts is {prompts!r:.80}; give a list of texts")
+    if pictures > len(prompts):
+        raise ExportError(f"pictures is {pictures}; give 1 to {len(prompts)}, as many as there are prompts")
+
+
+def check_samples(target_db: float | None, samples: int) -> None:
+    """ExportError where so few inputs of the denoiser cannot both set ranges and choose bits for ``target_db``."""
+    if target_db is not None and samples < 2:
+        raise ExportError(
+            f"samples is {samples}; precision auto chooses bits on inputs that set no ranges, so give 2 or more"
+        )
+
+
 def check_tuning(steps: int, graphs: int) -> None:
     """ExportError unless the graph can be tuned for so many steps; 0 is none.
 
@@ -90,6 +106,11 @@ def check_bundle(
             "fbqat_hub.export.export_htp"
         )
     call = call or {}
+    if call.get("num_images_per_prompt") not in (None, 1):
+        raise ExportError(
+            f"the call has num_images_per_prompt {call['num_images_per_prompt']}, and a bundle's runner makes one "
+            "picture of a prompt; leave it out"
+        )
     guides = call.get("true_cfg_scale", 1) > 1 and call.get("negative_prompt") is not None
     if guides or call.get("skip_guidance_layers"):
         raise ExportError(

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from fbqat_hub.export.folder import staging
-from fbqat_hub.export.htp.checks import check_asked, check_model, check_tuning
+from fbqat_hub.export.htp.checks import check_asked, check_model, check_samples, check_tuning
 from fbqat_hub.export.htp.graph import STEPS, GraphSource, QuantizedGraph, compile_chain, quantize_graph
 from fbqat_hub.export.htp.targets import Target
 from fbqat_hub.export.onnx.float_graph import Feed, FloatGraph, as_feed, packed_layers, runnable
@@ -83,6 +83,7 @@ def export_htp(
     family = check_model(transformer, precision.a16_layers, graphs)
     check_items("calibration", calibration, family.constant_inputs)
     check_items("held_out", held_out, family.constant_inputs)
+    check_samples(target_db, len(calibration))
     from fbqat_hub.export.htp import certificate
 
     with staging(output_dir) as folder, Progress(2 + graphs * (1 + len(STEPS)) + bool(tuning), progress) as bar:

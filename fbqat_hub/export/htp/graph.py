@@ -61,6 +61,7 @@ class QuantizedGraph:
         path: the QDQ graph, an ONNX file.
         precision: that it was quantized with.
         code_bits: module name -> bits of its codes.
+        layer_bits: module name -> activation bits at which each of them computes.
         stored_bits: module name -> bits that each of them is stored in.
         block_outputs: as the float graph's.
         expected: as `GraphSource`'s.
@@ -73,6 +74,7 @@ class QuantizedGraph:
     path: Path
     precision: Precision
     code_bits: Mapping[str, int]
+    layer_bits: Mapping[str, int]
     stored_bits: Mapping[str, int]
     block_outputs: Sequence[str]
     expected: Sequence[Feed]
@@ -132,6 +134,7 @@ def quantize_graph(
         path=path,
         precision=precision,
         code_bits={name: layer.weight_bits for name, layer in source.layers.items()},
+        layer_bits={name: precision.layer_bits(name, layer) for name, layer in source.layers.items()},
         stored_bits={name: precision.stored_bits(layer) for name, layer in source.layers.items()},
         block_outputs=source.graph.block_outputs,
         expected=source.expected,
@@ -245,10 +248,10 @@ def compile_graph(
         for name, values in graph.others.items()
     }
     blocks = {block: compare(block, probed) for block in graph.block_outputs if block in probed[0]}
-    code_bits = {str(bits): count for bits, count in sorted(Counter(graph.code_bits.values()).items())}
+    layers = {"code_bits": _counted(graph.code_bits), "layer_bits": _counted(graph.layer_bits)}
     section = {
         **compiled,
-        "precision": vars(graph.precision) | {"code_bits": code_bits},
+        "precision": vars(graph.precision) | layers,
         "tensors": cost.describe_tensors(qdq),
         "audit": {"qdq": graph.audited, **compiled["audit"]},
         "cost": cost.cost(qdq) | compiled["cost"],
@@ -324,3 +327,8 @@ def _of(model: onnx.ModelProto, values: Feed) -> Feed:
 def _by_float_name(made: Sequence[Any], values: Sequence[np.ndarray]) -> Feed:
     """Values of made tensors by the names that these have in the float graph."""
     return {tensor.float_name: value for tensor, value in zip(made, values, strict=True)}
+
+
+def _counted(bits: Mapping[str, int]) -> dict[str, int]:
+    """Bits -> how many layers have them."""
+    return {str(each): count for each, count in sorted(Counter(bits.values()).items())}

@@ -117,11 +117,12 @@ def _bits(precision: Mapping[str, Any]) -> str:
         f"{bits}-bit codes ({count} layers), stored {stored[8 if int(bits) > 4 else precision['weight_bits']]}"
         for bits, count in precision["code_bits"].items()
     )
+    activations = " and ".join(f"{bits} bits ({count} layers)" for bits, count in precision["layer_bits"].items())
     layers = ", ".join(f"`{name}`" for name in precision["a16_layers"]) or "none"
     kinds = ", ".join(precision["a16_ops"]) or "none"
     return (
         f"Packed weights are {codes}; the activations they are multiplied "
-        f"with have {precision['activation_bits']} bits. Layers at 16 in any case: {layers}. Kinds of other ops at 16: "
+        f"with have {activations}. Layers at 16 in any case: {layers}. Kinds of other ops at 16: "
         f"{kinds}."
     )
 

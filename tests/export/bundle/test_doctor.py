@@ -95,7 +95,15 @@ def test_a_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[]", "is none of a bundle"), ("{}", "none of a"), ("{", "is not JSON")]
+    ("text", "message"),
+    [
+        ("[]", "is none of a bundle"),
+        ("{}", "none of a"),
+        ("{", "is not JSON"),
+        ('{"target": "sm8750", "qnn_sdk_build": "2", "files": {}}', "one of them is not as exported"),
+        ('{"target": {"soc": "s", "title": "t"}, "qnn_sdk_build": "2", "files": ["a"]}', "not as exported"),
+        ('{"target": {"soc": "s", "title": "t"}, "qnn_sdk_build": "2", "files": {"a": {"bytes": 1}}}', "not as"),
+    ],
 )
 def test_a_manifest_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)

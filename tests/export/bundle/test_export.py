@@ -256,6 +256,46 @@ def test_a_flipped_byte_is_seen(bundle: tuple[Path, dict[str, Any]], tmp_path: P
     assert not (tmp_path / "picture.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--output", "{tmp}/a.nosuch"], "output is {tmp}/a.nosuch; it must be a file that ends in .png"),
+        (["--output", "{tmp}/missing/a.png"], "{tmp}/missing is no folder that can be written to"),
+        (["--seed", "-1"], "seed is -1; give a whole number from 0 on"),
+        (["--prompt", "9"], "prompt 9: the bundle has 1 prompts, counted from 0"),
+        (["--embeddings", "{tmp}/none.safetensors"], "{tmp}/none.safetensors cannot be read as safetensors: "),
+        (["--embeddings", "{tmp}/nan.safetensors"], "encoder_hidden_states is not finite"),
+    ],
+)
+def test_what_the_runner_cannot_do_is_one_line(
+    options: list[str], says: str, bundle: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """And no graph was opened by then."""
+    stored = load_file(bundle[0] / "host.safetensors")
+    text = {name: stored[f"prompt.0.1.{name}"] for name in ("encoder_hidden_states", "encoder_attention_bias")}
+    text["encoder_hidden_states"][0, 0, 0] = np.nan
+    save_file(text, tmp_path / "nan.safetensors")
+    given = [option.format(tmp=tmp_path) for option in ["--output", "{tmp}/a.png", *options]]
+    done = run(bundle[0], *given)
+    assert done.returncode == 1
+    assert says.format(tmp=tmp_path) in done.stderr
+    assert done.stderr.startswith("generate.py: error: ")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
+
+
+@pytest.mark.parametrize(("text", "says"), [("{", "is damaged: Expecting"), ('{"files": {}}', "it lacks denoiser")])
+def test_a_damaged_manifest_is_said_by_the_runner(
+    text: str, says: str, bundle: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(bundle[0], tmp_path / "damaged")
+    (damaged / "manifest.json").write_text(text)
+    done = run(damaged, "--output", str(tmp_path / "a.png"))
+    assert done.returncode == 1
+    assert f"generate.py: error: {damaged}/manifest.json " in done.stderr
+    assert says in done.stderr
+
+
 def test_the_manifest_lists_every_file_and_tensor(bundle: tuple[Path, dict[str, Any]]) -> None:
     folder, certificate = bundle
     manifest = json.loads((folder / "manifest.json").read_text())

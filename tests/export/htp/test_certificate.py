@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def test_every_measured_figure_changes_with_what_is_measured(exported: tuple[Pat
     assert result["cost"]["binary_bytes"] == result["files"]["transformer.bin"]["bytes"] == size
     assert result["precision"]["weight_bits"] == 4
     assert result["precision"]["code_bits"] == {"4": 17}
+    assert result["precision"]["layer_bits"] == {"8": 13, "16": 4}  # the last layer, the timestep's path
     assert result["audit"]["qdq"]["packed_weights_bit_equal"] == result["model"]["packed_layers"] == 17
     assert result["calibration_inputs"] == 16
     assert sum(result["audit"]["compiled"]["ops"].values()) == result["audit"]["compiled"]["nodes"]
@@ -81,7 +83,7 @@ def part(scale: int, **changes: Any) -> dict[str, Any]:
     compared = {name: {"sqnr_db": 40.0 - scale, "cosine": 1.0} for name in certificate.thresholds()}
     section: dict[str, Any] = {
         "read_back": {"qnn_sdk_build": "v2"},
-        "precision": {"weight_bits": 4},
+        "precision": {"weight_bits": 4, "code_bits": {"4": scale}, "layer_bits": {"8": scale, "16": 1}},
         "tensors": {"inputs": [f"in{scale}"], "outputs": [f"out{scale}"]},
         "coverage": {"all_on_qnn": True, "ops_on_qnn": 10 * scale, "nodes_elsewhere": 0},
         "audit": {},
@@ -103,6 +105,7 @@ def part(scale: int, **changes: Any) -> dict[str, Any]:
 def test_a_chain_is_the_sum_and_the_worst_of_its_graphs() -> None:
     joined = certificate.joined({"a": part(1), "b": part(2)})
     assert joined["coverage"] == {"all_on_qnn": True, "ops_on_qnn": 30, "nodes_elsewhere": 0}
+    assert joined["precision"] == {"weight_bits": 4, "code_bits": {"4": 3}, "layer_bits": {"8": 3, "16": 2}}
     assert joined["cost"] == {"macs": 300}
     assert joined["compiler"] == {"seconds": 4.5, "peak_rss_mib": 100.0}
     assert joined["emulator"] == {"hardware": "CPU", "run_seconds": 4.0, "peak_rss_mib": None}
@@ -143,6 +146,14 @@ def test_codes_stay_at_4_bits_whatever_they_are_stored_in(
     assert f"Packed weights are 4-bit codes (17 layers), stored {stored}; the activations" in markdown(described)
 
 
+def test_layers_that_keep_more_bits_than_were_asked_for_are_counted(exported: tuple[Path, dict[str, Any]]) -> None:
+    """Trained with activations of 16 bits or in float, they compute at 16 in a W4A8 export."""
+    described = copy.deepcopy(exported[1])
+    assert "multiplied with have 8 bits (13 layers) and 16 bits (4 layers). Layers" in markdown(described)
+    described["precision"]["layer_bits"] = {"16": 17}
+    assert "multiplied with have 16 bits (17 layers). Layers" in markdown(described)
+
+
 def test_a_card_reads_this_certificate_and_older_ones(exported: tuple[Path, dict[str, Any]]) -> None:
     """An older one has the machine as text, and a constant for its coverage."""
     new = dict(certificate_tables(exported[1])["rest"])
@@ -150,6 +161,13 @@ def test_a_card_reads_this_certificate_and_older_ones(exported: tuple[Path, dict
     assert new["machine.cores"] == str(exported[1]["machine"]["cores"])
     old = exported[1] | {"machine": "Linux x86_64", "coverage": {"all_on_qnn": True, "nodes_elsewhere": 0}}
     assert dict(certificate_tables(old)["rest"])["machine"] == "Linux x86_64"
+
+
+def test_equal_outputs_are_a_number_of_json() -> None:
+    zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)
+    found = [certificate.compare([one], [one]), certificate.compare([zero], [one])]
+    assert [each["sqnr_db"] for each in found] == [200.0, -200.0]
+    json.dumps(found, allow_nan=False)
 
 
 def test_parity_compares_three_ways() -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 sys.dont_write_bytecode = True  # the folder stays what its manifest lists; the modules below lie beside this script
@@ -24,6 +25,29 @@ sys.dont_write_bytecode = True  # the folder stays what its manifest lists; the 
 from qnn_session import qnn_session  # type: ignore[import-not-found]  # noqa: E402
 from text import TEXT_INPUTS, denoiser_inputs, encoder_feed, tokenize  # type: ignore[import-not-found]  # noqa: E402
 from tiles import as_pixels, decode_stages, decode_tiled  # type: ignore[import-not-found]  # noqa: E402
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The bundle's `manifest.json`; ValueError where it was damaged."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; copy the whole folder again") from None
+    parts = ("denoiser", "files", "graphs", "prompts", "provider_options", "sampler", "text")
+    lacking = [name for name in parts if not isinstance(manifest, dict) or name not in manifest]
+    if lacking:
+        raise ValueError(f"{path} is damaged: it lacks {lacking[0]}; copy the whole folder again")
+    return manifest
+
+
+def check_output(path: Path) -> None:
+    """ValueError unless a picture can be saved there, before it is made."""
+    known = Image.registered_extensions()
+    if known.get(path.suffix.lower()) not in Image.SAVE or path.is_dir():
+        raise ValueError(f"output is {path}; it must be a file that ends in .png, or as another kind of picture")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"output is {path}; {path.parent} is no folder that can be written to")
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
@@ -76,11 +100,16 @@ def encode(folder: Path, manifest: dict[str, Any], text: str) -> dict[str, np.nd
 
 def encoded_elsewhere(path: Path, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The transformer's inputs of a text from a `save_embeddings` file, in the shapes of `stored`."""
-    found = load_file(path)
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
     wanted = {name: value.shape for name, value in stored.items() if name in TEXT_INPUTS}
     shapes = {name: value.shape for name, value in found.items()}
     if shapes != wanted:
         raise ValueError(f"{path} holds {shapes}; this bundle takes {wanted}: save them with the bundle's pipeline")
+    if broken := [name for name, value in found.items() if not np.isfinite(value).all()]:
+        raise ValueError(f"{path}: {broken[0]} is not finite; save it again with the bundle's pipeline")
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
@@ -121,9 +150,11 @@ def generate(
         seed: of another first noise; the bundle's own if None.
         embeddings: a file of a text encoded elsewhere, in the text's place.
     """
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     if not 0 <= prompt < len(manifest["prompts"]):
         raise ValueError(f"prompt {prompt}: the bundle has {len(manifest['prompts'])} prompts, counted from 0")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed is {seed}; give a whole number from 0 on")
     check_files(folder, manifest)
     host = load_file(folder / "host.safetensors")
     noise = host[f"noise.{prompt}"]
@@ -166,7 +197,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("picture.png"), help="default: picture.png")
     options = parser.parse_args()
     folder = Path(__file__).resolve().parent
-    generate(folder, options.prompt, options.seed, options.text, options.embeddings).save(options.output)
+    try:
+        check_output(options.output)
+        picture = generate(folder, options.prompt, options.seed, options.text, options.embeddings)
+        picture.save(options.output)
+    except ImportError as error:
+        sys.exit(f"generate.py: error: {error}; README.md beside this file says what to install")
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"generate.py: error: {error}")
     print(f"saved {options.output}")
 
 
