@@ -160,7 +160,8 @@ def test_two_processes_in_parts_train_as_one(
 ) -> None:
     teacher = teacher_of(family)
     call = call_of(family, load_pipeline(teacher, meta=True)) | {"num_inference_steps": 9}
-    fields = recipe_fields | {"family": family, "teacher": str(teacher), "generation": call} | fields_of(changes, teacher_of)
+    own = {"family": family, "teacher": str(teacher), "generation": call}
+    fields = recipe_fields | own | fields_of(changes, teacher_of)
     one, two = alone(Recipe(**fields), tmp_path / "one"), tmp_path / "two"
     sharded("train", str(write_recipe(tmp_path / "recipe.yaml", fields)), "--output", str(two))
     validation = [[line["validation_loss"] for line in log_of(run) if "validation_loss" in line] for run in (one, two)]
