@@ -88,7 +88,7 @@ def convert_pipeline(
     Args:
         source: folder or Hub id of a float pipeline.
         output: new or empty folder.
-        settings: fields of ``FBQATConfig``.
+        settings: fields of ``FBQATConfig``, without ``weight_granularity``, which follows from ``group_size``.
         variant: of the source's weights, e.g. "fp16"; see ``Component.weights``.
         text_encoders: "w8a8", "w8", "w4a8" or "w4": their weights and activations (`integrations.transformers`); None
             copies them.
@@ -115,6 +115,8 @@ def convert_pipeline(
     check_source(teacher, variant)
     family = family_of(class_of(teacher))  # before the whole of it is downloaded
     options = {"module_overrides": family.activation_overrides, **(settings or {})}
+    if options.get("group_size") is not None:
+        options["weight_granularity"] = "per_group"
     config = FBQATConfig(**options)
     folder = downloaded(teacher, variant)
     denoiser = read_index(folder)[1]["transformer"]

@@ -47,6 +47,14 @@ def test_recipe_beside_it_says_how(tiny_sana: Path, tmp_path: Path) -> None:
     assert load_pipeline(folder).transformer.proj_out.activation_bits == 8
 
 
+def test_groups_are_those_of_the_recipe(tiny_sana: Path, tmp_path: Path) -> None:
+    folder = convert_pipeline(str(tiny_sana), tmp_path / "out", {"group_size": 8})
+    config = load_recipe(folder / "recipe.yaml").config()
+    assert (config.weight_granularity, config.group_size) == ("per_group", 8)
+    layer = load_pipeline(folder).transformer.transformer_blocks[0].attn1.to_q
+    assert layer.weight_scale.shape == (layer.out_features, layer.in_features // 8)
+
+
 @pytest.mark.parametrize("source", ["fbqat-hub/sana-tiny-openmoji", SHIPPED["fbqat-hub/sana-tiny-openmoji"]])
 def test_a_teacher_that_ships_is_called_as_its_recipe_says(source: str | Path, tmp_path: Path) -> None:
     """Not with the long instruction before the prompt that SanaPipeline has by default."""
