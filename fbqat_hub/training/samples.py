@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import WeakFileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fbqat_hub.cache_dir import default_cache_dir
 from fbqat_hub.evaluation.folders import METADATA, SAMPLES
 from fbqat_hub.evaluation.pictures import comparison_sheet
 from fbqat_hub.families import get_family
@@ -152,6 +156,15 @@ def generate_folder(
     return [folder / name for name in names]
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While another process makes the same folder, wait: what it has made is then taken."""
+    locks = default_cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(locks / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]):
+        yield
+
+
 def teacher_pictures(
     recipe: Recipe,
     prompts: Sequence[str],
@@ -168,7 +181,8 @@ def teacher_pictures(
     key = _key(resolve_teacher(recipe.teacher), recipe, prompts, **adapter)
     folder = cache_folder(recipe) / f"teacher-{key}"
     load = pipeline or (lambda: float_pipeline(recipe))
-    return generate_folder(load, prompts, recipe, folder, "generate with the teacher", progress=progress)
+    with _alone(folder):
+        return generate_folder(load, prompts, recipe, folder, "generate with the teacher", progress=progress)
 
 
 def student_pictures(
@@ -178,12 +192,13 @@ def student_pictures(
     folder = run / SAMPLES
     key = _key(str(run / "transformer"), recipe, prompts)
     fresh = folder.with_name(f"samples-{key}")
-    if not (folder / "key.txt").exists() or (folder / "key.txt").read_text() != key:
-        generate_folder(pipeline, prompts, recipe, fresh, progress=progress)
-        (fresh / "key.txt").write_text(key)
-        for stale in (folder, *folder.parent.glob(".samples-*.unfinished")):
-            shutil.rmtree(stale, ignore_errors=True)
-        fresh.rename(folder)
+    with _alone(folder):
+        if not (folder / "key.txt").exists() or (folder / "key.txt").read_text() != key:
+            generate_folder(pipeline, prompts, recipe, fresh, progress=progress)
+            (fresh / "key.txt").write_text(key)
+            for stale in (folder, *folder.parent.glob(".samples-*.unfinished")):
+                shutil.rmtree(stale, ignore_errors=True)
+            fresh.rename(folder)
     return sorted(folder.glob("*.png"))
 
 
@@ -191,11 +206,12 @@ def real_pictures(recipe: Recipe, asked: Asked) -> list[Path]:
     """The middles of the real pictures, in the proportions of the recipe's size, as PNG, not resized; kept."""
     key = cache_key(asked.source, {"path": asked.source, "prompts": asked.texts}, recipe.size, {})
     folder = cache_folder(recipe) / f"real-{key}"
-    if not folder.exists():
-        with whole(folder) as partial:
-            partial.mkdir()
-            for index, picture in enumerate(asked.real()):
-                ImageOps.fit(picture, _middle(picture, recipe.size)).save(partial / f"{index:05d}.png")
+    with _alone(folder):
+        if not folder.exists():
+            with whole(folder) as partial:
+                partial.mkdir()
+                for index, picture in enumerate(asked.real()):
+                    ImageOps.fit(picture, _middle(picture, recipe.size)).save(partial / f"{index:05d}.png")
     return sorted(folder.glob("*.png"))
 
 

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +29,13 @@ from fbqat_hub.training.cache import cache_folder
 from fbqat_hub.training.evaluate import DEFAULT, evaluate, layer_widths
 from fbqat_hub.training.ptq import convert_pipeline
 from fbqat_hub.training.recipe import load_recipe
-from fbqat_hub.training.samples import asked_prompts, generate_folder, generate_samples
+from fbqat_hub.training.samples import (
+    asked_prompts,
+    generate_folder,
+    generate_samples,
+    student_pictures,
+    teacher_pictures,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +198,25 @@ def test_an_interrupted_generation_goes_on_where_it_stopped(
     parts = generate_folder(lambda: pipeline, prompts, recipe, tmp_path / "parts", progress=False)
     assert generated == [["blue", "mint"], ["sky"]]
     assert [file.read_bytes() for file in parts] == [file.read_bytes() for file in whole]
+
+
+def test_pictures_that_two_make_at_once_are_made_once(copy: Path, generated) -> None:
+    recipe, prompts = load_recipe(copy / "recipe.yaml"), ["red", "dark green"]
+    started = threading.Barrier(2)
+
+    def load() -> Any:
+        return load_pipeline(copy)
+
+    def make(_: int) -> list[Path]:
+        started.wait()
+        ours = student_pictures(load, copy, recipe, prompts, progress=False)
+        return [*ours, *teacher_pictures(recipe, prompts, load, progress=False)]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(make, range(2))
+    assert first == second
+    assert len(first) == 4
+    assert generated == [prompts, prompts]
 
 
 def test_prompts_of_another_set_replace_the_records_of_pictures(copy: Path, generated) -> None:
