@@ -18,7 +18,8 @@ from fbqat_hub.training.prompts import load_prompts
 # What `datasets` calls the columns of WebDataset shards, where a recipe does not say: the endings of the files in them.
 _COLUMNS = {"webdataset": ("jpg", "txt")}
 _TABLES = ("jsonl", "csv", "parquet")
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Also of formats that Pillow may lack: what cannot be read is left out by name, and counted.
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")
 
 
 def load_pictures(dataset: Mapping[str, Any], side: int) -> datasets.DatasetDict:

@@ -107,6 +107,17 @@ def test_what_cannot_be_used_is_left_out_and_listed(mixed: Path, tiny_sana: Path
         assert torch.allclose(latents[row], family.encode_images(pipeline, alone)[0], atol=1e-5)
 
 
+def test_a_format_that_is_not_read_is_named(tiny_sana: Path, tmp_path: Path) -> None:
+    """What a phone's camera makes, for one; it is not passed over."""
+    for name in ("a.png", "b.png", "c.png", "d.heic"):
+        Image.new("RGB", (32, 32), "blue").save(tmp_path / name, format="PNG")
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    (tmp_path / "d.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    family, pipeline = get_family("sana"), load_pipeline(tiny_sana, torch.float32)
+    with pytest.raises(ValueError, match=r"d\.heic cannot be read as a picture .* 1 of the \d pictures of"):
+        build_cache(pipeline, family, load_pictures({"path": str(tmp_path)}, 32), (32, 32), CALL, tmp_path / "encoded")
+
+
 def test_captions_may_lie_in_text_files_beside_the_pictures(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "beside"
     for split, name in (("", "a"), ("", "b"), ("deep", "c"), ("validation", "d"), ("test", "e")):
