@@ -214,21 +214,22 @@ class Family(ABC):
         """Timesteps that the pipeline call's sampler asks the denoiser at, for pictures of this size.
 
         Args:
-            progress: [N] in (0, 1); of the last of ``steps`` equal parts come the noisiest timesteps.
+            progress: [N] in (0, 1), in equal parts of which the last is of the noisiest timestep. A sampler of second
+                order has more timesteps than steps.
         """
         own = copy.deepcopy(scheduler)
         shift = {}
         if own.config.get("use_dynamic_shifting"):
             shift = {"mu": self.dynamic_shift(own, self._tokens(latents), steps)}
-        if self.even_sigmas:
+        if self.even_sigmas and not own.config.get("use_flow_sigmas"):
             own.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), **shift)
         else:
             own.set_timesteps(steps, **shift)
-        return self._at(own.timesteps, progress, steps)
+        return self._at(own.timesteps, progress)
 
-    def _at(self, times: Tensor, progress: Tensor, steps: int) -> Tensor:
-        """Of the ``steps`` times of a sampler, from the noisiest, those at ``progress``."""
-        return times[steps - (progress * steps).ceil().long()].to(progress)
+    def _at(self, times: Tensor, progress: Tensor) -> Tensor:
+        """Of the times of a sampler, from the noisiest, those at ``progress``."""
+        return times[len(times) - (progress * len(times)).ceil().long()].to(progress)
 
     def _tokens(self, latents: Tensor) -> int:
         return latents.shape[-2] * latents.shape[-1] // self.patch_side**2

@@ -117,7 +117,7 @@ class SanaSprint(Sana):
         first = self.angles[0]
         if 0 < steps <= FEW_STEPS:
             angles = self.angles if steps == 2 else torch.linspace(first, 0, steps + 1)[:-1]
-            angle = self._at(torch.as_tensor(angles), progress, steps)
+            angle = self._at(torch.as_tensor(angles), progress)
         else:
             angle = first * logit_normal(progress)
         cosine, sine = (value[:, None, None, None] for value in (angle.cos(), angle.sin()))

@@ -59,7 +59,7 @@ class ZImage(Family):
     def own_call(self, pipeline: Any) -> dict[str, Any]:
         """Eight steps without guidance of the Turbo; Z-Image itself, whose scheduler shifts by 6 where the Turbo's
         shifts by 3, has the call's own defaults."""
-        base = pipeline.scheduler.config.shift >= _BASE_SHIFT
+        base = (pipeline.scheduler.config.get("shift") or 0) >= _BASE_SHIFT
         return {**super().own_call(pipeline), **({} if base else {"num_inference_steps": 8, "guidance_scale": 0.0})}
 
     def latent_side(self, config: Mapping[str, Any]) -> int:
