@@ -381,7 +381,7 @@ def _pull(commands: Any) -> None:
     sub.add_argument("model", type=SOURCE, help="Hub id; with --verify also a folder")
     sub.add_argument("--output", type=NEW_FOLDER, help="folder for the files (default: the Hub's cache)")
     sub.add_argument("--for", dest="use", choices=("diffusers", "htp"), help="only what this needs (default: all)")
-    sub.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
+    sub.add_argument("--revision", help="branch, tag or commit, as is owner/name@revision (default: main)")
     sub.add_argument("--offline", action="store_true", help="take what is on this machine, and verify it")
     sub.add_argument("--verify", action="store_true", help="download nothing; verify what is on this machine")
 

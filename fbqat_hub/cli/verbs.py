@@ -386,12 +386,21 @@ def publish(options: argparse.Namespace) -> None:
 
 def pull(options: argparse.Namespace) -> None:
     """``fbqat pull``."""
+    from fbqat_hub.hub.names import repo_and_revision
     from fbqat_hub.hub.pull import pull, verify
 
+    model, named = options.model, None
+    if not Path(model).exists():
+        model, named = repo_and_revision(model)
+    if named and options.revision not in (None, named):
+        raise ValueError(
+            f"{options.model} names revision {named}, and --revision {options.revision}; give one of them."
+        )
+    revision = named or options.revision or "main"
     if options.verify:
-        verify(options.model, use=options.use, revision=options.revision)
+        verify(model, use=options.use, revision=revision)
     else:
-        pull(options.model, options.output, use=options.use, revision=options.revision, offline=options.offline)
+        pull(model, options.output, use=options.use, revision=revision, offline=options.offline)
 
 
 def list_models(options: argparse.Namespace) -> None:

@@ -118,7 +118,9 @@ def test_pulled_and_loaded_by_its_branch(hub: LoopbackHub, staged_run: Path, tmp
     assert sorted(hub.repositories[REPO].branches) == ["main", "w4", "w6", "w8"]
 
     assert cli.main(["pull", REPO, "--revision", "w6", "--output", str(tmp_path / "pulled")]) == 0
-    assert cli.main(["pull", REPO, "--revision", "w6"]) == 0
+    assert cli.main(["pull", f"{REPO}@w6"]) == 0
+    assert cli.main(["pull", f"{REPO}@w6", "--revision", "w8"]) == 1
+    assert "names revision w6, and --revision w8; give one of them" in capsys.readouterr().err
     capsys.readouterr()
     assert cli.main(["list", "--local", "--runs", str(tmp_path)]) == 0
     assert [line.split()[:4] for line in capsys.readouterr().out.splitlines() if "cache" in line] == [
