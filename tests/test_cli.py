@@ -153,6 +153,7 @@ def test_an_option_of_export_is_not_one_of_convert(capsys) -> None:
         (["export", "{tmp}/missing"], "{tmp}/missing is no folder, nor a Hub id"),
         (["card", "{tmp}", "--repo", "a b/c"], "--repo a b/c: "),
         (["publish", "{tmp}/missing", "--repo", "me/x"], "{tmp}/missing is no folder; give the folder of a run"),
+        (["pull", "me/x@w6", "--revision", "w8"], "me/x@w6 names revision w6, and --revision w8; give one of them"),
         (["pull", "{tmp}", "--verify"], "{tmp} has no fbqat.json, so what belongs into it is not known"),
     ],
 )
