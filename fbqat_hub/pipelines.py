@@ -24,7 +24,7 @@ from fbqat_hub.components import (
     read_index,
     refusing,
     variant_files,
-)  # fmt: skip
+)
 from fbqat_hub.files import usual_modes, whole
 from fbqat_hub.hub.client import HubError, step
 from fbqat_hub.hub.manifest import check_component

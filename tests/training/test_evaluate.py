@@ -35,7 +35,7 @@ from fbqat_hub.training.samples import (
     generate_samples,
     student_pictures,
     teacher_pictures,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
