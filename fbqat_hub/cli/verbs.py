@@ -254,7 +254,9 @@ def _beside(run: str, format_name: str) -> Path:
     """
     if Path(run).is_dir():
         return Path(run) / format_name
-    return Path(f"{Path(run.partition('@')[0]).name}-{format_name}")
+    from fbqat_hub.hub.names import repo_and_revision
+
+    return Path(f"{Path(repo_and_revision(run)[0]).name}-{format_name}")
 
 
 def _stop(number: int, _frame: Any) -> None:

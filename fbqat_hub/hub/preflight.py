@@ -172,17 +172,17 @@ def _card_problems(card: Path, run: Path) -> Iterator[str]:
         ModelCard.load(card)
     except ValueError as error:
         yield f"{card}: {' '.join(str(error).split())[:100]}. {remedy}"
-    given = _licence_of(run)
+    given = licence_of(run)
     if given and front.get("license") and front["license"] != given:
         yield f"{card}: license is {front['license']!r}, and the card's data say {given!r}. {remedy}"
 
 
-def _licence_of(run: Path) -> str:
-    """As the card's data say; empty where they cannot be read, which `_recipe_problems` tells."""
+def licence_of(run: Path) -> str | None:
+    """Of the base model, as the card's data say; None where they cannot be read, which `_recipe_problems` tells."""
     try:
         return data_of_run(run, recipe_of(run)).license
     except ValueError:
-        return ""
+        return None
 
 
 def hub_card_problems(repo: str, items: Iterable[Item], mend: str) -> list[str]:

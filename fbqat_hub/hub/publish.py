@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 
 from fbqat_hub.evaluation.results import read_records
-from fbqat_hub.hub.card_data import UNKNOWN, data_of_run
+from fbqat_hub.hub.card_data import UNKNOWN
 from fbqat_hub.hub.client import HubError, RemoteFile, git_sha1, remote_files, step
 from fbqat_hub.hub.contents import Item, collect, packed_config, private_things, recipe_of
 from fbqat_hub.hub.manifest import CARD, MANIFEST, FileEntry, Manifest, hash_file, parse_manifest, read_manifest, serves
@@ -28,6 +28,7 @@ from fbqat_hub.hub.preflight import (
     Remote,
     branch_problems,
     branches_of,
+    licence_of,
     local_problems,
     remote_problems,
     remote_state,
@@ -212,10 +213,8 @@ def hashes_of(items: list[Item], progress: Callable[[int], object] = lambda _: N
 
 def _licence(run: Path) -> str:
     """Of the base model; unknown where the card's data cannot be read, of which the preflight tells."""
-    try:
-        return data_of_run(run, recipe_of(run)).license
-    except ValueError:
-        return UNKNOWN
+    found = licence_of(run)
+    return UNKNOWN if found is None else found
 
 
 def manifest_of(run: Path, folder: Path, items: list[Item], hashes: Mapping[Item, FileEntry]) -> Manifest:

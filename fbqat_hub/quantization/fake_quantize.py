@@ -118,11 +118,12 @@ class _FakeQuantize(torch.autograd.Function):
                 return through, None
             return through, (passed * on_grid[rows]).sub_(through * part).sum_to_size(own.shape) / own
 
-        first, *others = _parts(weight, scale)
-        through, grad_scale = of(first)
-        if others:
-            through, grad_scale = _room(through, weight), grad_scale if grad_scale is None else _room(grad_scale, scale)
-            for rows in others:
+        parts = _parts(weight, scale)
+        if len(parts) == 1:
+            through, grad_scale = of(parts[0])
+        else:  # written where they belong: joining them would take as long again
+            through, grad_scale = torch.empty_like(weight), torch.empty_like(scale) if ctx.needs_input_grad[1] else None
+            for rows in parts:
                 through[rows], of_scale = of(rows)
                 if grad_scale is not None and of_scale is not None:
                     grad_scale[rows] = of_scale
@@ -132,13 +133,6 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_high = torch.where(weight / scale > high, grad * scale, 0).sum()
         return through, grad_scale, grad_low, grad_high, None
-
-
-def _room(first: Tensor, whole: Tensor) -> Tensor:
-    """A tensor like ``whole`` that begins with the rows ``first``."""
-    made = torch.empty_like(whole)
-    made[: len(first)] = first
-    return made
 
 
 # Bytes of a weight that a CPU quantizes at a time: what comes in between stays in its cache.

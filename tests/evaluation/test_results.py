@@ -171,11 +171,12 @@ def test_a_module_is_named_as_python_runs_it(tmp_path: Path) -> None:
 
 
 def test_nothing_of_this_machine_beyond_its_hardware_is_written() -> None:
+    here = Path.cwd()
     text = json.dumps(
         replace(
             record(),
             command=command_line(
-                ["/opt/bin/fbqat", "card", str(Path.cwd() / "run"), f"--data={Path.cwd() / 'x.yaml'}", "steps=/tmp/a=b"]
+                [str(here / "fbqat"), "card", str(here / "run"), f"--data={here / 'x.yaml'}", f"steps={here / 'a=b'}"]
             ),
         ).to_dict()
     )

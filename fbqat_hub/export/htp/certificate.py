@@ -154,10 +154,8 @@ def joined(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """How many layers have which bits, of several graphs."""
-    total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    return dict(sorted(total.items(), key=lambda item: int(item[0])))
+    total = sum(map(Counter, counts), Counter[str]())
+    return {bits: total[bits] for bits in sorted(total, key=int)}
 
 
 def _total(key: str, values: Sequence[Any]) -> Any:
